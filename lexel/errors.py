@@ -1,0 +1,15 @@
+"""The one error that a user can mend."""
+
+from collections.abc import Iterable
+
+
+class UsageError(ValueError):
+    """Something the user can fix: one line that says what was wrong, what was given and what would work.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+def unknown(what: str, given: object, choices: Iterable[str]) -> UsageError:
+    """The error for a name that is not in a table, with the names that are."""
+    return UsageError(f"unknown {what} {given!r}; choose from {', '.join(sorted(choices))}")

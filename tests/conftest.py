@@ -1,0 +1,19 @@
+"""Shared by all tests: one thread per process (tiny tensors), and where the published fixtures lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
+
+
+@pytest.fixture
+def parity() -> Path:
+    """The folder of fixtures made with the published implementation; tests that need it are skipped without it."""
+    if not PARITY.is_dir():
+        pytest.skip(f"no parity fixtures at {PARITY}; set LEXEL_PARITY")
+    return PARITY
