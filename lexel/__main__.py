@@ -1,0 +1,5 @@
+"""`python -m lexel` is the command `lexel`."""
+
+from lexel.cli import main
+
+main()
