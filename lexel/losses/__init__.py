@@ -1,0 +1,26 @@
+"""What a tokenizer learns from: reconstruction, perception, and a discriminator's opinion."""
+
+from lexel.losses.adversarial import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from lexel.losses.discriminator import PatchDiscriminator
+from lexel.losses.lecam import LeCAM
+from lexel.losses.perceptual import LPIPS
+from lexel.losses.reconstruction import l1, l2
+
+__all__ = [
+    "DISCRIMINATOR_LOSSES",
+    "GENERATOR_LOSSES",
+    "LPIPS",
+    "LeCAM",
+    "PatchDiscriminator",
+    "adaptive_weight",
+    "discriminator_loss",
+    "generator_loss",
+    "l1",
+    "l2",
+]
