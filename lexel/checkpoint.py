@@ -1,0 +1,195 @@
+"""What is written to disk and read back: model folders, training states, and the strictness of both."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from lexel.errors import UsageError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` and moves it there once it is whole.
+
+    A reader sees the old file or the new one, never a part: the data is on the disk before the name changes. If
+    the block raises, or the process dies in it, `path` is as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{path.name}")  # the suffix stays: writers choose formats by it
+    try:
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def save_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Writes a model folder: `config.json` and `model.safetensors`, the weights first."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; give a folder to save to")
+    # Copies are made only where a tensor is elsewhere than on the CPU, or not contiguous (channels-last weights).
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    with atomic(folder / WEIGHTS) as path:
+        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+    with atomic(folder / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of a model folder, or of a repository on the Hugging Face hub.
+
+    Tensors are mapped from the file, not copied: memory is filled as they are used.
+
+    Raises:
+        UsageError: there is no such folder or repository, a file is missing, or one cannot be read.
+    """
+    folder = find_folder(source)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise UsageError(f"{source} is not a whole model folder: it has no {' and no '.join(missing)}")
+    return read_json(folder / CONFIG), read_safetensors(folder / WEIGHTS)
+
+
+def find_folder(source: str | Path, files: Iterable[str] = (CONFIG, WEIGHTS)) -> Path:
+    """The local folder for a path or hub id; a repository's `files` (patterns) are fetched into the hub's cache."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{source} is a file; give a model folder (with {CONFIG} and {WEIGHTS}) or a hub id")
+    if isinstance(source, Path) or not HUB_ID.fullmatch(source):
+        raise UsageError(f"{source} does not exist; give a model folder (with {CONFIG} and {WEIGHTS}) or a hub id")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(files)))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:  # not found, not reachable and not cached
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{source} is neither a folder here nor a repository the hub gives: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds a {type(value).__name__}; an object was expected")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped rather than read."""
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise UsageError(f"{path} cannot be read, it is truncated or no safetensors file: {error}") from None
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Loads tensors into a module: every tensor used, every parameter and buffer found, every shape equal.
+
+    A module on the meta device takes over the tensors themselves, so that nothing is held twice.
+
+    Raises:
+        UsageError: with the first names that differ, and how many more there are.
+    """
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    differing = [
+        f"{name} is {tuple(tensors[name].shape)} where {tuple(tensor.shape)} is needed"
+        for name, tensor in expected.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{what} {some(names)}"
+        for what, names in (("lacks", missing), ("has unknown", unknown), ("differs in shape:", differing))
+        if names
+    ]
+    if faults:
+        raise UsageError(f"{source} does not fit the {type(module).__name__.lower()}: it {'; it '.join(faults)}")
+    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+
+
+def some(names: list[str], shown: int = 3) -> str:
+    """The first names of a list and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def save_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Writes a training state: nested dicts, lists and tuples of tensors, numbers, strings and None. Atomic."""
+    with atomic(path) as partial:
+        torch.save(dict(state), partial)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """Reads what `save_state` wrote, onto the CPU; a file that would run code is refused.
+
+    Raises:
+        UsageError: the file is missing, truncated, or holds anything but plain data.
+    """
+    state = read_pickle(path)
+    if not isinstance(state, dict):
+        raise UsageError(f"{path} holds a {type(state).__name__}; a training state was expected")
+    return state
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What `torch.save` wrote to a file, if it is tensors and plain data: nothing in the file is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file")
+    try:
+        with path.open("rb") as file:
+            mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|global|class|function|Unsupported) ([\w.]+\.\w+)", str(error))
+        what = f"it holds {found[1]}, which is not plain data" if found else "it is no checkpoint of plain data"
+        raise UsageError(f"{path} is not read: {what}; files that could run code are refused") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{path} cannot be read, it is truncated or no PyTorch file: {reason}") from None
+
+
+def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of a configuration and of every tensor's name, type, shape and bytes: 64 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
