@@ -1,0 +1,331 @@
+"""Is the codebook healthy? Counts of codes, the gradient that reaches the encoder, and a verdict in words."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+SOFTMAX_ELEMENTS = 1 << 24  # latents are taken in groups so small that the N x K softmax stays below this
+
+
+class CodeHistogram:
+    """How often each code was chosen, over a whole data set and over all processes.
+
+    `usage` is the share of codes chosen at least once, `perplexity` is exp(entropy) of the same histogram: the number
+    of equally frequent codes that would carry as much information. With several books (residual, product) each
+    has a histogram of its own; usage is over all their codes, perplexity the geometric mean.
+
+    Args:
+        codebook_size: number of codes, K.
+        books: how many codebooks of that size, Q; None where indices have no axis for them.
+        device: where the counts lie.
+    """
+
+    def __init__(self, codebook_size: int, books: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.books = books
+        self.counts = torch.zeros(books or 1, codebook_size, dtype=torch.int64, device=device)
+
+    def add(self, indices: Tensor) -> None:
+        """Counts indices: (B, *grid), or (B, Q, *grid) where there are books."""
+        rows = indices[None] if self.books is None else indices.movedim(1, 0)
+        for counts, row in zip(self.counts, rows, strict=True):
+            counts += torch.bincount(row.flatten(), minlength=len(counts)).to(counts.device)
+
+    def merge(self, other: "CodeHistogram") -> None:
+        self.counts += other.counts.to(self.counts.device)
+
+    def all_reduce(self) -> None:
+        """Sums the counts of all processes; does nothing in a single one."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.counts)
+
+    @property
+    def used(self) -> int:
+        return int((self.counts > 0).sum())
+
+    @property
+    def dead(self) -> int:
+        return self.counts.numel() - self.used
+
+    @property
+    def usage(self) -> float:
+        return self.used / self.counts.numel()
+
+    @property
+    def perplexity(self) -> float:
+        """In [1, K]; nan before anything was counted."""
+        totals = self.counts.sum(1, keepdim=True)
+        if not bool(totals.all()):
+            return math.nan
+        shares = self.counts.double() / totals
+        return math.exp(-torch.xlogy(shares, shares).sum(1).mean().item())
+
+
+class GradientHealth(NamedTuple):
+    """What the quantizer does to the gradient on its way from the decoder to the encoder."""
+
+    ratio: float  # |dL/dz| / |dL/dz_q|; 1 for a straight-through estimator
+    cosine: float  # mean over positions of cos(dL/dz, dL/dz_q); 1 for a straight-through estimator
+    softmax_perplexity: (
+        float | None
+    )  # mean over positions of exp(entropy of softmax(z . codes)); None without one table
+
+
+class TokenizerLike(Protocol):
+    """The two ends of a tokenizer that gradients pass through."""
+
+    @property
+    def quantizer(self) -> Any: ...
+
+    def latents(self, images: Tensor) -> Tensor: ...
+
+    def decode_codes(self, z_q: Tensor) -> Tensor: ...
+
+
+def gradient_health(tokenizer: TokenizerLike, images: Tensor) -> GradientHealth:
+    """Compares the gradient of the reconstruction's L1 error before and after the quantizer.
+
+    Index backpropagation hands the encoder the decoder's gradient times the covariance of the codes under the
+    softmax. Where that product is tiny the encoder stops learning; where it is nearly orthogonal to what came in, the
+    encoder learns noise. Both come before the codebook collapses, so they are worth watching. Loss terms of the
+    quantizer itself are left out.
+
+    Args:
+        tokenizer: a Tokenizer, in the mode (train or eval) it is to be measured in.
+        images: (B, 3, H, W) in [-1, 1]; a handful is enough.
+    """
+    with torch.enable_grad():
+        z = tokenizer.latents(images).detach().requires_grad_(True)
+        z_q = tokenizer.quantizer(z).z_q
+        loss = F.l1_loss(tokenizer.decode_codes(z_q), images)
+        (decoder_gradient,) = torch.autograd.grad(loss, z_q, retain_graph=True)
+        if z_q.requires_grad:
+            (encoder_gradient,) = torch.autograd.grad(z_q, z, decoder_gradient, allow_unused=True)
+        else:
+            encoder_gradient = None
+    before = decoder_gradient.double()
+    after = torch.zeros_like(before) if encoder_gradient is None else encoder_gradient.double()
+    ratio = after.norm() / before.norm().clamp(min=torch.finfo(torch.float64).tiny)
+    cosine = F.cosine_similarity(_vectors(after), _vectors(before), dim=1, eps=1e-30).mean()
+    return GradientHealth(float(ratio), float(cosine), softmax_perplexity(tokenizer.quantizer, z.detach()))
+
+
+@torch.no_grad()
+def softmax_perplexity(quantizer: Any, z: Tensor) -> float | None:
+    """The mean over positions of exp(entropy) of softmax(z . codes), in [1, K]; z is (B, D, *grid).
+
+    1 means that only the chosen code feels the gradient of index backpropagation, K that all feel it alike. None for
+    quantizers with several tables.
+    """
+    codebook = quantizer.codebook.detach().float()
+    if codebook.ndim != 2:
+        return None
+    vectors = _vectors(z).float()
+    total = 0.0
+    for group in vectors.split(max(1, SOFTMAX_ELEMENTS // len(codebook))):
+        log_p = (group @ codebook.T).log_softmax(1)
+        total += float((-(log_p.exp() * log_p).sum(1)).exp().double().sum())
+    return total / len(vectors)
+
+
+def _vectors(z: Tensor) -> Tensor:
+    """(B, D, *grid) as rows (N, D)."""
+    return z.movedim(1, -1).flatten(0, -2)
+
+
+# ---------------------------------------------------------------------------------------------- the verdict
+
+
+class Finding(NamedTuple):
+    """One thing a look at a run found."""
+
+    level: Literal["good", "note", "warning", "problem"]
+    seen: str  # the fact, with its numbers
+    cause: str  # the likely reason; empty where all is well
+    change: str  # what to try; empty where all is well
+
+
+def diagnose(
+    kind: str,
+    codebook_size: int,
+    validation: Sequence[Mapping[str, float]],
+    train: Sequence[Mapping[str, float]] = (),
+) -> list[Finding]:
+    """What the logged numbers say about a codebook, the gravest first; one `good` finding if nothing is wrong.
+
+    Args:
+        kind: the quantizer, a key of QUANTIZERS.
+        codebook_size: number of codes, K.
+        validation: the validation lines of `metrics.jsonl`, oldest first. `usage` and `perplexity` are needed;
+            `gradient_ratio`, `gradient_cosine`, `softmax_perplexity`, `code_norm`, `latent_norm`,
+            `quantization_error` are used where they are.
+        train: its train lines, oldest first.
+    """
+    if not validation:
+        return [Finding("note", "no validation yet", "the run is too young", "wait for train.validate_every steps")]
+    now = validation[-1]
+    findings = [
+        finding
+        for check in (_usage, _fall, _gradient, _saturation, _norms, _evenness, _discriminator)
+        if (finding := check(kind, codebook_size, validation, train)) is not None
+    ]
+    if not findings:
+        seen = f"{now['usage']:.1%} of {codebook_size} codes in use, perplexity {now['perplexity']:.0f}"
+        if "gradient_cosine" in now:
+            seen += f", the encoder gets {now['gradient_ratio']:.2g} times the decoder's gradient"
+        findings = [Finding("good", seen, "", "")]
+    order = ("problem", "warning", "note", "good")
+    return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+Lines = Sequence[Mapping[str, float]]
+_STRAIGHT_THROUGH = {"vq", "ema", "cosine", "simvq", "vqgan_lc", "fvq", "residual", "product"}
+_LATTICES = {"lfq", "bsq", "fsq"}
+
+
+def _usage(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    usage, perplexity = validation[-1]["usage"], validation[-1]["perplexity"]
+    used = round(usage * size)
+    if used <= 2 or perplexity < 1.5:
+        seen = f"collapsed: {used} of {size} codes in use, perplexity {perplexity:.1f}"
+        if kind == "fvq" and len(validation) < 3:
+            return Finding("note", seen, "the bridge starts at zero, so every code starts alike", "wait")
+        return Finding("problem", seen, *_why_dead(kind, validation[-1]))
+    if usage < 0.25:
+        return Finding(
+            "problem", f"most codes are dead: {used} of {size} in use ({usage:.1%})", *_why_dead(kind, validation[-1])
+        )
+    if usage < 0.8:
+        return Finding(
+            "warning", f"{size - used} of {size} codes are dead ({usage:.1%} in use)", *_why_dead(kind, validation[-1])
+        )
+    return None
+
+
+def _why_dead(kind: str, now: Mapping[str, float]) -> tuple[str, str]:
+    if kind in ("vq", "cosine"):
+        return (
+            "only chosen codes learn, so a code that is never nearest stays where it started",
+            "use ibq (every code learns), ema with restart of dead codes, or a smaller codebook_dim or codebook_size",
+        )
+    if kind in ("ema", "residual", "product"):
+        return (
+            "codes move only when latents choose them",
+            "restart dead codes (restart_below), or start the codes from the data's own latents",
+        )
+    if kind == "ibq" and now.get("gradient_ratio", 1.0) < 0.01:
+        return (
+            "the encoder gets almost no gradient: the codes have a small variance, or the softmax is saturated",
+            "keep the codes' unit-variance start; raise lr or lower codebook_dim",
+        )
+    if kind == "ibq":
+        return (
+            "too little pressure to spread over the codes, or too few steps so far",
+            "train longer, raise the pull of entropy_batch (a more negative weight), or use a larger batch",
+        )
+    if kind in _LATTICES:
+        return (
+            "the latents sit on one side of the lattice's thresholds",
+            "raise the weight of the entropy terms (fsq has none: widen the latents with a norm before the quantizer)",
+        )
+    return ("codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder")
+
+
+def _fall(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    best = max(line["usage"] for line in validation)
+    now = validation[-1]["usage"]
+    if best - now < 0.1 or now > 0.9 * best:
+        return None
+    when = next(int(line["step"]) for line in validation if line["usage"] == best)
+    return Finding(
+        "warning",
+        f"usage fell from {best:.1%} at step {when} to {now:.1%}",
+        "the latents drift faster than the codes follow, which often begins when the learning rate falls",
+        "go back to the best checkpoint (--weights best); lower lr, or anneal it linearly instead of in drops",
+    )
+
+
+def _gradient(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    now = validation[-1]
+    if "gradient_ratio" not in now or kind in _STRAIGHT_THROUGH | _LATTICES:
+        return None
+    ratio, cosine = now["gradient_ratio"], now["gradient_cosine"]
+    if ratio < 0.01:
+        return Finding(
+            "problem",
+            f"the encoder gets {ratio:.1e} of the decoder's gradient",
+            "the codes have too small a variance (1 is meant), or the softmax has saturated on one code",
+            "start from unit-variance codes; lower codebook_dim or the latents' norm",
+        )
+    if cosine < 0.15:
+        return Finding(
+            "warning",
+            f"the encoder's gradient is nearly orthogonal to the decoder's (cosine {cosine:.2f}, ratio {ratio:.2g})",
+            "the softmax is saturated: the latents are long, so only a few codes carry the gradient",
+            "lower codebook_dim (32 instead of 256) or lr, so that the latents stay short",
+        )
+    if ratio > 10:
+        return Finding(
+            "warning",
+            f"the encoder gets {ratio:.1f} times the decoder's gradient",
+            "the codes' variance has grown far beyond 1",
+            "clip gradients (train.clip = 1.0) or lower lr",
+        )
+    return None
+
+
+def _saturation(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    perplexity = validation[-1].get("softmax_perplexity")
+    if kind != "ibq" or perplexity is None or perplexity > 1.2 or len(validation) < 2:
+        return None
+    return Finding(
+        "note",
+        f"softmax perplexity {perplexity:.2f}: on average little more than the chosen code is felt",
+        "latents or codes have grown long, which the plain dot product rewards",
+        "watch gradient_cosine; if it falls with usage, lower lr or codebook_dim",
+    )
+
+
+def _norms(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    now = validation[-1]
+    if "latent_norm" not in now or not now.get("code_norm") or kind in _LATTICES | {"cosine", "residual"}:
+        return None
+    ratio = now["latent_norm"] / now["code_norm"]
+    if 0.1 <= ratio <= 10:
+        return None
+    where = "much longer" if ratio > 1 else "much shorter"
+    return Finding(
+        "warning" if kind in _STRAIGHT_THROUGH else "note",
+        f"latents are {where} than codes (mean norms {now['latent_norm']:.2g} and {now['code_norm']:.2g})",
+        "latents and codes live apart, so few codes can be chosen",
+        "raise the weight of codebook (moves codes) or commitment (holds latents)",
+    )
+
+
+def _evenness(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    now = validation[-1]
+    used = now["usage"] * size
+    if now["usage"] < 0.8 or now["perplexity"] > 0.1 * used:
+        return None
+    return Finding(
+        "note",
+        f"codes are used unevenly: {used:.0f} in use, but perplexity {now['perplexity']:.0f}",
+        "flat image regions ask for the same few codes, or the pull towards even use is weak",
+        "often harmless; a more negative weight of entropy_batch evens it out",
+    )
+
+
+def _discriminator(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+    recent = [line for line in train if "logits_real" in line][-5:]
+    if len(recent) < 5 or min(line["logits_real"] - line["logits_fake"] for line in recent) < 4:
+        return None
+    return Finding(
+        "warning",
+        "the discriminator tells real from reconstructed with ease (logits more than 4 apart)",
+        "it learns faster than the tokenizer, so its gradient carries little",
+        "start it later (train.discriminator.start), lower its lr, or add LeCAM (train.discriminator.lecam = 0.05)",
+    )
