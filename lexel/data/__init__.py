@@ -1,0 +1,26 @@
+"""Images in, batches out: folders and embedded sets, named transforms, and an order that can be repeated exactly."""
+
+from lexel.data.arrays import crop_back, pad_to_multiple, to_images, to_uint8
+from lexel.data.batches import Batch, ordered_batches, training_batches
+from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
+from lexel.data.images import ArrayImages, FileImages, ImageSet, open_images
+from lexel.data.transforms import TRANSFORMS, Transform
+
+__all__ = [
+    "PIXEL_LIMIT",
+    "TRANSFORMS",
+    "ArrayImages",
+    "Batch",
+    "FileImages",
+    "ImageSet",
+    "Transform",
+    "UnreadableImage",
+    "crop_back",
+    "open_images",
+    "ordered_batches",
+    "pad_to_multiple",
+    "read_image",
+    "to_images",
+    "to_uint8",
+    "training_batches",
+]

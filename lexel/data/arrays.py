@@ -1,0 +1,48 @@
+"""Between uint8 arrays (files, reports) and float tensors in [-1, 1] (everything inside)."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lexel.errors import UsageError
+
+
+def to_images(array: np.ndarray | Tensor) -> Tensor:
+    """uint8 pictures (..., H, W, 3) as float32 images (..., 3, H, W): x / 127.5 - 1, on the device they lie on."""
+    pixels = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+    if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
+        raise UsageError(f"pictures must be uint8 (..., H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
+    return pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (..., 3, H, W) in [-1, 1] as a uint8 array (..., H, W, 3): rounded, values outside clamped."""
+    pixels = images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255)
+    return pixels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def pad_to_multiple(images: Tensor, factor: int, mode: Literal["edge", "reflect"] = "edge") -> Tensor:
+    """Images (..., H, W) made larger at the right and the bottom, so that both sides are multiples of factor.
+
+    "edge" repeats the last row and column and works at any size; "reflect" mirrors the picture and needs sides longer
+    than the padding. `crop_back` takes the padding off again.
+    """
+    height, width = images.shape[-2:]
+    bottom, right = -height % factor, -width % factor
+    if mode == "reflect" and (bottom >= height or right >= width):
+        raise UsageError(
+            f"a picture of {height} x {width} is too small to reflect to multiples of {factor}; use 'edge'"
+        )
+    if bottom == right == 0:
+        return images
+    flat = images.reshape(-1, 1, height, width)
+    padded = F.pad(flat, (0, right, 0, bottom), mode={"edge": "replicate", "reflect": "reflect"}[mode])
+    return padded.reshape(*images.shape[:-2], height + bottom, width + right)
+
+
+def crop_back(images: Tensor, height: int, width: int) -> Tensor:
+    """What `pad_to_multiple` got: the top left height x width of images (..., H, W)."""
+    return images[..., :height, :width]

@@ -1,0 +1,341 @@
+"""Batches of images whose content depends on the seed and the step alone.
+
+Training draws from an endless sequence of pictures: one permutation of the set after another, each a function of
+(seed, epoch). Step s takes the positions s * batch_size to (s + 1) * batch_size of it, and process r of P takes the
+r-th of P equal slices of those. How many worker processes read the pictures changes nothing, nor how many processes
+train; a run that starts again at step s gets the batches that the first run would have got.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lexel.data.arrays import to_images
+from lexel.data.files import UnreadableImage
+from lexel.data.images import ImageSet
+from lexel.data.transforms import Transform
+from lexel.errors import UsageError
+
+OnError = Literal["replace", "stop"]
+
+
+class Batch(NamedTuple):
+    """Some images of a set."""
+
+    images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    labels: Tensor | None  # (B,) int64; None for a set without labels
+    numbers: Tensor  # (B,) int64: which pictures of the set these are
+
+
+class Positions:
+    """Which picture stands at each position of the endless sequence: one permutation after another.
+
+    Args:
+        count: pictures in the set.
+        seed: the order.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count = count
+        self.seed = seed
+        self._epoch = -1
+        self._order = np.empty(0, np.int64)
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Epoch and picture number of a position."""
+        epoch, place = divmod(position, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch)
+        return epoch, int(self._order[place])
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: int64 (count,). Made of raw random bits, so that no library's version can change it."""
+    bits = np.random.Philox(key=_key(seed, epoch, purpose=0)).random_raw(count)
+    return np.argsort(bits, kind="stable")
+
+
+def crop_generator(seed: int, epoch: int, number: int) -> np.random.Generator:
+    """The random stream for the crop of one picture in one epoch."""
+    key = _key(seed, epoch, purpose=1)
+    return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, number], np.uint64)))
+
+
+def _key(seed: int, epoch: int, purpose: int) -> np.ndarray:
+    return np.array([seed % 2**64, 2 * epoch + purpose], np.uint64)
+
+
+def training_batches(
+    images: ImageSet,
+    transform: Transform,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    *,
+    on_error: OnError = "replace",
+    prefetch: int = 2,
+    device: str | torch.device | None = None,
+) -> "TrainingBatches":
+    """An endless iterator over the batches of step first_step, first_step + 1, ...
+
+    Args:
+        images: the set.
+        transform: makes squares of pictures; gets a random generator of its own for each picture and epoch.
+        batch_size: images a step, all processes together.
+        seed: decides the order and the crops.
+        first_step: where to begin.
+        rank, processes: which slice of each batch to give; processes must divide batch_size.
+        workers: processes that read pictures; 0 reads them here.
+        on_error: "replace" takes the next readable picture of the set for an unreadable one and notes it in
+            `.unreadable`; "stop" raises UnreadableImage.
+        prefetch: batches that each worker reads ahead.
+        device: where the batches shall lie; they travel as uint8.
+
+    Raises:
+        UsageError: the sizes do not fit together, or no picture of the set is readable.
+    """
+    return TrainingBatches(
+        images, transform, batch_size, seed, first_step, rank, processes, workers, on_error, prefetch, device
+    )
+
+
+class TrainingBatches(Iterator[Batch]):
+    """What `training_batches` gives. `unreadable` holds the reasons of the pictures replaced so far, by name."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        transform: Transform,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        rank: int,
+        processes: int,
+        workers: int,
+        on_error: OnError,
+        prefetch: int,
+        device: str | torch.device | None,
+    ) -> None:
+        _check(images, batch_size, rank, processes, workers)
+        if batch_size % processes:
+            raise UsageError(f"{processes} processes cannot share a batch of {batch_size} images evenly")
+        if first_step < 0:
+            raise UsageError(f"the first step cannot be negative, got {first_step}")
+        self.images = images
+        self.unreadable: dict[str, str] = {}
+        self._device = device
+        steps = _TrainingSteps(images, transform, batch_size, seed, rank, processes, on_error)
+        self._read = iter(_loader(steps, _count_from(first_step), workers, prefetch))
+
+    def __next__(self) -> Batch:
+        pictures = next(self._read)
+        self.unreadable.update(pictures.unreadable)
+        return _as_batch(pictures, self.images, self._device)
+
+
+def ordered_batches(
+    images: ImageSet,
+    transform: Transform | None,
+    batch_size: int,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    *,
+    on_error: OnError = "replace",
+    prefetch: int = 2,
+    device: str | torch.device | None = None,
+) -> "OrderedBatches":
+    """Every readable picture once, in order, without random crops; iterate over it as often as you like.
+
+    Process r of P gets the pictures r, r + P, r + 2P, ...: nothing is repeated to make the shares equal, so they may
+    differ by one. `Batch.numbers` says which picture is which; a batch with unreadable ones is smaller.
+
+    Args:
+        images: the set.
+        transform: makes squares of pictures; None gives them in their own size, for a batch_size of 1.
+        batch_size: images a batch, of this process alone.
+        rank, processes: this process, of how many.
+        workers, prefetch, device: as in `training_batches`.
+        on_error: "replace" leaves unreadable pictures out and notes them in `.unreadable`; "stop" raises.
+    """
+    return OrderedBatches(images, transform, batch_size, rank, processes, workers, on_error, prefetch, device)
+
+
+class OrderedBatches:
+    """What `ordered_batches` gives. `unreadable` holds the reasons of the pictures left out so far, by name."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        transform: Transform | None,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        workers: int,
+        on_error: OnError,
+        prefetch: int,
+        device: str | torch.device | None,
+    ) -> None:
+        _check(images, batch_size, rank, processes, workers)
+        if transform is None and batch_size != 1:
+            raise UsageError(f"pictures in their own size come one by one: batch_size must be 1, got {batch_size}")
+        self.images = images
+        self.unreadable: dict[str, str] = {}
+        self._batches = _OrderedNumbers(images, transform, batch_size, rank, processes, on_error)
+        self._workers, self._prefetch, self._device = workers, prefetch, device
+
+    def __len__(self) -> int:
+        """Batches, if every picture is readable."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for pictures in _loader(self._batches, range(len(self._batches)), self._workers, self._prefetch):
+            self.unreadable.update(pictures.unreadable)
+            if pictures.numbers:
+                yield _as_batch(pictures, self.images, self._device)
+
+
+class _Pictures(NamedTuple):
+    """A batch as it comes out of a worker."""
+
+    arrays: np.ndarray  # uint8 (B, H, W, 3)
+    numbers: list[int]
+    unreadable: dict[str, str]  # the reasons, by name
+
+
+@dataclass
+class _TrainingSteps:
+    """The batch of a step, as a table that a DataLoader can look up in any process."""
+
+    images: ImageSet
+    transform: Transform
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+    on_error: OnError
+    positions: Positions = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.positions = Positions(len(self.images), self.seed)
+
+    def __getitem__(self, step: int) -> _Pictures:
+        share = self.batch_size // self.processes
+        first = step * self.batch_size + self.rank * share
+        arrays, numbers, unreadable = [], [], {}
+        for position in range(first, first + share):
+            epoch, number = self.positions[position]
+            picture, number, failed = self._readable(number)
+            unreadable.update(failed)
+            arrays.append(self.transform(picture, crop_generator(self.seed, epoch, number)))
+            numbers.append(number)
+        return _Pictures(np.stack(arrays), numbers, unreadable)
+
+    def _readable(self, number: int) -> tuple[np.ndarray, int, dict[str, str]]:
+        """The picture with this number or the next one that can be read, and the ones that cannot."""
+        failed: dict[str, str] = {}
+        for _ in range(len(self.images)):
+            try:
+                return self.images.read(number), number, failed
+            except UnreadableImage as error:
+                if self.on_error == "stop":
+                    raise
+                failed[error.name] = error.reason
+                number = (number + 1) % len(self.images)
+        name, reason = next(iter(failed.items()))
+        raise UsageError(f"none of the {len(self.images)} images can be read; the first, {name}: {reason}")
+
+
+@dataclass
+class _OrderedNumbers:
+    """The batches of one process's share of a set, as a table."""
+
+    images: ImageSet
+    transform: Transform | None
+    batch_size: int
+    rank: int
+    processes: int
+    on_error: OnError
+    numbers: Sequence[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.numbers = range(self.rank, len(self.images), self.processes)
+
+    def __len__(self) -> int:
+        return -(-len(self.numbers) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> _Pictures:
+        arrays, numbers, unreadable = [], [], {}
+        for number in self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]:
+            try:
+                picture = self.images.read(number)
+            except UnreadableImage as error:
+                if self.on_error == "stop":
+                    raise
+                unreadable[error.name] = error.reason
+                continue
+            arrays.append(picture if self.transform is None else self.transform(picture, None))
+            numbers.append(number)
+        stacked = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
+        return _Pictures(stacked, numbers, unreadable)
+
+
+class _count_from:
+    """0, 1, 2, ... from a first step on, without end; an object that a DataLoader takes for a sampler."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __iter__(self) -> Iterator[int]:
+        step = self.first
+        while True:
+            yield step
+            step += 1
+
+
+def _loader(table: Any, order: Any, workers: int, prefetch: int) -> DataLoader[Any]:
+    """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept."""
+    return DataLoader(
+        table,
+        batch_size=None,  # an item is a whole batch already
+        sampler=order,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator(),  # else a DataLoader draws from the global stream, and validation moves training
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _as_batch(pictures: _Pictures, images: ImageSet, device: str | torch.device | None) -> Batch:
+    pixels = torch.from_numpy(pictures.arrays)
+    numbers = torch.tensor(pictures.numbers)
+    labels = None
+    if images.labels is not None:
+        labels = torch.tensor([images.labels[number] for number in pictures.numbers])
+    if device is not None:
+        pixels, numbers = pixels.to(device), numbers.to(device)
+        labels = None if labels is None else labels.to(device)
+    return Batch(to_images(pixels), labels, numbers)
+
+
+def _check(images: ImageSet, batch_size: int, rank: int, processes: int, workers: int) -> None:
+    if len(images) == 0:
+        raise UsageError("the set holds no images")
+    if batch_size < 1:
+        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= rank < processes:
+        raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
+    if workers < 0:
+        raise UsageError(f"workers cannot be negative, got {workers}")

@@ -1,0 +1,220 @@
+"""Sets of images: folders, single files, and the embedded ones, all behind the same few names."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lexel.data.files import EXTENSIONS, PIXEL_LIMIT, find_images, read_image
+from lexel.errors import UsageError
+
+# How a folder may call its parts; the first of each row is the name used here.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+
+
+class ImageSet:
+    """Numbered pictures with names, and labels where there are any.
+
+    Attributes:
+        names: one per picture, unique.
+        labels: the class number of each picture, or None.
+        classes: the name of each class; empty without labels.
+        attribution: what must be shown beside these pictures, or None.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+        attribution: str | None = None,
+    ) -> None:
+        self.names = list(names)
+        self.labels = None if labels is None else list(labels)
+        self.classes = list(classes)
+        self.attribution = attribution
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, number: int) -> np.ndarray:
+        """Picture `number`: uint8 (H, W, 3). Not to be written to.
+
+        Raises:
+            UnreadableImage: the picture is damaged.
+        """
+        raise NotImplementedError
+
+    def subset(self, numbers: Sequence[int]) -> "ImageSet":
+        """The pictures with these numbers, in this order."""
+        return Subset(self, numbers)
+
+    def hold_out(self, fraction: float) -> tuple["ImageSet", "ImageSet"]:
+        """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names."""
+        if not 0 < fraction < 1:
+            raise UsageError(f"the part to hold out must lie between 0 and 1, got {fraction}")
+        if len(self) < 2:
+            raise UsageError(f"holding out a part needs at least 2 images, and there is {len(self)}")
+        count = min(max(1, round(fraction * len(self))), len(self) - 1)
+        order = sorted(range(len(self)), key=lambda number: hashlib.sha256(self.names[number].encode()).digest())
+        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+
+
+class FileImages(ImageSet):
+    """Pictures in files, decoded when read.
+
+    Args:
+        paths: the files.
+        names, labels, classes, attribution: as in ImageSet.
+        pixel_limit: pictures with more pixels than this are unreadable.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+        attribution: str | None = None,
+        pixel_limit: int = PIXEL_LIMIT,
+    ) -> None:
+        super().__init__(names, labels, classes, attribution)
+        self.paths = list(paths)
+        self.pixel_limit = pixel_limit
+
+    def read(self, number: int) -> np.ndarray:
+        return read_image(self.paths[number], self.names[number], self.pixel_limit)
+
+
+class ArrayImages(ImageSet):
+    """Pictures in one uint8 array (N, H, W, 3), which may be a file mapped into memory.
+
+    Args:
+        array: the pictures.
+        names, labels, classes, attribution: as in ImageSet.
+    """
+
+    def __init__(
+        self,
+        array: np.ndarray,
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+        attribution: str | None = None,
+    ) -> None:
+        super().__init__(names, labels, classes, attribution)
+        self.array = array
+
+    def read(self, number: int) -> np.ndarray:
+        return np.asarray(self.array[number])
+
+
+class Subset(ImageSet):
+    """Some pictures of another set."""
+
+    def __init__(self, images: ImageSet, numbers: Sequence[int]) -> None:
+        labels = None if images.labels is None else [images.labels[number] for number in numbers]
+        super().__init__([images.names[number] for number in numbers], labels, images.classes, images.attribution)
+        self.images = images
+        self.numbers = list(numbers)
+
+    def read(self, number: int) -> np.ndarray:
+        return self.images.read(self.numbers[number])
+
+
+class Remembered(ImageSet):
+    """Another set, whose pictures are kept in memory once they were read, up to a limit.
+
+    Args:
+        images: the set.
+        limit: bytes to keep at most; pictures read after it is full are decoded every time.
+    """
+
+    def __init__(self, images: ImageSet, limit: int) -> None:
+        super().__init__(images.names, images.labels, images.classes, images.attribution)
+        self.images = images
+        self._room = limit
+        self._kept: dict[int, np.ndarray] = {}
+
+    def read(self, number: int) -> np.ndarray:
+        picture = self._kept.get(number)
+        if picture is None:
+            picture = self.images.read(number)
+            if picture.nbytes <= self._room:
+                self._room -= picture.nbytes
+                self._kept[number] = picture
+        return picture
+
+
+def open_images(
+    source: str | Path,
+    split: str | None = None,
+    size: int | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    pixel_limit: int = PIXEL_LIMIT,
+) -> ImageSet:
+    """The pictures of a folder, a file, or an embedded set.
+
+    A folder may hold its pictures in any nesting. Where all of them lie in subfolders, the first level names their
+    classes, numbered in sorted order. Hidden files are left out, and files that are no pictures.
+
+    Args:
+        source: a path, or the name of an embedded set: `openmoji`, `openmoji-subcategories`, `photos`.
+        split: "train", "validation" or "test". A folder has the splits it has subfolders for (train; validation, val
+            or valid; test); openmoji has train and validation. None takes everything.
+        size: pixels a side at which drawings are rendered (default 64); pictures in files keep their own size.
+        progress: called with (done, total) while drawings are rendered for the first time.
+        pixel_limit: pictures with more pixels than this are unreadable.
+
+    Raises:
+        UsageError: there is no such thing, no picture in it, no such split, or a package is missing.
+    """
+    from lexel.data.embedded import EMBEDDED  # here, since the embedded sets stand on the classes above
+
+    if split is not None and split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    if isinstance(source, str) and source in EMBEDDED:
+        return EMBEDDED[source](split, size, progress)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(path, split, pixel_limit)
+    if not path.exists():
+        embedded = ", ".join(sorted(EMBEDDED))
+        raise UsageError(f"there is no file or folder {str(source)!r}; give a path, or an embedded set: {embedded}")
+    if path.suffix.lower() not in EXTENSIONS:
+        raise UsageError(f"{path} is no image; give a folder or one of {', '.join(sorted(EXTENSIONS))}")
+    if split is not None:
+        raise UsageError(f"{path} is a single file and has no split {split!r}")
+    return FileImages([path], [path.name], pixel_limit=pixel_limit)
+
+
+def split_folder(folder: Path, split: str) -> Path | None:
+    """The subfolder that holds a split, or None."""
+    return next((folder / name for name in SPLITS[split] if (folder / name).is_dir()), None)
+
+
+def _open_folder(folder: Path, split: str | None, pixel_limit: int) -> ImageSet:
+    if split is not None:
+        part = split_folder(folder, split)
+        if part is None:
+            raise UsageError(
+                f"{folder} has no split {split!r}: it has no subfolder called {' or '.join(SPLITS[split])}"
+            )
+        folder = part
+    names = find_images(folder)
+    if not names:
+        raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
+    parents = [name.partition("/")[0] if "/" in name else None for name in names]
+    classes = sorted({parent for parent in parents if parent is not None})
+    paths = [folder / name for name in names]
+    if None in parents:  # a picture outside all subfolders: these are no classes
+        return FileImages(paths, names, pixel_limit=pixel_limit)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers[parent] for parent in parents if parent is not None]
+    return FileImages(paths, names, labels, classes, pixel_limit=pixel_limit)
