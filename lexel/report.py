@@ -6,7 +6,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +20,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import lexel
+from lexel import config
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
 from lexel.metrics.health import Finding, diagnose
+from lexel.train.run import read_metrics
 
 COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small files, and the page's own font
     "font.family": "sans-serif",
     "font.size": 10,
@@ -72,6 +73,7 @@ class Run:
 
     name: str
     folder: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[int, dict[str, NDArray[Any]]] = field(default_factory=dict)
@@ -92,8 +94,9 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     if not (folder / "metrics.jsonl").is_file():
         raise UsageError(f"{folder} is no run folder: it has no metrics.jsonl")
     run = Run(name or folder.name, folder)
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    if (folder / "recipe.toml").is_file():
+        run.recipe = config.read(folder / "recipe.toml")
+    for row in read_metrics(folder / "metrics.jsonl"):
         (run.validation if row["kind"] == "validation" else run.train).append(row)
     for path in sorted((folder / "snapshots").glob("*.safetensors")):
         run.snapshots[int(path.stem)] = load_file(path)
@@ -110,11 +113,20 @@ def write_report(folder: str | Path) -> Path:
 
 
 def write_page(
-    path: Path, title: str, lead: str, sections: Sequence[Section], tiles: Sequence[tuple[str, str]] = (), footer: str = ""
+    path: Path,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    tiles: Sequence[tuple[str, str]] = (),
+    footer: str = "",
 ) -> Path:
     """Writes one self-contained page."""
     environment = Environment(
-        loader=PackageLoader("lexel", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("lexel", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     footer = footer or f"Made by Lexel {lexel.__version__}."
     html = environment.get_template("report.html.j2").render(
@@ -154,9 +166,9 @@ def tokenizer_sections(run: Run) -> list[Section]:
     """Everything a tokenizer's run has to show, in reading order."""
     sections = []
     if run.validation and "usage" in run.validation[-1]:
-        sections.append(
-            Section("Is the codebook healthy?", findings=diagnose(run.validation), text="What the figures below say.")
-        )
+        quantizer = run.recipe["model"]["quantizer"]
+        findings = diagnose(quantizer["kind"], quantizer["codebook_size"], run.validation, run.train)
+        sections.append(Section("Is the codebook healthy?", findings=findings))
     if "originals" in run.last:
         rows = [run.last["originals"][:12], run.last["reconstructions"][:12]]
         caption = "Above: held-out originals. Below: the same pictures through the tokenizer and back."
@@ -195,7 +207,9 @@ def codebook_figures(run: Run) -> list[Figure]:
     rows = run.validation
     figures = [
         line_chart({"usage": series(rows, "usage")}, "usage of the codebook, held-out pictures", percent=True),
-        code_histogram({f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}),
+        code_histogram(
+            {f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}
+        ),
         line_chart(
             {name.replace("_", " "): series(rows, name) for name in ("perplexity", "softmax_perplexity")},
             "perplexity of the codes, and of the softmax over codes",
@@ -279,7 +293,9 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
         axes.set_ylabel("use against uniform")
         axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
         axes.legend(frameon=False, fontsize=9)
-        return Figure(_svg(canvas), "how often each code is used on held-out pictures (dotted: all alike; floor: never)")
+        return Figure(
+            _svg(canvas), "how often each code is used on held-out pictures (dotted: all alike; floor: never)"
+        )
 
 
 def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", gap: int = 2, smallest: int = 64) -> Figure:

@@ -1,0 +1,99 @@
+"""Reports: from a run folder to one page that needs nothing else."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lexel import report
+from lexel.errors import UsageError
+
+RECIPE = '[model.quantizer]\nkind = "vq"\ncodebook_size = 32\ncodebook_dim = 4\n'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder as training leaves it: 60 steps, two validations, two snapshots."""
+    random = np.random.default_rng(0)
+    lines = [
+        {"step": step, "kind": "train", "seconds": step * 0.5, "loss": 1 / step, "l1": 0.5 / step, "lr": 1e-3}
+        | {"images_per_second": 20.0}
+        for step in range(10, 61, 10)
+    ]
+    for step in (30, 60):
+        lines.append(
+            {"step": step, "kind": "validation", "seconds": step * 0.5, "psnr": 15.25, "usage": 0.125}
+            | {"perplexity": 3.5, "dead_codes": 28, "softmax_perplexity": 20.0, "gradient_ratio": 1.0}
+            | {"gradient_cosine": 1.0, "code_norm": 1.0, "latent_norm": 1.0, "quantization_error": 0.5}
+        )
+    folder = tmp_path / "a <b> run"
+    (folder / "snapshots").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "recipe.toml").write_text(RECIPE)
+    for step in (30, 60):
+        pictures = random.integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+        snapshot = {"originals": pictures, "reconstructions": pictures // 2}
+        snapshot |= {
+            "indices": random.integers(0, 2, (3, 4, 4)),
+            "histogram": np.r_[[40, 8], np.zeros(30)].astype("int64"),
+        }
+        snapshot |= {name: random.normal(size=(20, 4)).astype("float32") for name in ("latents", "codes")}
+        save_file(snapshot, folder / "snapshots" / f"{step:08d}.safetensors")
+    return folder
+
+
+def test_the_page_holds_all_it_needs(run):
+    html = report.write_report(run).read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", html)
+    assert "url(http" not in html
+    assert "<script" not in html
+
+
+def test_names_are_escaped(run):
+    html = report.write_report(run).read_text()
+    assert "a &lt;b&gt; run" in html
+    assert "a <b> run" not in html
+
+
+def test_the_page_says_what_was_measured_and_what_it_means(run):
+    html = report.write_report(run).read_text()
+    for text in (
+        "15.25 dB",
+        "12.5%",
+        "most codes are dead",
+        "only chosen codes learn",
+        "60 steps",
+        "codebook_size = 32",
+    ):
+        assert text in html, text
+
+
+def test_the_same_run_gives_the_same_page(run):
+    first = report.write_report(run).read_bytes()
+    assert report.write_report(run).read_bytes() == first
+
+
+def test_a_run_that_has_just_begun_has_a_page(run):
+    (run / "metrics.jsonl").write_text("")
+    for path in (run / "snapshots").iterdir():
+        path.unlink()
+    assert "0 steps" in report.write_report(run).read_text()
+
+
+def test_one_dimensional_codes_have_a_map():
+    assert "svg" in report.latent_map(np.zeros((3, 1), dtype="float32"), np.ones((2, 1), dtype="float32")).html
+
+
+def test_small_pictures_are_enlarged_without_smoothing():
+    row = np.array([[[[0, 0, 0], [255, 0, 0]], [[0, 255, 0], [0, 0, 255]]]], dtype=np.uint8)
+    grid = report.picture_grid([row, row], gap=1, smallest=4)
+    assert grid.shape == (9, 4, 3)
+    assert (grid[:2, 2:] == [255, 0, 0]).all()
+    assert (grid[4] == 255).all()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"is no run folder: it has no metrics.jsonl"):
+        report.write_report(tmp_path)
