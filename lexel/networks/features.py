@@ -1,0 +1,98 @@
+"""What a feature network is: images in; pooled features, class logits and a spatial map out."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lexel import checkpoint
+from lexel.errors import UsageError, unknown
+from lexel.networks.frozen import freeze
+from lexel.networks.resize import RESIZE, resize
+
+
+class Features(NamedTuple):
+    """What a feature network sees in a batch of images."""
+
+    pooled: Tensor  # (B, dims), for Fréchet distances, precision and recall
+    logits: Tensor  # (B, classes), for inception scores
+    spatial: Tensor | None  # (B, spatial_dims), a map flattened as (h, w, c); None where nothing is published
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen classifier behind a metric. Every number made with it must carry its `name`.
+
+    It is a constant: always in eval mode, without parameters or gradients, never in half precision, saved nowhere.
+    A subclass sets the constants below and implements `load`, `_network` and `_normalise`.
+
+    Args:
+        tensors: the weights, by the names of `_network`.
+        resize: how images reach `side`, a key of RESIZE; None for the network's own.
+        logit_bias: whether logits include the classifier's bias; None for what the metric is published with.
+    """
+
+    name: ClassVar[str]
+    input_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    side: ClassVar[int]  # pixels, of the images that the layers see
+    dims: ClassVar[int]
+    classes: ClassVar[int]
+    spatial_dims: ClassVar[int | None] = None
+    classifier: ClassVar[str]  # which of the layers turns pooled features into logits
+    resize_rule: str = "clean"
+    logit_bias: bool = True
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], resize: str | None = None, logit_bias: bool | None = None
+    ) -> None:
+        super().__init__()
+        if resize is not None:
+            if resize not in RESIZE:
+                raise unknown("resize rule", resize, RESIZE)
+            self.resize_rule = resize
+        if logit_bias is not None:
+            self.logit_bias = logit_bias
+        self.fingerprint = checkpoint.fingerprint({"network": self.name}, tensors)  # of the weights alone
+        with torch.device("meta"):  # every tensor comes from outside: nothing is drawn, no random state is touched
+            network = self._network()
+        network.load_state_dict(dict(tensors), strict=True, assign=True)
+        self.network = freeze(network)
+        self.eval()
+
+    @classmethod
+    def load(cls, weights: str | Path | None = None) -> Mapping[str, Tensor]:
+        """The published tensors; see `lexel.networks.weights.load`."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, whatever the module that it stands in does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Features of images (B, 3, H, W) in [-1, 1], of any size; values between the 256 levels are not rounded.
+
+        Raises:
+            UsageError: the images have another shape.
+        """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise UsageError(f"{self.name} needs images (B, 3, H, W), got {tuple(images.shape)}")
+        dtype = next(self.network.buffers()).dtype
+        with torch.autocast(images.device.type, enabled=False):
+            images = resize(images.to(dtype), self.side, self.resize_rule)
+            pooled, spatial = self.network(self._normalise(images))
+            classifier = self.network.get_submodule(self.classifier)
+            assert isinstance(classifier, nn.Linear)
+            bias = classifier.bias if self.logit_bias else None
+            return Features(pooled, F.linear(pooled, classifier.weight, bias), spatial)
+
+    @classmethod
+    def _network(cls) -> nn.Module:
+        """The layers under the published tensor names: normalised images to pooled features and the map, if any."""
+        raise NotImplementedError
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Resized images in [-1, 1] as the layers were trained to see them."""
+        raise NotImplementedError
