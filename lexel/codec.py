@@ -1,0 +1,142 @@
+"""Folders of pictures through a tokenizer: reconstructions, and pictures from token sets."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lexel.checkpoint import atomic
+from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, pad_to_multiple, to_uint8
+from lexel.errors import UsageError
+from lexel.place import Place
+from lexel.tokenizer import Tokenizer
+
+NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
+
+ProgressCallback = Callable[[int, int | None], None]  # done, total
+
+
+class Done(NamedTuple):
+    """What a pass over pictures did."""
+
+    written: int
+    unreadable: dict[str, str]  # the reason, by name
+
+
+class Pair(NamedTuple):
+    """A picture and what the tokenizer makes of it."""
+
+    name: str
+    original: np.ndarray  # uint8 (H, W, 3)
+    reconstruction: np.ndarray  # uint8 (H, W, 3)
+
+
+class Codec:
+    """A tokenizer at its place, applied to whole sets.
+
+    Args:
+        tokenizer: any; put on the place's device and in evaluation mode.
+        place: device and precision.
+        transform: makes squares of pictures; None takes them whole, padded to the tokenizer's factor by repeating
+            their edge, and cropped back.
+        batch_size: pictures at a time; whole ones come one by one.
+        workers: processes that read pictures.
+        native_pixels: whole pictures with more pixels are left out and named.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        place: Place,
+        transform: Transform | None,
+        batch_size: int = 16,
+        workers: int = 0,
+        native_pixels: int = NATIVE_PIXELS,
+    ) -> None:
+        if transform is not None and transform.size % tokenizer.downsampling:
+            raise UsageError(
+                f"size must be a multiple of {tokenizer.downsampling} for this tokenizer, got {transform.size}"
+            )
+        self.tokenizer = tokenizer.to(place.device).eval()
+        self.place = place
+        self.transform = transform
+        self.batch_size = batch_size if transform else 1
+        self.workers = workers
+        self.native_pixels = native_pixels
+
+    def through(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) of any size through the vocabulary and back, clamped to [-1, 1]."""
+        height, width = images.shape[-2:]
+        with self.place.autocast(), torch.no_grad():
+            padded = pad_to_multiple(images.to(self.place.device), self.tokenizer.downsampling)
+            return crop_back(self.tokenizer.decode(self.tokenizer.encode(padded)), height, width)
+
+    def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
+        """Every readable picture of a set beside its reconstruction; the others are noted in `unreadable`."""
+        batches = ordered_batches(images, self.transform, self.batch_size, workers=self.workers)
+        for batch in batches:
+            height, width = batch.images.shape[-2:]
+            if self.transform is None and height * width > self.native_pixels:
+                name = images.names[int(batch.numbers[0])]
+                unreadable[name] = f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole"
+                continue
+            originals, reconstructions = to_uint8(batch.images), to_uint8(self.through(batch.images))
+            for number, original, reconstruction in zip(batch.numbers, originals, reconstructions, strict=True):
+                yield Pair(images.names[int(number)], original, reconstruction)
+        unreadable.update(batches.unreadable)
+
+    def reconstruct(
+        self,
+        sources: Sequence[str | Path],
+        out: str | Path,
+        side_by_side: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> Done:
+        """Writes the reconstruction of every picture as PNG, under the picture's own name.
+
+        Args:
+            sources: folders, files or embedded sets.
+            out: the folder to write to.
+            side_by_side: the original at the left of each.
+            progress: called with (done, total).
+        """
+        sets = [open_images(source, size=self.transform.size if self.transform else None) for source in sources]
+        unreadable: dict[str, str] = {}
+        pairs = (pair for images in sets for pair in self.pairs(images, unreadable))
+        pictures = (
+            (name, np.concatenate([original, reconstruction], axis=1) if side_by_side else reconstruction)
+            for name, original, reconstruction in pairs
+        )
+        written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
+        return Done(written, unreadable)
+
+
+def write_pngs(
+    pictures: Iterable[tuple[str, np.ndarray]], out: str | Path, total: int, progress: ProgressCallback | None = None
+) -> int:
+    """Writes named pictures, uint8 (H, W, 3), as PNG files under a folder; returns how many.
+
+    Names may have folders in them; two that would share a file get numbers.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise UsageError(f"{out} is a file; give a folder to write to")
+    taken: set[str] = set()
+    for name, picture in pictures:
+        plain = PurePosixPath(name).with_suffix("")
+        if plain.is_absolute() or ".." in plain.parts:
+            raise UsageError(f"the name {name!r} leads out of the folder to write to")
+        number, target = 1, f"{plain}.png"
+        while target in taken:
+            number += 1
+            target = f"{plain}-{number}.png"
+        taken.add(target)
+        with atomic(out / target) as path:
+            Image.fromarray(picture).save(path)
+        if progress:
+            progress(len(taken), total)
+    return len(taken)
