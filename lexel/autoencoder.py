@@ -1,13 +1,15 @@
 """The convolutional encoder and decoder around a quantizer.
 
-Two designs. `vqgan` is the one of VQGAN (https://arxiv.org/abs/2012.09841) and IBQ (https://arxiv.org/abs/2412.02692):
+Three designs. `vqgan` is the one of VQGAN (https://arxiv.org/abs/2012.09841) and IBQ (https://arxiv.org/abs/2412.02692):
 residual blocks, attention at the deepest level. `magvit2` is Open-MAGVIT2's (https://arxiv.org/abs/2409.04410):
-convolutions only, with a decoder that is told the statistics of the quantized latents.
+convolutions only, with a decoder that is told the statistics of the quantized latents. `simvq` is the same without
+these statistics (https://arxiv.org/abs/2411.02038).
 """
 
 from itertools import pairwise
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -19,11 +21,11 @@ from lexel.errors import UsageError
 class AutoencoderConfig(Config):
     """The size and design of the encoder and decoder.
 
-    Level l works at 1 / 2^l of the image's resolution with width * multipliers[l] channels, so an image is
-    downsampled by 2^(levels - 1). The defaults are those of the published IBQ tokenizers.
+    Level l has width * multipliers[l] channels and half the resolution of level l - 1, so that an image is downsampled
+    by 2^(levels - 1), times `patch`. The defaults are those of the published IBQ tokenizers.
     """
 
-    design: Literal["vqgan", "magvit2"] = "vqgan"
+    design: Literal["vqgan", "magvit2", "simvq"] = "vqgan"
     width: int = Field(default=128, ge=1)
     multipliers: list[int] = Field(default=[1, 1, 2, 2, 4], min_length=1)
     residual_blocks: int = Field(default=4, ge=1)  # in each level of the encoder; a vqgan decoder has one more
@@ -31,6 +33,8 @@ class AutoencoderConfig(Config):
     middle_attention: bool = True  # attention between the two blocks in the middle
     z_channels: int = Field(default=256, ge=1)  # channels between encoder and decoder, before the projection to codes
     groups: int = Field(default=32, ge=1)  # of every group normalization; must divide every width
+    patch: Literal[1, 2, 4, 8] = 1  # the image first becomes its Haar wavelets over squares of this side
+    downsamplings: int | None = None  # how many levels halve the resolution; all but the last if not given
 
     @model_validator(mode="after")
     def _consistent(self) -> "AutoencoderConfig":
@@ -43,8 +47,15 @@ class AutoencoderConfig(Config):
         levels = range(len(self.multipliers))
         if not set(self.attention_levels) <= set(levels):
             raise ValueError(f"attention_levels must be among {list(levels)}, got {self.attention_levels}")
-        if self.design == "magvit2" and (self.attention_levels or self.middle_attention):
-            raise ValueError("the magvit2 design has no attention; set attention_levels = [], middle_attention = false")
+        if self.downsamplings is not None and not 0 <= self.downsamplings < len(levels):
+            raise ValueError(f"downsamplings must be in [0, {len(levels)}), got {self.downsamplings}")
+        if self.design != "vqgan":
+            if self.attention_levels or self.middle_attention:
+                raise ValueError(
+                    f"the {self.design} design has no attention; set attention_levels = [], middle_attention = false"
+                )
+            if self.patch != 1 or self.downsamplings is not None:
+                raise ValueError(f"the {self.design} design has no patch and no downsamplings; leave them out")
         return self
 
     @property
@@ -55,7 +66,12 @@ class AutoencoderConfig(Config):
     @property
     def downsampling(self) -> int:
         """How many pixels of a side one latent stands for."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.patch * 2**self.halvings
+
+    @property
+    def halvings(self) -> int:
+        """How many levels halve the resolution."""
+        return len(self.multipliers) - 1 if self.downsamplings is None else self.downsamplings
 
 
 def _divisor(width: int, at_most: int) -> int:
@@ -74,17 +90,20 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         widths, groups = config.widths, config.groups
-        self.conv_in = conv3x3(3, config.width)
+        self.wavelets = config.patch.bit_length() - 1  # how often the image becomes its wavelets, exactly and unlearned
+        self.conv_in = conv3x3(3 * config.patch**2, config.width)
         self.levels = nn.ModuleList(
             Level(before, after, config.residual_blocks, groups, attention=number in config.attention_levels)
             for number, (before, after) in enumerate(pairwise(widths))
         )
-        self.downsamples = nn.ModuleList(Downsample(width) for width in widths[1:-1])
+        self.downsamples = nn.ModuleList(Downsample(width) for width in widths[1 : 1 + config.halvings])
         self.middle = Middle(widths[-1], groups, config.middle_attention)
         self.norm_out = norm(widths[-1], groups)
         self.conv_out = conv3x3(widths[-1], config.z_channels)
 
     def forward(self, images: Tensor) -> Tensor:
+        for _ in range(self.wavelets):
+            images = haar(images)
         x = self.conv_in(images)
         for number, level in enumerate(self.levels):
             x = level(x)
@@ -106,17 +125,24 @@ class Decoder(nn.Module):
             Level(before, after, config.residual_blocks + 1, groups, attention=number in config.attention_levels)
             for number, (after, before) in enumerate(pairwise(widths))
         )
-        self.upsamples = nn.ModuleList(Upsample(width) for width in widths[1:-1])  # number l leads to level l
+        self.first_upsampled = (
+            len(config.multipliers) - config.halvings
+        )  # levels from this one on double the resolution
+        self.upsamples = nn.ModuleList(Upsample(width) for width in widths[self.first_upsampled : -1])
         self.norm_out = norm(widths[0], groups)
-        self.conv_out = conv3x3(widths[0], 3)
+        self.conv_out = conv3x3(widths[0], 3 * config.patch**2)
+        self.wavelets = config.patch.bit_length() - 1
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.middle(self.conv_in(z))
         for number in reversed(range(len(self.levels))):
             x = self.levels[number](x)
-            if number > 0:
-                x = self.upsamples[number - 1](x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+            if number >= self.first_upsampled:
+                x = self.upsamples[number - self.first_upsampled](x)
+        images = self.conv_out(F.silu(self.norm_out(x)))
+        for _ in range(self.wavelets):
+            images = inverse_haar(images)
+        return images
 
 
 class MagvitEncoder(nn.Module):
@@ -146,7 +172,8 @@ class MagvitEncoder(nn.Module):
 class MagvitDecoder(nn.Module):
     """The decoder of Open-MAGVIT2: the statistics of the latents scale and shift the input of every level.
 
-    The grid must have at least two positions, for the statistics hold an unbiased variance.
+    The grid must have at least two positions, for the statistics hold an unbiased variance. SimVQ's decoder is the
+    same without statistics.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -154,7 +181,10 @@ class MagvitDecoder(nn.Module):
         widths, groups, blocks = [*config.widths[1:], config.widths[-1]], config.groups, config.residual_blocks
         self.conv_in = conv3x3(config.z_channels, widths[-1])
         self.middle = Level(widths[-1], widths[-1], blocks, groups, bias=False)
-        self.adaptive = nn.ModuleList(AdaptiveNorm(config.z_channels, before, groups) for before in widths[1:])
+        statistics = config.design == "magvit2"
+        self.adaptive = nn.ModuleList(
+            AdaptiveNorm(config.z_channels, before, groups) for before in widths[1:] if statistics
+        )
         self.levels = nn.ModuleList(
             Level(before, after, blocks, groups, bias=False) for after, before in pairwise(widths)
         )
@@ -163,11 +193,11 @@ class MagvitDecoder(nn.Module):
         self.conv_out = conv3x3(widths[0], 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        if z.shape[2] * z.shape[3] < 2:
+        if self.adaptive and z.shape[2] * z.shape[3] < 2:
             raise UsageError(f"the magvit2 decoder needs at least two latents an image, got a grid of {z.shape[2:]}")
         x = self.middle(self.conv_in(z))
         for number in reversed(range(len(self.levels))):
-            x = self.levels[number](self.adaptive[number](x, z))
+            x = self.levels[number](self.adaptive[number](x, z) if self.adaptive else x)
             if number > 0:
                 x = self.upsamples[number - 1](x)
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -176,6 +206,7 @@ class MagvitDecoder(nn.Module):
 DESIGNS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "vqgan": (Encoder, Decoder),
     "magvit2": (MagvitEncoder, MagvitDecoder),
+    "simvq": (MagvitEncoder, MagvitDecoder),
 }
 
 
@@ -293,6 +324,32 @@ class AdaptiveNorm(nn.Module):
         scale = self.gamma((positions.var(2) + 1e-6).sqrt())  # the unbiased variance, as published
         shift = self.beta(positions.mean(2))
         return scale[..., None, None] * self.norm(x) + shift[..., None, None]
+
+
+def haar(x: Tensor) -> Tensor:
+    """One step of the Haar transform, as means: (B, C, H, W) to (B, 4 C, H / 2, W / 2).
+
+    The order is mean, difference of rows, difference of columns, difference of diagonals, C channels each.
+    """
+    top, bottom = x[..., 0::2, :], x[..., 1::2, :]
+    total, difference = top + bottom, top - bottom  # over the two rows
+    bands = [
+        total[..., 0::2] + total[..., 1::2],
+        difference[..., 0::2] + difference[..., 1::2],
+        total[..., 0::2] - total[..., 1::2],
+        difference[..., 0::2] - difference[..., 1::2],
+    ]
+    return torch.cat(bands, 1) / 4
+
+
+def inverse_haar(x: Tensor) -> Tensor:
+    """The inverse of `haar`: (B, 4 C, H, W) to (B, C, 2 H, 2 W)."""
+    mean, rows, columns, diagonals = x.chunk(4, 1)
+    top_left, top_right = mean + rows + columns + diagonals, mean + rows - columns - diagonals
+    bottom_left, bottom_right = mean - rows + columns - diagonals, mean - rows - columns + diagonals
+    top = torch.stack([top_left, top_right], -1).flatten(-2)
+    bottom = torch.stack([bottom_left, bottom_right], -1).flatten(-2)
+    return torch.stack([top, bottom], -2).flatten(-3, -2)
 
 
 def norm(width: int, groups: int) -> nn.GroupNorm:
