@@ -6,28 +6,64 @@ from typing import Any
 
 from lexel.errors import UsageError, unknown
 from lexel.quantizers.base import Quantized, Quantizer
+from lexel.quantizers.bsq import BSQ
+from lexel.quantizers.continuous import Continuous
+from lexel.quantizers.cosine import Cosine
+from lexel.quantizers.ema import EMA
+from lexel.quantizers.fsq import FSQ
 from lexel.quantizers.ibq import IBQ
+from lexel.quantizers.lfq import LFQ
+from lexel.quantizers.simvq import SimVQ
+from lexel.quantizers.table import Table
 from lexel.quantizers.vq import VQ
 
-QUANTIZERS: dict[str, type[Quantizer]] = {"vq": VQ, "ibq": IBQ}
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VQ,
+    "ema": EMA,
+    "cosine": Cosine,
+    "ibq": IBQ,
+    "lfq": LFQ,
+    "bsq": BSQ,
+    "fsq": FSQ,
+    "simvq": SimVQ,
+}
+
+# What `build` knows besides the methods: a baked table, and no quantization at all.
+_OTHERS: dict[str, type[Quantizer]] = {"table": Table, "none": Continuous}
 
 
 def build(kind: str, options: Mapping[str, Any]) -> Quantizer:
-    """A quantizer from its name in QUANTIZERS and the arguments of that constructor.
+    """A quantizer from its name in QUANTIZERS (or "table" or "none") and the arguments of that constructor.
 
     Raises:
         UsageError: the kind or an option is unknown, or a required option is missing.
     """
-    if kind not in QUANTIZERS:
-        raise unknown("quantizer", kind, QUANTIZERS)
-    parameters = dict(inspect.signature(QUANTIZERS[kind]).parameters)
+    known = QUANTIZERS | _OTHERS
+    if kind not in known:
+        raise unknown("quantizer", kind, known)
+    parameters = dict(inspect.signature(known[kind]).parameters)
     for name in options:
         if name not in parameters:
             raise UsageError(f"quantizer {kind!r} has no option {name!r}; its options are {', '.join(parameters)}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in options:
             raise UsageError(f"quantizer {kind!r} needs the option {name!r}")
-    return QUANTIZERS[kind](**options)
+    return known[kind](**options)
 
 
-__all__ = ["IBQ", "QUANTIZERS", "VQ", "Quantized", "Quantizer", "build"]
+__all__ = [
+    "BSQ",
+    "EMA",
+    "FSQ",
+    "IBQ",
+    "LFQ",
+    "QUANTIZERS",
+    "VQ",
+    "Continuous",
+    "Cosine",
+    "Quantized",
+    "Quantizer",
+    "SimVQ",
+    "Table",
+    "build",
+]

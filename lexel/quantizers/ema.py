@@ -1,0 +1,129 @@
+"""Vector quantization whose codes are moving averages (https://arxiv.org/abs/1711.00937, appendix A.1), with
+restart of dead codes (https://arxiv.org/abs/2003.02836)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lexel.errors import UsageError
+from lexel.kernels import nearest
+from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, as_vectors, choose, full_precision
+from lexel.quantizers.distributed import all_rows, all_sum
+
+
+class EMA(Quantizer):
+    """Every code is the running mean of the latents that chose it; no gradient reaches the table.
+
+    In training, in this order: dead codes are restarted, latents choose, the averages move (with counts and sums
+    of all processes), codes are looked up. So z_q is always what the indices name. Published code looks codes up
+    before it moves them; the difference is one step of 1 - decay.
+
+        EMA(codebook_size=1024, codebook_dim=64, start="kmeans", restart_below=1.0)
+
+    Args:
+        codebook_size: number of codes, K.
+        codebook_dim: length of a code, D.
+        decay: of the averages; 0.99 is the paper's.
+        epsilon: of the Laplace smoothing of the counts.
+        start: "normal", N(0, 1), or "kmeans", 10 iterations on the first training batch.
+        restart_below: a code whose average count per batch is below this becomes a random latent of the batch,
+            before latents choose; 0 is off. RQ-VAE uses 1; with fewer latents in a batch than codes, stay below
+            their ratio.
+        gradient: "straight_through" or "rotation".
+    """
+
+    LOSS_WEIGHTS = {"commitment": 0.25}
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        decay: float = 0.99,
+        epsilon: float = 1e-5,
+        start: str = "normal",
+        restart_below: float = 0.0,
+        gradient: str = "straight_through",
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim)
+        if not 0 <= decay < 1:
+            raise UsageError(f"decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.epsilon = epsilon
+        self.start = choose("start", start, ("normal", "kmeans"))
+        self.restart_below = restart_below
+        self.gradient = choose("gradient", gradient, GRADIENTS)
+        self.register_buffer("weight", torch.randn(codebook_size, codebook_dim))
+        self.register_buffer("counts", torch.ones(codebook_size))  # average number of latents per batch
+        self.register_buffer("sums", self.weight.clone())  # average sum of those latents
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
+        self.weight: Tensor
+        self.counts: Tensor
+        self.sums: Tensor
+        self.steps: Tensor
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.weight
+
+    @full_precision
+    def forward(self, z: Tensor) -> Quantized:
+        if self.training:
+            indices = self._learn(as_vectors(z.detach())).view(z.shape[0], *z.shape[2:])
+        else:
+            indices = self.assign(z)
+        z_q = self.indices_to_codes(indices)
+        return Quantized(GRADIENTS[self.gradient](z, z_q), indices, {"commitment": F.mse_loss(z, z_q)})
+
+    @torch.no_grad()
+    def _learn(self, vectors: Tensor) -> Tensor:
+        """One step of the averages on latents (N, D); returns the indices (N,) they chose."""
+        vectors = vectors.to(self.weight.dtype)
+        if self.start == "kmeans" and self.steps == 0:
+            self._set(torch.ones_like(self.counts, dtype=torch.bool), kmeans(all_rows(vectors), self.codebook_size))
+        elif self.restart_below > 0:
+            self._restart(vectors)
+        self.steps += 1
+
+        indices = nearest(vectors, self.weight)
+        counts = torch.zeros_like(self.counts).index_add_(0, indices, torch.ones_like(indices, dtype=vectors.dtype))
+        self.counts.lerp_(all_sum(counts), 1 - self.decay)
+        self.sums.lerp_(all_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors)), 1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
+        self.weight.copy_(self.sums / smoothed[:, None])
+        return indices
+
+    def _restart(self, vectors: Tensor) -> None:
+        dead = self.counts < self.restart_below
+        if dead.any():
+            # The step seeds the choice: processes agree, and a resumed run chooses as an uninterrupted one.
+            generator = torch.Generator().manual_seed(int(self.steps))
+            self._set(dead, draw(all_rows(vectors), int(dead.sum()), generator), max(self.restart_below, 1.0))
+
+    def _set(self, which: Tensor, codes: Tensor, count: float = 1.0) -> None:
+        self.weight[which] = codes
+        self.counts[which] = count
+        self.sums[which] = codes * count
+
+
+@torch.no_grad()
+def draw(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different rows of vectors (N, D); where N is smaller, rows repeat with noise of 1 % of their spread."""
+    order = torch.randperm(len(vectors), generator=generator)
+    if count <= len(vectors):
+        return vectors[order[:count].to(vectors.device)]
+    rows = vectors[order.repeat(-(-count // len(vectors)))[:count].to(vectors.device)]
+    noise = torch.randn(rows.shape, generator=generator).to(rows)
+    return rows + 0.01 * vectors.std(correction=0) * noise
+
+
+@torch.no_grad()
+def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
+    """Lloyd's algorithm on vectors (N, D) from random rows: (count, D). A centre nobody chooses stays."""
+    centres = draw(vectors, count, torch.Generator().manual_seed(0))
+    for _ in range(iterations):
+        indices = nearest(vectors, centres)
+        counts = torch.bincount(indices, minlength=count)[:, None]
+        sums = torch.zeros_like(centres).index_add_(0, indices, vectors)
+        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+    return centres

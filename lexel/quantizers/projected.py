@@ -1,0 +1,55 @@
+"""A table behind a projection that trains: what SimVQ, VQGAN-LC and FVQ share."""
+
+import torch
+from torch import Tensor
+
+from lexel.kernels import nearest
+from lexel.quantizers.base import (
+    GRADIENTS,
+    Quantized,
+    Quantizer,
+    choose,
+    full_precision,
+    lookup,
+    vq_terms,
+)
+
+
+class ProjectedVQ(Quantizer):
+    """Plain vector quantization on the table that `project()` makes, so every code moves when one is chosen.
+
+    In training the table is made anew at every use. In evaluation mode it is a constant: made once, kept while
+    nothing it is made of changes, and no gradient reaches it.
+    """
+
+    LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
+
+    def __init__(self, codebook_size: int, codebook_dim: int, gradient: str) -> None:
+        super().__init__(codebook_size, codebook_dim)
+        self.gradient = choose("gradient", gradient, GRADIENTS)
+        self._kept: tuple[tuple[object, ...], Tensor] | None = None
+
+    def project(self) -> Tensor:
+        """The table in force, made from the parameters: (K, D)."""
+        raise NotImplementedError
+
+    @property
+    def codebook(self) -> Tensor:
+        # Autocast would round the codes, and with them the indices.
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
+            if self.training or torch.compiler.is_compiling():
+                self._kept = None
+                return self.project()
+            state = tuple((t.data_ptr(), t._version, t.dtype) for t in (*self.parameters(), *self.buffers()))
+            if self._kept is None or self._kept[0] != state:
+                with torch.no_grad():
+                    self._kept = state, self.project()
+            return self._kept[1]
+
+    @full_precision
+    def forward(self, z: Tensor) -> Quantized:
+        table = self.codebook
+        vectors = z.movedim(1, -1)  # (B, *grid, D)
+        indices = nearest(vectors.flatten(0, -2), table).view(vectors.shape[:-1])
+        z_q = lookup(indices, table).movedim(-1, 1)
+        return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))

@@ -1,0 +1,32 @@
+"""SimVQ: a frozen table behind one linear layer (https://arxiv.org/abs/2411.02038)."""
+
+import torch
+from torch import Tensor, nn
+
+from lexel.quantizers.projected import ProjectedVQ
+
+
+class SimVQ(ProjectedVQ):
+    """The codes are a linear map of a frozen random table: training the map moves them all.
+
+    The table starts at N(0, 1/D) and stays; the layer has a bias, as in the released code.
+
+        SimVQ(codebook_size=65536, codebook_dim=128)
+
+    Args:
+        codebook_size: number of codes, K.
+        codebook_dim: length of a code, D.
+        bias: whether the layer has one.
+        gradient: "straight_through" or "rotation" (users report a growing commitment term with the latter).
+    """
+
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, bias: bool = True, gradient: str = "straight_through"
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim, gradient)
+        self.register_buffer("table", torch.randn(codebook_size, codebook_dim) * codebook_dim**-0.5)
+        self.table: Tensor
+        self.projection = nn.Linear(codebook_dim, codebook_dim, bias=bias)
+
+    def project(self) -> Tensor:
+        return self.projection(self.table)
