@@ -1,6 +1,5 @@
 """What quantizers stand on: best-code search and index backpropagation, without a tensor of N x K."""
 
-from lexel.kernels.index_backpropagation import index_backpropagation
-from lexel.kernels.search import nearest
+from lexel.kernels.index_backpropagation import Similarity, index_backpropagation, nearest
 
-__all__ = ["index_backpropagation", "nearest"]
+__all__ = ["Similarity", "index_backpropagation", "nearest"]

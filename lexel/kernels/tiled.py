@@ -1,0 +1,207 @@
+"""Index backpropagation in tiles of plain PyTorch, for any device: memory O((N + K) D), five matrix products.
+
+With logits L = queries @ keys.T (- |keys|^2 for distances), p = softmax(L / T), g the gradient that reaches z_q and
+S = g @ codes.T:
+
+    dL        = p (S - sum_k p S) / T                       through the straight-through one-hot
+    dqueries  = dL @ keys,   dkeys = dL.T @ queries  (- 2 keys sum_n dL for distances)
+    dcodes    = g, added to the chosen rows                 the output itself is hard: no product
+
+The backward pass takes some rows at a time against all codes, so that the softmax is normalised over the very numbers
+that are multiplied: the exact cancellation in S - sum p S survives float32.
+
+The entropies use q = softmax(L / tau) with a small tau, which multiplies rounding errors by 1 / tau. Codes further
+than tau (log K + CUT) below a row's best hold less than exp(-CUT) of its mass together; they are dropped, and the rest,
+mostly one or two codes, is done in float64. Rows with more than `search.WIDTH` such codes are broad: they are done
+against all codes, in float64 where tau is the smaller temperature.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lexel.kernels.oracle import EPS
+from lexel.kernels.problem import Problem
+from lexel.kernels.search import TILE, minus_squares, near_codes
+
+# exp(-CUT) bounds the probability mass that a row's entropies may lose.
+CUT = {torch.float32: 28.0, torch.float64: 46.0}
+# p is kept above exp(-FLOOR) of a row's largest, at most K exp(-50) of mass: denormal numbers slow a CPU down.
+FLOOR = 50.0
+
+
+class Found(NamedTuple):
+    """What the forward pass finds; the last four are empty without entropies."""
+
+    indices: Tensor  # (N,) int64
+    sample: Tensor  # () mean entropy of the rows
+    batch: Tensor  # () entropy of the mean row
+    near: Tensor  # (N, WIDTH) int64, the codes that hold a row's mass at the entropy temperature
+    q: Tensor  # (N, WIDTH) float64, their probabilities; 0 where there are fewer
+    mean: Tensor  # (K,) float64, the mean of q over the rows
+    broad: Tensor  # (N,) bool, rows that have no such list
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs; `codes` is empty where the keys are the codes."""
+
+    queries: Tensor
+    keys: Tensor
+    codes: Tensor
+
+
+def rows_at_a_time(size: int, cuda: bool) -> int:
+    """How many rows the backward pass takes at a time by default."""
+    most, budget = (4096, 2**28) if cuda else (256, 2**25)
+    return max(16, min(most, budget // size))
+
+
+def forward(problem: Problem) -> Found:
+    """Indices and entropies."""
+    queries, keys, bias, tau = problem.queries, problem.keys, _bias(problem), problem.entropy_temperature
+    slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if problem.entropy else 0.0
+    near = near_codes(queries, keys, bias, slack)
+    if not problem.entropy:
+        scalar, empty = queries.new_zeros(()), queries.new_empty(0, dtype=torch.float64)
+        return Found(near.best, scalar, scalar.clone(), near.codes[:0].clone(), empty, empty.clone(), near.broad[:0])
+
+    # A broad row's list is empty, and its softmax is no number: it takes part below.
+    q = (near.scores / tau).softmax(1).masked_fill(near.broad[:, None], 0.0)
+    entropies = -torch.special.xlogy(q, q).sum(1)
+    mean = add_rows(q.new_zeros(len(keys)), near.codes.flatten(), q.flatten())
+    for some in near.broad.nonzero().squeeze(1).split(problem.rows):
+        log_q = _log_softmax(problem, some, bias)
+        q_some = log_q.exp()
+        entropies[some] = -(q_some * log_q).sum(1).double()
+        mean += q_some.sum(0, dtype=torch.float64)
+    mean /= len(queries)
+    sample = entropies.mean().to(queries.dtype)
+    batch = -(mean * (mean + EPS).log()).sum().to(queries.dtype)
+    return Found(near.best, sample, batch, near.codes, q, mean, near.broad)
+
+
+def backward(
+    problem: Problem,
+    found: Found,
+    soft: Tensor | None,
+    hard: Tensor | None,
+    sample: Tensor | None,
+    batch: Tensor | None,
+) -> Gradients:
+    """Gradients of the inputs from those of the outputs.
+
+    Args:
+        soft: (N, D), reaches all codes and the queries through the softmax: the gradient of z_q.
+        hard: (N, D), reaches the chosen codes only: z_q's and that of the plain lookup together.
+        sample: (), the gradient of the mean entropy of the rows.
+        batch: (), the gradient of the entropy of the mean row.
+    """
+    queries, keys, codes = problem.queries, problem.keys, problem.codes
+    into = Gradients(
+        torch.zeros_like(queries),
+        torch.zeros_like(keys),
+        queries.new_empty(0) if codes is None else torch.zeros_like(codes),
+    )
+    mass = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
+    if soft is not None:
+        _soft(problem, soft, into, mass)
+    if sample is not None or batch is not None:
+        zero = found.mean.new_zeros(())
+        _entropies(problem, found, zero if sample is None else sample, zero if batch is None else batch, into, mass)
+    if problem.distance:
+        into.keys.addcmul_(keys, mass[:, None], value=-2)
+    if hard is not None:
+        add_rows(into.keys if codes is None else into.codes, found.indices, hard)
+    return into
+
+
+def _soft(problem: Problem, g: Tensor, into: Gradients, mass: Tensor) -> None:
+    """The gradient through the softmax of the straight-through one-hot, into tensors that are zero so far."""
+    queries, keys, bias, temperature = problem.queries, problem.keys, _bias(problem), problem.temperature
+    # Gradients of means are tiny, and their products with a small p denormal: work at a power of two times their size.
+    exponent = torch.frexp(g.abs().amax()).exponent
+    g = torch.ldexp(g, -exponent)
+    scaled = queries / temperature
+    shift = None if bias is None else bias / temperature
+    rows = min(problem.rows, len(queries))
+    p, dl = queries.new_empty(rows, len(keys)), queries.new_empty(rows, len(keys))
+    for start in range(0, len(queries), rows):
+        part = slice(start, start + rows)
+        n = len(queries[part])
+        _products(scaled[part], keys, shift, out=p[:n])
+        _products(g[part], keys if problem.codes is None else problem.codes, None, out=dl[:n])
+        if queries.dtype == torch.float32 and not queries.is_cuda:
+            torch.maximum(p[:n], p[:n].amax(1, keepdim=True) - FLOOR, out=p[:n])
+        torch.softmax(p[:n], 1, out=p[:n])
+        torch.ops.aten._softmax_backward_data.out(dl[:n], p[:n], 1, dl.dtype, grad_input=dl[:n])
+        torch.mm(dl[:n], keys, out=into.queries[part])
+        into.keys.addmm_(dl[:n].T, scaled[part])
+        if problem.distance:
+            mass += dl[:n].sum(0)
+    back = torch.ldexp(torch.ones_like(mass[0]), exponent)
+    into.queries.mul_(back / temperature)
+    into.keys.mul_(back)
+    mass.mul_(back / temperature)
+
+
+def _entropies(problem: Problem, found: Found, sample: Tensor, batch: Tensor, into: Gradients, mass: Tensor) -> None:
+    """Adds the gradients of both entropies."""
+    queries, keys = problem.queries, problem.keys
+    scale = 1 / (len(queries) * problem.entropy_temperature)
+    pull = (found.mean + EPS).log() + found.mean / (found.mean + EPS)  # (K,)
+
+    def slope(q: Tensor, log_q: Tensor, pull: Tensor) -> Tensor:
+        surprise = log_q - (q * log_q).sum(1, keepdim=True)
+        relief = pull - (q * pull).sum(1, keepdim=True)
+        return (-scale * q * (sample.to(q.dtype) * surprise + batch.to(q.dtype) * relief)).to(queries.dtype)
+
+    # Rows with a list: one or two codes each.
+    listed = slope(found.q, torch.where(found.q > 0, found.q, 1.0).log(), pull[found.near])
+    row, place = (found.q > 0).nonzero(as_tuple=True)
+    code, value = found.near[row, place], listed[row, place]
+    add_rows(into.queries, row, value[:, None] * keys[code])
+    add_rows(into.keys, code, value[:, None] * queries[row])
+    add_rows(mass, code, value)
+
+    # Broad rows: all codes.
+    bias = _bias(problem)
+    for some in found.broad.nonzero().squeeze(1).split(problem.rows):
+        log_q = _log_softmax(problem, some, bias)
+        dl = slope(log_q.exp(), log_q, pull.to(log_q.dtype))
+        into.queries[some] += dl @ keys
+        into.keys.addmm_(dl.T, queries[some])
+        mass += dl.sum(0)
+
+
+def _bias(problem: Problem) -> Tensor | None:
+    return minus_squares(problem.keys) if problem.distance else None
+
+
+def _log_softmax(problem: Problem, some: Tensor, bias: Tensor | None) -> Tensor:
+    """log q of some rows against all codes: (n, K)."""
+    # Logits divided by a small temperature multiply float32 rounding; at the softmax's own it is as for the softmax.
+    wide = problem.entropy_temperature < problem.temperature
+    queries = problem.queries[some].to(torch.float64 if wide else problem.queries.dtype)
+    logits = _products(queries, problem.keys, bias, queries.new_empty(len(queries), len(problem.keys)))
+    return logits.div_(problem.entropy_temperature).log_softmax(1)
+
+
+def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """queries @ keys.T + bias, tile by tile: a tile of keys stays in the cache for all rows."""
+    for start in range(0, len(keys), TILE):
+        part = slice(start, start + TILE)
+        tile = keys[part].to(out.dtype)
+        if bias is None:
+            torch.mm(queries, tile.T, out=out[:, part])
+        else:
+            torch.addmm(bias[part].to(out.dtype), queries, tile.T, out=out[:, part])
+    return out
+
+
+def add_rows(target: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    """target[indices] += rows, in place, with the same rounding in every run."""
+    if target.is_cuda:  # index_add_ would use atomics; this sorts
+        return target.index_put_((indices,), rows, accumulate=True)
+    return target.index_add_(0, indices, rows)
