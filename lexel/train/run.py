@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator  # type: ignore[import-untyped]
+from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
 from pydantic import Field, model_validator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -172,6 +173,13 @@ class RunFolder:
         with self._stop_when_full(step), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes what the report shows of a step."""
+        if not self.writes:
+            return
+        with self._stop_when_full(step), atomic(self.snapshots / f"{step:08d}.safetensors") as temporary:
+            save_file(dict(tensors), temporary)
+
     def lines(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, of one kind or of all."""
         return [line for line in read_metrics(self.metrics) if kind in (None, line["kind"])]
@@ -212,7 +220,7 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     Raises:
         UsageError: names the first option that differs.
     """
-    old, new = _flatten(before), _flatten(now)
+    old, new = flatten(before), flatten(now)
     for name in sorted({*old, *new} - OPERATIONAL):
         was, wanted = old.get(name), new.get(name)
         if was == wanted or (name in LENGTHS and was is not None and wanted is not None and wanted >= was):
@@ -224,11 +232,11 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
         )
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -320,6 +328,10 @@ class RunningMeans:
         self.sums, self.counts = {}, {}
         return means
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The means as scalars on their device."""
+        return {name: total / self.counts[name] for name, total in self.sums.items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": dict(self.counts)}
 
@@ -331,13 +343,16 @@ class RunningMeans:
 # ---------------------------------------------------------------------------------------------- the machine
 
 
-def start(device: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
+def start(
+    device: str = "auto", trackers: Sequence[str] = (), folder: Path | None = None, unused: bool = False
+) -> Accelerator:
     """The accelerate engine: processes and trackers. Precision is the loops' own, so that it is saved with the rest.
 
     Args:
         device: "auto", "cpu", "cuda", ...
         trackers: of "tensorboard", "wandb", "trackio".
         folder: where trackers that write files may write.
+        unused: whether a step may leave parameters without a gradient.
     """
     from accelerate.tracking import filter_trackers  # type: ignore[import-untyped]
 
@@ -345,8 +360,12 @@ def start(device: str = "auto", trackers: Sequence[str] = (), folder: Path | Non
     for name in trackers:
         if name not in known:
             raise UsageError(f"unknown tracker {name!r}; choose from {', '.join(sorted(known))}")
+    # Buffers stay each process's own: quantizers synchronise theirs, and batch statistics are meant to be local.
+    parallel = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=unused)
     accelerator = Accelerator(
         device_placement=False,
+        mixed_precision="no",
+        kwargs_handlers=[parallel],
         cpu=device == "cpu",
         log_with=list(trackers) or None,
         project_dir=str(folder) if folder else None,
@@ -385,7 +404,10 @@ def optimizer_step(
 ) -> Tensor:
     """One step on the gradients at hand, skipped by the scaler when half precision overflowed; returns their norm."""
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     scaler.step(optimizer)
     scaler.update()
     return norm

@@ -1,0 +1,115 @@
+"""What a tokenizer under training is measured by, on pictures it does not learn from."""
+
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator  # type: ignore[import-untyped]
+from torch import Tensor
+
+from lexel.data import ImageSet, Transform, ordered_batches, to_uint8
+from lexel.losses import LPIPS
+from lexel.metrics.health import CodeHistogram, gradient_health
+from lexel.metrics.pixels import psnr
+from lexel.place import Place
+from lexel.tokenizer import Tokenizer
+
+SHOWN = 8  # pictures in a snapshot, and for the gradient's health
+SAMPLED = 2048  # latents, and codes, in a snapshot at most
+
+
+class Measured(NamedTuple):
+    """The numbers of a validation line, and the tensors of a snapshot."""
+
+    values: dict[str, float | None]
+    snapshot: dict[str, Tensor]
+
+
+@torch.no_grad()
+def validate(
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    transform: Transform,
+    batch_size: int,
+    place: Place,
+    accelerator: Accelerator,
+    limit: int | None = None,
+    lpips: LPIPS | None = None,
+    workers: int = 0,
+) -> Measured:
+    """Measures a tokenizer in evaluation mode; every process must call, and all get the same numbers.
+
+    Args:
+        tokenizer: in evaluation mode.
+        images: to measure on.
+        transform: makes squares of them.
+        batch_size: images a batch, of each process.
+        place: device and precision.
+        accelerator: tells the processes.
+        limit: measure on so many images only.
+        lpips: measures perceptual distance too.
+        workers: processes that read pictures.
+    """
+    if limit is not None and limit < len(images):
+        images = images.subset(range(limit))
+    quantizer = tokenizer.quantizer
+    histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), place.device)
+    names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=place.device)  # each but the first: mean x images
+    batches = ordered_batches(
+        images, transform, batch_size, accelerator.process_index, accelerator.num_processes, workers
+    )
+    for batch in batches:
+        pictures = batch.images.to(place.device)
+        with place.autocast():
+            z = tokenizer.latents(pictures)
+            indices = quantizer.assign(z)
+            z_q = quantizer.indices_to_codes(indices)
+            made = tokenizer.decode_codes(z_q).clamp(-1, 1)
+        histogram.add(indices)
+        means = [
+            1.0,
+            (made - pictures).abs().mean(),
+            psnr(pictures, made).mean(),
+            (z_q - z).square().mean(),
+            z.norm(dim=1).mean(),
+            *([lpips(made, pictures).mean()] if lpips is not None else []),
+        ]
+        row = torch.stack([torch.as_tensor(mean, dtype=torch.float64, device=place.device) for mean in means])
+        sums += len(pictures) * row
+    histogram.all_reduce()
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums, "sum")
+    values: dict[str, float | None] = dict(zip(names[1:], (sums[1:] / sums[0]).tolist(), strict=True))
+
+    # A handful of pictures, the same in every process, for what needs gradients and for the eye.
+    shown = next(iter(ordered_batches(images, transform, min(SHOWN, len(images))))).images.to(place.device)
+    with place.autocast():
+        health = gradient_health(tokenizer, shown)
+        z = tokenizer.latents(shown)
+        indices = quantizer.assign(z)
+        made = tokenizer.decode_codes(quantizer.indices_to_codes(indices))
+    codes = quantizer.codebook.detach().float().flatten(0, -2)
+    values |= {
+        "usage": histogram.usage,
+        "perplexity": histogram.perplexity,
+        "dead_codes": histogram.dead,
+        "softmax_perplexity": health.softmax_perplexity,
+        "gradient_ratio": health.ratio,
+        "gradient_cosine": health.cosine,
+        "code_norm": float(codes.norm(dim=1).mean()),
+    }
+    snapshot = {
+        "originals": torch.from_numpy(to_uint8(shown)),
+        "reconstructions": torch.from_numpy(to_uint8(made)),
+        "indices": indices,
+        "histogram": histogram.counts.sum(0),
+        "latents": _sample(z.float().movedim(1, -1).flatten(0, -2)),
+        "codes": _sample(codes),
+    }
+    return Measured(values, {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()})
+
+
+def _sample(rows: Tensor) -> Tensor:
+    """At most SAMPLED rows, evenly spaced."""
+    stride = -(-len(rows) // SAMPLED)
+    return rows[::stride]
