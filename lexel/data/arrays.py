@@ -12,7 +12,7 @@ from lexel.errors import UsageError
 
 def to_images(array: np.ndarray | Tensor) -> Tensor:
     """uint8 pictures (..., H, W, 3) as float32 images (..., 3, H, W): x / 127.5 - 1, on the device they lie on."""
-    pixels = torch.from_numpy(np.ascontiguousarray(array)) if isinstance(array, np.ndarray) else array
+    pixels = torch.from_numpy(np.require(array, requirements=["C", "W"])) if isinstance(array, np.ndarray) else array
     if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
         raise UsageError(f"pictures must be uint8 (..., H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
     return pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)

@@ -6,6 +6,7 @@ r-th of P equal slices of those. How many worker processes read the pictures cha
 train; a run that starts again at step s gets the batches that the first run would have got.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lexel.data.arrays import to_images
 from lexel.data.files import UnreadableImage
@@ -133,7 +134,7 @@ class TrainingBatches(Iterator[Batch]):
         self.unreadable: dict[str, str] = {}
         self._device = device
         steps = _TrainingSteps(images, transform, batch_size, seed, rank, processes, on_error)
-        self._read = iter(_loader(steps, _count_from(first_step), workers, prefetch))
+        self._read = _items(steps, _CountFrom(first_step), workers, prefetch)
 
     def __next__(self) -> Batch:
         pictures = next(self._read)
@@ -197,7 +198,7 @@ class OrderedBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pictures in _loader(self._batches, range(len(self._batches)), self._workers, self._prefetch):
+        for pictures in _items(self._batches, range(len(self._batches)), self._workers, self._prefetch):
             self.unreadable.update(pictures.unreadable)
             if pictures.numbers:
                 yield _as_batch(pictures, self.images, self._device)
@@ -288,23 +289,33 @@ class _OrderedNumbers:
         return _Pictures(stacked, numbers, unreadable)
 
 
-class _count_from:
-    """0, 1, 2, ... from a first step on, without end; an object that a DataLoader takes for a sampler."""
+class _CountFrom:
+    """first, first + 1, first + 2, ... without end; an object that a DataLoader takes for a sampler."""
 
     def __init__(self, first: int) -> None:
         self.first = first
 
     def __iter__(self) -> Iterator[int]:
-        step = self.first
-        while True:
-            yield step
-            step += 1
+        return itertools.count(self.first)
 
 
-def _loader(table: Any, order: Any, workers: int, prefetch: int) -> DataLoader[Any]:
+class _OrError(Dataset[Any]):
+    """A table whose errors for the user come out as items: a DataLoader would bury them in a worker's traceback."""
+
+    def __init__(self, table: Any) -> None:
+        self.table = table
+
+    def __getitem__(self, item: int) -> _Pictures | UsageError:
+        try:
+            return self.table[item]
+        except UsageError as error:
+            return error
+
+
+def _items(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[_Pictures]:
     """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept."""
-    return DataLoader(
-        table,
+    loader: DataLoader[Any] = DataLoader(
+        _OrError(table),
         batch_size=None,  # an item is a whole batch already
         sampler=order,
         num_workers=workers,
@@ -312,6 +323,10 @@ def _loader(table: Any, order: Any, workers: int, prefetch: int) -> DataLoader[A
         collate_fn=_as_it_is,
         generator=torch.Generator(),  # else a DataLoader draws from the global stream, and validation moves training
     )
+    for item in loader:
+        if isinstance(item, UsageError):
+            raise item
+        yield item
 
 
 def _as_it_is(item: Any) -> Any:

@@ -19,7 +19,8 @@ class DataConfig(Config):
     """Where images come from."""
 
     source: str  # a folder, or an embedded set: openmoji, openmoji-subcategories, photos
-    # What to measure on: a path, a split of the source ("validation"), or the part of it to hold out (0.05).
+    # What to measure on: a path, a split of the source ("validation"; ./validation is a path), or the part of it to
+    # hold out (0.05).
     # Left out: the source's own validation split where it has one, else 5 % of it.
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     size: Annotated[int, Field(ge=1)]  # pixels a side
@@ -56,12 +57,11 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         return open_images(source, split, config.size, progress=progress)
 
     source, validation = config.source, config.validation
-    if validation is None and _has_split(source, "validation"):
+    if validation is None and _has_split(source, "train") and _has_split(source, "validation"):
         validation = "validation"
     if isinstance(validation, str):
         if validation in SPLITS:
-            training = opened(source, "train" if validation != "train" else None)
-            measuring = opened(source, validation)
+            training, measuring = opened(source, "train"), opened(source, validation)
         else:
             training, measuring = (
                 opened(source, "train" if _has_split(source, "train") else None),

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import numpy as np
 from PIL import Image
 
+from lexel.data.files import written_whole
 from lexel.data.images import ArrayImages, FileImages, ImageSet
 from lexel.errors import UsageError
 
@@ -51,14 +51,10 @@ KIN = {
     "1F1F9-1F1E9": "1F1F7-1F1F4",
 }
 
-PHOTOS = {  # package, folder in it, pattern of the file names
-    "scikit-image": (
-        "skimage",
-        "data",
-        r"(astronaut|chelsea|coffee|motorcycle_left)\.png|(rocket|retina|hubble_deep_field)\.jpg",
-    ),
-    "foolbox": ("foolbox", "data", r"imagenet_\d+_\d+\.jpg"),
-}
+PHOTOS = (  # package, folder in it, pattern of the file names
+    ("skimage", "data", r"(astronaut|chelsea|coffee|motorcycle_left)\.png|(rocket|retina|hubble_deep_field)\.jpg"),
+    ("foolbox", "data", r"imagenet_\d+_\d+\.jpg"),
+)
 
 
 def openmoji(split: str | None, size: int | None, progress: Progress, labels: str = "category") -> ImageSet:
@@ -93,16 +89,17 @@ def photos(split: str | None, size: int | None, progress: Progress) -> ImageSet:
     """Photographs of several sizes that scikit-image and foolbox carry: those of the packages that are installed."""
     if split is not None:
         raise UsageError(f"photos has no split {split!r}; leave it out")
-    paths = []
-    for package, folder, pattern in PHOTOS.values():
+    paths: list[Path] = []
+    for package, folder, pattern in PHOTOS:
         place = _find(package)
         if place is not None:
             paths += sorted(path for path in (place / folder).iterdir() if re.fullmatch(pattern, path.name))
     if not paths:
         raise _missing("photos", "scikit-image", "foolbox --no-deps")
     return FileImages(
-        paths,
+        Path("/"),
         [path.name for path in paths],
+        files=[str(path) for path in paths],
         attribution="Photographs from scikit-image (scikit-image.org) and foolbox (ImageNet)",
     )
 
@@ -162,17 +159,8 @@ def _rendered(names: list[str], size: int, progress: Progress) -> np.ndarray:
     except PackageNotFoundError as error:
         raise _missing("openmoji", str(error.name)) from None
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A name of its own for every writer: two processes may start at once, and either may be killed.
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.stem}-", suffix=".npy", delete=False) as file:
-            try:
-                np.save(file, render(names, size, progress))
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink()
-                raise
+        with written_whole(path) as file:
+            np.save(file, render(names, size, progress))
     array = np.load(path, mmap_mode="r")
     if array.shape != (len(names), size, size, 3) or array.dtype != np.uint8:
         raise UsageError(f"{path} is not the rendered set it should be; delete it to render it again")

@@ -1,10 +1,14 @@
 """Image files of any common kind as uint8 RGB arrays, or a clear word on why not."""
 
 import os
+import secrets
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -14,10 +18,12 @@ from lexel.errors import UsageError
 # Found by their names, read by their contents: a PNG called .jpg is read as the PNG it is. HEIC cannot be read here,
 # but it must be named as unreadable, not overlooked: it is what many phones write.
 EXTENSIONS = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"]
-    + [".heic", ".heif"]
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
+    | {".avif", ".heic", ".heif"}
 )
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF"]
+if find_spec("PIL.AvifImagePlugin") is not None:  # Pillow 11.3 and later
+    FORMATS.append("AVIF")
 
 PIXEL_LIMIT = 150_000_000  # 450 MB decoded; a larger picture is more likely a bomb than a photograph
 
@@ -86,7 +92,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             continue
         if _is_folder(entry):
             yield from _walk(Path(entry.path), seen)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS:
+        elif Path(entry.name).suffix.lower() in EXTENSIONS and _may_be_file(entry):
             yield Path(entry.path)
 
 
@@ -95,6 +101,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:  # a link that points at itself
         return False
+
+
+def _may_be_file(entry: os.DirEntry[str]) -> bool:
+    """False for pipes and devices, which could block for ever; a broken link is a picture that cannot be read."""
+    try:
+        return entry.is_file() or not Path(entry.path).exists()
+    except OSError:
+        return True
 
 
 def read_image(path: str | Path, name: str | None = None, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
@@ -177,6 +191,25 @@ def _why_unknown(path: Path) -> str:
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC is not supported; convert it to JPEG or PNG"
     return "it is no image of a known kind (JPEG, PNG, WebP, BMP, TIFF, GIF)"
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write in, which becomes `path` when the block ends and vanishes when it raises.
+
+    Every writer has a temporary file of its own, so that several processes may write the same `path` at once.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".partial-{secrets.token_hex(8)}-{path.name}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _in_words(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
 
 
 class ImageSet:
@@ -61,7 +63,10 @@ class ImageSet:
         if len(self) < 2:
             raise UsageError(f"holding out a part needs at least 2 images, and there is {len(self)}")
         count = min(max(1, round(fraction * len(self))), len(self) - 1)
-        order = sorted(range(len(self)), key=lambda number: hashlib.sha256(self.names[number].encode()).digest())
+        order = sorted(
+            range(len(self)),
+            key=lambda number: hashlib.sha256(self.names[number].encode("utf-8", "surrogateescape")).digest(),
+        )
         return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
 
 
@@ -69,30 +74,33 @@ class FileImages(ImageSet):
     """Pictures in files, decoded when read.
 
     Args:
-        paths: the files.
+        folder: what the files are relative to.
         names, labels, classes, attribution: as in ImageSet.
+        files: the paths of the pictures; by default their names are their paths.
         pixel_limit: pictures with more pixels than this are unreadable.
     """
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        folder: Path,
         names: Sequence[str],
         labels: Sequence[int] | None = None,
         classes: Sequence[str] = (),
         attribution: str | None = None,
+        files: Sequence[str] | None = None,
         pixel_limit: int = PIXEL_LIMIT,
     ) -> None:
         super().__init__(names, labels, classes, attribution)
-        self.paths = list(paths)
+        self.folder = folder
+        self.files = self.names if files is None else list(files)
         self.pixel_limit = pixel_limit
 
     def read(self, number: int) -> np.ndarray:
-        return read_image(self.paths[number], self.names[number], self.pixel_limit)
+        return read_image(self.folder / self.files[number], self.names[number], self.pixel_limit)
 
 
 class ArrayImages(ImageSet):
-    """Pictures in one uint8 array (N, H, W, 3), which may be a file mapped into memory.
+    """Pictures in one uint8 array (N, H, W, 3), which may be an .npy file mapped into memory.
 
     Args:
         array: the pictures.
@@ -112,6 +120,15 @@ class ArrayImages(ImageSet):
 
     def read(self, number: int) -> np.ndarray:
         return np.asarray(self.array[number])
+
+    def __getstate__(self) -> dict[str, Any]:  # a mapped file goes to another process as its path, not as a copy
+        mapped = self.array.filename if isinstance(self.array, np.memmap) else None
+        return self.__dict__ if mapped is None else {**self.__dict__, "array": Path(mapped)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.array, Path):
+            self.array = np.load(self.array, mmap_mode="r")
 
 
 class Subset(ImageSet):
@@ -191,7 +208,7 @@ def open_images(
         raise UsageError(f"{path} is no image; give a folder or one of {', '.join(sorted(EXTENSIONS))}")
     if split is not None:
         raise UsageError(f"{path} is a single file and has no split {split!r}")
-    return FileImages([path], [path.name], pixel_limit=pixel_limit)
+    return FileImages(path.parent, [path.name], pixel_limit=pixel_limit)
 
 
 def split_folder(folder: Path, split: str) -> Path | None:
@@ -210,11 +227,12 @@ def _open_folder(folder: Path, split: str | None, pixel_limit: int) -> ImageSet:
     names = find_images(folder)
     if not names:
         raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    parents = [name.partition("/")[0] if "/" in name else None for name in names]
-    classes = sorted({parent for parent in parents if parent is not None})
-    paths = [folder / name for name in names]
-    if None in parents:  # a picture outside all subfolders: these are no classes
-        return FileImages(paths, names, pixel_limit=pixel_limit)
+    # The folder that names a picture's class: the first level below the folder, or below train/ and val/ in it.
+    parents = [name.split("/")[:-1] for name in names]
+    if all(len(parent) > 0 and parent[0] in SPLIT_NAMES for parent in parents):
+        parents = [parent[1:] for parent in parents]
+    if not all(parents):  # a picture outside all subfolders: these are no classes
+        return FileImages(folder, names, pixel_limit=pixel_limit)
+    classes = sorted({parent[0] for parent in parents})
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = [numbers[parent] for parent in parents if parent is not None]
-    return FileImages(paths, names, labels, classes, pixel_limit=pixel_limit)
+    return FileImages(folder, names, [numbers[parent[0]] for parent in parents], classes, pixel_limit=pixel_limit)
