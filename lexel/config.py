@@ -17,6 +17,9 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+# Recipes lie beside the package in a checkout, inside it where it is installed.
+RECIPES = [Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes"]
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -43,6 +46,17 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for override in overrides:
         _override(table, override)
     return table
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of one of Lexel's own (`tiny`, `openmoji`, ...)."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        return path
+    own = {file.stem: file for folder in RECIPES for file in sorted(folder.glob("*.toml"))}
+    if str(name) not in own:
+        raise UsageError(f"{name} is neither a .toml file nor a recipe of Lexel's: {', '.join(own)}")
+    return own[str(name)]
 
 
 def check(table: dict[str, Any], model: type[Model], source: str) -> Model:

@@ -1,9 +1,11 @@
 """Recipes: TOML in, typed models out, one clear line for every mistake."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import Field
 
-from lexel.config import Config, check, dump, load
+from lexel.config import Config, check, dump, find_recipe, load
 from lexel.errors import UsageError
 
 
@@ -62,3 +64,10 @@ def test_a_missing_file_a_folder_and_broken_toml_are_told_apart(tmp_path):
     for path, message in [("none.toml", "does not exist"), ("", "is a folder"), ("broken.toml", "is not valid TOML")]:
         with pytest.raises(UsageError, match=message):
             load(tmp_path / path, Recipe)
+
+
+def test_lexels_own_recipes_go_by_their_names():
+    assert find_recipe("tiny").read_text() == (Path(__file__).parents[1] / "recipes" / "tiny.toml").read_text()
+    assert find_recipe("somewhere/mine.toml") == Path("somewhere/mine.toml")
+    with pytest.raises(UsageError, match=r"tinny is neither a .toml file nor a recipe of Lexel's: .*tiny"):
+        find_recipe("tinny")

@@ -1,0 +1,283 @@
+"""The command line: parses, calls one function of the library, prints. Heavy imports wait for their command."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lexel import __version__
+from lexel.errors import UsageError
+
+if TYPE_CHECKING:
+    from lexel.data import Transform
+    from lexel.tokenizer import Tokenizer
+    from lexel.train.run import Progress
+
+app = typer.Typer(
+    name="lexel",
+    help="Image tokenizers: train, measure, compare, convert, and generate from their tokens.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+# Typer stands on the installed click or on a copy of its own, by version; this is the base of either's errors.
+CommandLineError: Any = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """The entry point. Exit code 0 on success, 2 with one line for what the user can fix, 130 when interrupted."""
+    try:
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        _fail(str(error))
+    except CommandLineError as error:  # the command line itself was wrong
+        _fail(error.format_message().replace("\n", " "))
+    except (typer.Abort, KeyboardInterrupt):
+        _say("lexel: interrupted")
+        sys.exit(130)
+    except OSError as error:  # a missing right, a full disk: the user's to mend
+        _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+
+
+def _fail(message: str) -> None:
+    _say(f"lexel: {message}")
+    sys.exit(2)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lexel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _lexel(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+# What most commands share
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16; indices are decided in float32 all the same.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Weights = Annotated[str, typer.Option(help="Of a run with checkpoints: average, live or best.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Pixels a side, or 'native' for whole pictures, padded and cropped back. Default: the model's own."
+    ),
+]
+TransformName = Annotated[
+    str | None, typer.Option("--transform", help="How squares are made. Default: the model's own.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run, a model folder, a checkpoint or a hub id.")]
+Out = Annotated[Path, typer.Option(help="Where to write.")]
+
+
+def _tokenizer(source: str, weights: str = "average") -> "Tokenizer":
+    """The tokenizer behind a name on the command line."""
+    import lexel
+
+    if (Path(source) / "checkpoints").is_dir():
+        from lexel.train.tokenizer import load_run
+
+        return load_run(source, weights)
+    if weights != "average":
+        raise UsageError(f"{source} is no run with checkpoints, so there are no {weights!r} weights to choose")
+    model = lexel.load(source)
+    if not isinstance(model, lexel.Tokenizer):
+        raise UsageError(f"{source} holds a generator; a tokenizer is needed here")
+    return model
+
+
+def _transform(tokenizer: "Tokenizer", size: str | None, name: str | None) -> "Transform | None":
+    """The transform asked for, or the one the tokenizer was trained with; None for whole pictures."""
+    from lexel.data import TRANSFORMS
+    from lexel.errors import unknown
+
+    if size == "native":
+        return None
+    name = name or tokenizer.provenance.get("transform", "published")
+    if name not in TRANSFORMS:
+        raise unknown("transform", name, TRANSFORMS)
+    size = size or str(tokenizer.provenance.get("size", 256))
+    if not size.isdigit():
+        raise UsageError(f"--size {size!r} is neither a number of pixels nor 'native'")
+    return TRANSFORMS[name](int(size))
+
+
+@contextmanager
+def _progress(what: str, unit: str = "images") -> "Iterator[Callable[[int, int | None], None]]":
+    """A progress bar with speed and time left; yields `update(done, total)`. Silent where nobody looks."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, note="")
+
+        def update(done: int, total: int | None = None, note: str = "") -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, total=total, note=note or (f"{speed:.1f} {unit}/s" if speed else ""))
+
+        yield update
+
+
+def _table(rows: "Iterable[tuple[str, Any]]") -> None:
+    shown = [(name, f"{value:,.6g}" if isinstance(value, float) else str(value)) for name, value in rows]
+    width = max((len(name) for name, _ in shown), default=0)
+    for name, value in shown:
+        print(f"{name:<{width}}  {value}")
+
+
+def _told(done: int, what: str, out: Path, unreadable: "Mapping[str, str]") -> None:
+    """What was written, and which pictures were left out and why."""
+    print(f"{done:,} {what} in {out}")
+    for name, reason in list(unreadable.items())[:20]:
+        _say(f"lexel: left out {name}: {reason}")
+    if unreadable:
+        _say(f"lexel: {len(unreadable):,} pictures could not be used")
+
+
+# The commands, in the order of a first day
+
+
+@app.command()
+def demo(
+    out: Out = Path("runs/demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each tokenizer, to try it out.")] = None,
+) -> None:
+    """The whole story on embedded pictures: VQ against IBQ, tokens, a small generator, and a page to look at."""
+    from lexel.demo import demo as run_demo
+
+    with _progress("demo", "steps") as update:
+        page, rows = run_demo(out, steps, lambda stage, done, total, note: update(done, total, f"{stage} {note}"), _say)
+    for row in rows:
+        print("  ".join(f"{cell:>12}" for cell in row))
+    print(f"open {page}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; see recipes/.")],
+    out: Out,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Change an option.")
+    ] = None,
+    init: Annotated[str | None, typer.Option(help="Start from this model: a folder, checkpoint or hub id.")] = None,
+    init_what: Annotated[
+        str, typer.Option(help="What to take: all; decoder (only it learns); codebook (a new one).")
+    ] = "all",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, parameters and memory.")
+    ] = False,
+    device: Device = "auto",
+    precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")] = None,
+) -> None:
+    """Trains a tokenizer or a generator; the same command again resumes, bit for bit."""
+    from lexel.train import load_recipe, plan, train
+
+    overrides = list(set_ or [])
+    if init:
+        overrides += [f"init.source={json.dumps(init)}", f"init.what={json.dumps(init_what)}"]
+    if precision:
+        overrides.append(f"train.precision={json.dumps(precision)}")
+    loaded = load_recipe(recipe, overrides)
+    if dry_run:
+        print(plan(loaded))
+        return
+    with _progress(recipe.stem, "steps") as update:
+        finished = train(
+            loaded,
+            out,
+            device=device,
+            progress=lambda now: update(now.step, now.steps, _pace(now)),
+        )
+    from lexel.report import write_report
+
+    page = write_report(out)
+    print(f"{out} is finished; open {page}" if finished else f"stopped; run the same command again to go on ({out})")
+
+
+def _pace(now: "Progress") -> str:
+    loss = now.values.get("loss", now.values.get("nll"))
+    return f"{now.images_per_second:.1f} images/s" + ("" if loss is None else f", loss {loss:.4g}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run, a model, or a recipe (.toml).")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What is in it (parameters, codebook, provenance), and whether its codebook is healthy."""
+    from lexel.train import inspect as look
+
+    facts = look(source)
+    if json_:
+        print(json.dumps(facts, indent=2, default=str))
+        return
+    findings = facts.pop("findings", [])
+    _table(facts.items())
+    for finding in findings:
+        print(f"\n{finding['level']}: {finding['seen']}")
+        if finding["cause"]:
+            print(f"  likely because {finding['cause']}")
+        if finding["change"]:
+            print(f"  try this: {finding['change']}")
+
+
+@app.command()
+def reconstruct(
+    source: RunArgument,
+    paths: Annotated[list[str], typer.Argument(help="Folders or files; or openmoji, photos.")],
+    out: Out,
+    size: Size = None,
+    transform: TransformName = None,
+    side_by_side: Annotated[bool, typer.Option("--side-by-side", help="The original at the left of each.")] = False,
+    max_pixels: Annotated[int, typer.Option(help="With --size native: larger pictures are left out.")] = 2**22,
+    batch_size: BatchSize = 16,
+    workers: Workers = 0,
+    weights: Weights = "average",
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Images through the tokenizer and back, as PNG files."""
+    from lexel.codec import Codec
+    from lexel.place import place
+
+    where = place(device, precision)
+    tokenizer = _tokenizer(source, weights)
+    codec = Codec(tokenizer, where, _transform(tokenizer, size, transform), batch_size, workers, max_pixels)
+    with _progress("reconstruct") as update:
+        done = codec.reconstruct(paths, out, side_by_side, update)
+    _told(done.written, "reconstructions", out, done.unreadable)
