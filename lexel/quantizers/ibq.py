@@ -3,16 +3,31 @@
 import torch
 from torch import Tensor, nn
 
-from lexel.kernels import index_backpropagation, nearest
-from lexel.quantizers.base import Quantized, Quantizer, as_vectors
+from lexel.errors import UsageError
+from lexel.kernels import index_backpropagation
+from lexel.quantizers.base import Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
 
 
 class IBQ(Quantizer):
     """Puts the straight-through estimator on the one-hot over all codes, so that every code learns.
 
+    The latents learn through the softmax only: their gradient is the covariance of the codes under the softmax times
+    the decoder's gradient, and it vanishes where the softmax is saturated.
+
+        quantizer = IBQ(codebook_size=16384, codebook_dim=256)
+        z_q, indices, losses = quantizer(torch.randn(2, 256, 16, 16))
+        quantizer.loss(losses).backward()
+
     Args:
         codebook_size: number of codes, K.
         codebook_dim: length of a code, D.
+        temperature: of the softmax that carries the gradient, above 0.
+        entropy_temperature: of the softmax whose entropies are loss terms, above 0.
+        similarity: what the logits are: "dot" (published), "l2" (minus the squared distance) or "cosine" (of the angle;
+            use a temperature well below 1 with it).
+        identity: adds this share of the output's gradient to the latents as it is, as plain straight-through does;
+            0 (published) to 1.
+        entropy: False leaves out both entropy terms and their cost.
     """
 
     LOSS_WEIGHTS = {
@@ -23,8 +38,27 @@ class IBQ(Quantizer):
         "entropy_batch": -0.05,
     }
 
-    def __init__(self, codebook_size: int, codebook_dim: int) -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        temperature: float = 1.0,
+        entropy_temperature: float = 0.01,
+        similarity: str = "dot",
+        identity: float = 0.0,
+        entropy: bool = True,
+    ) -> None:
         super().__init__(codebook_size, codebook_dim)
+        for name, value in (("temperature", temperature), ("entropy_temperature", entropy_temperature)):
+            if not value > 0:
+                raise UsageError(f"{name} must be above 0, got {value}")
+        if not 0 <= identity <= 1:
+            raise UsageError(f"identity must be from 0 to 1, got {identity}")
+        self.temperature = temperature
+        self.entropy_temperature = entropy_temperature
+        self.similarity = choose("similarity", similarity, ("dot", "l2", "cosine"))
+        self.identity = identity
+        self.entropy = entropy
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
@@ -32,11 +66,17 @@ class IBQ(Quantizer):
     def codebook(self) -> Tensor:
         return self.weight
 
-    @torch.no_grad()
-    def assign(self, z: Tensor) -> Tensor:
-        return nearest(as_vectors(z), self.codebook, "dot").view(z.shape[0], *z.shape[2:])
-
+    @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        z_q, indices, terms = index_backpropagation(as_vectors(z), self.weight)
-        grid = (z.shape[0], *z.shape[2:])
-        return Quantized(z_q.view(*grid, -1).movedim(-1, 1), indices.view(grid), terms)
+        vectors = as_vectors(z)
+        z_q, indices, losses = index_backpropagation(
+            vectors,
+            self.codebook,
+            temperature=self.temperature,
+            entropy_temperature=self.entropy_temperature,
+            similarity=self.similarity,
+            entropy=self.entropy,
+        )
+        if self.identity:
+            z_q = z_q + self.identity * (vectors - vectors.detach())
+        return Quantized(as_grid(z_q, z), indices.view(z.shape[0], *z.shape[2:]), losses)
