@@ -1,0 +1,182 @@
+"""Statistics of features that stream: added batch by batch, merged across processes, never held as a whole."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lexel.errors import UsageError
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of the rows of a sample."""
+
+    mean: Tensor  # (D,) float64
+    covariance: Tensor  # (D, D) float64, unbiased (divided by n - 1)
+    n: int | None = None  # rows they were taken over; None where a file does not say
+
+
+class MomentState:
+    """Count, sum and second moment of features in float64, kept apart for `groups` of samples.
+
+    float64 sums make the result independent of batch size and order to about 1e-14; float32 sums are off by 5e-4 of a
+    Fréchet distance at 1,000 samples. The groups cost groups * D * D doubles (335 MB at D = 2,048 and 10 groups) and
+    buy the confidence interval: a distance can be taken with any one group left out.
+
+    Args:
+        dim: length of a feature, D.
+        groups: number of groups; 1 where no interval is wanted.
+    """
+
+    def __init__(self, dim: int, groups: int = 1) -> None:
+        self.n = torch.zeros(groups, dtype=torch.int64)
+        self.total = torch.zeros(groups, dim, dtype=torch.float64)
+        self.outer = torch.zeros(groups, dim, dim, dtype=torch.float64)
+
+    @property
+    def dim(self) -> int:
+        return self.total.shape[1]
+
+    @property
+    def groups(self) -> int:
+        return self.total.shape[0]
+
+    def add(self, features: Tensor, group: Tensor | None = None) -> None:
+        """Adds features (B, D) of any floating type; `group` int64 (B,) says where each belongs, all to 0 if None."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise UsageError(f"features must be (B, {self.dim}), got {tuple(features.shape)}")
+        rows = features.detach().to("cpu", torch.float64)
+        group = torch.zeros(len(rows), dtype=torch.int64) if group is None else group.cpu()
+        for number in group.unique().tolist():
+            members = rows[group == number]
+            self.n[number] += len(members)
+            self.total[number] += members.sum(0)
+            self.outer[number].addmm_(members.T, members)
+
+    def merge(self, other: "MomentState") -> None:
+        """Adds what another state has seen; the two must not share samples."""
+        self.n += other.n
+        self.total += other.total
+        self.outer += other.outer
+
+    def all_reduce(self) -> None:
+        """Adds what every process has seen, if there are several."""
+        self.n, self.total, self.outer = (sum_over_processes(part) for part in (self.n, self.total, self.outer))
+
+    def moments(self, without: int | None = None) -> Moments:
+        """Mean and unbiased covariance of everything, or of everything but one group.
+
+        Raises:
+            UsageError: fewer than two samples.
+        """
+        n, total, outer = self.n.sum(), self.total.sum(0), self.outer.sum(0)
+        if without is not None:
+            n, total, outer = n - self.n[without], total - self.total[without], outer - self.outer[without]
+        count = int(n)
+        if count < 2:
+            raise UsageError(f"a covariance needs at least two samples, got {count}")
+        mean = total / count
+        covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
+        return Moments(mean, (covariance + covariance.T) / 2, count)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"n": self.n, "total": self.total, "outer": self.outer}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.n, self.total, self.outer = state["n"], state["total"], state["outer"]
+
+
+class MeanState:
+    """Count, sum and sum of squares of one number a sample, in float64."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(3, dtype=torch.float64)  # n, sum, sum of squares
+
+    def add(self, values: Tensor) -> None:
+        """Adds values (B,)."""
+        values = values.detach().to("cpu", torch.float64)
+        self.sums += torch.stack([torch.tensor(float(len(values))).double(), values.sum(), values.square().sum()])
+
+    def merge(self, other: "MeanState") -> None:
+        self.sums = self.sums + other.sums
+
+    def all_reduce(self) -> None:
+        self.sums = sum_over_processes(self.sums)
+
+    @property
+    def mean(self) -> float:
+        return float(self.sums[1] / self.sums[0])
+
+    @property
+    def standard_error(self) -> float:
+        """The standard error of the mean; NaN below two samples."""
+        n, total, squares = self.sums.tolist()
+        return float("nan") if n < 2 else (max(squares - total * total / n, 0) / (n - 1) / n) ** 0.5
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = state["sums"]
+
+
+class FeatureBank:
+    """The features of chosen samples themselves, float32, for the metrics that need pairs (precision, recall, KID).
+
+    It holds at most one row a sample number, sorted by number when read, so that the order in which samples came does
+    not show. Its size is what the caller keeps adding: 50,000 rows of 2,048 are 410 MB.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._rows: list[Tensor] = []
+        self._numbers: list[Tensor] = []
+
+    def add(self, features: Tensor, numbers: Tensor) -> None:
+        """Adds features (B, D) of the samples with these numbers, int64 (B,)."""
+        self._rows.append(features.detach().to("cpu", torch.float32).clone())
+        self._numbers.append(numbers.cpu().clone())
+
+    def merge(self, other: "FeatureBank") -> None:
+        self._rows += other._rows
+        self._numbers += other._numbers
+
+    def all_reduce(self) -> None:
+        """Gathers the rows of every process on every process."""
+        if _processes() == 1:
+            return
+        parts: list[Any] = [None] * _processes()
+        dist.all_gather_object(parts, self.state_dict())
+        self._rows = [part["rows"] for part in parts]
+        self._numbers = [part["numbers"] for part in parts]
+
+    def features(self) -> Tensor:
+        """All rows in the order of their numbers: float32 (N, D)."""
+        state = self.state_dict()
+        return state["rows"][state["numbers"].argsort()]
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for numbers in self._numbers)
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = torch.cat(self._rows) if self._rows else torch.zeros(0, self.dim)
+        numbers = torch.cat(self._numbers) if self._numbers else torch.zeros(0, dtype=torch.int64)
+        return {"rows": rows, "numbers": numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._rows, self._numbers = [state["rows"]], [state["numbers"]]
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of a CPU tensor over all processes; the tensor itself where there is one."""
+    if _processes() == 1:
+        return tensor
+    # NCCL only moves what lies on a GPU; gloo only needs what lies in memory.
+    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
+    dist.all_reduce(shared)
+    return shared.cpu()
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

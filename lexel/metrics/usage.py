@@ -1,0 +1,105 @@
+"""What share of the codebook is used: the definitions behind published numbers, which do not agree.
+
+`usage` without a further word is distinct codes over a whole data set / K (`CodeHistogram`). The others here are what
+other code bases print under the same name, and how they differ:
+
+- the last 65,536 tokens, starting from zeros (LlamaGen, FVQ in training): cannot exceed 25 % at K = 262,144;
+- codes whose moving average of hits is above 8 % of a uniform one (VAR): forgets, and depends on the batch size;
+- codes above 1 % of uniform within one batch (UniTok): depends on the batch size still more.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class WindowUsage:
+    """Distinct codes among the last tokens of a data set, in the order of the sample numbers.
+
+    The published queue starts filled with zeros, so that code 0 counts as used until the window is full.
+
+    Args:
+        codebook_size: number of codes, K.
+        window: tokens that the queue holds.
+    """
+
+    def __init__(self, codebook_size: int, window: int = 65536) -> None:
+        self.codebook_size = codebook_size
+        self.window = window
+        self._numbers = torch.zeros(0, dtype=torch.int64)
+        self._tokens = torch.zeros(0, 0, dtype=torch.int64)
+
+    def add(self, indices: Tensor, numbers: Tensor) -> None:
+        """Adds the indices (B, *grid) of the samples with these numbers, int64 (B,)."""
+        self._keep(numbers.cpu(), indices.flatten(1).cpu())
+
+    def merge(self, other: "WindowUsage") -> None:
+        self._keep(other._numbers, other._tokens)
+
+    def all_reduce(self) -> None:
+        """Takes in what every process has seen."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, self.state_dict())
+        self._numbers, self._tokens = self._numbers[:0], self._tokens[:0]
+        for part in parts:
+            self._keep(part["numbers"], part["tokens"])
+
+    @property
+    def usage(self) -> float:
+        tokens = self._tokens.flatten()[-self.window :]
+        distinct = set(tokens.unique().tolist()) | ({0} if len(tokens) < self.window else set())
+        return len(distinct) / self.codebook_size
+
+    def _keep(self, numbers: Tensor, tokens: Tensor) -> None:
+        """Joins samples to those held and drops all that no longer reach into the window."""
+        if not len(numbers):
+            return
+        if len(self._numbers):
+            numbers, tokens = torch.cat([self._numbers, numbers]), torch.cat([self._tokens, tokens])
+        reach = math.ceil(self.window / tokens.shape[1])
+        order = numbers.argsort()[-reach:]
+        self._numbers, self._tokens = numbers[order], tokens[order]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"numbers": self._numbers, "tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._numbers, self._tokens = state["numbers"], state["tokens"]
+
+
+class MovingUsage:
+    """Codes whose moving average of hits a batch reaches a share of the uniform expectation (VAR's meter).
+
+    Args:
+        codebook_size: number of codes, K.
+        share: of the hits that every code would have if all were equal.
+    """
+
+    def __init__(self, codebook_size: int, share: float = 0.08) -> None:
+        self.share = share
+        self.batches = 0
+        self._hits = torch.zeros(codebook_size, dtype=torch.float64)
+        self._expected = 0.0
+
+    def add(self, indices: Tensor) -> None:
+        """Takes in one batch of indices; the average remembers 10 batches at first, 100 after the hundredth."""
+        hits = torch.bincount(indices.flatten().cpu(), minlength=len(self._hits)).double()
+        kept = 0.0 if self.batches == 0 else 0.9 if self.batches < 100 else 0.99
+        self._hits = kept * self._hits + (1 - kept) * hits
+        self._expected = indices.numel() / len(self._hits)
+        self.batches += 1
+
+    @property
+    def usage(self) -> float:
+        return float((self._hits >= self.share * self._expected).double().mean())
+
+
+def batch_usage(indices: Tensor, codebook_size: int, share: float = 0.01) -> float:
+    """Codes that one batch of indices hits more often than `share` of the uniform expectation, over K (UniTok's)."""
+    hits = torch.bincount(indices.flatten(), minlength=codebook_size)
+    return float((hits > share * indices.numel() / codebook_size).double().mean())
