@@ -11,21 +11,33 @@ from lexel.quantizers.continuous import Continuous
 from lexel.quantizers.cosine import Cosine
 from lexel.quantizers.ema import EMA
 from lexel.quantizers.fsq import FSQ
+from lexel.quantizers.fvq import FVQ
+from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.ibq import IBQ
 from lexel.quantizers.lfq import LFQ
+from lexel.quantizers.product import Product
+from lexel.quantizers.residual import Residual
 from lexel.quantizers.simvq import SimVQ
+from lexel.quantizers.soft import Soft
 from lexel.quantizers.table import Table
 from lexel.quantizers.vq import VQ
+from lexel.quantizers.vqgan_lc import VQGANLC, build_bank, load_bank, save_bank
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VQ,
     "ema": EMA,
     "cosine": Cosine,
+    "gumbel": Gumbel,
+    "soft": Soft,
     "ibq": IBQ,
     "lfq": LFQ,
     "bsq": BSQ,
     "fsq": FSQ,
+    "vqgan_lc": VQGANLC,
     "simvq": SimVQ,
+    "fvq": FVQ,
+    "residual": Residual,
+    "product": Product,
 }
 
 # What `build` knows besides the methods: a baked table, and no quantization at all.
@@ -55,15 +67,24 @@ __all__ = [
     "BSQ",
     "EMA",
     "FSQ",
+    "FVQ",
     "IBQ",
     "LFQ",
     "QUANTIZERS",
     "VQ",
+    "VQGANLC",
     "Continuous",
     "Cosine",
+    "Gumbel",
+    "Product",
     "Quantized",
     "Quantizer",
+    "Residual",
     "SimVQ",
+    "Soft",
     "Table",
     "build",
+    "build_bank",
+    "load_bank",
+    "save_bank",
 ]

@@ -1,8 +1,9 @@
 """The contract every quantizer keeps: latents in, codes out."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,22 @@ class Quantized(NamedTuple):
     losses: dict[str, Tensor]  # unweighted scalar terms; the recipe weighs them
 
 
+def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """Runs a method on latents outside autocast, in at least float32, once their shape is right.
+
+    Half precision changes which code is nearest (about 8 % of them at K = 131,072).
+    """
+
+    @functools.wraps(method)
+    def run(self: "Quantizer", z: Tensor) -> Any:
+        if z.dim() < 2 or z.shape[1] != self.codebook_dim:
+            raise UsageError(f"latents must be (B, {self.codebook_dim}, *grid), got {tuple(z.shape)}")
+        with torch.autocast(z.device.type, enabled=False):
+            return method(self, z.to(torch.promote_types(z.dtype, torch.float32)))
+
+    return run
+
+
 class Quantizer(nn.Module):
     """A vocabulary of codes for grids of latents.
 
@@ -31,7 +48,7 @@ class Quantizer(nn.Module):
         codebook_dim: length of a code, D.
     """
 
-    LOSS_WEIGHTS: ClassVar[Mapping[str, float]] = {}  # every term `forward` returns, with its published weight
+    LOSS_WEIGHTS: Mapping[str, float] = {}  # every term `forward` returns, with its published weight
     similarity: Any = "l2"  # how the table is searched: "l2", "dot" or "cosine"
     gradient: str = "own"  # a name in GRADIENTS where the decoder's gradient passes the codes by; else "own"
 
@@ -54,6 +71,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
+    @full_precision
     def assign(self, z: Tensor) -> Tensor:
         """The index of each latent, without losses: int64 (B, *grid) for z (B, D, *grid)."""
         return nearest(as_vectors(z), self.codebook, self.similarity).view(z.shape[0], *z.shape[2:])
@@ -135,6 +153,11 @@ def vq_terms(z: Tensor, z_q: Tensor) -> dict[str, Tensor]:
     }
 
 
+def cosine_decay(start: float, end: float, progress: Tensor) -> Tensor:
+    """Half a cosine from `start` at progress 0 to `end` at 1."""
+    return end + (start - end) * 0.5 * (1 + (math.pi * progress).cos())
+
+
 def as_vectors(z: Tensor) -> Tensor:
     """Latents (B, D, *grid) as rows (B * prod(grid), D)."""
     return z.movedim(1, -1).flatten(0, -2)
@@ -143,19 +166,3 @@ def as_vectors(z: Tensor) -> Tensor:
 def as_grid(vectors: Tensor, z: Tensor) -> Tensor:
     """Rows (B * prod(grid), D) as latents of the grid of z: (B, D, *grid)."""
     return vectors.view(z.shape[0], *z.shape[2:], -1).movedim(-1, 1)
-
-
-def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """Runs a method on latents outside autocast, in at least float32, once their shape is right.
-
-    Half precision changes which code is nearest (about 8 % of them at K = 131,072).
-    """
-
-    @functools.wraps(method)
-    def run(self: Quantizer, z: Tensor) -> Any:
-        if z.dim() < 2 or z.shape[1] != self.codebook_dim:
-            raise UsageError(f"latents must be (B, {self.codebook_dim}, *grid), got {tuple(z.shape)}")
-        with torch.autocast(z.device.type, enabled=False):
-            return method(self, z.to(torch.promote_types(z.dtype, torch.float32)))
-
-    return run

@@ -1,0 +1,60 @@
+"""Several quantizers for one latent: what residual and product quantization share."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexel.errors import unknown
+from lexel.quantizers.base import Quantizer
+
+
+class Stacked(Quantizer):
+    """Q quantizers of the same kind, one index from each: indices (B, Q, *grid), codebook (Q, K, D).
+
+    z_q is the sum over Q of codebook[q][indices[:, q]]. Loss terms are the mean over the Q quantizers, with their
+    weights.
+
+    Attributes:
+        books: Q.
+        levels: the quantizers.
+    """
+
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, base: str, base_options: Mapping[str, Any] | None, dims: list[int]
+    ) -> None:
+        from lexel.quantizers import QUANTIZERS, build  # that table names this class too
+
+        super().__init__(codebook_size, codebook_dim)
+        bases = [name for name, kind in QUANTIZERS.items() if not issubclass(kind, Stacked)]
+        if base not in (*bases, "table"):
+            raise unknown("base quantizer", base, bases)
+        options = dict(base_options or {})
+        self.levels = nn.ModuleList(
+            build(base, {"codebook_size": codebook_size, "codebook_dim": dim, **options}) for dim in dims
+        )
+        self.books = len(dims)
+        self.LOSS_WEIGHTS = self[0].LOSS_WEIGHTS
+        self.similarity = self[0].similarity
+        self.gradient = self[0].gradient
+
+    def __len__(self) -> int:
+        return self.books
+
+    def __getitem__(self, q: int) -> Quantizer:
+        level = self.levels[q % len(self.levels)]  # a shared book stands once
+        assert isinstance(level, Quantizer)
+        return level
+
+    def __iter__(self) -> Iterator[Quantizer]:
+        return (self[q] for q in range(self.books))
+
+    def anneal(self, progress: float) -> None:
+        for level in self:
+            level.anneal(progress)
+
+
+def mean_terms(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each loss term over several quantizers."""
+    return {name: torch.stack([terms[name] for terms in losses]).mean() for name in losses[0]}
