@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lexel import checkpoint
 from lexel.errors import UsageError, unknown
-from lexel.networks.frozen import freeze
+from lexel.networks.frozen import freeze, full_precision
 from lexel.networks.resize import RESIZE, resize
 
 
@@ -25,7 +25,7 @@ class Features(NamedTuple):
 class FeatureNetwork(nn.Module):
     """A frozen classifier behind a metric. Every number made with it must carry its `name`.
 
-    It is a constant: always in eval mode, without parameters or gradients, never in half precision, saved nowhere.
+    It is a constant: always in eval mode, without parameters or gradients, in full precision, saved nowhere.
     A subclass sets the constants below and implements `load`, `_network` and `_normalise`.
 
     Args:
@@ -80,7 +80,7 @@ class FeatureNetwork(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise UsageError(f"{self.name} needs images (B, 3, H, W), got {tuple(images.shape)}")
         dtype = next(self.network.buffers()).dtype
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device.type):
             images = resize(images.to(dtype), self.side, self.resize_rule)
             pooled, spatial = self.network(self._normalise(images))
             classifier = self.network.get_submodule(self.classifier)
