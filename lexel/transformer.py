@@ -43,19 +43,19 @@ class TransformerConfig(Config):
     sub-vocabularies of the factorised head, the low digit first: token = first + factors[0] * second.
     """
 
-    codebook_size: int = Field(16384, ge=2)
-    rows: int = Field(16, ge=1)
-    columns: int = Field(16, ge=1)
-    classes: int = Field(1000, ge=1)
-    width: int = Field(1024, ge=4)
-    layers: int = Field(16, ge=1)
-    heads: int = Field(16, ge=1)
+    codebook_size: int = Field(default=16384, ge=2)
+    rows: int = Field(default=16, ge=1)
+    columns: int = Field(default=16, ge=1)
+    classes: int = Field(default=1000, ge=1)
+    width: int = Field(default=1024, ge=4)
+    layers: int = Field(default=16, ge=1)
+    heads: int = Field(default=16, ge=1)
     head: str = "auto"
-    pair_layers: int = Field(2, ge=1)
+    pair_layers: int = Field(default=2, ge=1)
     factors: list[int] | None = None
-    dropout: float = Field(0.1, ge=0, lt=1)
-    class_dropout: float = Field(0.1, ge=0, le=1)
-    gamma_init: float = Field(1e-3, ge=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    class_dropout: float = Field(default=0.1, ge=0, le=1)
+    gamma_init: float = Field(default=1e-3, ge=0)
 
     @property
     def tokens(self) -> int:

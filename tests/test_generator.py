@@ -1,0 +1,412 @@
+"""Generation: the published samples, equality of every way to decode, likelihoods, folders, in-painting."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_transformer import PAIRS, TINY, published, shake
+from torch import Tensor
+
+import lexel.generator
+from lexel import decoding
+from lexel.decoding import Decoder
+from lexel.errors import UsageError
+from lexel.generator import FREE, Generator, GeneratorConfig
+from lexel.sampling import draw, filter_logits, guide, uniforms
+from lexel.transformer import TransformerConfig, join_tokens, split_tokens
+
+LABELS = [0, 1, 2, 3, 1]
+HOT = {"cfg_scale": 2.0, "temperature": 1.3, "top_k": 25, "top_p": 0.95, "min_p": 0.001}
+
+
+def make(config: TransformerConfig = TINY, dtype: torch.dtype = torch.float64) -> Generator:
+    generator = Generator(GeneratorConfig(transformer=config))
+    shake(generator)
+    return generator.to(dtype)
+
+
+def from_fixture(parity) -> tuple[Generator, dict]:
+    model, fixture = published(parity)
+    generator = Generator(GeneratorConfig(transformer=model.config)).eval()
+    generator.transformer.load_state_dict(model.state_dict())
+    return generator, fixture
+
+
+def sample_without_cache(
+    generator: Generator, labels: list[int], seed: int = 0, scale: float = 1.0, **filters
+) -> Tensor:
+    """The plain way: the whole network over everything so far for every token, with and without the class."""
+    config, vocabularies = generator.config.transformer, generator.transformer.vocabularies
+    random = uniforms(seed, range(len(labels)), config.tokens * len(vocabularies))
+    random = random.view(len(labels), config.tokens, -1)
+    tokens = torch.zeros(len(labels), config.tokens, dtype=torch.long)
+    null = torch.full((len(labels),), config.classes)
+    for position in range(config.tokens):
+        parts = split_tokens(tokens[:, position], vocabularies)
+        for part in range(len(vocabularies)):
+            conditional = generator(tokens, torch.tensor(labels)).logits[part][:, position]
+            unconditional = generator(tokens, null).logits[part][:, position]
+            logits = filter_logits(guide(conditional, unconditional, scale), **filters)
+            parts[part] = draw(logits, random[:, position, part])
+            tokens[:, position] = join_tokens(parts, vocabularies)  # the second sub-token sees the first
+    return tokens.view(len(labels), config.rows, config.columns)
+
+
+# ---------------------------------------------------------------------------------------------- the published samples
+
+
+@pytest.mark.parametrize("implementation", ["plain", "packed"])
+def test_cached_logits_are_the_published_ones(parity, implementation):
+    generator, fixture = from_fixture(parity)
+    indices, labels = fixture["teacher"]["idx"], fixture["teacher"]["cls"][:, 0]
+    decoder = Decoder(generator.transformer, implementation)
+    sequences = decoder.begin(labels, 16)
+    for position in range(16):
+        hidden = decoder.extend(sequences, indices, position, position + 1)
+        logits = decoder.logits(sequences, hidden)
+        torch.testing.assert_close(logits, fixture["cached_logits"][:, position], rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_samples_are_the_published_ones(parity):
+    generator, fixture = from_fixture(parity)
+    greedy = [case for case in fixture["samples"] if case["greedy"]]
+    assert len(greedy) == 2
+    for case in greedy:
+        found = generator.sample(
+            case["classes"][:, 0], case["cfg_scale"], temperature=case["temperature"], top_k=1, top_p=case["top_p"]
+        )
+        assert torch.equal(found.flatten(1), case["tokens"])
+
+
+def test_published_samples_come_from_torch_multinomial_over_our_filtered_logits(parity, monkeypatch):
+    generator, fixture = from_fixture(parity)
+    monkeypatch.setattr(lexel.generator, "draw", lambda logits, uniform: torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    random = [case for case in fixture["samples"] if not case["greedy"]]
+    assert len(random) == 4
+    for case in random:
+        torch.manual_seed(case["seed"])
+        settings = {name: case[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")}
+        assert torch.equal(generator.sample(case["classes"][:, 0], **settings).flatten(1), case["tokens"]), settings
+
+
+def test_guidance_of_one_runs_and_is_the_conditional_model(parity):
+    generator, _ = from_fixture(parity)
+    generator.double()
+    assert torch.equal(generator.sample([3, 7], cfg_scale=1.0), sample_without_cache(generator, [3, 7]))
+
+
+# ---------------------------------------------------------------------------------------------- equalities
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+@pytest.mark.parametrize("top_k", [0, 1], ids=["seeded", "greedy"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_cached_sampling_equals_the_plain_way(config, top_k, scale):
+    generator = make(config)
+    found = generator.sample(LABELS, scale, temperature=1.2, top_k=top_k, top_p=0.97, seed=5)
+    expected = sample_without_cache(generator, LABELS, 5, scale, temperature=1.2, top_k=top_k, top_p=0.97)
+    assert torch.equal(found, expected)
+    assert found.shape == (5, 2, 3)
+    assert len(found.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_an_image_does_not_depend_on_its_batch(config):
+    generator = make(config)
+    together = generator.sample(LABELS, seed=3, **HOT)
+    for batch_size in (1, 2):
+        assert torch.equal(generator.sample(LABELS, seed=3, batch_size=batch_size, **HOT), together)
+    backwards = generator.sample(LABELS[::-1], seed=3, image_numbers=[4, 3, 2, 1, 0], **HOT)
+    assert torch.equal(backwards.flip(0), together)
+    alone = generator.sample([LABELS[2]], seed=3, image_numbers=[2], **HOT)
+    assert torch.equal(alone[0], together[2])
+    assert not torch.equal(generator.sample(LABELS, seed=4, **HOT), together)
+
+
+def test_two_processes_make_the_images_of_one(tmp_path):
+    generator = make()
+    generator.save_pretrained(tmp_path / "generator")
+    script = (
+        "import json, sys, torch, lexel\n"
+        "torch.set_num_threads(1)\n"
+        "generator = lexel.Generator.from_pretrained(sys.argv[1])\n"
+        "rank, labels = int(sys.argv[2]), json.loads(sys.argv[3])\n"
+        "numbers = list(range(len(labels)))[rank::2]\n"
+        "found = generator.sample([labels[n] for n in numbers], 2.0, top_p=0.9, seed=9, image_numbers=numbers)\n"
+        "print(json.dumps(found.tolist()))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "generator")]
+    processes = [
+        subprocess.Popen([*command, str(rank), json.dumps(LABELS)], stdout=subprocess.PIPE) for rank in range(2)
+    ]
+    found = torch.empty(5, 2, 3, dtype=torch.long)
+    for rank, process in enumerate(processes):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        found[rank::2] = torch.tensor(json.loads(output))
+    assert torch.equal(found, generator.sample(LABELS, 2.0, top_p=0.9, seed=9))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine-power:1.5", "interval:0.34,0.67", "interval:0,0.5"])
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_rows_that_join_late_or_leave_early_change_nothing(schedule, config, monkeypatch):
+    generator = make(config)
+    lazy = generator.sample(LABELS, 3.0, schedule, seed=1)
+    # The same with unguided rows at every step: a scale that only differs from 1 by rounding.
+    scales = lexel.generator.guidance_scales
+    monkeypatch.setattr(
+        lexel.generator,
+        "guidance_scales",
+        lambda *arguments: [scale if scale != 1 else 1 + 1e-14 for scale in scales(*arguments)],
+    )
+    assert torch.equal(generator.sample(LABELS, 3.0, schedule, seed=1), lazy)
+
+
+def test_guidance_that_is_off_does_not_double_the_batch(monkeypatch):
+    generator, rows = make(), []
+    run = Decoder._run
+    monkeypatch.setattr(
+        Decoder, "_run", lambda self, sequences, x, *rest: rows.append(len(x)) or run(self, sequences, x, *rest)
+    )
+    generator.sample(LABELS, cfg_scale=1.0, cfg_schedule="linear")
+    assert rows == [5] * 6
+    rows.clear()
+    generator.sample(LABELS, cfg_scale=2.0, cfg_schedule="interval:0.5,0.8")  # tokens 3 and 4 of 6
+    assert rows == [5, 5, 5, 5, 10, 10, 5]  # the unguided rows' first three positions in one pass
+
+
+def test_the_class_matters_and_guidance_sharpens_it():
+    generator = make()
+    labels = [0] * 40
+    plain, guided = (generator.sample(labels, scale, seed=2) for scale in (1.0, 4.0))
+    other = generator.sample([1] * 40, 1.0, seed=2)
+    assert not torch.equal(plain, other)
+    chosen, anything = torch.zeros(40, dtype=torch.long), torch.full((40,), 4)
+
+    def evidence(tokens: Tensor) -> float:  # for the class against none
+        return (generator(tokens, anything).nll - generator(tokens, chosen).nll).sum(1).mean().item()
+
+    assert evidence(guided) > evidence(plain) + 1
+
+
+# ---------------------------------------------------------------------------------------------- given tokens
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+@pytest.mark.parametrize("window", [None, 2])
+def test_given_tokens_stay_and_the_rest_is_sampled(config, window):
+    generator = make(config)
+    given = torch.tensor([[[7, FREE, FREE], [FREE, 9, FREE]], [[7, 3, FREE], [2, FREE, FREE]]])
+    found = generator.sample([0, 1], 2.0, given=given, seed=1, window=window)
+    assert torch.equal(found[given >= 0], given[given >= 0])
+    assert (found >= 0).all()
+    assert torch.equal(generator.sample([0, 1], given=found, window=window), found)  # nothing left to do
+
+
+def test_giving_back_the_beginning_of_an_image_completes_it_as_before():
+    generator = make()
+    whole = generator.sample(LABELS, 2.0, seed=6)
+    for known in range(7):
+        given = whole.flatten(1).clone()
+        given[:, known:] = FREE
+        assert torch.equal(generator.sample(LABELS, 2.0, seed=6, given=given.view(5, 2, 3)), whole), known
+
+
+# ---------------------------------------------------------------------------------------------- wavefront
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 4), (3, 5)])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_window_of_a_whole_row_is_exact(shape, scale):
+    generator = make(TINY.model_copy(update={"rows": shape[0], "columns": shape[1]}))
+    plain = generator.sample(LABELS, scale, seed=8)
+    assert torch.equal(generator.sample(LABELS, scale, seed=8, window=shape[1]), plain)
+    assert torch.equal(generator.sample(LABELS, scale, seed=8, window=99), plain)
+
+
+def test_a_wavefront_takes_fewer_steps_and_starts_like_the_plain_way(monkeypatch):
+    generator, inputs = make(TINY.model_copy(update={"rows": 4, "columns": 4})), []
+    run = Decoder._run
+    monkeypatch.setattr(
+        Decoder, "_run", lambda self, sequences, x, *rest: inputs.append(x.shape[1]) or run(self, sequences, x, *rest)
+    )
+    plain = generator.sample(LABELS, seed=8)
+    assert len(inputs) == 16
+    inputs.clear()
+    wave = generator.sample(LABELS, seed=8, window=2)
+    assert len(inputs) == 4 + 3 * 2
+    assert sum(inputs) == 16 + 3  # each position once, and a row's first position again when its true input is there
+    assert torch.equal(wave[:, 0], plain[:, 0])  # the first row misses nothing
+    assert not torch.equal(wave, plain)
+
+
+def test_a_wavefront_does_not_depend_on_the_batch():
+    generator = make(TINY.model_copy(update={"rows": 4, "columns": 4}))
+    together = generator.sample(LABELS, seed=8, window=1, **HOT)
+    assert torch.equal(generator.sample(LABELS, seed=8, window=1, batch_size=2, **HOT), together)
+
+
+# ---------------------------------------------------------------------------------------------- fast paths
+
+
+def divergences(generator: Generator, fast: dict, count: int = 64) -> tuple[float, float]:
+    """The share of images whose tokens differ from float64's, and the largest distance (in probability) between a
+    random number and the edge it had to cross at a first difference."""
+    labels, config = [number % 4 for number in range(count)], generator.config.transformer
+    exact = generator.double().sample(labels, seed=11, implementation="plain").flatten(1)
+    random = uniforms(11, range(count), config.tokens)
+    found = generator.float().sample(labels, seed=11, **fast).flatten(1)
+    probabilities = generator.double()(exact, torch.tensor(labels)).logits[0].softmax(-1)
+    edges = probabilities.cumsum(-1)
+    margins = []
+    for image in (exact != found).any(1).nonzero()[:, 0].tolist():
+        position = int((exact[image] != found[image]).nonzero()[0, 0])
+        low, high = sorted((int(exact[image, position]), int(found[image, position])))
+        # Every edge between the two tokens lies between the exact and the rounded place of the random number.
+        crossed = edges[image, position, [low, high - 1]]
+        margins.append((crossed - random[image, position]).abs().max().item())
+    return len(margins) / count, max(margins, default=0.0)
+
+
+@pytest.mark.parametrize(
+    ("fast", "margin", "rate"),
+    [
+        ({"implementation": "plain"}, 1e-5, 0.05),
+        ({"implementation": "packed"}, 1e-5, 0.05),
+        ({"implementation": "plain", "dtype": torch.bfloat16}, 0.08, 0.9),
+        ({"implementation": "int8"}, 0.08, 0.9),
+    ],
+    ids=["float32", "packed", "bf16", "int8"],
+)
+def test_fast_paths_diverge_only_where_a_draw_lies_at_an_edge(fast, margin, rate):
+    generator = make(TINY.model_copy(update={"rows": 4, "columns": 4}))
+    diverged, largest = divergences(generator, fast)
+    print(f"{fast}: {diverged:.0%} of images diverge, margin {largest:.2g}")
+    assert diverged <= rate
+    assert largest <= margin
+
+
+@pytest.mark.slow
+def test_a_compiled_step_diverges_only_where_a_draw_lies_at_an_edge():
+    generator = make(TINY.model_copy(update={"rows": 3, "columns": 3, "layers": 1}))
+    diverged, largest = divergences(generator, {"implementation": "compiled"}, 16)
+    assert diverged <= 0.1
+    assert largest <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["graph", "compiled"])
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_recorded_steps_equal_the_plain_way_on_cuda(implementation, config):
+    generator = make(config.model_copy(update={"rows": 4, "columns": 4})).cuda()
+    for scale, schedule in ((1.0, "constant"), (2.0, "constant"), (2.0, "interval:0.25,0.75")):
+        plain = generator.sample(LABELS, scale, schedule, seed=2, implementation="plain")
+        for _ in range(2):  # recorded, then replayed
+            found = generator.sample(LABELS, scale, schedule, seed=2, implementation=implementation)
+            assert torch.equal(found, plain), (scale, schedule)
+
+
+def test_a_decoder_follows_the_weights():
+    generator = make()
+    before = generator.sample(LABELS)
+    with torch.no_grad():
+        generator.transformer.head.weight.mul_(-1)
+    assert not torch.equal(generator.sample(LABELS), before)
+    assert torch.equal(generator.sample(LABELS), sample_without_cache(generator, LABELS))
+
+
+def test_int8_rounds_weights_to_half_a_step():
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.eye(128)
+    found = decoding.int8(weight)(x).T
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((found - weight).abs() <= 0.5 * step + 0.005 * weight.abs() + 1e-6).all()  # inputs are rounded too
+    assert (found - weight).abs().max() > 0
+
+
+# ---------------------------------------------------------------------------------------------- likelihood and doors
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_likelihoods_of_all_images_sum_to_one(config):
+    small = {"codebook_size": 4, "rows": 1, "columns": 3, "factors": [2, 2] if config is PAIRS else None}
+    generator = make(config.model_copy(update=small))
+    every = torch.cartesian_prod(*[torch.arange(4)] * 3)  # all 64 images
+    predicted = generator(every, torch.ones(64, dtype=torch.long))
+    assert predicted.nll.shape == (64, 3)
+    assert predicted.nll.sum(1).neg().exp().sum().item() == pytest.approx(1, abs=1e-9)
+    assert [logits.shape for logits in predicted.logits] == [
+        (64, 3, size) for size in generator.transformer.vocabularies
+    ]
+
+
+def test_grids_and_rows_of_tokens_mean_the_same():
+    generator = make()
+    tokens = torch.arange(6).view(1, 2, 3)
+    a, b = generator(tokens, torch.tensor([0])), generator(tokens.flatten(1), torch.tensor([0]))
+    assert torch.equal(a.nll, b.nll)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"class_labels": [5]}, r"in \[0, 4\] \(4 is the null class\), got 5"),
+        ({"class_labels": [[1]]}, "integers"),
+        ({"class_labels": [1.5]}, "integers"),
+        ({"cfg_scale": [1.0, 2.0]}, "cfg_scale must be a number, or 1 of them"),
+        ({"cfg_schedule": "never"}, "unknown cfg_schedule 'never'"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"image_numbers": [1, 2]}, "2 image_numbers for 1 class_labels"),
+        ({"given": torch.zeros(1, 3, 2, dtype=torch.long)}, r"integers \(B, 2, 3\)"),
+        ({"given": torch.full((1, 2, 3), 30)}, r"in \[-1, 30\), got 30"),
+        ({"given": torch.zeros(2, 2, 3, dtype=torch.long)}, "2 images given for 1"),
+        ({"window": 0}, "window"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"implementation": "fast"}, "unknown implementation 'fast'; choose from auto"),
+        ({"implementation": "graph"}, "needs a CUDA device"),
+        ({"implementation": "int8", "dtype": torch.float64}, "int8 weights need the CPU and float32"),
+    ],
+)
+def test_bad_arguments_are_refused_in_one_line(arguments, message):
+    with pytest.raises(UsageError, match=message) as error:
+        make().sample(**{"class_labels": [0], **arguments})
+    assert "\n" not in str(error.value)
+
+
+def test_no_images_are_an_empty_batch():
+    assert make().sample([]).shape == (0, 2, 3)
+
+
+def test_progress_counts_up_to_every_token():
+    seen = []
+    make().sample(LABELS, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert {total for _, total in seen} == {30}
+    assert seen[-1] == (30, 30)
+
+
+def test_classes_are_found_by_number_and_by_label():
+    names = ["red heart", "blue heart", "7", "sun"]
+    generator = Generator(GeneratorConfig(transformer=TINY, class_names=names))
+    assert generator.class_numbers(["sun", "0", "blue heart"]) == [3, 0, 1]
+    with pytest.raises(UsageError, match=r"no class 'heart'.*red heart, blue heart"):
+        generator.class_numbers(["heart"])
+    with pytest.raises(UsageError, match="no class '4'"):
+        generator.class_numbers(["4"])
+    with pytest.raises(UsageError, match="1 class names for 4 classes"):
+        Generator(GeneratorConfig(transformer=TINY, class_names=["red heart"]))
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_a_folder_gives_the_same_generator_back(tmp_path, config):
+    generator = make(config, torch.float32)
+    generator.save_pretrained(tmp_path, provenance={"step": 3})
+    again = Generator.from_pretrained(tmp_path)
+    assert again.config == generator.config
+    assert again.provenance == {"step": 3}
+    assert again.fingerprint() == generator.fingerprint()
+    assert torch.equal(again.sample(LABELS, **HOT), generator.sample(LABELS, **HOT))
+    with pytest.raises(UsageError, match="no tokenizer beside it"):
+        _ = again.tokenizer
