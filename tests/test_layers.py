@@ -11,12 +11,12 @@ import lexel
 
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
-    {"errors", "config", "checkpoint"},
+    {"errors", "config", "checkpoint", "place"},
     {"kernels", "networks"},
     {"quantizers", "autoencoder", "transformer", "losses", "metrics", "data"},
-    {"tokenizer", "sampling"},
+    {"tokenizer", "sampling", "decoding"},
     {"generator"},
-    {"train", "convert", "evaluate", "export"},
+    {"train", "convert", "evaluate", "export", "codec"},
     {"report"},
     {"compare", "demo"},
     {"cli"},
@@ -47,6 +47,8 @@ def imported(path: Path) -> set[str]:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lexel."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "lexel":
+            names |= {alias.name for alias in node.names if alias.name in RANK}
         elif isinstance(node, ast.Import):
             names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lexel.")}
     return names
