@@ -104,7 +104,7 @@ class Tokenizer(nn.Module):
         Raises:
             UsageError: indices are not integers of that shape in [0, codebook_size).
         """
-        books = getattr(self.quantizer, "books", None)
+        books = getattr(self.quantizer, "books", None)  # residual and product quantizers have several
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
         shape = "(B, h, w)" if books is None else f"(B, {books}, h, w)"

@@ -31,7 +31,8 @@ class Lattice(nn.Module):
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("steps", torch.tensor(steps), persistent=False)
         self.register_buffer("carrier", carrier, persistent=False)
-        self.register_buffer("copies", torch.bincount(carrier), persistent=False)
+        copies = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
+        self.register_buffer("copies", torch.tensor(copies), persistent=False)
         self.register_buffer("unit", torch.ones(()), persistent=False)
         self.levels: Tensor  # (d,)
         self.steps: Tensor  # (d,) what one digit adds to the index

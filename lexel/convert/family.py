@@ -1,0 +1,91 @@
+"""What a family of published checkpoints is: how to recognise one, and how to convert it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from lexel.config import check
+from lexel.convert.files import Published
+from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+if TYPE_CHECKING:
+    from lexel.generator import Generator
+
+Names = Mapping[str, Tensor]
+
+
+class Request(NamedTuple):
+    """A published checkpoint and what the user wants of it."""
+
+    published: Published
+    weights: str | None  # "live", "averaged", or None for the averages where there are any
+    overrides: Mapping[str, Any]  # options of the configuration that shapes do not tell, by dotted names
+
+    @property
+    def source(self) -> str:
+        return self.published.source
+
+
+@dataclass
+class Conversion:
+    """What became of a published checkpoint. `origins` and `left_out` account for every tensor in it."""
+
+    family: str
+    model: Tokenizer | Generator
+    origins: dict[str, str]  # our tensor: the published one
+    left_out: dict[str, str]  # the published tensor: the reason
+    weights: str = "live"  # or "averaged"
+    tokenizer: Tokenizer | None = None  # what a generator's file brings along
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published layout.
+
+    `fits` looks at names and shapes and must be true of every file of the family; it may be true of others' files
+    too, which are then refused until the user names the family.
+    """
+
+    name: str
+    title: str
+    fits: Callable[[Names], bool]
+    convert: Callable[[Request], Conversion]
+
+
+class Layout(NamedTuple):
+    """How the tensors of a tokenizer are named."""
+
+    family: str
+    rules: Callable[[Names], Sequence[Rule]]  # for the names of a file
+    left_out: Mapping[str, str]  # patterns of published names: reasons
+    untrained: Sequence[str]  # patterns of names that have no averaged weight
+    config: Callable[[Names, str], dict[str, Any]]  # our tensors, the source: the table of a TokenizerConfig
+
+
+def convert_tokenizer(request: Request, layout: Layout) -> Conversion:
+    """A tokenizer by its layout's table; every tensor used or left out, every parameter found."""
+    picked = pick_weights(request.published.tensors, request.weights, layout.untrained, request.source)
+    renamed = rename_picked(picked, layout, request.source)
+    return Conversion(
+        layout.family,
+        build_tokenizer(renamed, layout, request),
+        renamed.origins,
+        {**picked.left_out, **renamed.left_out},
+        picked.weights,
+    )
+
+
+def rename_picked(picked: Picked, layout: Layout, source: str) -> Renamed:
+    names = {name: entry.tensor for name, entry in picked.entries.items()}
+    return rename(picked.entries, layout.rules(names), layout.left_out, source, layout.family)
+
+
+def build_tokenizer(renamed: Renamed, layout: Layout, request: Request) -> Tokenizer:
+    table = apply_overrides(layout.config(renamed.tensors, request.source), request.overrides)
+    config = check(table, TokenizerConfig, request.source)
+    return Tokenizer.with_weights(config, renamed.tensors, request.source)

@@ -1,0 +1,153 @@
+"""Reads published checkpoints: files, folders and hub ids, into named tensors. Nothing in a file is ever executed."""
+
+import argparse
+import pathlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel import checkpoint
+from lexel.convert import torchscript
+from lexel.errors import UsageError
+
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
+INDEX = ".index.json"  # lists the shards of a split checkpoint
+NESTED = ("state_dict", "ema", "model")  # under which name training code puts the tensors; the first present counts
+
+
+class Forgotten:
+    """Stands for a class of a training framework that old checkpoints name; it takes anything and does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+
+# Classes that published training checkpoints hold beside their tensors: plain data, or names that we never look at.
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    pathlib.PosixPath,
+    *(
+        (Forgotten, name)
+        for name in (
+            "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+            "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+            "pytorch_lightning.utilities.parsing.AttributeDict",
+            "main.SetupCallback",
+            "main.ImageLogger",
+            "main.CUDACallback",
+        )
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a source holds: the tensors under their published names, and a configuration where there is one."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None  # config.json beside the weights
+
+
+def read(source: str | Path) -> Published:
+    """The tensors of a file, of a folder with one checkpoint, or of a hub id (owner/name or owner/name/FILE).
+
+    Raises:
+        UsageError: nothing is there, several checkpoints are, or a file is truncated, foreign or would run code.
+    """
+    path = _find(source)
+    config_path = path.parent / checkpoint.CONFIG
+    config = checkpoint.read_json(config_path) if path.name != checkpoint.CONFIG and config_path.is_file() else None
+    return Published(str(source), _read_tensors(path), config)
+
+
+def _find(source: str | Path) -> Path:
+    """The file to read: itself, the one checkpoint of a folder, or the hub's."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = sorted(file.name for file in path.iterdir() if file.is_file())
+        return path / _choose(found, str(source), f"{source}/")
+    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+", source):
+        return _download(source)
+    raise UsageError(f"{source} does not exist; give a checkpoint file, a folder with one, or a hub id")
+
+
+def _download(source: str) -> Path:
+    """A file of a hub repository, and what belongs to it, in the hub's cache."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    owner, name, *inside = source.split("/", 2)
+    repository = f"{owner}/{name}"
+    try:
+        if inside:
+            return Path(hf_hub_download(repository, inside[0]))
+        wanted = _choose(HfApi().list_repo_files(repository), source, f"{repository}/")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{source} is neither here nor a repository the hub gives: {reason}") from None
+    patterns = [f"{Path(wanted).parent / '*.safetensors'}".removeprefix("./")] if wanted.endswith(INDEX) else []
+    return checkpoint.find_folder(repository, [wanted, checkpoint.CONFIG, *patterns]) / wanted
+
+
+def _choose(names: list[str], source: str, prefix: str) -> str:
+    """The one checkpoint among file names; a split one counts as its index."""
+    indices = [name for name in names if name.endswith(INDEX)]
+    weights = [name for name in names if name.endswith(WEIGHTS)]
+    if indices:
+        weights = [name for name in weights if not re.search(r"-\d{5}-of-\d{5}\.", name)] + indices
+    if not weights:
+        raise UsageError(f"{source} holds no checkpoint; one ends in {', '.join(WEIGHTS)}")
+    if len(weights) > 1:
+        raise UsageError(f"{source} holds several checkpoints; choose from {', '.join(prefix + n for n in weights)}")
+    return weights[0]
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if path.name.endswith(INDEX):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return checkpoint.read_safetensors(path)
+    if torchscript.is_torchscript(path):
+        return torchscript.read(path)
+    with torch.serialization.safe_globals(HARMLESS):
+        content = checkpoint.read_pickle(path)
+    for name in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
+            content = content[name]
+            break
+    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if _named(content) else {}
+    if not tensors:
+        raise UsageError(f"{path} holds no named tensors, nor any under {', '.join(NESTED)}")
+    return tensors
+
+
+def _named(content: object) -> bool:
+    return isinstance(content, Mapping) and all(isinstance(name, str) for name in content)
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    table = checkpoint.read_json(index).get("weight_map")
+    if not isinstance(table, dict):
+        raise UsageError(f"{index} has no weight_map; it is no index of a split checkpoint")
+    shards = sorted(set(table.values()))
+    outside = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise UsageError(f"{index} names the shard {outside[0]!r}, which is not beside it")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise UsageError(f"{index} lacks {checkpoint.some(missing)}; the checkpoint is half-downloaded")
+    tensors: dict[str, Tensor] = {}
+    for name in shards:
+        tensors.update(checkpoint.read_safetensors(index.parent / name))
+    if tensors.keys() != table.keys():
+        raise UsageError(f"{index} does not match its shards: {checkpoint.some(sorted(tensors.keys() ^ table.keys()))}")
+    return tensors

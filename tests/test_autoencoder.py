@@ -1,0 +1,168 @@
+"""The encoder and decoder: published sizes, shapes, and the laws of their parts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from lexel.autoencoder import (
+    AdaptiveNorm,
+    Attention,
+    AutoencoderConfig,
+    DepthToSpace,
+    Downsample,
+    Upsample,
+    build,
+    haar,
+    inverse_haar,
+)
+from lexel.errors import UsageError
+
+CONVOLUTIONAL = {"attention_levels": [], "middle_attention": False}
+SMALL = {"width": 8, "multipliers": [1, 2], "residual_blocks": 1, "groups": 4, "z_channels": 6}
+DESIGNS = [
+    {"design": "vqgan", "attention_levels": [1]},
+    {"design": "vqgan", "attention_levels": [], "patch": 4, "multipliers": [1, 2, 2], "downsamplings": 1},
+    {"design": "magvit2", **CONVOLUTIONAL},
+    {"design": "simvq", **CONVOLUTIONAL},
+]
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "encoder", "decoder"),
+    [
+        (1, 20_571_136, 33_722_755),
+        (2, 29_298_176, 42_449_795),
+        (3, 38_025_216, 51_176_835),
+        (4, 46_752_256, 59_903_875),
+    ],
+)
+def test_the_vqgan_design_has_the_published_parameters(blocks, encoder, decoder):
+    with torch.device("meta"):
+        built = build(AutoencoderConfig(residual_blocks=blocks))
+    assert tuple(map(parameters, built)) == (encoder, decoder)
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "z_channels", "encoder", "decoder", "tensors"),
+    [
+        ([1, 1, 2, 2, 4], 18, 49_751_442, 65_376_387, (159, 180)),
+        ([1, 2, 2, 4], 18, 48_422_162, 63_599_491, (133, 150)),
+    ],
+)
+def test_the_magvit2_design_has_the_published_parameters(multipliers, z_channels, encoder, decoder, tensors):
+    config = AutoencoderConfig(design="magvit2", multipliers=multipliers, z_channels=z_channels, **CONVOLUTIONAL)
+    with torch.device("meta"):
+        built = build(config)
+    assert tuple(map(parameters, built)) == (encoder, decoder)
+    assert tuple(len(module.state_dict()) for module in built) == tensors
+
+
+@pytest.mark.parametrize("options", DESIGNS, ids=lambda options: options["design"])
+def test_every_size_divisible_by_the_factor_goes_through_and_back(options):
+    config = AutoencoderConfig(**SMALL | options)
+    encoder, decoder = build(config)
+    factor = config.downsampling
+    images = torch.randn(2, 3, 3 * factor, 2 * factor)
+    z = encoder(images)
+    assert z.shape == (2, 6, 3, 2)
+    assert decoder(z).shape == images.shape
+
+
+def test_downsampling_looks_right_and_down_only():
+    """A kernel that is 1 at its last place sees the pixel two to the right and two below, padding at the edge."""
+    downsample = Downsample(1)
+    with torch.no_grad():
+        downsample.weight.zero_()
+        downsample.weight[0, 0, 2, 2] = 1
+        downsample.bias.zero_()
+        image = torch.arange(16.0).view(1, 1, 4, 4)
+        assert downsample(image).flatten().tolist() == [10, 0, 0, 0]  # (2, 2), and padding three times
+
+
+def test_upsampling_repeats_every_pixel_before_the_convolution():
+    upsample = Upsample(1)
+    with torch.no_grad():
+        upsample.weight.zero_()
+        upsample.weight[0, 0, 1, 1] = 1
+        upsample.bias.zero_()
+        assert upsample(torch.tensor([[[[1.0, 2.0]]]])).squeeze().tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_depth_becomes_space_in_the_order_row_column_channel():
+    module = DepthToSpace(2)
+    with torch.no_grad():
+        module.weight.zero_()
+        module.bias.copy_(torch.arange(8.0))
+        first, second = module(torch.zeros(1, 2, 1, 1))[0]
+    assert first.tolist() == [[0, 2], [4, 6]]
+    assert second.tolist() == [[1, 3], [5, 7]]
+
+
+def test_attention_is_softmax_of_scaled_products_over_all_positions():
+    torch.manual_seed(0)
+    attention = Attention(8, 4).double()
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    y = F.group_norm(x, 4, attention.norm.weight, attention.norm.bias, eps=1e-6)
+    query, key, value = (
+        torch.einsum("dc,bchw->bdhw", layer.weight[..., 0, 0], y).flatten(2) + layer.bias[:, None]
+        for layer in (attention.query, attention.key, attention.value)
+    )
+    weights = (torch.einsum("bci,bcj->bij", query, key) / 8**0.5).softmax(2)
+    mixed = torch.einsum("bij,bcj->bci", weights, value)
+    out = torch.einsum("dc,bci->bdi", attention.out.weight[..., 0, 0], mixed) + attention.out.bias[:, None]
+    torch.testing.assert_close(attention(x), x + out.view_as(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_adaptive_norm_scales_by_the_unbiased_deviation_and_shifts_by_the_mean():
+    torch.manual_seed(0)
+    layer = AdaptiveNorm(3, 8, 4).double()
+    x, z = torch.randn(2, 8, 2, 2, dtype=torch.float64), torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    mean = z.sum((2, 3)) / 6
+    variance = (z - mean[..., None, None]).square().sum((2, 3)) / 5
+    scale = (variance + 1e-6).sqrt() @ layer.gamma.weight.T + layer.gamma.bias
+    shift = mean @ layer.beta.weight.T + layer.beta.bias
+    expected = scale[..., None, None] * F.group_norm(x, 4, eps=1e-6) + shift[..., None, None]
+    torch.testing.assert_close(layer(x, z), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_haar_gives_the_mean_and_the_three_differences():
+    assert haar(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).flatten().tolist() == [2.5, -1, -0.5, 0]
+
+
+def test_haar_is_inverted_exactly():
+    x = torch.randint(-8, 8, (2, 3, 4, 6)).double()
+    assert torch.equal(inverse_haar(haar(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": 48}, "32 groups do not divide the width 48"),
+        ({"attention_levels": [5]}, "attention_levels must be among"),
+        ({"design": "magvit2"}, "has no attention"),
+        ({"design": "simvq", "patch": 2, **CONVOLUTIONAL}, "has no patch"),
+        ({"downsamplings": 5}, r"downsamplings must be in \[0, 5\)"),
+        ({"width": "128"}, "valid integer"),
+    ],
+)
+def test_inconsistent_configurations_are_refused_with_a_reason(options, message):
+    with pytest.raises(ValidationError, match=message):
+        AutoencoderConfig(**options)
+
+
+def test_a_width_that_groups_do_not_divide_comes_with_a_divisor_that_does():
+    with pytest.raises(ValidationError, match="such as 24"):
+        AutoencoderConfig(width=48)
+    AutoencoderConfig(width=48, groups=24)
+
+
+def test_one_latent_has_no_variance_for_the_magvit2_decoder():
+    _, decoder = build(AutoencoderConfig(**SMALL | {"design": "magvit2", **CONVOLUTIONAL}))
+    with pytest.raises(UsageError, match="at least two latents"):
+        decoder(torch.zeros(1, 6, 1, 1))
