@@ -1,0 +1,44 @@
+"""Training of tokenizers and generators: a recipe in, a run folder out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Union
+
+from lexel import config
+
+if TYPE_CHECKING:
+    from lexel.train.generator import GeneratorRecipe
+    from lexel.train.run import ProgressCallback
+    from lexel.train.tokenizer import TokenizerRecipe
+
+    Recipe = Union["TokenizerRecipe", "GeneratorRecipe"]
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
+    """The recipe in a TOML file, or the one of Lexel's own with that name; one with a `generator` section is a generator's.
+
+    Raises:
+        UsageError: there is no such recipe, or it holds a key or value that is not known.
+    """
+    path = config.find_recipe(source)
+    table = config.read(path, overrides)
+    if "generator" in table:
+        from lexel.train.generator import GeneratorRecipe
+
+        return config.check(table, GeneratorRecipe, path.name)
+    from lexel.train.tokenizer import TokenizerRecipe
+
+    return config.check(table, TokenizerRecipe, path.name)
+
+
+def train(
+    recipe: "Recipe", out: str | Path, *, device: str = "auto", progress: "ProgressCallback | None" = None
+) -> bool:
+    """Trains what the recipe describes; False where a signal ended it early and the same call would go on."""
+    from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
+
+    if isinstance(recipe, TokenizerRecipe):
+        return train_tokenizer(recipe, out, device=device, progress=progress).finished
+    from lexel.train.generator import train_generator
+
+    return train_generator(recipe, out, device=device, progress=progress).finished
