@@ -205,7 +205,7 @@ def train(
     precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")] = None,
 ) -> None:
     """Trains a tokenizer or a generator; the same command again resumes, bit for bit."""
-    from lexel.train import load_recipe, plan, train
+    from lexel.train import load_recipe, train
 
     overrides = list(set_ or [])
     if init:
@@ -214,6 +214,8 @@ def train(
         overrides.append(f"train.precision={json.dumps(precision)}")
     loaded = load_recipe(recipe, overrides)
     if dry_run:
+        from lexel.train.plan import plan
+
         print(plan(loaded))
         return
     with _progress(recipe.stem, "steps") as update:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 from lexel import config
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from lexel.train.run import ProgressCallback
     from lexel.train.tokenizer import TokenizerRecipe
 
-    Recipe = Union["TokenizerRecipe", "GeneratorRecipe"]
+    Recipe = TokenizerRecipe | GeneratorRecipe
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-    """The recipe in a TOML file, or the one of Lexel's own with that name; one with a `generator` section is a generator's.
+    """A tokenizer's recipe, or a generator's where it has a `generator` section: a TOML file, or one of Lexel's by name.
 
     Raises:
         UsageError: there is no such recipe, or it holds a key or value that is not known.
