@@ -7,8 +7,9 @@ train; a run that starts again at step s gets the batches that the first run wou
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -67,8 +68,20 @@ def crop_generator(seed: int, epoch: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, number], np.uint64)))
 
 
+def crop_choices(count: int, crops: int, seed: int) -> Callable[[int, int], int]:
+    """(epoch, picture number) to one of `crops` prepared versions of the picture: a function of the seed alone."""
+    if crops == 1:
+        return lambda epoch, number: 0
+
+    @lru_cache(maxsize=2)  # a batch may lie in two epochs
+    def choices(epoch: int) -> np.ndarray:
+        return np.random.Philox(key=_key(seed, epoch, purpose=2)).random_raw(count) % np.uint64(crops)
+
+    return lambda epoch, number: int(choices(epoch)[number])
+
+
 def _key(seed: int, epoch: int, purpose: int) -> np.ndarray:
-    return np.array([seed % 2**64, 2 * epoch + purpose], np.uint64)
+    return np.array([seed % 2**64, 4 * epoch + purpose], np.uint64)
 
 
 def training_batches(
@@ -134,7 +147,7 @@ class TrainingBatches(Iterator[Batch]):
         self.unreadable: dict[str, str] = {}
         self._device = device
         steps = _TrainingSteps(images, transform, batch_size, seed, rank, processes, on_error)
-        self._read = _items(steps, _CountFrom(first_step), workers, prefetch)
+        self._read = look_up(steps, _CountFrom(first_step), workers, prefetch)
 
     def __next__(self) -> Batch:
         pictures = next(self._read)
@@ -198,13 +211,13 @@ class OrderedBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pictures in _items(self._batches, range(len(self._batches)), self._workers, self._prefetch):
+        for pictures in look_up(self._batches, range(len(self._batches)), self._workers, self._prefetch):
             self.unreadable.update(pictures.unreadable)
             if pictures.numbers:
                 yield _as_batch(pictures, self.images, self._device)
 
 
-class _Pictures(NamedTuple):
+class Pictures(NamedTuple):
     """A batch as it comes out of a worker."""
 
     arrays: np.ndarray  # uint8 (B, H, W, 3)
@@ -228,7 +241,7 @@ class _TrainingSteps:
     def __post_init__(self) -> None:
         self.positions = Positions(len(self.images), self.seed)
 
-    def __getitem__(self, step: int) -> _Pictures:
+    def __getitem__(self, step: int) -> Pictures:
         share = self.batch_size // self.processes
         first = step * self.batch_size + self.rank * share
         arrays, numbers, unreadable = [], [], {}
@@ -238,7 +251,7 @@ class _TrainingSteps:
             unreadable.update(failed)
             arrays.append(self.transform(picture, crop_generator(self.seed, epoch, number)))
             numbers.append(number)
-        return _Pictures(np.stack(arrays), numbers, unreadable)
+        return Pictures(np.stack(arrays), numbers, unreadable)
 
     def _readable(self, number: int) -> tuple[np.ndarray, int, dict[str, str]]:
         """The picture with this number or the next one that can be read, and the ones that cannot."""
@@ -273,20 +286,13 @@ class _OrderedNumbers:
     def __len__(self) -> int:
         return -(-len(self.numbers) // self.batch_size)
 
-    def __getitem__(self, batch: int) -> _Pictures:
-        arrays, numbers, unreadable = [], [], {}
-        for number in self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]:
-            try:
-                picture = self.images.read(number)
-            except UnreadableImage as error:
-                if self.on_error == "stop":
-                    raise
-                unreadable[error.name] = error.reason
-                continue
-            arrays.append(picture if self.transform is None else self.transform(picture, None))
-            numbers.append(number)
-        stacked = np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8)
-        return _Pictures(stacked, numbers, unreadable)
+    def __getitem__(self, batch: int) -> Pictures:
+        numbers = self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return read_squares(self.images, numbers, self.transform, _centred, self.on_error)
+
+
+def _centred(number: int) -> list[None]:
+    return [None]
 
 
 class _CountFrom:
@@ -305,14 +311,14 @@ class _OrError(Dataset[Any]):
     def __init__(self, table: Any) -> None:
         self.table = table
 
-    def __getitem__(self, item: int) -> _Pictures | UsageError:
+    def __getitem__(self, item: int) -> Pictures | UsageError:
         try:
             return self.table[item]
         except UsageError as error:
             return error
 
 
-def _items(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[_Pictures]:
+def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pictures]:
     """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept."""
     loader: DataLoader[Any] = DataLoader(
         _OrError(table),
@@ -333,7 +339,29 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _as_batch(pictures: _Pictures, images: ImageSet, device: str | torch.device | None) -> Batch:
+def read_squares(
+    images: ImageSet,
+    numbers: Sequence[int],
+    transform: Transform | None,
+    generators: Callable[[int], Sequence[np.random.Generator | None]],
+    on_error: OnError = "replace",
+) -> Pictures:
+    """The squares of some pictures, one for each generator of a picture; unreadable pictures are left out."""
+    arrays, readable, unreadable = [], [], {}
+    for number in numbers:
+        try:
+            picture = images.read(number)
+        except UnreadableImage as error:
+            if on_error == "stop":
+                raise
+            unreadable[error.name] = error.reason
+            continue
+        arrays += [picture if transform is None else transform(picture, one) for one in generators(number)]
+        readable.append(number)
+    return Pictures(np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8), readable, unreadable)
+
+
+def _as_batch(pictures: Pictures, images: ImageSet, device: str | torch.device | None) -> Batch:
     pixels = torch.from_numpy(pictures.arrays)
     numbers = torch.tensor(pictures.numbers)
     labels = None

@@ -161,9 +161,12 @@ def _rendered(names: list[str], size: int, progress: Progress) -> np.ndarray:
     if not path.is_file():
         with written_whole(path) as file:
             np.save(file, render(names, size, progress))
-    array = np.load(path, mmap_mode="r")
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); delete it to render the set again") from None
     if array.shape != (len(names), size, size, 3) or array.dtype != np.uint8:
-        raise UsageError(f"{path} is not the rendered set it should be; delete it to render it again")
+        raise UsageError(f"{path} is not the rendered set it should be; delete it to render the set again")
     return array
 
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,7 +128,8 @@ def read_image(path: str | Path, name: str | None = None, pixel_limit: int = PIX
     """
     name = str(path) if name is None else name
     try:
-        with _open(Path(path)) as image:
+        # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
+        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
             width, height = image.size
             if width * height > pixel_limit:
                 raise UnreadableImage(

@@ -58,16 +58,20 @@ class ImageSet:
 
     def hold_out(self, fraction: float) -> tuple["ImageSet", "ImageSet"]:
         """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names."""
-        if not 0 < fraction < 1:
-            raise UsageError(f"the part to hold out must lie between 0 and 1, got {fraction}")
-        if len(self) < 2:
-            raise UsageError(f"holding out a part needs at least 2 images, and there is {len(self)}")
-        count = min(max(1, round(fraction * len(self))), len(self) - 1)
-        order = sorted(
-            range(len(self)),
-            key=lambda number: hashlib.sha256(self.names[number].encode("utf-8", "surrogateescape")).digest(),
-        )
-        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+        rest, held = held_out(self.names, fraction)
+        return self.subset(rest), self.subset(held)
+
+
+def held_out(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Numbers of the rest and of the held-out part of named things, by the hashes of the names; neither is empty."""
+    if not 0 < fraction < 1:
+        raise UsageError(f"the part to hold out must lie between 0 and 1, got {fraction}")
+    if len(names) < 2:
+        raise UsageError(f"holding out a part needs at least 2 images, and there is {len(names)}")
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    order = sorted(range(len(names)), key=digests.__getitem__)
+    return sorted(order[count:]), sorted(order[:count])
 
 
 class FileImages(ImageSet):
