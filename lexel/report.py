@@ -106,10 +106,8 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 def write_report(folder: str | Path) -> Path:
     """Writes `report.html` into a run folder from what the folder holds; returns its path."""
     run = read_run(folder)
-    sections = [*tokenizer_sections(run), recipe_section(run.folder)]
-    return write_page(
-        run.folder / "report.html", f"Run {run.name}", lead(run), [part for part in sections if part], tiles(run)
-    )
+    sections = [*tokenizer_sections(run), *recipe_section(run.folder)]
+    return write_page(run.folder / "report.html", f"Run {run.name}", lead(run), sections, tiles(run))
 
 
 def write_page(
@@ -173,33 +171,45 @@ def tokenizer_sections(run: Run) -> list[Section]:
         rows = [run.last["originals"][:12], run.last["reconstructions"][:12]]
         caption = "Above: held-out originals. Below: the same pictures through the tokenizer and back."
         sections.append(Section("Originals and reconstructions", figures=[picture_rows(rows, caption)], wide=True))
-    sections.append(Section("Losses", figures=loss_curves(run.train)))
     if "histogram" in run.last:
         sections.append(Section("The codebook", figures=codebook_figures(run)))
     if "indices" in run.last:
         sections.append(Section("What the tokenizer sees", figures=map_figures(run.last)))
-    timing = timing_figures(run.train)
-    if timing:
-        sections.append(Section("Timing", figures=timing))
-    return sections
+    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Timing", figures=timing_figures(run.train)))
+    return [section for section in sections if section.figures or section.findings]
 
 
-def recipe_section(folder: Path) -> Section | None:
+def recipe_section(folder: Path) -> list[Section]:
     """The resolved recipe, to run it again."""
     path = folder / "recipe.toml"
-    return Section("Recipe", code=path.read_text(encoding="utf-8")) if path.is_file() else None
+    return [Section("Recipe", code=path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
-NOT_LOSSES = {"step", "seconds", "lr", "gradient_norm", "images_per_second", "tokens_per_second", "discriminator_lr"}
+# What belongs into one chart, by the names in metrics.jsonl; what is not named here gets a chart of its own.
+CHARTS: dict[str, tuple[str, ...]] = {
+    "the whole loss": ("loss",),
+    "what reconstructions miss": ("l1", "l2", "lpips"),
+    "from latents to codes": ("quantization", "commitment", "codebook"),
+    "entropy of the softmax: of one latent, of the batch": ("entropy_sample", "entropy_batch"),
+    "the adversary": ("adversarial", "discriminator", "lecam"),
+    "the discriminator's logits": ("logits_real", "logits_fake"),
+    "norms of the gradients": ("gradient_norm", "discriminator_gradient_norm"),
+    "learning rate": ("lr",),
+}
+NO_CURVES = {"step", "seconds", "images_per_second", "tokens_per_second", "adversarial_weight"}
 
 
 def loss_curves(rows: Rows) -> list[Figure]:
-    """One small chart for every number that training logs, the total first."""
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float)))
-    losses = [name for name in names if name not in NOT_LOSSES]
-    losses.sort(key=lambda name: name != "loss")
-    shown = [*losses, *(name for name in ("gradient_norm", "lr") if name in names)]
-    return [line_chart({name: series(rows, name)}, name.replace("_", " ")) for name in shown]
+    """Every number that training logs, those that belong together in one chart."""
+    logged = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float)))
+    grouped = {name for names in CHARTS.values() for name in names}
+    others = {name.replace("_", " "): (name,) for name in logged if name not in grouped | NO_CURVES}
+    charts = [
+        line_chart({name.replace("_", " "): series(rows, name) for name in names}, caption)
+        for caption, names in (CHARTS | others).items()
+    ]
+    return [chart for chart in charts if chart.html]
 
 
 def codebook_figures(run: Run) -> list[Figure]:
@@ -259,7 +269,7 @@ def line_chart(
     if not lines:
         return Figure("")
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 2.6))
+        canvas = Canvas(figsize=(4.6, 2.4))
         axes = canvas.subplots()
         for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
             axes.plot(steps, values, color=colour, label=name, linewidth=1.8, marker="o" if len(steps) < 3 else None)
@@ -281,7 +291,7 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
     chosen = dict(list(histograms.items())[:: max(1, len(histograms) // 4)])
     chosen |= dict(list(histograms.items())[-1:])
     with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 2.6))
+        canvas = Canvas(figsize=(4.6, 2.4))
         axes = canvas.subplots()
         for colour, (name, histogram) in zip(_colours(len(chosen)), chosen.items(), strict=True):
             counts = np.sort(histogram.ravel())[::-1] / max(1, histogram.sum())
