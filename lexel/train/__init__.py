@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
-    """A tokenizer's recipe, or a generator's where it has a `generator` section: a TOML file, or the name of Lexel's own.
+    """A tokenizer's recipe, or a generator's if it has a `generator` section: a TOML file, or the name of Lexel's own.
 
     Raises:
         UsageError: there is no such recipe, or it holds a key or value that is not known.
