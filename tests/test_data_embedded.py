@@ -57,7 +57,7 @@ def test_drawings_are_rendered_on_white_with_their_labels(handful):
     face = images.read(images.names.index("1F600"))
     assert face.shape == (16, 16, 3)
     assert (face[0, 0] == 255).all()
-    assert (np.abs(face.astype(int) - (252, 234, 43)).max(-1) < 6).sum() > 50  # OpenMoji's yellow
+    assert (np.abs(face.astype(int) - (252, 234, 43)).max(-1) < 6).sum() > 15  # OpenMoji's yellow
 
 
 @needs_openmoji
@@ -132,7 +132,7 @@ def test_every_drawing_has_one_of_ten_classes():
     assert min(counts.values()) == counts["Activities"] == 85
     assert classes[labels[names.index("1F46F-1F3FB")]] == "People & Body"  # younger than the list of labels
     fine, _ = embedded._openmoji_labels(names, "subcategory")
-    assert 90 <= len(fine) <= 99
+    assert len(fine) == 100
 
 
 @needs_openmoji

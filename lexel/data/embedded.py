@@ -64,7 +64,7 @@ def openmoji(split: str | None, size: int | None, progress: Progress, labels: st
     All variants of an emoji (skin, gender, hair, direction, colour, or equal to the pixel) are in the same split.
 
     Args:
-        labels: which grouping gives the classes, "category" (9 and Extras) or "subcategory" (98 and Extras).
+        labels: which grouping gives the classes, "category" (9 and Extras) or "subcategory" (99 and Extras).
     """
     if split == "test":
         raise UsageError("openmoji has no split 'test'; choose from train, validation")
