@@ -237,6 +237,11 @@ class Generator(nn.Module):
             self._tokenizer.append(found)
         return self._tokenizer[0]
 
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Makes `tokenizer` the one whose tokens these are, and records its fingerprint."""
+        self.config = self.config.model_copy(update={"tokenizer": tokenizer.fingerprint()})
+        self._tokenizer = [tokenizer]
+
     def check_tokenizer(self, fingerprint: str, what: str) -> None:
         """Refuses tokens of another tokenizer; `what` names where they come from."""
         expected = self.config.tokenizer
@@ -292,11 +297,17 @@ class Generator(nn.Module):
         table = {name: value for name, value in config.items() if name not in ("model", "lexel", "provenance")}
         if config.get("model") != "generator":
             raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
-        with torch.device("meta"):
-            generator = cls(check(table, GeneratorConfig, f"{source}/config.json"))
-        checkpoint.load_strict(generator, tensors, source)
+        generator = cls.with_weights(check(table, GeneratorConfig, f"{source}/config.json"), tensors, source)
         generator.provenance = dict(config.get("provenance", {}))
         generator._folder = Path(source)
+        return generator
+
+    @classmethod
+    def with_weights(cls, config: GeneratorConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
+        """A generator in evaluation mode that takes over `tensors`, so that nothing is held twice."""
+        with torch.device("meta"):
+            generator = cls(config)
+        checkpoint.load_strict(generator, tensors, source)
         return generator.eval()
 
     def fingerprint(self) -> str:
