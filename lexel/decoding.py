@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
-from lexel.transformer import EPSILON, Block, ClassConditional, ConditionalBlock, Factorised, rotate
+from lexel.transformer import EPSILON, Block, ClassConditional, ClassStart, ConditionalBlock, Factorised, rotate
 
 Linear = Callable[[Tensor], Tensor]  # (..., in) -> (..., out)
 
@@ -182,7 +182,7 @@ class Decoder:
 
     def __init__(
         self,
-        transformer: ClassConditional | Factorised,
+        transformer: ClassConditional | ClassStart | Factorised,
         implementation: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> None:

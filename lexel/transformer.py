@@ -56,6 +56,7 @@ class TransformerConfig(Config):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     class_dropout: float = Field(default=0.1, ge=0, le=1)
     gamma_init: float = Field(default=1e-3, ge=0)
+    modulated: bool = True  # whether the class scales and shifts every norm; a factorised head never does
 
     @property
     def tokens(self) -> int:
@@ -85,7 +86,7 @@ def factorise(codebook_size: int) -> tuple[int, int]:
     return first, codebook_size // first
 
 
-def build(config: TransformerConfig) -> "ClassConditional | Factorised":
+def build(config: TransformerConfig) -> "ClassConditional | ClassStart | Factorised":
     """The transformer a config describes, freshly initialised.
 
     Raises:
@@ -98,7 +99,7 @@ def build(config: TransformerConfig) -> "ClassConditional | Factorised":
     if config.head not in ("auto", "plain", "factorised"):
         raise UsageError(f"unknown head {config.head!r}; choose from auto, factorised, plain")
     if len(config.vocabularies) == 1:
-        return ClassConditional(config)
+        return ClassConditional(config) if config.modulated else ClassStart(config)
     if (
         len(config.vocabularies) != 2
         or min(config.vocabularies) < 2
@@ -289,6 +290,29 @@ class ClassConditional(_Transformer):
             x = self.run(block, x, table, condition)
         scale, shift = self.modulation(F.silu(condition)).chunk(2, -1)
         return (self.head(self.norm(x) * (1 + scale) + shift),)
+
+
+class ClassStart(_Transformer):
+    """LlamaGen's generator (https://arxiv.org/abs/2406.06525): the class is the start token and nothing more."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        self.tokens = nn.Embedding(config.codebook_size, config.width)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.dropout) for _ in range(config.layers))
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+
+        self._initialise()
+        with torch.no_grad():
+            self.head.weight.zero_()
+
+    def forward(self, indices: Tensor, class_labels: Tensor) -> tuple[Tensor]:
+        """Logits of every token given those before it: ((B, T, codebook_size),) for indices (B, T), labels (B,)."""
+        start = self.classes(self.drop_classes(class_labels))[:, None]  # (B, 1, C)
+        x = self.dropout(torch.cat([start, self.tokens(indices[:, :-1])], 1))
+        table = self.positions(x)[: x.shape[1]]
+        for block in self.blocks:
+            x = self.run(block, x, table)
+        return (self.head(self.norm(x)),)
 
 
 class Factorised(_Transformer):

@@ -1,29 +1,27 @@
 """Published checkpoints as Lexel models: one rename table a family, strict in both directions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lexel import checkpoint
 from lexel.convert import (
     cosmos,
     diffusers,
     files,
+    fvq,
     ibq,
     llamagen,
     open_magvit2,
     simvq,
+    transformers,
     vqgan,
     vqgan_lc,
 )
 from lexel.convert.family import Conversion, Family, Request
 from lexel.errors import UsageError, unknown
+from lexel.generator import Generator
 from lexel.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from lexel.generator import Generator
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -33,10 +31,13 @@ FAMILIES: dict[str, Family] = {
         vqgan.FAMILY,
         open_magvit2.FAMILY,
         llamagen.FAMILY,
+        fvq.FAMILY,
+        fvq.BAKED,
         simvq.FAMILY,
         vqgan_lc.FAMILY,
         cosmos.FAMILY,
         diffusers.FAMILY,
+        *transformers.FAMILIES,
     )
 }
 
@@ -67,8 +68,6 @@ def load_folder(source: str | Path) -> Tokenizer | Generator:
     """A tokenizer or generator from a Lexel folder, by its `config.json`."""
     config, tensors = checkpoint.load_folder(source)
     if config.get("model") == "generator":
-        from lexel.generator import Generator
-
         return Generator.from_pretrained(source)
     return Tokenizer.from_folder(source, config, tensors)
 

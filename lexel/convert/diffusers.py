@@ -63,7 +63,7 @@ def _attention(name: str) -> str:
 
 def convert(request: Request) -> Conversion:
     """Projections of attention are linear in diffusers, 1x1 convolutions here: the weights get two axes more."""
-    given = request.published.config or {}
+    given = request.published.config
     for name, value in FIXED.items():
         if given.get(name, value) != value:
             raise UsageError(f"{request.source} has {name} = {given[name]!r}; only {value!r} can be imported")

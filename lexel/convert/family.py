@@ -1,20 +1,16 @@
 """What a family of published checkpoints is: how to recognise one, and how to convert it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from lexel.config import check
 from lexel.convert.files import Published
 from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename
+from lexel.generator import Generator
 from lexel.tokenizer import Tokenizer, TokenizerConfig
-
-if TYPE_CHECKING:
-    from lexel.generator import Generator
 
 Names = Mapping[str, Tensor]
 

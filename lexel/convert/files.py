@@ -52,7 +52,7 @@ class Published:
 
     source: str
     tensors: dict[str, Tensor]
-    config: dict[str, Any] | None  # config.json beside the weights
+    config: Mapping[str, Any]  # config.json beside the weights, or a table in the file; mostly empty
 
 
 def read(source: str | Path) -> Published:
@@ -62,9 +62,9 @@ def read(source: str | Path) -> Published:
         UsageError: nothing is there, several checkpoints are, or a file is truncated, foreign or would run code.
     """
     path = _find(source)
-    config_path = path.parent / checkpoint.CONFIG
-    config = checkpoint.read_json(config_path) if path.name != checkpoint.CONFIG and config_path.is_file() else None
-    return Published(str(source), _read_tensors(path), config)
+    tensors, config = _read(path)
+    beside = path.parent / checkpoint.CONFIG
+    return Published(str(source), tensors, config or (checkpoint.read_json(beside) if beside.is_file() else {}))
 
 
 def _find(source: str | Path) -> Path:
@@ -111,15 +111,17 @@ def _choose(names: list[str], source: str, prefix: str) -> str:
     return weights[0]
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """The tensors of a file, and its own table `config` if it has one."""
     if path.name.endswith(INDEX):
-        return _read_shards(path)
+        return _read_shards(path), {}
     if path.suffix == ".safetensors":
-        return checkpoint.read_safetensors(path)
+        return checkpoint.read_safetensors(path), {}
     if torchscript.is_torchscript(path):
-        return torchscript.read(path)
+        return torchscript.read(path), {}
     with torch.serialization.safe_globals(HARMLESS):
         content = checkpoint.read_pickle(path)
+    config = content.get("config") if isinstance(content, Mapping) else None
     for name in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
             content = content[name]
@@ -127,7 +129,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if _named(content) else {}
     if not tensors:
         raise UsageError(f"{path} holds no named tensors, nor any under {', '.join(NESTED)}")
-    return tensors
+    return tensors, config if isinstance(config, Mapping) else {}
 
 
 def _named(content: object) -> bool:

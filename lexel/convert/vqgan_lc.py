@@ -13,19 +13,26 @@ TRAINING = {
 }
 QUANTIZER: list[Rule] = [
     (r"tok_embeddings\.weight", "quantizer.bank"),
-    (rf"codebook_projection\.{END}", r"quantizer.projector.\1"),
+    (rf"codebook_projection\.{END}", r"quantizer.projector.0.\1"),
     (rf"codebook_projection\.([02])\.{END}", r"quantizer.projector.\1.\2"),
 ]
 
 
 def config(tensors: Names, source: str) -> dict[str, Any]:
     size, features = tensors["quantizer.bank"].shape
+    hidden = tensors["quantizer.projector.0.weight"].shape[0] if "quantizer.projector.2.weight" in tensors else None
     dim = tensors["to_codes.weight"].shape[0]
     if dim == 768:
         raise UsageError(f"{source} has codes of 768 dimensions; that variant normalises its latents and is not known")
     return {
         "autoencoder": infer_autoencoder(tensors, source),
-        "quantizer": {"kind": "vqgan_lc", "codebook_size": size, "codebook_dim": dim, "features": features},
+        "quantizer": {
+            "kind": "vqgan_lc",
+            "codebook_size": size,
+            "codebook_dim": dim,
+            "feature_dim": features,
+            "hidden": hidden,
+        },
     }
 
 
