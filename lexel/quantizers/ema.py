@@ -79,7 +79,8 @@ class EMA(Quantizer):
         """One step of the averages on latents (N, D); returns the indices (N,) they chose."""
         vectors = vectors.to(self.weight.dtype)
         if self.start == "kmeans" and self.steps == 0:
-            self._set(torch.ones_like(self.counts, dtype=torch.bool), kmeans(all_rows(vectors), self.codebook_size))
+            centres, members = kmeans(all_rows(vectors), self.codebook_size)
+            self._set(members >= 0, centres, members.clamp_min(1))
         elif self.restart_below > 0:
             self._restart(vectors)
         self.steps += 1
@@ -98,12 +99,14 @@ class EMA(Quantizer):
         if dead.any():
             # The step seeds the choice: processes agree, and a resumed run chooses as an uninterrupted one.
             generator = torch.Generator().manual_seed(int(self.steps))
-            self._set(dead, draw(all_rows(vectors), int(dead.sum()), generator), max(self.restart_below, 1.0))
+            codes = draw(all_rows(vectors), int(dead.sum()), generator)
+            self._set(dead, codes, torch.full_like(codes[:, 0], max(self.restart_below, 1.0)))
 
-    def _set(self, which: Tensor, codes: Tensor, count: float = 1.0) -> None:
+    def _set(self, which: Tensor, codes: Tensor, counts: Tensor) -> None:
+        """Puts codes (n, D) with average counts (n,) where the mask `which` (K,) is true."""
         self.weight[which] = codes
-        self.counts[which] = count
-        self.sums[which] = codes * count
+        self.counts[which] = counts.to(self.counts.dtype)
+        self.sums[which] = codes * counts[:, None]
 
 
 @torch.no_grad()
@@ -118,12 +121,16 @@ def draw(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> Tensor:
-    """Lloyd's algorithm on vectors (N, D) from random rows: (count, D). A centre nobody chooses stays."""
+def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm on vectors (N, D) from random rows: centres (count, D) and how many rows each has, int64.
+
+    A centre that no row is nearest to stays where it is.
+    """
     centres = draw(vectors, count, torch.Generator().manual_seed(0))
+    members = torch.zeros(count, dtype=torch.int64, device=vectors.device)
     for _ in range(iterations):
         indices = nearest(vectors, centres)
-        counts = torch.bincount(indices, minlength=count)[:, None]
+        members = torch.bincount(indices, minlength=count)
         sums = torch.zeros_like(centres).index_add_(0, indices, vectors)
-        centres = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
-    return centres
+        centres = torch.where(members[:, None] > 0, sums / members.clamp_min(1)[:, None], centres)
+    return centres, members
