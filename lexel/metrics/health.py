@@ -1,5 +1,6 @@
 """Is the codebook healthy? Counts of codes, the gradient that reaches the encoder, and a verdict in words."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -94,19 +95,21 @@ def gradient_health(tokenizer: TokenizerLike, images: Tensor) -> GradientHealth:
     encoder learns noise. Both come before the codebook collapses, so they are worth watching. Loss terms of the
     quantizer itself are left out.
 
+    The quantizer is measured as it works in training, on a copy, so that no statistics of its own move.
+
     Args:
-        tokenizer: a Tokenizer, in the mode (train or eval) it is to be measured in.
+        tokenizer: a Tokenizer.
         images: (B, 3, H, W) in [-1, 1]; a handful is enough.
     """
+    quantizer = copy.deepcopy(tokenizer.quantizer).train()
     with torch.enable_grad():
         z = tokenizer.latents(images).detach().requires_grad_(True)
-        z_q = tokenizer.quantizer(z).z_q
-        loss = F.l1_loss(tokenizer.decode_codes(z_q), images)
-        (decoder_gradient,) = torch.autograd.grad(loss, z_q, retain_graph=True)
+        z_q = quantizer(z).z_q
+        decoded = z_q.detach().requires_grad_(True)
+        (decoder_gradient,) = torch.autograd.grad(F.l1_loss(tokenizer.decode_codes(decoded), images), decoded)
+        encoder_gradient = None
         if z_q.requires_grad:
             (encoder_gradient,) = torch.autograd.grad(z_q, z, decoder_gradient, allow_unused=True)
-        else:
-            encoder_gradient = None
     before = decoder_gradient.double()
     after = torch.zeros_like(before) if encoder_gradient is None else encoder_gradient.double()
     ratio = after.norm() / before.norm().clamp(min=torch.finfo(torch.float64).tiny)

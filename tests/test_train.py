@@ -1,0 +1,547 @@
+"""Training of tokenizers: going on after anything that can happen, bit for bit, and stopping where it must."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexel.checkpoint import load_state
+from lexel.config import check
+from lexel.errors import UsageError
+from lexel.tokenizer import Tokenizer
+from lexel.train import run as engine
+from lexel.train import tokenizer as training
+from lexel.train.run import RunFolder, Schedule, TrainingStopped, weight_average
+from lexel.train.tokenizer import Learner, TokenizerRecipe, load_run, train_tokenizer
+
+STEPS = 8
+TIMES = {"seconds", "images_per_second"}
+PARTS = ["model", "average", "optimizer", "scaler", "means"]
+ADVERSARY = ["discriminator", "lecam", "discriminator_optimizer", "discriminator_scaler"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twenty little pictures: bars and blobs of colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((20, 18), Image.Resampling.BILINEAR).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def tables(pictures, **train):
+    """A recipe as plain tables: every part at work, the discriminator from step 3 on."""
+    return {
+        "model": {
+            "quantizer": train.pop("quantizer", {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}),
+            "autoencoder": {
+                "width": 4,
+                "multipliers": [1, 2],
+                "residual_blocks": 1,
+                "attention_levels": [],
+                "middle_attention": False,
+                "z_channels": 4,
+                "groups": 2,
+            },
+        },
+        "data": {"source": str(pictures), "size": 16, "validation": 0.3},
+        "train": {
+            "steps": STEPS,
+            "batch_size": 4,
+            "lr": 1e-2,
+            "weights": {"l1": 1.0, "l2": 0.5, "adversarial": 0.1},
+            "schedule": {"kind": "cosine", "warm_up": 2, "end": 0.1},
+            "discriminator": {"start": 3, "layers": 1, "width": 4, "lecam": 0.05},
+            "average_decay": 0.8,
+            "log_every": 3,
+            "validate_every": 3,
+            "save_every": 2,
+            **train,
+        },
+    }
+
+
+def recipe(pictures, **train):
+    return check(tables(pictures, **train), TokenizerRecipe, "test")
+
+
+def interrupted_at(step):
+    """A progress callback that sends this process SIGTERM after a step, as a scheduler would."""
+    return lambda progress: os.kill(os.getpid(), signal.SIGTERM) if progress.step == step else None
+
+
+def leaves(value, name=""):
+    """The tensors, numbers and strings of a nested state, by path."""
+    if isinstance(value, dict):
+        return {path: leaf for key, part in value.items() for path, leaf in leaves(part, f"{name}.{key}").items()}
+    if isinstance(value, list | tuple):
+        return {path: leaf for key, part in enumerate(value) for path, leaf in leaves(part, f"{name}.{key}").items()}
+    return {name: value}
+
+
+def assert_same(first, second):
+    """Two training states are equal to the bit, the clock aside."""
+    first, second = leaves(first), leaves(second)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        if name == ".seconds":
+            continue
+        same = torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        assert same, name
+
+
+def final_state(folder):
+    return load_state(RunFolder(folder, writes=False).checkpoint(STEPS))
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def straight(pictures, tmp_path_factory):
+    """A run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("straight")
+    train_tokenizer(recipe(pictures), folder, device="cpu")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("step", [1, 4])  # before and after the discriminator began; it stops a step later
+def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(pictures, straight, tmp_path, step):
+    first = train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(step))
+    assert not first.finished
+    assert step <= first.step <= step + 1
+    second = train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    assert second.finished
+    assert_same(final_state(straight), final_state(tmp_path))
+    assert logged(straight) == logged(tmp_path)
+    for name, value in Tokenizer.from_pretrained(straight).state_dict().items():
+        assert torch.equal(value, Tokenizer.from_pretrained(tmp_path).state_dict()[name])
+
+
+@pytest.mark.parametrize("kind", ["gumbel", "ema", "soft"])
+def test_random_annealed_and_counting_quantizers_go_on_bit_for_bit(pictures, tmp_path, kind):
+    from lexel.quantizers import QUANTIZERS
+
+    if kind not in QUANTIZERS:
+        pytest.skip(f"no quantizer {kind}")
+    chosen = recipe(pictures, quantizer={"kind": kind, "codebook_size": 16, "codebook_dim": 4})
+    train_tokenizer(chosen, tmp_path / "straight", device="cpu")
+    train_tokenizer(chosen, tmp_path / "resumed", device="cpu", progress=interrupted_at(4))
+    train_tokenizer(chosen, tmp_path / "resumed", device="cpu")
+    assert_same(final_state(tmp_path / "straight"), final_state(tmp_path / "resumed"))
+
+
+@pytest.fixture(scope="module")
+def pairs(pictures, tmp_path_factory):
+    """For each precision: a run that nothing happened to, and one that was stopped in the middle."""
+    made = {}
+    for precision in ("float32", "fp16"):
+        folder = tmp_path_factory.mktemp(precision)
+        chosen = recipe(pictures, precision=precision)
+        train_tokenizer(chosen, folder / "straight", device="cpu")
+        train_tokenizer(chosen, folder / "stopped", device="cpu", progress=interrupted_at(4))
+        made[precision] = chosen, folder
+    return made
+
+
+@pytest.mark.parametrize("part", [None, *PARTS, *ADVERSARY])
+def test_forgetting_any_part_of_the_state_would_be_seen(pairs, tmp_path, part, monkeypatch):
+    chosen, folder = pairs["fp16" if part is not None and "scaler" in part else "float32"]
+    shutil.copytree(folder / "stopped", tmp_path / "resumed")
+    whole = Learner.load_state_dict
+
+    def forget(self, state, source):
+        assert self.parts.keys() == {*PARTS, *ADVERSARY}
+        kept = dict(self.parts)
+        self.parts = {name: value for name, value in kept.items() if name != part}
+        whole(self, state, source)
+        self.parts = kept
+
+    monkeypatch.setattr(Learner, "load_state_dict", forget)
+    train_tokenizer(chosen, tmp_path / "resumed", device="cpu")
+    try:
+        assert_same(final_state(folder / "straight"), final_state(tmp_path / "resumed"))
+        assert logged(folder / "straight") == logged(tmp_path / "resumed")
+        differs = False
+    except AssertionError:
+        differs = True
+    assert differs == (part is not None)
+
+
+SCRIPT = """
+import sys, tomllib, torch
+torch.set_num_threads(1)
+from lexel.config import load
+from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
+train_tokenizer(load(sys.argv[1], TokenizerRecipe), sys.argv[2], device="cpu")
+"""
+
+
+def write_recipe(chosen, path):
+    from lexel.config import dump
+
+    path.write_text(dump(chosen))
+    return str(path)
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **more}
+
+
+def test_a_killed_process_loses_nothing_that_was_saved(pictures, tmp_path):
+    chosen = recipe(pictures, steps=400, save_every=1, log_every=1)
+    path = write_recipe(chosen, tmp_path / "recipe.toml")
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, path, str(killed)], env=environment())
+    deadline = time.monotonic() + 120
+    while not any(killed.glob("checkpoints/0000*[5-9].pt")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = RunFolder(killed, writes=False).steps()[-1]
+    assert 0 < reached < 400
+    # The same in this process, straight to a few steps beyond; then the killed run is taken up to there.
+    goal = reached + 3
+    train_tokenizer(chosen, tmp_path / "straight", device="cpu", progress=interrupted_at(goal))
+    train_tokenizer(chosen, killed, device="cpu", progress=interrupted_at(goal))
+    steps = [RunFolder(folder, writes=False).steps()[-1] for folder in (tmp_path / "straight", killed)]
+    assert steps[0] == steps[1] >= goal
+    states = [load_state(RunFolder(f, writes=False).checkpoint(steps[0])) for f in (tmp_path / "straight", killed)]
+    assert_same(*states)
+    assert logged(tmp_path / "straight") == logged(killed)
+    assert not list(killed.rglob(".partial-*"))
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(pictures, straight, tmp_path, monkeypatch):
+    def full(path, state):
+        if state["step"] == 6:
+            Path(path).with_name(f".partial-{Path(path).name}").write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(path, state)
+
+    save = engine.save_state
+    monkeypatch.setattr(engine, "save_state", full)
+    with pytest.raises(TrainingStopped, match=r"no space left .* at step 6 \(step 4 is saved\)"):
+        train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    monkeypatch.undo()
+    train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    assert_same(final_state(straight), final_state(tmp_path))
+
+
+def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_works(pictures, straight, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(4))
+    run = RunFolder(tmp_path, writes=False)
+    newest = run.checkpoint(run.steps()[-1])
+    newest.write_bytes(newest.read_bytes()[:1000])
+    advice = rf"{newest.name}.*delete .*{newest.name} to resume from step {run.steps()[-2]}"
+    with pytest.raises(UsageError, match=advice):
+        train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    newest.unlink()
+    train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    assert_same(final_state(straight), final_state(tmp_path))
+    assert logged(straight) == logged(tmp_path)
+
+
+def test_a_finished_run_is_left_as_it_is(pictures, straight):
+    before = (straight / "metrics.jsonl").read_bytes(), (straight / "model.safetensors").read_bytes()
+    again = train_tokenizer(recipe(pictures), straight, device="cpu")
+    assert again.finished
+    assert again.step == STEPS
+    assert before == ((straight / "metrics.jsonl").read_bytes(), (straight / "model.safetensors").read_bytes())
+
+
+def test_another_recipe_is_refused_in_a_run_folder(pictures, straight):
+    with pytest.raises(UsageError, match=r"train\.lr = 0\.01, the recipe now says 0\.02"):
+        train_tokenizer(recipe(pictures, lr=2e-2), straight, device="cpu")
+    with pytest.raises(UsageError, match=r"train\.steps = 8, the recipe now says 7; a run may grow but not shrink"):
+        train_tokenizer(recipe(pictures, steps=7), straight, device="cpu")
+
+
+def test_a_run_may_grow_and_change_what_it_writes(pictures, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    longer = train_tokenizer(recipe(pictures, steps=STEPS + 2, log_every=1, save_every=1), tmp_path, device="cpu")
+    assert longer.step == STEPS + 2
+    assert [line["step"] for line in logged(tmp_path) if line["kind"] == "train"][-2:] == [STEPS + 1, STEPS + 2]
+
+
+# ------------------------------------------------------------------------------------------------ stopping
+
+
+def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_checkpoint(pictures, tmp_path, monkeypatch):
+    calls = []
+
+    def poisoned(a, b):
+        calls.append(1)
+        return l1(a, b) * (torch.nan if len(calls) == 6 else 1.0)
+
+    l1 = training.l1
+    monkeypatch.setattr(training, "l1", poisoned)
+    with pytest.raises(TrainingStopped, match=r"stopped at step 6: loss and gradient_norm .*l1 nan.*00000004\.pt.*lr"):
+        train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    state = load_state(RunFolder(tmp_path, writes=False).checkpoint(4))
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_codebook_of_one_code_ends_the_run_in_words(pictures, tmp_path):
+    begun = recipe(pictures, quantizer={"kind": "vq", "codebook_size": 16, "codebook_dim": 4})
+    tokenizer = Tokenizer(begun.model)
+    torch.nn.init.zeros_(tokenizer.quantizer.weight)  # equal codes: the first is always nearest; frozen, they stay so
+    tokenizer.save_pretrained(tmp_path / "dead")
+    table = tables(
+        pictures,
+        quantizer={"kind": "vq", "codebook_size": 16, "codebook_dim": 4},
+        validate_every=1,
+        save_every=1,
+        collapse_patience=3,
+    )
+    chosen = check(table | {"init": {"source": str(tmp_path / "dead"), "what": "decoder"}}, TokenizerRecipe, "test")
+    with pytest.raises(TrainingStopped, match=r"step 3: the codebook collapsed.*1 of 16.*00000002\.pt.*chosen codes"):
+        train_tokenizer(chosen, tmp_path / "run", device="cpu")
+
+
+def test_a_typo_in_a_recipe_names_the_options(pictures):
+    table = tables(pictures)
+    with pytest.raises(UsageError, match=r"train has no option 'stepz'; its options are steps, epochs"):
+        check(table | {"train": {**table["train"], "stepz": 3}}, TokenizerRecipe, "tiny.toml")
+
+
+@pytest.mark.parametrize(
+    "train, said",
+    [
+        ({"steps": None}, "either steps or epochs"),
+        ({"weights": {"l1": 1.0, "comitment": 1.0}}, "unknown loss term 'comitment'"),
+        ({"weights": {"adversarial": 1.0}}, "l1, l2 or lpips"),
+        ({"discriminator": None}, "needs a section"),
+        ({"accumulation": 3}, "does not divide"),
+        ({"schedule": {"kind": "steps"}}, "drops"),
+        ({"discriminator": {"loss": "hing"}}, "unknown loss 'hing'"),
+        ({"quantizer": {"kind": "vqq"}}, "unknown quantizer 'vqq'"),
+        ({"quantizer": {"kind": "vq", "codebook_size": 16}}, "needs the option 'codebook_dim'"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused_before_training(pictures, train, said):
+    with pytest.raises(UsageError, match=said):
+        recipe(pictures, **train)
+
+
+# ------------------------------------------------------------------------------------------------ one step
+
+
+def learner(pictures, **train):
+    chosen = recipe(pictures, **train)
+    torch.manual_seed(0)
+    accelerator = engine.start("cpu")
+    place = engine.pick_place("cpu", chosen.train.precision, accelerator)
+    return Learner(chosen, Tokenizer(chosen.model), place, accelerator)
+
+
+def images(count=4):
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(pictures):
+    quantizer = {"kind": "vq", "codebook_size": 16, "codebook_dim": 4}
+    whole = learner(pictures, quantizer=quantizer)
+    parts = learner(pictures, quantizer=quantizer, accumulation=4)
+    seen_whole, seen_parts = whole.step(images(), False, 1.0), parts.step(images(), False, 1.0)
+    for name in seen_whole:
+        assert float(seen_parts[name]) == pytest.approx(float(seen_whole[name]), rel=1e-5), name
+    for (name, one), other in zip(whole.tokenizer.named_parameters(), parts.tokenizer.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_the_tokenizer_faces_the_discriminator_as_it_has_just_become(pictures):
+    player = learner(pictures)
+    adversary = player.adversary
+    weights = []
+    adversary.optimizer.register_step_post_hook(
+        lambda *_: weights.append([parameter.detach().clone() for parameter in adversary.discriminator.parameters()])
+    )
+    fooled = adversary.fooled
+
+    def judged(made):
+        weights.append([parameter.detach().clone() for parameter in adversary.discriminator.parameters()])
+        return fooled(made)
+
+    adversary.fooled = judged
+    before = [parameter.detach().clone() for parameter in adversary.discriminator.parameters()]
+    player.step(images(), True, 1.0)
+    learned, faced = weights
+    assert all(torch.equal(one, other) for one, other in zip(learned, faced, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(before, faced, strict=True))
+
+
+def test_the_discriminator_gathers_no_gradient_from_the_tokenizers_turn(pictures):
+    player = learner(pictures)
+    kept = []
+    adversary = player.adversary
+    adversary.optimizer.register_step_post_hook(
+        lambda *_: kept.extend(parameter.grad.clone() for parameter in adversary.discriminator.parameters())
+    )
+    player.step(images(), True, 1.0)
+    for before, parameter in zip(kept, adversary.discriminator.parameters(), strict=True):
+        assert torch.equal(before, parameter.grad)
+        assert parameter.requires_grad
+
+
+def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer(pictures):
+    adversary = {"layers": 1, "width": 4, "adaptive": True}
+    player = learner(pictures, discriminator=adversary, weights={"l1": 1, "adversarial": 0.5})
+    seen = player.step(images(), True, 0.0)
+    last = player.tokenizer.decoder.conv_out.weight
+    made = player.tokenizer(images()).images
+    likeness = training.l1(made, images())
+    with training.frozen(player.adversary.discriminator):
+        pull = torch.autograd.grad(likeness, last, retain_graph=True)[0].norm()
+        push = torch.autograd.grad(player.adversary.fooled(made), last)[0].norm()
+    assert float(seen["adversarial_weight"]) == pytest.approx(0.5 * float(pull / push), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_keeps_weights_and_losses_in_float32(pictures, precision):
+    player = learner(pictures, precision=precision)
+    seen = player.step(images(), True, 1.0)
+    assert all(parameter.dtype == torch.float32 for parameter in player.tokenizer.parameters())
+    assert all(torch.isfinite(torch.as_tensor(seen[name])) for name in ("loss", "l1", "adversarial", "discriminator"))
+    full = learner(pictures).step(images(), True, 1.0)
+    assert float(seen["l1"]) == pytest.approx(float(full["l1"]), rel=0.05)
+    assert float(seen["l1"]) != float(full["l1"])  # it did run in half precision
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns(pictures, tmp_path):
+    chosen = recipe(
+        pictures,
+        quantizer={"kind": "vq", "codebook_size": 16, "codebook_dim": 4},
+        weights={"l1": 1.0},
+        discriminator=None,
+        steps=3,
+        lr=1e-4,
+    )
+    train_tokenizer(chosen, tmp_path / "one", device="cpu")
+    path = write_recipe(chosen, tmp_path / "recipe.toml")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2"}
+    together = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "script.py"), path, str(tmp_path / "two")],
+            env=environment(**port, RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true"),
+        )
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=300) for process in together] == [0, 0]
+    one, two = (load_state(tmp_path / name / "checkpoints" / "00000003.pt") for name in ("one", "two"))
+    for name, value in one["model"].items():
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=2e-5, msg=name)
+    for first, second in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
+        for name, value in first.items():
+            assert second[name] == (pytest.approx(value, rel=1e-3, abs=1e-4) if name != "kind" else value), name
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def test_the_published_learning_rate_drops_after_epochs_250_and_300():
+    schedule = Schedule(kind="steps", drops=[250, 300])
+    factors = [schedule.factor(epoch * 5005 - late, 330 * 5005, 5005) for epoch in (250, 300) for late in (1, 0)]
+    assert factors == pytest.approx([1.0, 0.1, 0.1, 0.01])
+
+
+def test_learning_annealing_rises_holds_and_falls_in_a_line():
+    schedule = Schedule(kind="linear", warm_up=4, start=0.005, hold=0.3, end=0.01)  # FVQ's, over 40 epochs of 10 steps
+    factors = [schedule.factor(step, 400, 10) for step in range(400)]
+    assert factors[0] == pytest.approx(0.005)
+    assert factors[20] == pytest.approx(0.005 + 0.995 / 2)
+    assert factors[40] == factors[147] == 1.0  # 40 + 0.3 * 359 = 147.7
+    assert factors[399] == pytest.approx(0.01)
+    falls = [before - after for before, after in pairwise(factors[150:])]
+    assert max(falls) == pytest.approx(min(falls))
+
+
+def test_the_average_follows_the_closed_form():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    average = weight_average(model, 0.9)
+    for value in (1.0, 2.0):
+        torch.nn.init.constant_(model.weight, value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(0.9 * (0.1 * 1.0) + 0.1 * 2.0)
+
+
+def test_the_best_and_the_newest_checkpoints_stay(tmp_path, pictures):
+    run = RunFolder(tmp_path, keep_last=2, best="psnr")
+    run.claim(recipe(pictures))
+    for step, psnr in enumerate([10.0, 14.0, 12.0, 14.0, 13.0], start=1):
+        run.log(step, "validation", 0.0, {"psnr": psnr})
+        run.save(step, {})
+    assert run.steps() == [2, 4, 5]
+    assert run.best_step() == 2
+
+
+def test_weights_to_use_are_the_averages_the_live_ones_or_the_best(pictures, straight):
+    state = final_state(straight)
+    for weights, tensor in (("live", "model"), ("average", "average")):
+        loaded = load_run(straight, weights).state_dict()
+        for name, value in loaded.items():
+            assert torch.equal(value, state[tensor][name if weights == "live" else f"module.{name}"])
+    best = RunFolder(straight, writes=False).best_step()
+    expected = load_state(RunFolder(straight, writes=False).checkpoint(best))["average"]
+    for name, value in load_run(straight, "best").state_dict().items():
+        assert torch.equal(value, expected[f"module.{name}"])
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning
+
+
+def fine_tuned(pictures, source, out, what, quantizer=None):
+    table = tables(pictures, **({"quantizer": quantizer} if quantizer else {}))
+    chosen = check(table | {"init": {"source": str(source), "what": what}}, TokenizerRecipe, "test")
+    return train_tokenizer(chosen, out, device="cpu")
+
+
+def test_fine_tuning_the_decoder_leaves_every_index_as_it_was(pictures, straight, tmp_path):
+    before = Tokenizer.from_pretrained(straight)
+    after = fine_tuned(pictures, straight, tmp_path, "decoder").average.eval()
+    assert torch.equal(before.encode(images()), after.encode(images()))
+    assert not torch.equal(before.decode(before.encode(images())), after.decode(after.encode(images())))
+
+
+def test_fine_tuning_starts_where_the_source_stands(pictures, straight):
+    chosen = recipe(pictures)
+    tokenizer = Tokenizer(chosen.model)
+    training.initialise(tokenizer, training.InitConfig(source=str(straight)))
+    for name, value in Tokenizer.from_pretrained(straight).state_dict().items():
+        assert torch.equal(tokenizer.state_dict()[name], value)
+
+
+def test_a_new_codebook_of_another_size_keeps_encoder_and_decoder(pictures, straight):
+    table = tables(pictures, quantizer={"kind": "vq", "codebook_size": 64, "codebook_dim": 4})
+    tokenizer = Tokenizer(check(table, TokenizerRecipe, "test").model)
+    training.initialise(tokenizer, training.InitConfig(source=str(straight), what="codebook"))
+    source = Tokenizer.from_pretrained(straight).state_dict()
+    for name, value in tokenizer.state_dict().items():
+        assert name.startswith("quantizer.") or torch.equal(source[name], value), name
+    assert tokenizer.codebook_size == 64
+
+
+def test_fine_tuning_from_another_architecture_is_refused(pictures, straight, tmp_path):
+    with pytest.raises(UsageError, match="another quantizer"):
+        fine_tuned(pictures, straight, tmp_path, "all", {"kind": "vq", "codebook_size": 64, "codebook_dim": 4})
