@@ -570,9 +570,8 @@ def load_generator_run(folder: str | Path, weights: Literal["live", "best"] = "l
     step = run.best_step() if weights == "best" else steps[-1] if steps else None
     if step is None or step not in steps:
         raise UsageError(f"{folder} has no checkpoint for weights = {weights!r}; it has steps {steps}")
-    recipe = load(run.recipe, GeneratorRecipe)
-    source = Source(recipe, pick_place("cpu", "float32", start("cpu")))
-    config = GeneratorConfig(transformer=recipe.generator, tokenizer=source.fingerprint, class_names=source.class_names)
-    generator = Generator.with_weights(config, checkpoint.load_state(run.checkpoint(step))["model"], folder)
-    generator.provenance = provenance(recipe, step, weights)
+    state = checkpoint.load_state(run.checkpoint(step))
+    config = check(state["config"], GeneratorConfig, str(run.checkpoint(step)))
+    generator = Generator.with_weights(config, state["model"], run.checkpoint(step))
+    generator.provenance = provenance(load(run.recipe, GeneratorRecipe), step, weights)
     return generator

@@ -1,0 +1,393 @@
+"""Training of generators: the published recipe, exact resume, learning against the histogram, refusals."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lexel.autoencoder import AutoencoderConfig
+from lexel.config import check, load
+from lexel.data import TRANSFORMS, ArrayImages
+from lexel.data.tokens import TokenSet, write_tokens
+from lexel.errors import UsageError
+from lexel.generator import Generator
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.generator import (
+    GeneratorRecipe,
+    Learner,
+    entropy_bits,
+    load_generator_run,
+    parameter_groups,
+    train_generator,
+)
+from lexel.train.run import TrainingStopped, pick_place, read_metrics, start
+from lexel.transformer import TransformerConfig, build
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FINGERPRINT = "a" * 64
+
+
+def structured(images: Tensor) -> Tensor:
+    """Tokens 2 x 3 of grey squares: the first says how grey, each next is the one before plus 3, modulo 12."""
+    first = ((images.mean((1, 2, 3)) + 1) * 6).long().clamp(0, 11)
+    return ((first[:, None] + 3 * torch.arange(6)) % 12).view(-1, 2, 3)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    greys = np.random.default_rng(0).integers(0, 256, 120)
+    squares = [np.full((8, 8, 3), grey, np.uint8) for grey in greys]
+    labels = [int(grey >= 128) for grey in greys]
+    images = ArrayImages(squares, [f"{number:03d}" for number in range(120)], labels, ["dark", "light"])
+    write_tokens(
+        tmp_path / "tokens",
+        images,
+        TRANSFORMS["published"](8),
+        structured,
+        grid=(2, 3),
+        codebook_size=12,
+        fingerprint=FINGERPRINT,
+    )
+    return tmp_path / "tokens"
+
+
+def recipe(tokens: Path, generator: dict | None = None, data: dict | None = None, **train: object) -> GeneratorRecipe:
+    table = {
+        "generator": {
+            "codebook_size": 12,
+            "rows": 2,
+            "columns": 3,
+            "classes": 2,
+            "width": 32,
+            "layers": 1,
+            "heads": 2,
+            **(generator or {}),
+        },
+        "data": {"tokens": str(tokens), "validation": 0.2, **(data or {})},
+        "train": {
+            "steps": 6,
+            "batch_size": 8,
+            "lr": 3e-3,
+            "log_every": 2,
+            "validate_every": 3,
+            "save_every": 2,
+            **train,
+        },
+    }
+    return check(
+        {name: {k: v for k, v in part.items() if v is not None} for name, part in table.items()},
+        GeneratorRecipe,
+        "test",
+    )
+
+
+def same(a: Generator, b: Generator) -> None:
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+# ---------------------------------------------------------------------------------------------- the published recipe
+
+
+@pytest.mark.parametrize("size", ["B", "XXL"])
+def test_learning_rate_and_weight_decay_are_the_published_ones(parity, size):
+    fixture = torch.load(parity / "ar.pt", weights_only=True)["schedule"][size]
+    config = load(RECIPES / f"generator_{size.lower()}.toml", GeneratorRecipe).train
+    assert config.epochs == fixture["epochs"]
+    unit = fixture["iters_per_epoch"]
+    steps = config.epochs * unit
+    for step, rates, decays in fixture["rows"]:
+        assert config.lr * config.schedule.factor(step, steps, unit) == pytest.approx(rates[0], rel=1e-9), step
+        for decay in decays:  # of both groups: norms and biases too
+            assert config.decay_norms
+            assert config.decay(step, steps) == pytest.approx(decay, rel=1e-9), step
+
+
+def test_parameter_groups_are_the_published_ones(parity):
+    from test_transformer import ours
+
+    published = torch.load(parity / "ar.pt", weights_only=True)["groups"]
+    model = build(TransformerConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for found, expected in zip(parameter_groups(model), published, strict=True):
+        assert {names[id(parameter)] for parameter in found["params"]} == {ours(name) for name in expected["names"]}
+    config = load(RECIPES / "generator_b.toml", GeneratorRecipe).train
+    assert (config.lr, tuple(config.betas)) == (published[0]["lr"], tuple(published[0]["betas"]))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("generator_*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_builds(path):
+    assert load(path, GeneratorRecipe).train.clip == 1.0
+
+
+@pytest.mark.parametrize("decay_norms", [True, False])
+def test_weight_decay_reaches_norms_unless_switched_off(tokens, decay_norms):
+    learner = make_learner(tokens, decay_norms=decay_norms, weight_decay=0.5)
+    batch = next(TokenSet.open(tokens).training_batches(8, 0))
+    before = learner.generator.transformer.norm.weight.detach().clone()
+    learner.config = learner.config.model_copy(update={"clip": 1e-30})  # no gradient to speak of: what moves is decay
+    for group in learner.optimizer.param_groups:
+        group["eps"] = 1e6
+    learner.step(batch, lr=0.1, decay=0.5)
+    factor = 1 - 0.1 * 0.5 if decay_norms else 1.0
+    torch.testing.assert_close(learner.generator.transformer.norm.weight.detach(), before * factor)
+
+
+def make_learner(tokens: Path, **train: object) -> Learner:
+    torch.manual_seed(0)
+    made = recipe(tokens, {"dropout": 0.0, "class_dropout": 0.0}, **train)
+    from lexel.generator import GeneratorConfig
+
+    engine = start("cpu")
+    generator = Generator(GeneratorConfig(transformer=made.generator))
+    return Learner(made.train, generator, pick_place("cpu", made.train.precision, engine), engine)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def test_a_small_generator_learns_far_below_the_entropy_of_the_histogram(tokens, tmp_path):
+    trained = train_generator(recipe(tokens, steps=150, validate_every=50, lr=1e-2), tmp_path / "run", device="cpu")
+    assert trained.finished
+    measured = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "validation"]
+    assert [line["step"] for line in measured] == [50, 100, 150]
+    training, held = TokenSet.open(tokens).hold_out(0.2)
+    assert measured[0]["histogram_bits"] == pytest.approx(entropy_bits(training.histogram()))
+    assert measured[0]["tokens"] == len(held) * 6
+    # The first token costs about log2(6) bits given the class, the other five follow from it.
+    assert measured[-1]["bits_per_token"] < 0.25 * measured[-1]["histogram_bits"]
+    assert measured[-1]["bits_per_token"] > 2.0 / 6
+
+    generator = Generator.from_pretrained(tmp_path / "run")
+    assert generator.config.tokenizer == FINGERPRINT
+    assert generator.class_numbers(["light"]) == [1]
+    found = generator.sample([0, 1] * 20, top_p=0.9).flatten(1)
+    steps = (found[:, 1:] - found[:, :-1]) % 12
+    assert (steps == 3).float().mean().item() > 0.9
+    assert found[0::2, 0].float().mean() < found[1::2, 0].float().mean() - 3  # dark, light
+
+
+def test_bits_per_token_are_those_of_the_exported_generator(tokens, tmp_path):
+    train_generator(recipe(tokens), tmp_path / "run", device="cpu")
+    line = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "validation"][-1]
+    _, held = TokenSet.open(tokens).hold_out(0.2)
+    nll = Generator.from_pretrained(tmp_path / "run")(held.tokens(range(len(held))), torch.from_numpy(held.labels)).nll
+    assert line["bits_per_token"] == pytest.approx(nll.mean().item() / np.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_resuming_changes_nothing(tokens, tmp_path, steps):
+    straight = train_generator(recipe(tokens), tmp_path / "straight", device="cpu")
+    train_generator(recipe(tokens, steps=steps), tmp_path / "resumed", device="cpu")
+    resumed = train_generator(recipe(tokens), tmp_path / "resumed", device="cpu")
+    same(straight.generator, resumed.generator)
+    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    timed = ("seconds", "images_per_second")
+    last = [{name: value for name, value in each[-2].items() if name not in timed} for each in lines]
+    assert last[0] == last[1]
+
+
+def test_a_batch_in_parts_gives_the_same_step(tokens):
+    batch = next(TokenSet.open(tokens).training_batches(8, 0))
+    whole, parts = make_learner(tokens), make_learner(tokens, accumulation=4)
+    seen = [learner.step(batch, 1e-2, 0.05) for learner in (whole, parts)]
+    torch.testing.assert_close(seen[0]["gradient_norm"], seen[1]["gradient_norm"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(seen[0]["loss"], seen[1]["loss"])
+
+
+@pytest.mark.parametrize("options", [{"checkpointing": True}, {"precision": "bf16"}], ids=["checkpointing", "bf16"])
+def test_savings_learn_the_same(tokens, tmp_path, options):
+    runs = [
+        train_generator(recipe(tokens, {"dropout": 0.0}, **each), tmp_path / str(number), device="cpu")
+        for number, each in enumerate(({}, options))
+    ]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / str(number) / "metrics.jsonl") if line["kind"] == "train"]
+        for number in range(2)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6 if "checkpointing" in options else 3e-2)
+    assert all(run.finished for run in runs)
+
+
+def test_images_become_tokens_on_the_way(tmp_path):
+    torch.manual_seed(0)
+    autoencoder = AutoencoderConfig(
+        width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
+    )
+    tokenizer = Tokenizer(
+        TokenizerConfig(autoencoder=autoencoder, quantizer={"kind": "vq", "codebook_size": 12, "codebook_dim": 4})
+    ).eval()
+    torch.nn.init.normal_(tokenizer.quantizer.weight)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for name in ("cats", "dogs"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(10):
+            square = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+            Image.fromarray(square).save(tmp_path / "images" / name / f"{number}.png")
+    shape = {"rows": 4, "columns": 4}
+    data = {
+        "tokens": None,
+        "validation": None,
+        "images": {"source": str(tmp_path / "images"), "size": 8, "validation": 0.2},
+        "tokenizer": str(tmp_path / "tokenizer"),
+    }
+    train_generator(recipe(tmp_path, shape, data, steps=2), tmp_path / "run", device="cpu")
+    generator = lexel_generator(tmp_path / "run")
+    assert generator.config.class_names == ["cats", "dogs"]
+    assert generator.tokenizer.fingerprint() == tokenizer.fingerprint()
+    images = generator.tokenizer.decode(generator.sample([0, 1]))
+    assert images.shape == (2, 3, 8, 8)
+
+    # The tokenizer beside a generator must be the one it speaks.
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.bias.add_(1)
+    tokenizer.save_pretrained(tmp_path / "run" / "tokenizer")
+    with pytest.raises(UsageError, match="use the tokenizer it was trained with"):
+        _ = lexel_generator(tmp_path / "run").tokenizer
+
+
+def lexel_generator(folder: Path) -> Generator:
+    import lexel
+
+    return lexel.Generator.from_pretrained(folder)
+
+
+def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):
+    out = tmp_path / "run"
+    train_generator(recipe(tokens, steps=9, lr=0.3), out, device="cpu")  # far too fast: it gets worse
+    bits = {
+        line["step"]: line["bits_per_token"]
+        for line in read_metrics(out / "metrics.jsonl")
+        if line["kind"] == "validation"
+    }
+    best = load_generator_run(out, "best")
+    assert best.provenance["step"] == min(bits, key=bits.__getitem__)
+    assert load_generator_run(out).provenance["step"] == 9
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tokens, tmp_path):
+    with pytest.raises(TrainingStopped, match=r"stopped at step \d+: loss .*Lower train.lr"):
+        train_generator(recipe(tokens, steps=50, lr=1e30, clip=None), tmp_path / "run", device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        ({"codebook_size": 13}, "set generator.codebook_size = 12"),
+        ({"rows": 3}, "set generator.rows = 2"),
+        ({"classes": 10}, "set generator.classes = 2"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused_with_what_would_fit(tokens, tmp_path, generator, message):
+    with pytest.raises(UsageError, match=message):
+        train_generator(recipe(tokens, generator), tmp_path / "run", device="cpu")
+
+
+def test_tokens_of_another_tokenizer_are_refused(tokens, tmp_path):
+    other = Tokenizer(
+        TokenizerConfig(
+            autoencoder=AutoencoderConfig(
+                width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
+            ),
+            quantizer={"kind": "vq", "codebook_size": 12, "codebook_dim": 4},
+        )
+    )
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="made by another tokenizer"):
+        train_generator(recipe(tokens, data={"tokenizer": str(tmp_path / "other")}), tmp_path / "run", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ("data", {"images": {"source": "x", "size": 8}}, "either tokens"),
+        ("data", {"tokens": None, "images": {"source": "x", "size": 8}}, "need the tokenizer"),
+        ("train", {"epochs": 3}, "either steps or epochs"),
+        ("train", {"fsdp": True, "precision": "fp16"}, "no loss scaling"),
+        ("train", {"accumulation": 3}, "does not divide"),
+        ("generator", {"width": 30}, "multiple of 4"),
+    ],
+)
+def test_contradictions_in_a_recipe_are_refused(tmp_path, section, options, message):
+    arguments = options if section == "train" else {section: options}
+    with pytest.raises(UsageError, match=message):
+        recipe(tmp_path, **arguments)
+
+
+def test_sharding_needs_processes(tokens, tmp_path):
+    with pytest.raises(UsageError, match="accelerate launch"):
+        train_generator(recipe(tokens, fsdp=True), tmp_path / "run", device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+SCRIPT = """
+import json, sys, torch
+torch.set_num_threads(1)
+from lexel.config import check
+from lexel.train.generator import GeneratorRecipe, train_generator
+recipe = check(json.loads(sys.argv[1]), GeneratorRecipe, "test")
+train_generator(recipe, sys.argv[2], device="cpu")
+"""
+
+
+def train_on(processes: int, made: GeneratorRecipe, out: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    table = json.dumps(made.model_dump(mode="json", exclude_none=True))
+    workers = []
+    for rank in range(processes):
+        settings = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+        settings |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": 1,
+        }
+        environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+        workers.append(subprocess.Popen([sys.executable, "-c", SCRIPT, table, str(out)], env=environment))
+    try:
+        assert [worker.wait(timeout=240) for worker in workers] == [0] * processes
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_learn_what_one_does(tokens, tmp_path, fsdp):
+    still = {"dropout": 0.0, "class_dropout": 0.0}  # random numbers differ between processes
+    alone = train_generator(recipe(tokens, still), tmp_path / "alone", device="cpu")
+    train_on(2, recipe(tokens, still, fsdp=fsdp), tmp_path / "two")
+    found = Generator.from_pretrained(tmp_path / "two")
+    for name, value in alone.generator.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+    lines = [
+        [
+            line["bits_per_token"]
+            for line in read_metrics(tmp_path / name / "metrics.jsonl")
+            if line["kind"] == "validation"
+        ]
+        for name in ("alone", "two")
+    ]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_resuming_a_sharded_run_changes_nothing(tokens, tmp_path):
+    train_on(2, recipe(tokens, fsdp=True), tmp_path / "straight")
+    train_on(2, recipe(tokens, fsdp=True, steps=2), tmp_path / "resumed")
+    train_on(2, recipe(tokens, fsdp=True), tmp_path / "resumed")
+    same(Generator.from_pretrained(tmp_path / "straight"), Generator.from_pretrained(tmp_path / "resumed"))
