@@ -92,6 +92,15 @@ def test_every_entry_is_built_from_its_size_alone_and_works(kind, size):
     assert all(term.shape == () and term.isfinite() for term in losses.values())
 
 
+def test_a_quantizer_can_be_built_without_memory_and_filled_later(quantizer, kind):
+    with torch.device("meta"):
+        empty = QUANTIZERS[kind](K, D)
+    assert {name: t.shape for name, t in empty.state_dict().items()} == {
+        name: t.shape for name, t in quantizer.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in empty.parameters())
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_indices_are_int64_on_any_grid(quantizer, grid):
     z_q, indices, _ = quantizer(latents(2, D, *grid))

@@ -26,11 +26,11 @@ class Lattice(nn.Module):
         super().__init__()
         self.sizes = levels
         steps = [math.prod(levels[:i] if low_first else levels[i + 1 :]) for i in range(len(levels))]
-        carrier = torch.arange(channels) % len(levels)
+        copies = [channels // len(levels) + (i < channels % len(levels)) for i in range(len(levels))]
         # Derived from the arguments, so they are no part of the state.
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("steps", torch.tensor(steps), persistent=False)
-        self.register_buffer("carrier", carrier, persistent=False)
+        self.register_buffer("carrier", torch.arange(channels) % len(levels), persistent=False)
         copies = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
         self.register_buffer("copies", torch.tensor(copies), persistent=False)
         self.register_buffer("unit", torch.ones(()), persistent=False)
