@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -73,7 +73,8 @@ def _lexel(
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16; indices are decided in float32 all the same.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
-Weights = Annotated[str, typer.Option(help="Of a run with checkpoints: average, live or best.")]
+Choice = Literal["average", "live", "best"]
+Weights = Annotated[Choice, typer.Option(help="Of a run with checkpoints: average, live or best.")]
 Size = Annotated[
     str | None,
     typer.Option(
@@ -88,7 +89,7 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run, a model 
 Out = Annotated[Path, typer.Option(help="Where to write.")]
 
 
-def _tokenizer(source: str, weights: str = "average") -> "Tokenizer":
+def _tokenizer(source: str, weights: Choice = "average") -> "Tokenizer":
     """The tokenizer behind a name on the command line."""
     import lexel
 
@@ -283,3 +284,89 @@ def reconstruct(
     with _progress("reconstruct") as update:
         done = codec.reconstruct(paths, out, side_by_side, update)
     _told(done.written, "reconstructions", out, done.unreadable)
+
+
+@app.command()
+def encode(
+    source: RunArgument,
+    data: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures; or openmoji, photos.")],
+    out: Out,
+    size: Size = None,
+    transform: TransformName = None,
+    split: Annotated[str | None, typer.Option(help="train or validation, where DIR has such parts.")] = None,
+    crops: Annotated[int, typer.Option(min=1, help="Versions of each picture: the centred one, then random ones.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
+    parquet: Annotated[
+        Path | None, typer.Option(help="Write the tokens as Parquet files too, into this folder.")
+    ] = None,
+    webdataset: Annotated[
+        Path | None, typer.Option(help="Write them as WebDataset shards too, into this folder.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    weights: Weights = "average",
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Pictures to a token data set; the same command again goes on where it was stopped."""
+    from lexel.codec import Codec
+    from lexel.data.tokens import export_parquet, export_webdataset
+    from lexel.place import place
+
+    where = place(device, precision)
+    tokenizer = _tokenizer(source, weights)
+    codec = Codec(tokenizer, where, _transform(tokenizer, size, transform), batch_size, workers)
+    with _progress("encode") as update:
+        tokens = codec.encode(data, out, split, crops, seed, update)
+    _told(len(tokens), f"pictures as {'x'.join(map(str, tokens.grid))} tokens each", out, tokens.unreadable)
+    if parquet:
+        export_parquet(tokens, parquet)
+    if webdataset:
+        export_webdataset(tokens, webdataset)
+
+
+@app.command()
+def decode(
+    source: RunArgument,
+    tokens: Annotated[Path, typer.Argument(help="A folder that `lexel encode` wrote.")],
+    out: Out,
+    batch_size: BatchSize = 32,
+    weights: Weights = "average",
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """A token data set back to pictures, as PNG files."""
+    from lexel.codec import Codec
+    from lexel.data.tokens import TokenSet
+    from lexel.place import place
+
+    where = place(device, precision)
+    found = TokenSet.open(tokens)
+    codec = Codec(_tokenizer(source, weights), where, None, batch_size)
+    with _progress("decode") as update:
+        done = codec.decode(found, out, update)
+    _told(done.written, "pictures", out, done.unreadable)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A checkpoint file, a folder, or a hub id.")],
+    out: Out,
+    family: Annotated[str | None, typer.Option(help="Where tensor names fit several families.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="averaged or live. Default: averaged where there are any.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="option=value", help="What the file does not tell, if it is unusual."),
+    ] = None,
+) -> None:
+    """A published checkpoint becomes a Lexel folder, every tensor accounted for."""
+    from lexel.config import parse_override
+    from lexel.convert import convert
+
+    conversion = convert(source, family, weights, dict(parse_override(option) for option in set_ or []))
+    conversion.model.save_pretrained(out, provenance=conversion.model.provenance)
+    print(f"{conversion.family} ({conversion.weights} weights) in {out}")
+    for reason, count in conversion.model.provenance["left_out"].items():
+        print(f"left out {count} tensors: {reason}")

@@ -1,4 +1,4 @@
-"""Folders of pictures through a tokenizer: reconstructions, and pictures from token sets."""
+"""Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, pad_to_multiple, to_uint8
+from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.place import Place
 from lexel.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ class Codec:
         self.tokenizer = tokenizer.to(place.device).eval()
         self.place = place
         self.transform = transform
-        self.batch_size = batch_size if transform else 1
+        self.batch_size = batch_size
         self.workers = workers
         self.native_pixels = native_pixels
 
@@ -77,7 +78,8 @@ class Codec:
 
     def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
         """Every readable picture of a set beside its reconstruction; the others are noted in `unreadable`."""
-        batches = ordered_batches(images, self.transform, self.batch_size, workers=self.workers)
+        at_once = self.batch_size if self.transform else 1
+        batches = ordered_batches(images, self.transform, at_once, workers=self.workers)
         for batch in batches:
             height, width = batch.images.shape[-2:]
             if self.transform is None and height * width > self.native_pixels:
@@ -113,6 +115,71 @@ class Codec:
         )
         written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
         return Done(written, unreadable)
+
+    def encode(
+        self,
+        source: str | Path,
+        out: str | Path,
+        split: str | None = None,
+        crops: int = 1,
+        seed: int = 0,
+        progress: ProgressCallback | None = None,
+    ) -> TokenSet:
+        """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
+
+        Args:
+            source: a folder, a file or an embedded set.
+            out: the token set's folder.
+            split: "train" or "validation", where the source has such parts.
+            crops: versions of each picture; the first is the centred one, the others are random.
+            seed: of the random ones.
+            progress: called with (done, total).
+        """
+        if self.transform is None:
+            raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
+        tokenizer, side = self.tokenizer, self.transform.size // self.tokenizer.downsampling
+        books = getattr(tokenizer.quantizer, "books", None)
+
+        def indices(images: Tensor) -> Tensor:
+            with self.place.autocast():
+                return tokenizer.encode(images.to(self.place.device)).cpu()
+
+        tokens = write_tokens(
+            out,
+            open_images(source, split, self.transform.size),
+            self.transform,
+            indices,
+            grid=(side, side) if books is None else (books, side, side),
+            codebook_size=tokenizer.codebook_size,
+            fingerprint=tokenizer.fingerprint(),
+            crops=crops,
+            seed=seed,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            provenance={"source": str(source), "split": split, "size": self.transform.size},
+            progress=progress,
+        )
+        assert tokens is not None  # only one of several processes can find the set unfinished
+        return tokens
+
+    def decode(self, tokens: TokenSet, out: str | Path, progress: ProgressCallback | None = None) -> Done:
+        """Writes the picture of every image of a token set as PNG, under the name it was encoded from.
+
+        Raises:
+            UsageError: the tokens are another tokenizer's.
+        """
+        tokens.require(self.tokenizer.fingerprint())
+        pictures = (
+            (tokens.names[int(number)], picture)
+            for batch in tokens.ordered_batches(self.batch_size)
+            for number, picture in zip(batch.numbers, self.pictures(batch.indices), strict=True)
+        )
+        return Done(write_pngs(pictures, out, len(tokens), progress), {})
+
+    def pictures(self, indices: Tensor) -> np.ndarray:
+        """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""
+        with self.place.autocast():
+            return to_uint8(self.tokenizer.decode(indices.to(self.place.device)))
 
 
 def write_pngs(

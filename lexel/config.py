@@ -72,15 +72,20 @@ def dump(model: BaseModel) -> str:
     return tomli_w.dumps(model.model_dump(mode="json", exclude_none=True))
 
 
-def _override(table: dict[str, Any], override: str) -> None:
+def parse_override(override: str) -> tuple[str, Any]:
+    """The name and the value of `section.key=value`; a bare word is a string: `data.source=openmoji`."""
     name, equals, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
-    if not equals or not all(keys):
+    if not equals or not all(key.strip() for key in name.split(".")):
         raise UsageError(f"--set {override!r} is not of the form section.key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return name.strip(), tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set data.name=openmoji
+        return name.strip(), text.strip()
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    name, value = parse_override(override)
+    keys = [key.strip() for key in name.split(".")]
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):

@@ -1,0 +1,124 @@
+"""Folders of pictures through a tokenizer, with what folders have in them."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexel.autoencoder import AutoencoderConfig
+from lexel.codec import Codec, write_pngs
+from lexel.data import TRANSFORMS
+from lexel.data.tokens import TokenSet
+from lexel.errors import UsageError
+from lexel.place import place
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+TINY = TokenizerConfig(
+    autoencoder=AutoencoderConfig(
+        width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
+    ),
+    quantizer={"kind": "ibq", "codebook_size": 16, "codebook_dim": 4},
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    torch.manual_seed(0)
+    return Tokenizer(TINY).eval()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four pictures of different sizes in two classes, one file that is no picture."""
+    random = np.random.default_rng(0)
+    for name, shape in [("a/1.png", (9, 13)), ("a/2.png", (16, 8)), ("b/1.png", (31, 17)), ("b/2.jpg", (8, 8))]:
+        path = tmp_path / "pictures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "pictures" / "b" / "3.png").write_bytes(b"no picture")
+    return tmp_path / "pictures"
+
+
+def codec(tokenizer, size=8, **options):
+    return Codec(tokenizer, place("cpu"), TRANSFORMS["published"](size) if size else None, **options)
+
+
+def test_whole_pictures_come_back_in_their_own_sizes(tokenizer, folder, tmp_path):
+    done = codec(tokenizer, None).reconstruct([folder], tmp_path / "out")
+    assert done.written == 4
+    assert list(done.unreadable) == ["b/3.png"]
+    sizes = {
+        path.relative_to(tmp_path / "out").as_posix(): Image.open(path).size
+        for path in (tmp_path / "out").rglob("*.png")
+    }
+    assert sizes == {"a/1.png": (13, 9), "a/2.png": (8, 16), "b/1.png": (17, 31), "b/2.png": (8, 8)}
+
+
+def test_a_picture_beyond_the_limit_is_named_and_stops_nothing(tokenizer, folder, tmp_path):
+    done = codec(tokenizer, None, native_pixels=200).reconstruct([folder], tmp_path / "out")
+    assert done.written == 3
+    assert "17 x 31 is more than the 200 pixels" in done.unreadable["b/1.png"]
+
+
+def test_padding_is_cut_off_again_and_touches_only_its_own_corner(tokenizer):
+    images = torch.rand(1, 3, 9, 13) * 2 - 1
+    assert codec(tokenizer, None).through(images).shape == images.shape
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_reconstructions_do_not_depend_on_the_batch_size(tokenizer, folder, tmp_path, batch_size):
+    codec(tokenizer, batch_size=batch_size).reconstruct([folder], tmp_path / "out", side_by_side=True)
+    codec(tokenizer, batch_size=4).reconstruct([folder], tmp_path / "all", side_by_side=True)
+    for path in (tmp_path / "all").rglob("*.png"):
+        one, other = (
+            np.asarray(Image.open(root / path.relative_to(tmp_path / "all")))
+            for root in (tmp_path / "all", tmp_path / "out")
+        )
+        assert one.shape == (8, 16, 3)
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def test_tokens_decode_to_what_reconstruct_writes(tokenizer, folder, tmp_path):
+    codec(tokenizer).reconstruct([folder], tmp_path / "direct")
+    tokens = codec(tokenizer).encode(folder, tmp_path / "tokens")
+    assert tokens.grid == (4, 4)
+    assert list(tokens.unreadable) == ["b/3.png"]
+    done = codec(tokenizer).decode(TokenSet.open(tmp_path / "tokens"), tmp_path / "decoded")
+    assert done.written == 4
+    for path in (tmp_path / "direct").rglob("*.png"):
+        other = tmp_path / "decoded" / path.relative_to(tmp_path / "direct")
+        assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(other))), path
+
+
+def test_tokens_of_another_tokenizer_are_refused(tokenizer, folder, tmp_path):
+    tokens = codec(tokenizer).encode(folder, tmp_path / "tokens")
+    with pytest.raises(UsageError, match="made by another tokenizer"):
+        codec(Tokenizer(TINY)).decode(tokens, tmp_path / "decoded")
+    assert not (tmp_path / "decoded").exists()
+
+
+def test_a_size_that_is_no_multiple_of_the_factor_is_refused(tokenizer):
+    with pytest.raises(UsageError, match="size must be a multiple of 2 for this tokenizer, got 9"):
+        codec(tokenizer, 9)
+
+
+def test_whole_pictures_make_no_token_set(tokenizer, folder, tmp_path):
+    with pytest.raises(UsageError, match="give --size in pixels"):
+        codec(tokenizer, None).encode(folder, tmp_path / "tokens")
+
+
+def test_names_that_would_share_a_file_get_numbers(tmp_path):
+    picture = np.zeros((2, 2, 3), np.uint8)
+    assert write_pngs([("a.jpg", picture), ("a.png", picture), ("b/a.png", picture)], tmp_path, 3) == 3
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png")) == [
+        "a-2.png",
+        "a.png",
+        "b/a.png",
+    ]
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/a.png", "b/../../a.png"])
+def test_a_name_cannot_lead_out_of_the_folder(tmp_path, name):
+    with pytest.raises(UsageError, match="leads out of the folder"):
+        write_pngs([(name, np.zeros((2, 2, 3), np.uint8))], tmp_path / "in", 1)
+    assert list(tmp_path.rglob("*.png")) == []
