@@ -156,8 +156,9 @@ class TokenizerRecipe(Config):
 
     def resolved(self) -> "TokenizerRecipe":
         """With the weight of every loss term written out."""
-        kind = str(self.model.quantizer["kind"])
-        weights = {**QUANTIZERS[kind].LOSS_WEIGHTS, **self.train.weights}
+        with torch.device("meta"):
+            quantizer = Tokenizer(self.model).quantizer  # residual and product have the weights of their base
+        weights = {**quantizer.LOSS_WEIGHTS, **self.train.weights}
         return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
 
 
