@@ -205,6 +205,11 @@ def test_unit_features_are_the_published_quotient_and_smooth_at_zero():
     assert torch.isfinite(features.grad).all()
 
 
+def test_unit_features_do_not_overflow_in_half_precision():
+    unit = _unit(torch.full((1, 4, 1, 1), 300.0, dtype=torch.float16))  # 300 squared is beyond float16
+    assert torch.equal(unit, torch.full((1, 4, 1, 1), 0.5))
+
+
 def test_autocast_keeps_lpips_close_and_in_float32(lpips):
     a, b = pictures(32)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,6 @@
 """Pretrained networks: where weights come from and what is refused, resize rules, features against other oracles."""
 
+import contextlib
 import importlib.util
 import os
 import pickle
@@ -16,6 +17,7 @@ from lexel import networks
 from lexel.errors import UsageError
 from lexel.networks import weights
 from lexel.networks.alexnet import AlexNet
+from lexel.networks.efficientnet_lite0 import _SameConv
 from lexel.networks.frozen import freeze, full_precision
 from lexel.networks.inception import BlockE, Inception, InceptionV3
 from lexel.networks.resize import RESIZE, resize
@@ -178,6 +180,24 @@ def test_a_pickle_that_would_run_code_is_refused_before_it_runs(payload, name, p
     with pytest.raises(UsageError, match=rf"it asks for \S*{name}.*numpy arrays and nothing else"):
         weights.read_arrays(path)
     assert not proof.exists()
+
+
+def test_an_array_of_another_kind_is_refused(tmp_path):
+    content = pickle.dumps(np.arange(3.0), protocol=3).replace(b"numpy\nndarray", b"numpy\ndtype")
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="it asks for an array of the kind"):
+        weights.read_arrays(path)
+
+
+@pytest.mark.parametrize("length", range(0, 200, 7))
+def test_a_damaged_pickle_raises_nothing_but_a_usage_error(length, tmp_path):
+    whole = pickle.dumps({"a": np.arange(4, dtype=np.float32), "b": [1, 2]}, protocol=3)
+    path = tmp_path / "damaged.ckpt"
+    for damaged in (whole[:length], whole[:length] + whole[length + 1 :]):
+        path.write_bytes(damaged)
+        with contextlib.suppress(UsageError):  # whatever the damage left readable is arrays
+            weights.read_arrays(path)
 
 
 def test_a_pickle_cut_short_is_refused(tmp_path):
@@ -366,6 +386,16 @@ def test_autocast_train_mode_and_gradients_do_not_reach_a_feature_network():
     assert not found.pooled.requires_grad
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_features_of_the_cpu():  # TF32 would be off by some 1e-3
+    images = noise(4, 3, 40, 40)
+    expected = networks.build("random")(images)
+    found = networks.build("random").cuda()(images.cuda())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_feature_network_refuses_what_is_no_batch_of_images():
     with pytest.raises(UsageError, match=r"random needs images \(B, 3, H, W\), got \(3, 32, 32\)"):
         networks.build("random")(torch.zeros(3, 32, 32))
@@ -459,6 +489,16 @@ def test_averages_leave_the_padding_out_but_the_last_block_takes_the_maximum():
 def test_a_wrong_tensor_is_refused(inception_tensors):
     with pytest.raises(RuntimeError, match="Missing key"):
         Inception({name: tensor for name, tensor in inception_tensors.items() if name != "fc.bias"})
+
+
+@pytest.mark.parametrize("size, first", [(3, 1), (5, 1)])
+def test_efficientnet_pads_the_odd_pixel_to_the_right_and_below(size, first):
+    convolution = _SameConv(1, 1, size, stride=2)
+    nn.init.zeros_(convolution.weight)
+    with torch.no_grad():
+        convolution.weight[..., size // 2, size // 2] = 1  # reads the pixel under its centre
+        rows = convolution(torch.arange(6.0).view(1, 1, 6, 1).expand(1, 1, 6, 6))[0, 0, :, 0]
+    assert rows.tolist() == [first, first + 2, first + 4]
 
 
 def test_efficientnet_names_17_of_20_photographs():

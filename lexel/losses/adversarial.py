@@ -42,7 +42,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """The weight that makes both terms pull equally hard at the generator's last layer (VQGAN, arXiv 2012.09841).
 
     |d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4), at most 1e4, detached: a scalar to
-    multiply the adversarial term (and its weight in the recipe) with. Both graphs are kept for the backward pass.
+    multiply the adversarial term (and its weight in the recipe) with. Both graphs are kept for the backward pass. Each
+    process weighs by its own images, as published.
 
     Args:
         reconstruction: the scalar reconstruction and perceptual terms, weighted and summed.

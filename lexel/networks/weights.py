@@ -89,8 +89,22 @@ def read_arrays(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _ArraysOnly(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except _BROKEN_PICKLE as error:
         raise UsageError(f"{path} is refused: {error}; a weights file may hold numpy arrays and nothing else") from None
+
+
+# What an unpickler raises on damaged or hostile bytes: it checks nothing ahead.
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
 
 
 class _ArraysOnly(pickle.Unpickler):
