@@ -1,6 +1,8 @@
 """What is particular to each method: its formulas against dense ones, its options, its schedules."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lexel.quantizers import (
     FVQ,
     IBQ,
     LFQ,
+    QUANTIZERS,
     VQ,
     VQGANLC,
     Continuous,
@@ -654,3 +657,18 @@ def test_an_unknown_kind_or_option_is_refused_with_the_choices():
         build("lfq", {"level": 3})
     with pytest.raises(UsageError, match="needs the option 'codebook_size'"):
         build("lfq", {"codebook_dim": 3})
+
+
+def test_the_example_of_the_page_on_extending_is_a_quantizer(monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    source = re.search(r'```python\n("""A frozen.*?)```', page, re.DOTALL)[1]
+    module: dict = {}
+    exec(source, module)  # the page's own code
+    monkeypatch.setitem(QUANTIZERS, "scaled", module["Scaled"])
+    quantizer = build("scaled", {"codebook_size": 32, "codebook_dim": 4})
+    z = latents(2, 4, 5).requires_grad_()
+    z_q, indices, losses = quantizer(z)
+    (z_q.sum() + quantizer.loss(losses)).backward()
+    assert torch.equal(quantizer.indices_to_codes(indices), z_q)
+    assert quantizer.scale.grad.abs().sum() > 0
+    assert torch.equal(quantizer.bake()(z).indices, indices)
