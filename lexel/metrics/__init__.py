@@ -9,7 +9,14 @@ from lexel.metrics.moments import FeatureBank, MeanState, Moments, MomentState
 from lexel.metrics.neighbours import PrecisionRecall, precision_recall
 from lexel.metrics.pixels import psnr, psnr_of, squared_error, ssim
 from lexel.metrics.protocols import PROTOCOLS, Protocol
-from lexel.metrics.statistics import NpzImages, NpzWriter, ReferenceStatistics, read_statistics, write_statistics
+from lexel.metrics.statistics import (
+    NpzImages,
+    NpzWriter,
+    ReferenceStatistics,
+    arrays_in,
+    read_statistics,
+    write_statistics,
+)
 from lexel.metrics.usage import MovingUsage, WindowUsage, batch_usage
 
 __all__ = [
@@ -30,6 +37,7 @@ __all__ = [
     "ReferenceStatistics",
     "ScoreState",
     "WindowUsage",
+    "arrays_in",
     "batch_usage",
     "contiguous_splits",
     "deal",

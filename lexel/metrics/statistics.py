@@ -66,6 +66,16 @@ def read_statistics(path: str | Path) -> ReferenceStatistics:
             raise error if isinstance(error, UsageError) else UsageError(f"{path} is damaged: {error}") from None
 
 
+def arrays_in(path: str | Path) -> set[str]:
+    """The names of the arrays in an .npz file.
+
+    Raises:
+        UsageError: there is no such file, or it is no .npz.
+    """
+    with _opened(Path(path)) as archive:
+        return set(archive.files)
+
+
 def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
     """Writes statistics as .npz (`mu`, `sigma`, ... in float64), atomically."""
     path = Path(path)

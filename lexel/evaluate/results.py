@@ -1,0 +1,168 @@
+"""A result as plain data: with all that is needed to compare it with another, and refusals where that is no good."""
+
+import json
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lexel import __version__, checkpoint
+from lexel.errors import UsageError, unknown
+from lexel.evaluate.sources import Source
+from lexel.evaluate.stream import Seen, processes
+from lexel.evaluate.values import Values
+from lexel.metrics import Protocol
+from lexel.place import Place
+
+
+class Difference(NamedTuple):
+    """One metric in two comparable results."""
+
+    a: float | None
+    b: float | None
+    difference: float | None  # b - a
+    distinct: bool | None  # whether the intervals lie apart; None where one is missing
+
+
+def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Difference]:
+    """The metrics that two results share, side by side.
+
+    Raises:
+        UsageError: the results are not on one scale; the message says why.
+    """
+    for what, given in (("protocol", "name"), ("kind", None)):
+        one, other = (result[what] if given is None else result[what][given] for result in (a, b))
+        if one != other:
+            raise UsageError(
+                f"results of different {what}s cannot be compared: {one} and {other}; evaluate both under one"
+            )
+    one, other = ({k: v for k, v in r["protocol"].items() if k not in ("summary", "why")} for r in (a, b))
+    for name in one | other:
+        if one.get(name) != other.get(name):
+            raise UsageError(
+                f"results cannot be compared: both call their protocol {one['name']!r}, but {name} is "
+                f"{one.get(name)} in one and {other.get(name)} in the other"
+            )
+    for what, path in (
+        ("network", ("network", "name")),
+        ("network weights", ("network", "fingerprint")),
+        ("resize rule of the network", ("network", "resize")),
+        ("data", ("data", "fingerprint")),
+        ("reference", ("reference", "statistics")),
+        ("LPIPS weights", ("lpips",)),
+    ):
+        if what == "data" and a["kind"] == "generation":
+            continue  # the samples are what is compared
+        one, other = _at(a, path), _at(b, path)
+        if None in (one, other) and path[0] in ("network", "lpips"):
+            continue  # one of them was not measured with any, so no number of it is shared
+        if one != other:
+            raise UsageError(f"results cannot be compared: the {what} differs ({_short(one)} and {_short(other)})")
+    if a["data"]["images"] != b["data"]["images"]:
+        counts = f"{a['data']['images']} and {b['data']['images']}"
+        raise UsageError(
+            f"results cannot be compared: Fréchet distances and scores depend on the number, {counts} images"
+        )
+    shared = [name for name in a["metrics"] if name in b["metrics"]]
+    return {name: _difference(a, b, name) for name in shared}
+
+
+def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Writes a result as JSON, atomically; what is no number (an infinite PSNR) becomes null."""
+    with checkpoint.atomic(path) as partial:
+        partial.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_result(path: str | Path) -> dict[str, Any]:
+    """Reads what `write_result` wrote."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file; give a result of `lexel evaluate --json`")
+    result = checkpoint.read_json(path)
+    if not {"kind", "protocol", "metrics", "data"} <= result.keys():
+        raise UsageError(f"{path} is no result of `lexel evaluate`")
+    return result
+
+
+def as_result(
+    identity: Mapping[str, Any],
+    protocol: Protocol,
+    source: Source,
+    seen: Seen,
+    values: Values,
+    warnings: list[str],
+    where: Place,
+    started: float,
+) -> dict[str, Any]:
+    unreadable = dict(sorted(seen.unreadable.items()))
+    if unreadable:
+        name, reason = next(iter(unreadable.items()))
+        warnings = [*warnings, f"{len(unreadable)} images could not be read and were left out; {name}: {reason}"]
+    shown = dict(list(unreadable.items())[:20])
+    return {
+        "kind": identity["kind"],
+        "metrics": values.metrics,
+        "intervals": values.intervals,
+        "warnings": [*warnings, *values.warnings],
+        "protocol": protocol.table(),
+        "network": identity["network"],
+        "lpips": identity.get("lpips"),
+        "tokenizer": identity.get("tokenizer"),
+        "data": {
+            "images": seen.count,
+            "fingerprint": seen.fingerprint,
+            "size": list(source.size),
+            "unreadable": {"count": len(unreadable), "reasons": shown},
+        },
+        "versions": {
+            "lexel": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+        "device": str(where.device),
+        "precision": identity["precision"],
+        "processes": processes(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def wanted_of(offered: Sequence[str], asked: Sequence[str] | None) -> set[str]:
+    for name in asked or ():
+        if name not in offered:
+            raise unknown("metric", name, offered)
+    return set(offered if asked is None else asked)
+
+
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Difference:
+    one, other = a["metrics"][name], b["metrics"][name]
+    gap = None if one is None or other is None else other - one
+    spans = [result["intervals"].get(name, {}) for result in (a, b)]
+    if not all("low" in span for span in spans):
+        return Difference(one, other, gap, None)
+    return Difference(one, other, gap, spans[0]["high"] < spans[1]["low"] or spans[1]["high"] < spans[0]["low"])
+
+
+def _at(result: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = result
+    for name in path:
+        value = None if value is None else value.get(name)
+    return value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) > 24 else text

@@ -1,0 +1,75 @@
+"""Several processes give the result of one, whatever their number: nothing is padded, nothing counted twice."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from test_evaluate import QUICK, Grey, Stopped, assert_same, image_set, pictures, save, stop_after
+
+from lexel.evaluate import evaluate_samples, evaluate_tokenizer
+
+
+def measure(folder: Path, **options) -> list[dict]:
+    return [
+        evaluate_tokenizer(Grey(), folder / "images", QUICK, batch_size=3, **options),
+        evaluate_samples(folder / "samples.npz", image_set(), QUICK, batch_size=4),
+    ]
+
+
+def work(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    for processes in (3, 2):
+        if rank >= processes:
+            return
+        os.environ["LEXEL_CACHE"] = str(folder / f"cache-{processes}")
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet-{processes}", rank=rank, world_size=processes
+        )
+        if processes == 3:  # stopped with different shares taken in; the two that come next go on from there
+            try:
+                measure(folder, resume=folder / "state", save_every=0.0, progress=stop_after(3 + rank))
+            except Stopped:
+                torch.save(None, folder / f"stopped-{rank}")
+            dist.barrier()
+            results = measure(folder)
+        else:
+            results = measure(folder, resume=folder / "state")
+        torch.save(results, folder / f"result-{processes}-{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def test_two_and_three_processes_with_uneven_shares_give_the_result_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEXEL_CACHE", str(tmp_path / "cache-1"))
+    images = save(tmp_path / "images", pictures())  # 23: shares of 8, 8 and 7, or of 12 and 11
+    (images / "0004.png").write_bytes(b"no image")
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(20, seed=5))
+    expected = measure(tmp_path)
+    # Forked: three fresh processes would import torch three times.
+    multiprocessing.start_processes(work, args=(tmp_path,), nprocs=3, start_method="fork")
+    assert len(list(tmp_path.glob("stopped-*"))) == 3
+    assert not (tmp_path / "state").exists()
+    for processes in (2, 3):
+        for rank in range(processes):
+            results = torch.load(tmp_path / f"result-{processes}-{rank}.pt", weights_only=False)
+            for result, one in zip(results, expected, strict=True):
+                assert_same(result, one)
+                assert result["processes"] == processes
+            assert results[0]["data"]["unreadable"]["count"] == 1
+            assert results[0]["data"]["images"] == 22
+
+
+@pytest.mark.parametrize("name", ["sum", "bank"])
+def test_without_other_processes_joining_changes_nothing(name):
+    from lexel.metrics import FeatureBank, MomentState
+
+    state = MomentState(3) if name == "sum" else FeatureBank(3)
+    rows = torch.randn(5, 3)
+    state.add(rows) if name == "sum" else state.add(rows, torch.arange(5))
+    before = state.moments().mean if name == "sum" else state.features()
+    state.all_reduce()
+    assert torch.equal(state.moments().mean if name == "sum" else state.features(), before)
