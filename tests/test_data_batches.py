@@ -250,6 +250,10 @@ def test_a_folder_with_splits_uses_them(folder, tmp_path):
     training, validation = open_data(DataConfig(source=source, size=12))
     assert (len(training), len(validation)) == (4, 2)
     assert training.classes == validation.classes == ["a"]
+    training, validation = open_data(DataConfig(source=source, size=12, validation=0.5))  # val stays out of both
+    assert sorted(training.names + validation.names) == ["a/0.png", "a/1.png", "a/4.png", "a/5.png"]
+    training, validation = open_data(DataConfig(source=source, size=12, validation=str(folder)))
+    assert len(training) == 4
     with pytest.raises(UsageError, match="no split 'test'"):
         open_data(DataConfig(source=source, size=12, validation="test"))
 

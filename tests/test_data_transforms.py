@@ -98,6 +98,9 @@ def test_random_crops_reach_every_place_and_only_those(name):
     starts = {int(square.min()) for square in (transform(np.ascontiguousarray(ramp), stream(s)) for s in range(100))}
     assert starts == {0, 1, 2, 3, 4}
     assert int(transform(np.ascontiguousarray(ramp)).min()) == 2
+    upright = np.ascontiguousarray(ramp.swapaxes(0, 1))
+    assert {int(transform(upright, stream(s)).min()) for s in range(100)} == {0, 1, 2, 3, 4}
+    assert int(transform(upright).min()) == 2
 
 
 def test_only_flip_and_random_resized_mirror():
@@ -120,6 +123,12 @@ def test_adm_averages_where_published_aliases():
     lines[:, ::4] = 255  # seen by no pixel of the resized picture
     assert TRANSFORMS["published"](32)(lines).max() == 0
     assert TRANSFORMS["titok"](32)(lines).mean() == pytest.approx(255 / 4, abs=2)
+
+
+def test_adm_halves_a_picture_of_twice_the_size_by_averaging_alone():
+    array = noise(16, 16)
+    means = array.reshape(8, 2, 8, 2, 3).mean((1, 3))
+    assert np.abs(TRANSFORMS["adm"](8)(array) - means).max() <= 1  # Pillow rounds once a direction
 
 
 def test_crop_keeps_the_pixels_and_pad_keeps_the_whole():

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 from lexel.errors import UsageError
@@ -187,14 +188,17 @@ def bilinear(array: np.ndarray, height: int, width: int, top: int, left: int, si
         return np.ascontiguousarray(array[top : top + size, left : left + size])
     y0, y1, upper_weight, lower_weight = _taps(array.shape[0], height, top, size)
     x0, x1, left_weight, right_weight = _taps(array.shape[1], width, left, size)
-
-    def row(y: np.ndarray) -> np.ndarray:  # (size, size, 3), 11 bits of fraction, cut to 7
-        lines = array[y]
-        return (lines[:, x0] * left_weight[:, None] + lines[:, x1] * right_weight[:, None]) >> 4
-
-    # 18 bits of fraction cut to 2 in each term, then rounded: OpenCV's own steps, to the bit.
-    mixed = (row(y0) * upper_weight[:, None, None] >> 16) + (row(y1) * lower_weight[:, None, None] >> 16)
-    return ((mixed + 2) >> 2).astype(np.uint8)
+    # Across first, once for every row that is needed. torch, since it does integers three times as fast as numpy.
+    rows, place = np.unique(np.concatenate([y0, y1]), return_inverse=True)
+    lines = torch.from_numpy(array[rows])
+    across = lines.index_select(1, torch.from_numpy(x0)).int().mul_(torch.from_numpy(left_weight)[:, None])
+    across += lines.index_select(1, torch.from_numpy(x1)).int().mul_(torch.from_numpy(right_weight)[:, None])
+    across >>= 4  # 11 bits of fraction, cut to 7
+    # Each row's part is cut to 2 bits, then the sum is rounded: OpenCV's own steps.
+    upper, lower = torch.from_numpy(place).view(2, size)
+    mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None]) >> 16
+    mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None]) >> 16
+    return ((mixed + 2) >> 2).to(torch.uint8).numpy()
 
 
 def _taps(length: int, new_length: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
