@@ -49,7 +49,9 @@ def fits(names: Names) -> bool:
     )
 
 
-LAYOUT = Layout("cosmos", lambda names: [*autoencoder_rules(names), *PROJECTIONS], LEFT_OUT, [], config)
+LAYOUT = Layout(
+    "cosmos", lambda names: [*autoencoder_rules(names), *PROJECTIONS], LEFT_OUT, [], ["to_codes.weight"], config
+)
 FAMILY = Family(
     "cosmos",
     "Cosmos discrete image tokenizers",

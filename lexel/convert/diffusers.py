@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import Rule, count
-from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, one_of, table_config
+from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, TABLE, one_of, table_config
 from lexel.errors import UsageError
 
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "shortcut"}
@@ -83,7 +83,7 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
     return table_config("vq", tensors, source)
 
 
-LAYOUT = Layout("diffusers", rules, {}, [], config)
+LAYOUT = Layout("diffusers", rules, {}, [], TABLE, config)
 FAMILY = Family(
     "diffusers",
     "diffusers VQModel",

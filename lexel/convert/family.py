@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lexel.config import check
 from lexel.convert.files import Published
-from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename
+from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename, require
 from lexel.generator import Generator
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -60,6 +60,7 @@ class Layout(NamedTuple):
     rules: Callable[[Names], Sequence[Rule]]  # for the names of a file
     left_out: Mapping[str, str]  # patterns of published names: reasons
     untrained: Sequence[str]  # patterns of names that have no averaged weight
+    needed: Sequence[str]  # our tensors that `config` looks at, beside the autoencoder's
     config: Callable[[Names, str], dict[str, Any]]  # our tensors, the source: the table of a TokenizerConfig
 
 
@@ -82,6 +83,7 @@ def rename_picked(picked: Picked, layout: Layout, source: str) -> Renamed:
 
 
 def build_tokenizer(renamed: Renamed, layout: Layout, request: Request) -> Tokenizer:
+    require(renamed.tensors, layout.needed, request.source)
     table = apply_overrides(layout.config(renamed.tensors, request.source), request.overrides)
     config = check(table, TokenizerConfig, request.source)
     return Tokenizer.with_weights(config, renamed.tensors, request.source)

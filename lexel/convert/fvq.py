@@ -14,7 +14,7 @@ from torch import Tensor
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.llamagen import LEFT_OUT, autoencoder_rules
 from lexel.convert.names import Rule, count, infer_autoencoder
-from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, table_config
+from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, TABLE, table_config
 from lexel.errors import UsageError
 
 BRIDGE = "quantize.qbridge."
@@ -137,7 +137,7 @@ def _autoencoder(names: Names) -> list[Rule]:
     return [*autoencoder_rules(names), *PROJECTIONS, *CODEBOOK]
 
 
-LAYOUT = Layout("fvq", lambda names: [*_autoencoder(names), *RULES], LEFT_OUT, [], config)
+LAYOUT = Layout("fvq", lambda names: [*_autoencoder(names), *RULES], LEFT_OUT, [], TABLE, config)
 FAMILY = Family(
     "fvq",
     "FVQ tokenizers",
@@ -146,7 +146,7 @@ FAMILY = Family(
 )
 
 BAKED_LAYOUT = Layout(
-    "fvq_baked", _autoencoder, LEFT_OUT, [], lambda tensors, source: table_config("vq", tensors, source)
+    "fvq_baked", _autoencoder, LEFT_OUT, [], TABLE, lambda tensors, source: table_config("vq", tensors, source)
 )
 
 

@@ -12,6 +12,7 @@ LAYOUT = Layout(
     vqgan.rules,
     vqgan.TRAINING,
     vqgan.UNTRAINED,
+    vqgan.TABLE,
     lambda tensors, source: vqgan.table_config("ibq", tensors, source),
 )
 FAMILY = Family(

@@ -4,7 +4,7 @@ from typing import Any
 
 from lexel.convert.family import Family, Layout, Names, convert_tokenizer
 from lexel.convert.names import Rule, count, infer_autoencoder
-from lexel.convert.vqgan import ATTENTION, BLOCK, CODEBOOK, END, PROJECTIONS, one_of
+from lexel.convert.vqgan import ATTENTION, BLOCK, CODEBOOK, END, PROJECTIONS, TABLE, one_of
 
 MIDDLE = {"0": "block1", "2": "block2"}
 LEFT_OUT = {r"quantize\.codebook_used": "the codes seen last in training, a statistic"}
@@ -56,5 +56,7 @@ def fits(names: Names) -> bool:
     return needed <= names.keys() and not any(name.startswith("quantize.qbridge.") for name in names)
 
 
-LAYOUT = Layout("llamagen", lambda names: [*autoencoder_rules(names), *PROJECTIONS, *CODEBOOK], LEFT_OUT, [], config)
+LAYOUT = Layout(
+    "llamagen", lambda names: [*autoencoder_rules(names), *PROJECTIONS, *CODEBOOK], LEFT_OUT, [], TABLE, config
+)
 FAMILY = Family("llamagen", "LlamaGen tokenizers", fits, lambda request: convert_tokenizer(request, LAYOUT))

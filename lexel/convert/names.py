@@ -147,11 +147,9 @@ def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, design: str = 
     Group counts leave no trace in the tensors: the published 32 is assumed and can be overridden.
     """
     needed = ["encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_out.weight"]
-    levels = count(tensors, r"encoder\.levels\.(\d+)\..*")
+    levels = max(1, count(tensors, r"encoder\.levels\.(\d+)\..*"))
     needed += [f"encoder.levels.{level}.blocks.0.conv1.weight" for level in range(levels)]
-    missing = [name for name in needed if name not in tensors]
-    if missing or not levels:
-        raise UsageError(f"{source} is not whole: it lacks what becomes {some(missing or ['encoder.levels'])}")
+    require(tensors, needed, source)
     width = tensors["encoder.conv_in.weight"].shape[0]
     widths = [tensors[name].shape[0] for name in needed[3:]]
     if any(level_width % width for level_width in widths):
@@ -167,6 +165,13 @@ def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, design: str = 
         "z_channels": tensors["encoder.conv_out.weight"].shape[0],
         "groups": 32,
     }
+
+
+def require(tensors: Mapping[str, Tensor], names: Iterable[str], source: str) -> None:
+    """Refuses a checkpoint that lacks tensors from which its architecture is read."""
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise UsageError(f"{source} is not whole: it lacks what becomes {some(missing)}")
 
 
 def count(names: Iterable[str], pattern: str) -> int:

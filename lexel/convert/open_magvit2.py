@@ -32,7 +32,7 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout("open_magvit2", lambda _: AUTOENCODER, TRAINING, UNTRAINED, config)
+LAYOUT = Layout("open_magvit2", lambda _: AUTOENCODER, TRAINING, UNTRAINED, [], config)
 FAMILY = Family(
     "open_magvit2",
     "Open-MAGVIT2 tokenizers (SEED-Voken)",

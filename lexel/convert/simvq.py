@@ -32,6 +32,7 @@ LAYOUT = Layout(
     lambda _: [*AUTOENCODER, *QUANTIZER],
     TRAINING,
     [*UNTRAINED, r"quantize\.embedding\.weight"],  # the table is frozen
+    ["quantizer.table"],
     config,
 )
 FAMILY = Family(

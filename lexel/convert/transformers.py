@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lexel.checkpoint import some
 from lexel.config import check
 from lexel.convert import ibq, open_magvit2
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, build_tokenizer
-from lexel.convert.names import AVERAGES, Entry, Renamed, Rule, apply_overrides, as_entries, count, rename
+from lexel.convert.names import AVERAGES, Entry, Renamed, Rule, apply_overrides, as_entries, count, rename, require
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
 
@@ -146,9 +145,7 @@ def build_generator(
     renamed: Renamed, layout: GeneratorLayout, request: Request, options: Mapping[str, Any]
 ) -> Generator:
     tensors = renamed.tensors
-    missing = [name for name in layout.needed if name not in tensors]
-    if missing:
-        raise UsageError(f"{request.source} is not whole: it lacks what becomes {some(missing)}")
+    require(tensors, layout.needed, request.source)
     classes, width = tensors["transformer.classes.weight"].shape
     given = request.published.config
     side = math.isqrt(given.get("block_size", 256))

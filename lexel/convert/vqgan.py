@@ -52,16 +52,14 @@ PROJECTIONS: Sequence[Rule] = [
     (rf"post_quant_conv\.{END}", r"from_codes.\1"),
 ]
 CODEBOOK: Sequence[Rule] = [(r"quantize\.embedding\.weight", "quantizer.weight")]
+TABLE = ["quantizer.weight"]
 
 TRAINING = {
     r"loss\.perceptual_loss\..*": "the perceptual loss (a VGG16), used in training only",
-    r"loss\.discriminator\d?\..*": "the discriminator, used in training only",
+    r"loss\.discriminator.*": "the discriminator, used in training only",
     r"loss\.logvar": "a weight of the training loss",
 }
-UNTRAINED = [
-    r"loss\.perceptual_loss\..*",
-    r"loss\.discriminator\d?\..*\.(running_mean|running_var|num_batches_tracked)",
-]
+UNTRAINED = [r"loss\..*"]  # training parts: buffers have no average, and none of them is needed
 
 
 def rules(names: Names) -> Sequence[Rule]:
@@ -82,7 +80,7 @@ def shares_names(names: Names) -> bool:
     return {"encoder.mid.block_1.conv1.weight", "quant_conv.weight", "quantize.embedding.weight"} <= names.keys()
 
 
-LAYOUT = Layout("vqgan", rules, TRAINING, UNTRAINED, lambda tensors, source: table_config("vq", tensors, source))
+LAYOUT = Layout("vqgan", rules, TRAINING, UNTRAINED, TABLE, lambda tensors, source: table_config("vq", tensors, source))
 FAMILY = Family(
     "vqgan",
     "VQGAN (taming-transformers)",

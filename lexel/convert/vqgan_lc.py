@@ -36,7 +36,14 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
     }
 
 
-LAYOUT = Layout("vqgan_lc", lambda names: [*autoencoder_rules(names), *PROJECTIONS, *QUANTIZER], TRAINING, [], config)
+LAYOUT = Layout(
+    "vqgan_lc",
+    lambda names: [*autoencoder_rules(names), *PROJECTIONS, *QUANTIZER],
+    TRAINING,
+    [],
+    ["quantizer.bank", "quantizer.projector.0.weight", "to_codes.weight"],
+    config,
+)
 FAMILY = Family(
     "vqgan_lc",
     "VQGAN-LC tokenizers",
