@@ -46,11 +46,12 @@ class Tokenizer(nn.Module):
         options = dict(self.config.quantizer)
         if "kind" not in options:
             raise UsageError(f"the quantizer needs a kind; choose from {', '.join(sorted(quantizers.QUANTIZERS))}")
+        # The network first: a seed then gives it the same start under every quantizer.
+        self.encoder, self.decoder = autoencoder.build(self.config.autoencoder)
         self.quantizer = quantizers.build(options.pop("kind"), options)
         z_channels, dim = self.config.autoencoder.z_channels, self.quantizer.codebook_dim
         if not self.config.projections and z_channels != dim:
             raise UsageError(f"without projections z_channels must be the codes' dimension {dim}, got {z_channels}")
-        self.encoder, self.decoder = autoencoder.build(self.config.autoencoder)
         self.to_codes = nn.Conv2d(z_channels, dim, 1) if self.config.projections else nn.Identity()
         self.from_codes = nn.Conv2d(dim, z_channels, 1) if self.config.projections else nn.Identity()
 
