@@ -1,0 +1,117 @@
+"""What a training would be, without starting it: the resolved recipe, its parameters, and the memory it may take."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lexel import config, transformer
+from lexel.losses import PatchDiscriminator
+from lexel.losses.perceptual import NETWORKS
+from lexel.networks.frozen import freeze
+from lexel.tokenizer import Tokenizer
+from lexel.train.generator import GeneratorRecipe
+from lexel.train.tokenizer import TokenizerRecipe
+
+LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each float32
+
+
+class Plan(NamedTuple):
+    """What `lexel train --dry-run` prints."""
+
+    recipe: str  # resolved, as TOML
+    parameters: dict[str, int]  # of each network
+    memory: dict[str, int]  # bytes on one device, by purpose
+    images: int  # that pass through a device at a time: its share of a batch, or of an accumulated part
+
+    def __str__(self) -> str:
+        rows = [f"{name:<24}{count:>16,} parameters" for name, count in self.parameters.items()]
+        rows += [f"{name:<24}{size / 2**30:>16.2f} GiB" for name, size in self.memory.items()]
+        total = sum(self.memory.values()) / 2**30
+        rows += [f"{'memory, estimated':<24}{total:>16.2f} GiB on a device that takes {self.images} images at a time"]
+        return f"{self.recipe}\n" + "\n".join(rows)
+
+
+def plan(recipe: TokenizerRecipe | GeneratorRecipe, processes: int = 1) -> Plan:
+    """The plan for one of `processes` devices, made on the meta device: no weights, no data.
+
+    What a forward pass keeps for the backward pass is counted exactly; temporary results of the backward pass and the
+    allocator's reserve are not, so that the sum is low by a tenth or two.
+    """
+    if isinstance(recipe, GeneratorRecipe):
+        return _generator(recipe, processes)
+    return _tokenizer(recipe, processes)
+
+
+def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
+    recipe = recipe.resolved()
+    train = recipe.train
+    batch = max(1, train.batch_size // processes // train.accumulation)
+    with torch.device("meta"):
+        tokenizer = Tokenizer(recipe.model)
+        images = torch.empty(batch, 3, recipe.data.size, recipe.data.size)
+        z, kept = _kept(tokenizer, tokenizer.encoder, images)
+        _, of_decoder = _kept(tokenizer, tokenizer.decoder, z.detach())
+    quantizer = sum(parameter.numel() for parameter in tokenizer.quantizer.parameters())
+    learned = sum(parameter.numel() for parameter in tokenizer.parameters())
+    parameters = {"encoder and decoder": learned - quantizer, "quantizer": quantizer}
+    kept += of_decoder
+    frozen = 0
+    if train.discriminator is not None and train.weights.get("adversarial"):
+        with torch.device("meta"):
+            discriminator = PatchDiscriminator(train.discriminator.layers, train.discriminator.width)
+            _, judged = _kept(discriminator, discriminator, images)
+        parameters["discriminator"] = sum(parameter.numel() for parameter in discriminator.parameters())
+        kept += 2 * judged  # real and made, while the tokenizer's graph waits
+    if train.weights.get("lpips"):
+        with torch.device("meta"):
+            trunk = freeze(NETWORKS[train.lpips]())
+            _, seen = _kept(trunk, trunk, images.clone().requires_grad_(True))
+        frozen = sum(tensor.numel() for tensor in [*trunk.parameters(), *trunk.buffers()])
+        parameters["LPIPS (frozen)"] = frozen
+        kept += seen
+    memory = {
+        "weights and optimizers": (sum(parameters.values()) - frozen) * LEARNED,
+        "average of the weights": learned * 4,
+        "frozen networks": frozen * 4,
+        "kept for backward": kept // (1 if train.precision == "float32" else 2),
+    }
+    return Plan(config.dump(recipe), parameters, {name: size for name, size in memory.items() if size}, batch)
+
+
+def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
+    train, sizes = recipe.train, recipe.generator
+    batch = max(1, train.batch_size // processes // train.accumulation)
+    with torch.device("meta"):
+        network = transformer.build(sizes)
+        tokens = torch.zeros(batch, sizes.rows * sizes.columns, dtype=torch.int64)
+        labels = torch.zeros(batch, dtype=torch.int64)
+        _, kept = _kept(network, lambda indices: network(indices, labels), tokens)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    shares = processes if train.fsdp else 1
+    memory = {
+        "weights and optimizers": count * LEARNED // shares,
+        "kept for backward": kept // (1 if train.precision == "float32" else 2),
+    }
+    if train.checkpointing:  # the input of each block, and one block at a time
+        memory["kept for backward"] //= sizes.layers // 2 or 1
+    return Plan(config.dump(recipe), {"generator": count}, memory, batch)
+
+
+def _kept(module: nn.Module, call: Callable[[Any], Any], inputs: Tensor) -> tuple[Any, int]:
+    """The result of a call on the meta device, and the bytes that autograd keeps for its backward pass."""
+    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # while a tensor lives, no other storage gets its address
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        result = call(inputs)
+    return result, sum(kept.values())

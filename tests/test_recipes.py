@@ -1,0 +1,132 @@
+"""The recipes that come with Lexel: all load, and build the networks whose sizes were published."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lexel.config import load
+from lexel.losses import PatchDiscriminator
+from lexel.tokenizer import Tokenizer
+from lexel.train.plan import plan
+from lexel.train.tokenizer import TokenizerRecipe
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+TOKENIZERS = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("generator"))
+PUBLISHED = {  # exact; the papers round to 107.05M, 108.88M, 110.98M, 173.90M
+    "ibq_1024": 107_049_859,
+    "ibq_8192": 108_884_867,
+    "ibq_16384": 110_982_019,
+    "ibq_262144": 173_896_579,
+    "ibq_pretrain_16384": 110_982_019,
+    "ibq_pretrain_262144": 173_896_579,
+    "vqgan_1024": 72_141_699,
+    "vqgan_16384": 76_073_859,
+}
+PAPER = {"ibq_1024": 89.60, "ibq_8192": 91.43, "ibq_16384": 93.53, "ibq_262144": 156.44}  # M, with three blocks
+
+
+def recipe(name, *overrides):
+    return load(FOLDER / f"{name}.toml", TokenizerRecipe, overrides)
+
+
+def parameters(recipe):
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in Tokenizer(recipe.model).parameters())
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_recipe_builds_and_weighs_every_term(name):
+    resolved = recipe(name).resolved()
+    with torch.device("meta"):
+        tokenizer = Tokenizer(resolved.model)
+        if resolved.train.discriminator is not None:
+            PatchDiscriminator(resolved.train.discriminator.layers, resolved.train.discriminator.width)
+    assert tokenizer.quantizer.LOSS_WEIGHTS.keys() <= resolved.train.weights.keys()
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_recipe_says_how_to_run_it_and_what_to_expect(name):
+    comment = [line for line in (FOLDER / f"{name}.toml").read_text().splitlines() if line.startswith("#")]
+    text = " ".join(comment)
+    assert f"lexel train recipes/{name}.toml" in text
+    assert "Hardware:" in text
+    assert "Published result" in text or "each" in text  # reached, or meant to be reached
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_tokenizers_have_the_published_number_of_parameters(name):
+    assert parameters(recipe(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_with_three_blocks_they_have_the_papers_own_count(name):
+    three = parameters(recipe(name, "model.autoencoder.residual_blocks=3"))
+    assert three / 1e6 == pytest.approx(PAPER[name], abs=0.005)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("ibq")])
+def test_ibq_recipes_have_the_released_codes_weights(name):
+    train = recipe(name).resolved().train
+    assert train.weights == {
+        "l1": 1.0,
+        "lpips": 1.0,
+        "adversarial": 0.1,
+        "quantization": 1.0,
+        "commitment": 1.0,
+        "codebook": 0.25,
+        "entropy_sample": 0.05,
+        "entropy_batch": -0.05,
+    }
+    assert (train.lr, train.betas, train.batch_size, train.average_decay) == (1e-4, [0.5, 0.9], 256, 0.999)
+    assert train.discriminator is not None
+    assert (train.discriminator.start, train.discriminator.lecam, train.discriminator.adaptive) == (0, 0.05, False)
+
+
+def test_a_vqgan_is_one_change_away_from_the_papers_own_weights():
+    swapped = recipe("vqgan_16384").resolved().train.weights
+    assert (swapped["codebook"], swapped["commitment"]) == (0.25, 1.0)
+    papers = recipe("vqgan_16384", "train.weights.codebook=1.0", "train.weights.commitment=0.25").train.weights
+    assert (papers["codebook"], papers["commitment"]) == (1.0, 0.25)
+
+
+def test_the_demo_changes_nothing_but_the_quantizer():
+    ibq, vq = recipe("openmoji").resolved(), recipe("openmoji", "model.quantizer.kind=vq").resolved()
+    assert ibq.model.autoencoder == vq.model.autoencoder
+    assert ibq.data == vq.data
+    weights = {"weights": {}}
+    assert ibq.train.model_copy(update=weights) == vq.train.model_copy(update=weights)
+    assert {name: ibq.train.weights.get(name) for name in ("l1", "l2")} == {
+        name: vq.train.weights.get(name) for name in ("l1", "l2")
+    }
+    assert vq.train.weights["codebook"] == 1.0
+    assert vq.train.weights["commitment"] == 0.25
+
+
+def test_a_plan_counts_every_network_and_halves_memory_with_the_batch():
+    whole = plan(recipe("ibq_16384"), processes=64)
+    assert whole.parameters["encoder and decoder"] + whole.parameters["quantizer"] == PUBLISHED["ibq_16384"]
+    assert whole.parameters["discriminator"] == 2_765_633
+    assert whole.images == 4
+    half = plan(recipe("ibq_16384", "train.accumulation=2"), processes=64)
+    assert half.images == 2
+    assert half.memory["kept for backward"] == pytest.approx(whole.memory["kept for backward"] / 2, rel=0.01)
+    assert half.memory["weights and optimizers"] == whole.memory["weights and optimizers"]
+    assert "train.weights" in str(whole)
+
+
+def test_a_plan_foresees_what_autograd_keeps():
+    tiny = recipe("tiny", "train.weights.adversarial=0.0")
+    tokenizer = Tokenizer(tiny.model)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    images = torch.rand(tiny.train.batch_size, 3, tiny.data.size, tiny.data.size)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        tokenizer(images)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in tokenizer.parameters()}
+    measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
+    assert plan(tiny).memory["kept for backward"] == pytest.approx(measured, rel=0.1)
