@@ -241,6 +241,20 @@ def test_a_recipes_section_opens_both_sets(folder):
     assert (len(training), len(validation)) == (10, 10)
 
 
+def test_what_is_held_out_can_be_measured(tmp_path):
+    """A folder of a phone: the one picture in twenty that would be held out may be the one that cannot be read."""
+    for number in range(8):
+        Image.fromarray(np.full((12, 14, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    first = open_images(tmp_path).hold_out(0.1)[1].names
+    for name in first:
+        (tmp_path / name).write_bytes(b"")
+    second = open_images(tmp_path).hold_out(0.1)[1].names
+    assert len(first) == 1
+    assert len(second) == 2
+    assert set(first) < set(second)
+    assert len(list(ordered_batches(open_images(tmp_path).hold_out(0.1)[1], CROP, 4))) == 1
+
+
 def test_a_folder_with_splits_uses_them(folder, tmp_path):
     for split, names in {"train": "0145", "val": "89"}.items():
         (tmp_path / "parts" / split / "a").mkdir(parents=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lexel.data.files import EXTENSIONS, PIXEL_LIMIT, find_images, read_image
+from lexel.data.files import EXTENSIONS, PIXEL_LIMIT, UnreadableImage, find_images, read_image
 from lexel.errors import UsageError
 
 # How a folder may call its parts; the first of each row is the name used here.
@@ -57,21 +57,37 @@ class ImageSet:
         return Subset(self, numbers)
 
     def hold_out(self, fraction: float) -> tuple["ImageSet", "ImageSet"]:
-        """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names."""
-        rest, held = held_out(self.names, fraction)
-        return self.subset(rest), self.subset(held)
+        """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names.
+
+        At least one of the held-out pictures can be read, even if that takes a larger part.
+
+        Raises:
+            UsageError: fraction is not between 0 and 1, or there is nothing to spare.
+        """
+        order, count = hold_out_order(self.names, fraction)
+        if not any(self._is_readable(number) for number in order[:count]):
+            while count < len(order) - 1 and not self._is_readable(order[count]):
+                count += 1
+            count = min(count + 1, len(order) - 1)
+        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+
+    def _is_readable(self, number: int) -> bool:
+        try:
+            self.read(number)
+        except UnreadableImage:
+            return False
+        return True
 
 
-def held_out(names: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
-    """Numbers of the rest and of the held-out part of named things, by the hashes of the names; neither is empty."""
+def hold_out_order(names: Sequence[str], fraction: float) -> tuple[list[int], int]:
+    """Numbers of named things in the order of the hashes of the names, and how many of the first to hold out."""
     if not 0 < fraction < 1:
         raise UsageError(f"the part to hold out must lie between 0 and 1, got {fraction}")
     if len(names) < 2:
         raise UsageError(f"holding out a part needs at least 2 images, and there is {len(names)}")
-    count = min(max(1, round(fraction * len(names))), len(names) - 1)
     digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
-    order = sorted(range(len(names)), key=digests.__getitem__)
-    return sorted(order[count:]), sorted(order[:count])
+    count = min(max(1, round(fraction * len(names))), len(names) - 1)
+    return sorted(range(len(names)), key=digests.__getitem__), count
 
 
 class FileImages(ImageSet):

@@ -20,7 +20,7 @@ from torch import Tensor
 from lexel.data.arrays import to_images
 from lexel.data.batches import Pictures, Positions, crop_choices, crop_generator, look_up, read_squares
 from lexel.data.files import written_whole
-from lexel.data.images import ImageSet, held_out
+from lexel.data.images import ImageSet, hold_out_order
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
 
@@ -365,8 +365,8 @@ class TokenSet:
 
     def hold_out(self, fraction: float) -> tuple["TokenSet", "TokenSet"]:
         """Two sets, the rest and the held-out part: at least one image, chosen by the hashes of the names."""
-        rest, held = held_out(self.names, fraction)
-        return self.subset(rest), self.subset(held)
+        order, count = hold_out_order(self.names, fraction)
+        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
 
     def histogram(self) -> Tensor:
         """How often each code occurs, over all versions: int64 (codebook_size,)."""
