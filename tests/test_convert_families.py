@@ -412,13 +412,14 @@ def scalars(z: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(codes, 1), indices
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # tracing, which published archives were made with
 @pytest.mark.parametrize("halvings", [1, 2])
 @pytest.mark.parametrize("scripted", [False, True])
 def test_cosmos_quantizes_scalars_of_wavelet_features(tmp_path, halvings, scripted):
     """16x16 halves the resolution twice after patches of 4, 8x8 once: in the encoder first, in the decoder last."""
     shapes = vqgan_shapes(32, [2, 2, 2], 1, [], z=6, dim=6, patch=4, halvings=halvings)
     state = random_state(shapes)
-    state["quant_conv.weight"] *= 10  # so that several levels are reached
+    state["quant_conv.bias"].zero_()  # so that several levels are reached
     if scripted:
         path = tmp_path / "autoencoder.jit"
         script(state, path)
@@ -428,7 +429,7 @@ def test_cosmos_quantizes_scalars_of_wavelet_features(tmp_path, halvings, script
         conversion = saved(tmp_path, state)
     assert conversion.family == "cosmos"
     assert conversion.model.downsampling == 4 * 2**halvings
-    x = torch.rand(2, 3, 32, 16, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2 - 1
+    x = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 2 - 1
     state = double(state)
     z = vqgan_latents(state, wavelets(wavelets(x)))
     codes, indices = scalars(z)
