@@ -14,6 +14,7 @@ from lexel.errors import UsageError
 
 if TYPE_CHECKING:
     from lexel.data import Transform
+    from lexel.generator import Generator
     from lexel.tokenizer import Tokenizer
     from lexel.train.run import Progress
 
@@ -122,8 +123,8 @@ def _transform(tokenizer: "Tokenizer", size: str | None, name: str | None) -> "T
 
 
 @contextmanager
-def _progress(what: str, unit: str = "images") -> "Iterator[Callable[[int, int | None], None]]":
-    """A progress bar with speed and time left; yields `update(done, total)`. Silent where nobody looks."""
+def _progress(what: str, unit: str = "images") -> "Iterator[Callable[..., None]]":
+    """A progress bar with speed and time left; yields `update(done, total, note)`. Silent where nobody looks."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -243,7 +244,7 @@ def inspect(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What is in it (parameters, codebook, provenance), and whether its codebook is healthy."""
-    from lexel.train import inspect as look
+    from lexel.inspection import inspect as look
 
     facts = look(source)
     if json_:
@@ -370,3 +371,166 @@ def import_(
     print(f"{conversion.family} ({conversion.weights} weights) in {out}")
     for reason, count in conversion.model.provenance["left_out"].items():
         print(f"left out {count} tensors: {reason}")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A tokenizer; left out for --samples.")] = None,
+    data: Annotated[str | None, typer.Option(help="Real pictures: a folder; or openmoji, photos.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Generated images: a folder, an .npz, or a token set.")] = None,
+    reference: Annotated[str | None, typer.Option(help="What samples are held against: a folder or an .npz.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Decodes --samples that are tokens.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="ibq, llamagen, titok, fvq, adm or lexel; see docs/protocols.md.")
+    ] = "lexel",
+    split: Annotated[
+        str | None, typer.Option(help="train or validation, where the real pictures have such parts.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side. Default: the tokenizer's own, else the protocol's.")
+    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Only this one of the protocol's; may be repeated.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="For Fréchet distances and scores. Default: the protocol's.")
+    ] = None,
+    network_weights: Annotated[Path | None, typer.Option(help="That network's published weights file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Write the result with all that made it.")] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Compare with an earlier --json; refused between protocols.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="A folder for the partial state; the same command goes on.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    weights: Weights = "average",
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """The metrics of a named protocol, for a tokenizer or for generated images."""
+    from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
+
+    if (source is None) == (samples is None):
+        raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
+    if (data if source else reference) is None:
+        raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
+    earlier = read_result(against) if against else None
+    options: dict[str, Any] = {
+        "split": split,
+        "metrics": metric,
+        "network": network,
+        "weights": network_weights,
+        "limit": limit,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "workers": workers,
+        "resume": resume,
+    }
+    with _progress("evaluate") as update:
+        if source:
+            model = _tokenizer(source, weights)
+            side = size or model.provenance.get("size")
+            result = evaluate_tokenizer(model, str(data), protocol, size=side, progress=update, **options)
+        else:
+            decoder = _tokenizer(tokenizer) if tokenizer else None
+            result = evaluate_samples(
+                str(samples), str(reference), protocol, tokenizer=decoder, progress=update, **options
+            )
+    for warning in result["warnings"]:
+        _say(f"lexel: {warning}")
+    _table((name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items())
+    if json_:
+        write_result(json_, result)
+    if earlier is not None:
+        print(f"\nagainst {against}")
+        _table((name, part.difference) for name, part in compare_results(earlier, result).items())
+
+
+def _with_interval(value: float | None, interval: "Mapping[str, Any] | None") -> str:
+    shown = "-" if value is None else f"{value:,.6g}"
+    return (
+        shown
+        if not interval or "low" not in interval
+        else f"{shown}  ({interval['low']:.5g} to {interval['high']:.5g})"
+    )
+
+
+@app.command()
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A generator: a run, a model folder or a checkpoint.")],
+    classes: Annotated[str, typer.Option(help="Numbers or labels: 0,3,7 or 'Food & Drink,3'.")],
+    out: Annotated[
+        Path, typer.Option(help="A picture (.png, .jpg: a grid), samples for evaluation (.npz), or tokens (.npy).")
+    ],
+    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 1.0,
+    cfg_schedule: Annotated[
+        str, typer.Option(help="How guidance runs over the image: constant, linear, cosine, ...")
+    ] = "constant",
+    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off, 1 is greedy.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="With the image's number it decides the image, whatever the batch.")] = 0,
+    first_number: Annotated[
+        int, typer.Option(min=0, help="Number of the first image, for a part of a larger set.")
+    ] = 0,
+    window: Annotated[
+        int | None, typer.Option(help="Decode rows in a wavefront, this many tokens apart: faster.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where the generator's folder has none.")] = None,
+    implementation: Annotated[str, typer.Option(help="auto, plain, packed, int8, ...")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default: what fits.")] = None,
+    weights: Annotated[Literal["live", "best"], typer.Option(help="Of a run with checkpoints.")] = "live",
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Generates images of the classes named, by number or by label."""
+    from lexel.place import place
+    from lexel.samples import write_samples
+
+    where = place(device, precision)
+    generator = _generator(source, weights)
+    labels = [label for label in generator.class_numbers(_names(classes)) for _ in range(per_class)]
+    with _progress("sample") as update:
+        write_samples(
+            generator,
+            labels,
+            out,
+            where,
+            _tokenizer(tokenizer) if tokenizer else None,
+            first_number,
+            per_class,
+            update,
+            cfg_scale=cfg_scale,
+            cfg_schedule=cfg_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            window=window,
+            implementation=implementation,
+            batch_size=batch_size,
+        )
+    print(f"{len(labels)} images in {out}")
+
+
+def _generator(source: str, weights: "Literal['live', 'best']") -> "Generator":
+    """The generator behind a name on the command line."""
+    import lexel
+
+    if (Path(source) / "checkpoints").is_dir():
+        from lexel.train.generator import load_generator_run
+
+        return load_generator_run(source, weights)
+    model = lexel.load(source)
+    if not isinstance(model, lexel.Generator):
+        raise UsageError(f"{source} holds a tokenizer; a generator is needed here")
+    return model
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -24,6 +24,7 @@ from lexel import config
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
 from lexel.metrics.health import Finding, diagnose
+from lexel.samples import picture_grid
 from lexel.train.run import read_metrics
 
 COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
@@ -308,24 +309,11 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
         )
 
 
-def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", gap: int = 2, smallest: int = 64) -> Figure:
-    """Rows of pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
-    return Figure(_img(picture_grid(rows, gap, smallest)), caption)
-
-
-def picture_grid(rows: Sequence[NDArray[Any]], gap: int = 2, smallest: int = 64) -> NDArray[np.uint8]:
-    """The pixels of `picture_rows`: uint8 (H, W, 3)."""
-    height, width = rows[0].shape[1:3]
-    scale = max(1, -(-smallest // min(height, width)))
-    columns = max(len(row) for row in rows)
-    size = (len(rows) * (height * scale + gap) - gap, columns * (width * scale + gap) - gap, 3)
-    grid = np.full(size, 255, dtype=np.uint8)
-    for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
-            top, left = r * (height * scale + gap), c * (width * scale + gap)
-            large = picture.repeat(scale, axis=0).repeat(scale, axis=1)
-            grid[top : top + height * scale, left : left + width * scale] = large
-    return grid
+def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int = 64) -> Figure:
+    """Rows of equally many pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
+    scale = max(1, -(-smallest // min(rows[0].shape[1:3])))
+    enlarged = np.concatenate(rows).repeat(scale, axis=1).repeat(scale, axis=2)
+    return Figure(_img(picture_grid(enlarged, columns=len(rows[0]))), caption)
 
 
 def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
@@ -370,8 +358,8 @@ def _svg(canvas: Canvas, dpi: int = 100) -> str:
     return text[text.index("<svg") :]
 
 
-def _img(pixels: NDArray[np.uint8], kind: Literal["pixels", "smooth"] = "pixels") -> str:
+def _img(pixels: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="{kind}" alt="" src="data:image/png;base64,{data}">'
+    return f'<img class="pixels" alt="" src="data:image/png;base64,{data}">'

@@ -16,8 +16,8 @@ LAYERS = [
     {"quantizers", "autoencoder", "transformer", "losses", "metrics", "data"},
     {"tokenizer", "sampling", "decoding"},
     {"generator"},
-    {"train", "convert", "evaluate", "export", "codec"},
-    {"report"},
+    {"train", "convert", "evaluate", "export", "codec", "samples"},
+    {"report", "inspection"},
     {"compare", "demo"},
     {"cli"},
 ]

@@ -1,10 +1,13 @@
 """Reports: from a run folder to one page that needs nothing else."""
 
+import base64
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import save_file
 
 from lexel import report
@@ -88,10 +91,11 @@ def test_one_dimensional_codes_have_a_map():
 
 def test_small_pictures_are_enlarged_without_smoothing():
     row = np.array([[[[0, 0, 0], [255, 0, 0]], [[0, 255, 0], [0, 0, 255]]]], dtype=np.uint8)
-    grid = report.picture_grid([row, row], gap=1, smallest=4)
-    assert grid.shape == (9, 4, 3)
+    data = re.search(r"base64,([^\"]+)", report.picture_rows([row, row], smallest=4).html)[1]
+    grid = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert grid.shape == (10, 4, 3)
     assert (grid[:2, 2:] == [255, 0, 0]).all()
-    assert (grid[4] == 255).all()
+    assert (grid[4:6] == 255).all()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

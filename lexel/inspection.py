@@ -1,0 +1,119 @@
+"""What is in a run, a model or a recipe, and whether its codebook is healthy."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lexel import convert
+from lexel.config import RECIPES
+from lexel.errors import UsageError
+from lexel.generator import Generator
+from lexel.metrics.health import diagnose
+from lexel.tokenizer import Tokenizer
+from lexel.train import load_recipe
+from lexel.train.generator import GeneratorRecipe, load_generator_run
+from lexel.train.plan import plan
+from lexel.train.run import read_metrics
+from lexel.train.tokenizer import TokenizerRecipe, load_run
+
+SAMPLED = 4096  # codes among which the nearest neighbours are looked for
+
+
+def inspect(source: str | Path) -> dict[str, Any]:
+    """The facts about a source as plain data; `findings` (see `lexel.metrics.health.diagnose`) where there is a run.
+
+    Args:
+        source: a run folder, a model folder, a published checkpoint, a hub id; or a recipe, by path or by name, which
+            is built on the meta device.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    path = Path(source)
+    if path.suffix == ".toml" or (not path.exists() and any((f / f"{source}.toml").is_file() for f in RECIPES)):
+        return _of_recipe(source)
+    if (path / "recipe.toml").is_file():
+        return _of_run(path)
+    model = convert.load(source)
+    return _of_tokenizer(model) if isinstance(model, Tokenizer) else _of_generator(model)
+
+
+def _of_recipe(source: str | Path) -> dict[str, Any]:
+    recipe = load_recipe(source)
+    planned = plan(recipe)
+    facts: dict[str, Any] = {"kind": "recipe"}
+    if isinstance(recipe, TokenizerRecipe):
+        with torch.device("meta"):
+            facts |= _shape(Tokenizer(recipe.model))
+    else:
+        facts |= recipe.generator.model_dump(mode="json")
+    facts |= {f"parameters of the {name}": count for name, count in planned.parameters.items()}
+    facts["memory, estimated (GiB)"] = round(sum(planned.memory.values()) / 2**30, 2)
+    return facts
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """A run is looked at even before its first checkpoint: its log is enough for a verdict."""
+    recipe = load_recipe(folder / "recipe.toml")
+    lines = read_metrics(folder / "metrics.jsonl")
+    train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
+    facts: dict[str, Any] = {"steps done": lines[-1]["step"] if lines else 0}
+    saved = (folder / "config.json").is_file() or any((folder / "checkpoints").glob("*.pt"))
+    if isinstance(recipe, GeneratorRecipe):
+        found = _of_generator(load_generator_run(folder)) if saved else {"kind": "generator"}
+        return found | facts | _last(validation)
+    found = _of_tokenizer(load_run(folder)) if saved else {"kind": "tokenizer"}
+    quantizer = recipe.model.quantizer
+    findings = diagnose(quantizer["kind"], quantizer["codebook_size"], validation, train)
+    return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}
+
+
+def _last(validation: list[dict[str, Any]]) -> dict[str, Any]:
+    names = {"step", "kind", "seconds"}
+    return {} if not validation else {name: value for name, value in validation[-1].items() if name not in names}
+
+
+def _shape(tokenizer: Tokenizer) -> dict[str, Any]:
+    quantizer = tokenizer.quantizer
+    return {
+        "quantizer": tokenizer.config.quantizer["kind"],
+        "codebook size": quantizer.codebook_size,
+        "codebook dimension": quantizer.codebook_dim,
+        "downsampling": tokenizer.downsampling,
+    }
+
+
+def _of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    facts = {"kind": "tokenizer", **_shape(tokenizer), "parameters": _count(tokenizer)}
+    facts |= _codebook(tokenizer)
+    return facts | {f"provenance: {name}": value for name, value in tokenizer.provenance.items()}
+
+
+def _codebook(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Lengths of the codes, and how near the nearest other code is among a sample: 0 means that codes are equal."""
+    try:
+        codebook = tokenizer.quantizer.codebook.detach().float()
+    except UsageError:  # too many codes for a table
+        return {}
+    codes = codebook.flatten(0, -2)
+    norms = codes.norm(dim=1)
+    sample = codes[:: -(-len(codes) // SAMPLED)]
+    distances = torch.cdist(sample, sample).fill_diagonal_(torch.inf).amin(1)
+    return {
+        "code norms (least, mean, most)": " ".join(
+            f"{value:.4g}" for value in (norms.min(), norms.mean(), norms.max())
+        ),
+        "distance to the nearest other code (least, median)": f"{distances.min():.4g} {distances.median():.4g}",
+    }
+
+
+def _of_generator(generator: Generator) -> dict[str, Any]:
+    facts = {"kind": "generator", **generator.config.transformer.model_dump(mode="json")}
+    facts |= {"parameters": _count(generator), "tokenizer": generator.config.tokenizer}
+    return facts | {f"provenance: {name}": value for name, value in generator.provenance.items()}
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

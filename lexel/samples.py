@@ -1,0 +1,131 @@
+"""Images from a generator, written as they come: a grid to look at, a set to measure, or the tokens themselves."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lexel.checkpoint import atomic
+from lexel.data import ImageSet, Transform, to_uint8
+from lexel.errors import UsageError
+from lexel.generator import Generator
+from lexel.metrics.statistics import NpzWriter
+from lexel.place import Place
+from lexel.tokenizer import Tokenizer
+
+AT_ONCE = 64  # images sampled, decoded and written together; what is made does not depend on it
+WRITERS = (".png", ".jpg", ".jpeg", ".webp", ".npz", ".npy")
+
+
+def write_samples(
+    generator: Generator,
+    labels: Sequence[int],
+    out: str | Path,
+    place: Place,
+    tokenizer: Tokenizer | None = None,
+    first_number: int = 0,
+    columns: int | None = None,
+    progress: Callable[[int, int | None], None] | None = None,
+    **settings: Any,
+) -> Path:
+    """Samples an image for each label and writes them to one file, whose ending says how.
+
+    `.png`, `.jpg`, `.webp`: a grid. `.npz`: images as ADM's evaluator takes them (`arr_0`, uint8), as a stream, so that
+    50,000 of them never lie in memory. `.npy`: the tokens, int64 (N, h, w).
+
+    Args:
+        generator: put on the place's device.
+        labels: the class of each image.
+        out: the file.
+        place: device and precision.
+        tokenizer: makes images of tokens; the one in the generator's folder by default.
+        first_number: number of the first image in the random stream.
+        columns: of a grid; about as many as rows by default.
+        progress: called with (images done, images).
+        settings: of `Generator.sample`.
+
+    Raises:
+        UsageError: the ending is unknown, or there is no tokenizer.
+    """
+    out = Path(out)
+    if out.suffix.lower() not in WRITERS:
+        raise UsageError(f"{out} has no known ending; choose from {', '.join(WRITERS)}")
+    if not labels:
+        raise UsageError("there are no classes to sample from")
+    generator = generator.to(place.device).eval()
+    if out.suffix == ".npy":
+        tokens = [part.cpu().numpy() for part in _sampled(generator, labels, place, first_number, progress, settings)]
+        with atomic(out) as path:
+            np.save(path, np.concatenate(tokens))
+        return out
+    decoder = (tokenizer or generator.tokenizer).to(place.device)
+    generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
+    parts = _sampled(generator, labels, place, first_number, progress, settings)
+    pictures = (_pictures(decoder, part, place) for part in parts)
+    if out.suffix == ".npz":
+        first = next(pictures)
+        with NpzWriter(out, (len(labels), *first.shape[1:])) as writer:
+            writer.add(first)
+            for more in pictures:
+                writer.add(more)
+        return out
+    grid = picture_grid(np.concatenate(list(pictures)), columns)
+    with atomic(out) as path:
+        Image.fromarray(grid).save(path)
+    return out
+
+
+def _sampled(
+    generator: Generator, labels: Sequence[int], place: Place, first: int, progress: Any, settings: Any
+) -> Any:
+    for begin in range(0, len(labels), AT_ONCE):
+        part = torch.tensor(labels[begin : begin + AT_ONCE], device=place.device)
+        numbers = range(first + begin, first + begin + len(part))
+        yield generator.sample(part, image_numbers=numbers, dtype=place.half, **settings)
+        if progress:
+            progress(begin + len(part), len(labels))
+
+
+def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, place: Place) -> np.ndarray:
+    with place.autocast():
+        return to_uint8(tokenizer.decode(indices))
+
+
+def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Pictures (N, H, W, 3) in rows of so many columns, on white: uint8 (H', W', 3)."""
+    count, height, width, _ = pictures.shape
+    columns = min(columns or int(np.ceil(np.sqrt(count))), count)
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
+class Nearest(NamedTuple):
+    """The training picture nearest to each sample."""
+
+    pictures: np.ndarray  # uint8 (N, H, W, 3)
+    distances: np.ndarray  # (N,) root mean squared difference in grey levels, 0 to 255
+    names: list[str]
+
+
+def nearest_pictures(samples: np.ndarray, images: ImageSet, transform: Transform) -> Nearest:
+    """Finds for each sample (N, H, W, 3) the picture that differs least from it, pixel by pixel.
+
+    A generator that has learned a few thousand pictures by heart shows them here: a distance of a few grey levels is a
+    copy, up to what the tokenizer loses.
+    """
+    best = np.full(len(samples), np.inf)
+    pictures = np.zeros_like(samples)
+    names = [""] * len(samples)
+    for number in range(len(images)):
+        picture = transform(images.read(number), None)
+        distances = np.square(samples.astype(np.float32) - picture).mean(axis=(1, 2, 3))
+        for sample in np.flatnonzero(distances < best):
+            best[sample], pictures[sample], names[sample] = distances[sample], picture, images.names[number]
+    return Nearest(pictures, np.sqrt(best), names)
