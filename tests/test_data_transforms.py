@@ -80,8 +80,7 @@ def test_published_equals_opencv_to_the_bit():
     assert np.rint(bilinear_oracle(array, 3, 4)[:, :3]).tolist() != OPENCV
 
 
-def test_a_crop_alone_equals_the_crop_of_the_whole():
-    """Only the pixels of the crop are computed; they are those of the picture resized as a whole."""
+def test_adm_and_titok_are_pillows_bicubic_with_their_own_rounding():
     array = noise(97, 61)
     image = Image.fromarray(array)
     whole = np.asarray(image.resize((32, 50), Image.Resampling.BICUBIC))  # 97 * 32 / 61 = 50.9, rounded down
@@ -89,6 +88,13 @@ def test_a_crop_alone_equals_the_crop_of_the_whole():
     halved = image.resize((30, 48), Image.Resampling.BOX).resize((15, 24), Image.Resampling.BOX)  # 15 < 2 * 8
     whole = np.asarray(halved.resize((8, 13), Image.Resampling.BICUBIC))  # 24 * 8 / 15 = 12.8, rounded
     assert np.array_equal(TRANSFORMS["adm"](8)(array), whole[2:10])
+
+
+@pytest.mark.parametrize("name", ["titok", "adm"])
+def test_the_crop_of_a_long_strip_is_the_crop_of_the_whole(name):
+    array = noise(300, 20)
+    whole = np.asarray(Image.fromarray(array).resize((16, 240), Image.Resampling.BICUBIC))[112:128].astype(int)
+    assert np.abs(TRANSFORMS[name](16)(array) - whole).max() <= 1
 
 
 @pytest.mark.parametrize("name", ["published", "flip", "adm", "titok", "crop"])

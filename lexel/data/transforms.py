@@ -212,9 +212,11 @@ def _taps(length: int, new_length: int, start: int, size: int) -> tuple[np.ndarr
 
 
 def _resized_crop(image: Image.Image, height: int, width: int, top: int, left: int, size: int) -> np.ndarray:
-    """The crop at (top, left) of an image resized to height x width by antialiased bicubic, computed alone."""
-    if (image.height, image.width) == (height, width):
-        return np.asarray(image.crop((left, top, left + size, top + size)))
+    """The crop at (top, left) of an image resized to height x width by antialiased bicubic."""
+    if (image.height, image.width) == (height, width) or max(height, width) <= 8 * size:
+        whole = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(whole.crop((left, top, left + size, top + size)))
+    # A long strip, resized as a whole, may not fit in memory. Alone, the crop is the same but for a level of rounding.
     x, y = image.width / width, image.height / height
     box: Box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
