@@ -52,7 +52,7 @@ class Lattice(nn.Module):
         """The mean over the channels of each dimension: (N, d) from (N, D)."""
         if len(self.carrier) == len(self.levels):
             return vectors
-        sums = vectors.new_zeros(len(vectors), len(self.levels)).index_add(1, self.carrier, vectors)
+        sums = vectors.new_zeros(vectors.shape[0], len(self.levels)).index_add(1, self.carrier, vectors)
         return sums / self.copies
 
     def spread(self, values: Tensor) -> Tensor:
