@@ -316,7 +316,8 @@ class RunningMeans:
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value).detach()
+            value = value.float() if value.device.type == "mps" else value.double()  # Apple's GPUs have no float64
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
@@ -390,9 +391,9 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 def share(values: Sequence[Tensor | float], accelerator: Accelerator, device: torch.device) -> list[float]:
     """The means over processes of a few scalars."""
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    stacked = torch.tensor([float(value) for value in values], dtype=torch.float64)
     if accelerator.num_processes > 1:
-        stacked = accelerator.reduce(stacked, "mean")
+        stacked = accelerator.reduce(stacked.to(device), "mean")
     return stacked.tolist()
 
 

@@ -169,6 +169,7 @@ class Trained(NamedTuple):
     average: Tokenizer
     step: int  # steps done
     finished: bool  # False when a signal ended it early: the same command goes on from there
+    unreadable: Mapping[str, str]  # pictures that this process replaced by others, and why
 
 
 class Adversary:
@@ -351,9 +352,11 @@ def frozen(module: nn.Module | None) -> Iterator[None]:
     parameters = list(module.parameters()) if module is not None else []
     for parameter in parameters:
         parameter.requires_grad_(False)
-    yield
-    for parameter in parameters:
-        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def sharing(accelerator: Accelerator, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -453,6 +456,8 @@ def train_tokenizer(
                 values = learner.means.take()
                 values = dict(zip(values, share(list(values.values()), accelerator, place.device), strict=True))
                 values |= {"lr": factor * config.lr, "images_per_second": speed}
+                if batches.unreadable:
+                    values["unreadable"] = len(batches.unreadable)
                 run.log(done, "train", seconds, values)
                 accelerator.log({f"train/{name}": value for name, value in values.items()}, step=done)
             better = False
@@ -483,7 +488,7 @@ def train_tokenizer(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
-    return Trained(tokenizer, average, done, finished)
+    return Trained(tokenizer, average, done, finished, batches.unreadable)
 
 
 def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None = None, load: bool = True) -> None:

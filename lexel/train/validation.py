@@ -12,6 +12,7 @@ from lexel.metrics.health import CodeHistogram, gradient_health
 from lexel.metrics.pixels import psnr
 from lexel.place import Place
 from lexel.tokenizer import Tokenizer
+from lexel.train.run import share
 
 SHOWN = 8  # pictures in a snapshot, and for the gradient's health
 SAMPLED = 2048  # latents, and codes, in a snapshot at most
@@ -54,7 +55,7 @@ def validate(
     quantizer = tokenizer.quantizer
     histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), place.device)
     names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
-    sums = torch.zeros(len(names), dtype=torch.float64, device=place.device)  # each but the first: mean x images
+    sums = [0.0] * len(names)  # each but the first: the mean of a batch times its images
     batches = ordered_batches(
         images, transform, batch_size, accelerator.process_index, accelerator.num_processes, workers
     )
@@ -74,12 +75,10 @@ def validate(
             z.norm(dim=1).mean(),
             *([lpips(made, pictures).mean()] if lpips is not None else []),
         ]
-        row = torch.stack([torch.as_tensor(mean, dtype=torch.float64, device=place.device) for mean in means])
-        sums += len(pictures) * row
+        sums = [total + len(pictures) * float(mean) for total, mean in zip(sums, means, strict=True)]
     histogram.all_reduce()
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, "sum")
-    values: dict[str, float | None] = dict(zip(names[1:], (sums[1:] / sums[0]).tolist(), strict=True))
+    count, *totals = share(sums, accelerator, place.device)
+    values: dict[str, float | None] = {name: total / count for name, total in zip(names[1:], totals, strict=True)}
 
     # A handful of pictures, the same in every process, for what needs gradients and for the eye.
     shown = next(iter(ordered_batches(images, transform, min(SHOWN, len(images))))).images.to(place.device)
