@@ -87,6 +87,43 @@ class Generator(nn.Module):
         ).sum(0)
         return Predicted(logits, nll.view(tokens.shape))
 
+    @torch.no_grad()
+    def likelihood(
+        self,
+        indices: Tensor,
+        class_labels: Tensor,
+        implementation: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Negative log-likelihoods in nats, (B, T), as the way to decode that `sample` would take sees them.
+
+        Beside `forward` this tells what a fast path costs: `likelihood(..., implementation="int8") - forward(...).nll`.
+
+        Args:
+            indices: int64 (B, h, w), or (B, T) in raster order.
+            class_labels: int64 (B,) in [0, classes].
+            implementation, dtype: as for `sample`.
+        """
+        tokens = self._check_tokens(indices, lowest=0).to(self.transformer.classes.weight.device)
+        labels = self._check_labels(class_labels, len(tokens))
+        decoder, count = self._decoder(implementation, dtype), tokens.shape[1]
+        sequences = decoder.begin(labels, count)
+        positions = torch.arange(count, device=tokens.device)
+        seen = positions <= positions[:, None]
+        hidden = decoder.run(
+            sequences, decoder.embed(sequences, tokens, 0, count), positions, Keep(positions, count, seen)
+        )
+        parts = split_tokens(tokens, self.transformer.vocabularies)
+        columns = []
+        for position in range(count):
+            nll = torch.zeros((), device=tokens.device)
+            for number, part in enumerate(parts):
+                first = parts[0][:, position] if number else None
+                logits = decoder.logits(sequences, hidden[:, position], first)
+                nll = nll + F.cross_entropy(logits, part[:, position], reduction="none")
+            columns.append(nll)
+        return torch.stack(columns, 1)
+
     # ------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
@@ -131,7 +168,7 @@ class Generator(nn.Module):
             window: decodes rows in a wavefront: a row starts when the row above is this many tokens ahead, so an image
                 of h rows takes w + (h - 1) window steps, not h w. Tokens near a row's end then miss some of what
                 stands above to the right; a window of w or more is exact. None is off.
-            implementation: of `lexel.decoding.IMPLEMENTATIONS`; `int8` changes likelihoods a little (`int8_effect`).
+            implementation: of `lexel.decoding.IMPLEMENTATIONS`; `likelihood` tells what `int8` costs.
             dtype: of weights, caches and arithmetic while sampling; the parameters' own by default.
             batch_size: the most images at once; what fits into memory by default.
             progress: called with tokens done and tokens in all.

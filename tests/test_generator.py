@@ -342,6 +342,17 @@ def test_likelihoods_of_all_images_sum_to_one(config):
     ]
 
 
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_the_likelihood_of_a_way_to_decode_is_that_of_the_network(config):
+    generator = make(config)
+    tokens = torch.randint(30, (5, 2, 3), generator=torch.Generator().manual_seed(0))
+    exact = generator(tokens, torch.tensor(LABELS)).nll
+    torch.testing.assert_close(generator.likelihood(tokens, torch.tensor(LABELS)), exact, rtol=1e-10, atol=1e-10)
+    rounded = generator.float().likelihood(tokens, torch.tensor(LABELS), "int8").double()
+    assert 0 < (rounded - exact).detach().abs().max().item() < 0.5
+    assert (rounded - exact).detach().mean().abs().item() < 0.05
+
+
 def test_grids_and_rows_of_tokens_mean_the_same():
     generator = make()
     tokens = torch.arange(6).view(1, 2, 3)
