@@ -17,7 +17,7 @@ LAYERS = [
     {"tokenizer", "sampling", "decoding"},
     {"generator"},
     {"train", "convert", "evaluate", "export", "codec", "samples"},
-    {"report", "inspection"},
+    {"report", "inspection", "publish"},
     {"compare", "demo"},
     {"cli"},
 ]

@@ -1,0 +1,199 @@
+"""Models for others: a model card filled from the run, and the Hugging Face hub."""
+
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lexel import checkpoint, convert
+from lexel.errors import UsageError
+from lexel.generator import Generator
+
+PICTURES = 8  # in the sample strip: originals above, reconstructions below
+LIBRARY = "lexel"
+
+
+def push_to_hub(
+    run: str | Path,
+    repository: str,
+    *,
+    results: Sequence[str | Path] = (),
+    licence: str | None = None,
+    private: bool = False,
+    token: str | None = None,
+) -> str:
+    """Uploads a run's or folder's model with its card, recipe and sample pictures; returns the address.
+
+    Args:
+        run: a run folder or a model folder.
+        repository: owner/name; made if it does not exist.
+        results: files of `lexel evaluate --json`; their metrics go into the card.
+        licence: the name of a licence, as the hub writes it (apache-2.0).
+        private: of a new repository.
+        token: of the hub; the one that `hf auth login` stored if not given.
+
+    Raises:
+        UsageError: the folder is no model, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    with tempfile.TemporaryDirectory() as folder:
+        stage(run, folder, results=results, licence=licence, repository=repository)
+        try:
+            api = HfApi(token=token)
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A Lexel model")
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"the hub does not take {repository}: {reason}") from None
+    return f"https://huggingface.co/{repository}"
+
+
+def stage(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    results: Sequence[str | Path] = (),
+    licence: str | None = None,
+    repository: str = "OWNER/NAME",
+) -> None:
+    """Writes what `push_to_hub` uploads: the model, its card, and the recipe and sample pictures of a run."""
+    run, folder = Path(run), Path(folder)
+    model = convert.load_folder(run)
+    model.save_pretrained(folder, provenance=model.provenance)
+    recipe = run / "recipe.toml"
+    if recipe.is_file():
+        (folder / recipe.name).write_bytes(recipe.read_bytes())
+    pictured = _sample_strip(run, folder / "samples.png")
+    measured = [_read_result(path) for path in results]
+    card = _card(model, run, repository, measured, licence, pictured)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read_result(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise UsageError(f"{path} is not a file; give a result of `lexel evaluate --json`")
+    result = checkpoint.read_json(Path(path))
+    if not {"metrics", "protocol", "data"} <= result.keys():
+        raise UsageError(f"{path} is no result of `lexel evaluate`")
+    return result
+
+
+def _sample_strip(run: Path, path: Path) -> bool:
+    """Originals above their reconstructions, from the last snapshot; whether there was one."""
+    snapshots = sorted((run / "snapshots").glob("*.safetensors"))
+    if not snapshots:
+        return False
+    tensors = checkpoint.read_safetensors(snapshots[-1])
+    if not {"originals", "reconstructions"} <= tensors.keys():
+        return False
+    rows = [np.concatenate(list(tensors[name][:PICTURES].numpy()), 1) for name in ("originals", "reconstructions")]
+    Image.fromarray(np.concatenate(rows, 0)).save(path)
+    return True
+
+
+def _card(
+    model: Any, run: Path, repository: str, results: Sequence[Mapping[str, Any]], licence: str | None, pictured: bool
+) -> str:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    generates = isinstance(model, Generator)
+    kind = "image generator over tokens" if generates else "image tokenizer"
+    data = ModelCardData(
+        license=licence,
+        library_name=LIBRARY,
+        tags=["image-generation" if generates else "image-tokenizer", "vector-quantization", LIBRARY],
+        model_name=repository.split("/")[-1],
+        eval_results=[
+            EvalResult(
+                task_type="unconditional-image-generation" if generates else "image-to-image",
+                dataset_type="image-folder",
+                dataset_name=f"{result['data']['images']} images, {result['protocol']['name']} protocol",
+                metric_type=name,
+                metric_value=value,
+            )
+            for result in results
+            for name, value in result["metrics"].items()
+            if isinstance(value, int | float)
+        ]
+        or None,
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {repository.split('/')[-1]}",
+        f"An {kind}, made with Lexel.",
+        "![originals above, reconstructions below](samples.png)" if pictured else "",
+        "## Use\n\n" + _use(repository, generates),
+        "## What it is\n\n" + _table(_facts(model, generates)),
+        *(_result_section(result) for result in results),
+        _training_section(run),
+        "## Where it comes from\n\n" + _table(model.provenance) if model.provenance else "",
+    ]
+    return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
+
+
+def _use(repository: str, generates: bool) -> str:
+    lines = (
+        ["indices = model.sample([0, 1, 2, 3], cfg_scale=2.0)  # class labels in, (B, h, w) out"]
+        if generates
+        else [
+            "indices = model.encode(images)  # images: float (B, 3, H, W) in [-1, 1]",
+            "images = model.decode(indices)",
+        ]
+    )
+    return "\n".join(["```python", "import lexel", "", f'model = lexel.load("{repository}")', *lines, "```"])
+
+
+def _facts(model: Any, generates: bool) -> dict[str, Any]:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    facts: dict[str, Any] = {"parameters": f"{parameters:,}", "fingerprint": model.fingerprint()[:16]}
+    if generates:
+        shape = model.config.transformer
+        return {
+            **facts,
+            "tokens": f"{shape.rows} x {shape.columns} of {shape.codebook_size:,}",
+            "classes": shape.classes,
+        }
+    return {
+        **facts,
+        "codes": f"{model.codebook_size:,}",
+        "dimension of a code": model.quantizer.codebook_dim,
+        "quantizer": model.config.quantizer["kind"],
+        "downsampling": model.downsampling,
+    }
+
+
+def _result_section(result: Mapping[str, Any]) -> str:
+    protocol, about = result["protocol"], result["data"]
+    title = f"## Measured with the {protocol['name']} protocol\n\n{protocol.get('summary', '')}\n\n"
+    note = f"\n\nOn {about['images']} images; evaluated with Lexel {result.get('versions', {}).get('lexel', '?')}."
+    values = {name: f"{value:.4g}" for name, value in result["metrics"].items() if isinstance(value, int | float)}
+    return title + _table(values) + note
+
+
+def _training_section(run: Path) -> str:
+    recipe = run / "recipe.toml"
+    if not recipe.is_file():
+        return ""
+    text = recipe.read_text(encoding="utf-8")
+    train = tomllib.loads(text).get("train", {})
+    steps = f" for {train['steps']:,} steps" if isinstance(train.get("steps"), int) else ""
+    return (
+        f"## Training\n\nTrained{steps} with this recipe (`lexel train recipe.toml`):\n\n```toml\n{text.strip()}\n```"
+    )
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {_cell(value)} |" for name, value in values.items()]
+    return "\n".join(["| | |", "|---|---|", *rows])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{name}: {inner}" for name, inner in value.items()) or "nothing"
+    return str(value).replace("|", "\\|").replace("\n", " ")
