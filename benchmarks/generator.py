@@ -111,7 +111,7 @@ def speed(size: str, batches: list[int], rounds: int, device: torch.device) -> N
         kinds |= {"packed": ("packed", None), "packed bf16": ("packed", half), "int8": ("int8", None)}
     print(f"model {size}, {TOKENS} tokens, guidance on, {torch.get_num_threads()} threads, {device}")
     print(
-        f"{'batch':>5} {'way':<16} {'ms a step':>10} {'images/s':>9} {'x plain':>8}  (lowest to highest, {rounds} rounds)"
+        f"{'batch':>5} {'way':<16} {'ms a step':>10} {'images/s':>9} {'x plain':>8}  (least to most, {rounds} rounds)"
     )
     for batch in batches:
         labels = torch.cat([torch.arange(batch), torch.full((batch,), 1000)]).to(device)

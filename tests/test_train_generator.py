@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from torch import Tensor
 
 from lexel.autoencoder import AutoencoderConfig
 from lexel.config import check, load
-from lexel.data import TRANSFORMS, ArrayImages
+from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generator import Generator
@@ -245,6 +246,9 @@ def test_images_become_tokens_on_the_way(tmp_path):
     assert generator.tokenizer.fingerprint() == tokenizer.fingerprint()
     images = generator.tokenizer.decode(generator.sample([0, 1]))
     assert images.shape == (2, 3, 8, 8)
+    shown = load_file(tmp_path / "run" / "snapshots" / "00000002.safetensors")["samples"]
+    assert shown.shape == (8, 8, 8, 3)
+    assert np.array_equal(shown[:2], to_uint8(images))
 
     # The tokenizer beside a generator must be the one it speaks.
     with torch.no_grad():

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from lexel import __version__, checkpoint, transformer
 from lexel.config import Config, check, load
-from lexel.data import ordered_batches, training_batches
+from lexel.data import ordered_batches, to_uint8, training_batches
 from lexel.data.config import DataConfig, open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
@@ -54,6 +54,8 @@ from lexel.train.run import (
     start,
 )
 from lexel.transformer import TransformerConfig
+
+SHOWN = 8  # samples in the snapshot of the last step
 
 # ---------------------------------------------------------------------------------------------- the recipe
 
@@ -521,10 +523,18 @@ def train_generator(
         if accelerator.is_main_process:
             exported = Generator.with_weights(generator.config, tensors, out)
             exported.save_pretrained(out, source.tokenizer, provenance(recipe, done, "live"))
+            if source.tokenizer is not None:
+                run.snapshot(done, {"samples": show(exported.to(place.device), source.tokenizer, config.seed)})
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
     return TrainedGenerator(generator.eval(), done, finished)
+
+
+def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
+    """What the report shows: an image of each of the first classes, uint8 (SHOWN, H, W, 3)."""
+    labels = torch.arange(SHOWN) % generator.config.transformer.classes
+    return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(labels, seed=seed))))
 
 
 def refuse_nan(run: RunFolder, step: int, loss: float, norm: float, scaler: torch.amp.GradScaler) -> None:
