@@ -323,6 +323,41 @@ def test_a_shard_outside_the_folder_is_not_opened(tmp_path):
         lexel.load(tmp_path, family="ibq")
 
 
+def hub_cache(tmp_path, monkeypatch, name: str):
+    """The folder of a repository in a cache of the hub made by hand; the network is off."""
+    repository = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+    snapshot = repository / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_a_hub_id_of_ours_loads_from_the_cache(tmp_path, monkeypatch, images):
+    torch.save(ibq_state(), tmp_path / "a.pt")
+    model = lexel.load(tmp_path / "a.pt", family="ibq")
+    model.save_pretrained(hub_cache(tmp_path, monkeypatch, "me/words"))
+    expect(lexel.load("me/words"), ibq_state(), images)
+
+
+def test_a_file_of_a_hub_repository_loads_from_the_cache(tmp_path, monkeypatch, images):
+    snapshot = hub_cache(tmp_path, monkeypatch, "them/models")
+    torch.save(ibq_state(), snapshot / "a.ckpt")
+    expect(lexel.load("them/models/a.ckpt", family="ibq"), ibq_state(), images)
+    with pytest.raises(UsageError, match=r"neither here nor on the hub: them/models has no file b\.ckpt"):
+        lexel.load("them/models/b.ckpt", family="ibq")
+
+
+def test_what_is_left_of_one_of_our_folders_says_what_is_missing(tmp_path):
+    torch.save(ibq_state(), tmp_path / "a.pt")
+    lexel.load(tmp_path / "a.pt", family="ibq").save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours" / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"not a whole model folder: it has no config\.json"):
+        lexel.load(tmp_path / "ours")
+
+
 def test_an_empty_folder_and_a_missing_path_are_told_apart(tmp_path):
     with pytest.raises(UsageError, match="holds no checkpoint; one ends in"):
         lexel.load(tmp_path, family="ibq")

@@ -118,11 +118,16 @@ def recognise(published: files.Published) -> Family:
 
 
 def _is_ours(source: str | Path) -> bool:
-    """Whether a folder or hub repository is a Lexel model."""
+    """Whether a folder or hub repository is a Lexel model, or what is left of one."""
     path = Path(source)
     if path.is_dir():
-        config = path / checkpoint.CONFIG
-        return not config.is_file() or "model" in checkpoint.read_json(config)
+        if (path / checkpoint.CONFIG).is_file():
+            return "model" in checkpoint.read_json(path / checkpoint.CONFIG)
+        weights = [file.name for file in path.iterdir() if file.name.endswith(files.WEIGHTS)]
+        return weights in ([], [checkpoint.WEIGHTS])
+    if isinstance(source, str) and not path.exists() and checkpoint.HUB_ID.fullmatch(source):
+        config = checkpoint.find_folder(source, [checkpoint.CONFIG]) / checkpoint.CONFIG
+        return config.is_file() and "model" in checkpoint.read_json(config)
     return False
 
 

@@ -3,7 +3,7 @@
 import argparse
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,20 +82,26 @@ def _find(source: str | Path) -> Path:
 
 def _download(source: str) -> Path:
     """A file of a hub repository, and what belongs to it, in the hub's cache."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     owner, name, *inside = source.split("/", 2)
     repository = f"{owner}/{name}"
-    try:
-        if inside:
-            return Path(hf_hub_download(repository, inside[0]))
-        wanted = _choose(HfApi().list_repo_files(repository), source, f"{repository}/")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{source} is neither here nor a repository the hub gives: {reason}") from None
-    patterns = [f"{Path(wanted).parent / '*.safetensors'}".removeprefix("./")] if wanted.endswith(INDEX) else []
-    return checkpoint.find_folder(repository, [wanted, checkpoint.CONFIG, *patterns]) / wanted
+    if inside:
+        wanted = inside[0]
+    else:
+        try:
+            wanted = _choose(HfApi().list_repo_files(repository), source, f"{repository}/")
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"{source} is neither here nor a repository the hub gives: {reason}") from None
+    beside = [str(Path(wanted).with_name(checkpoint.CONFIG))]
+    if wanted.endswith(INDEX):
+        beside.append(str(Path(wanted).with_name("*.safetensors")))
+    path = checkpoint.find_folder(repository, [wanted, *beside]) / wanted
+    if not path.is_file():
+        raise UsageError(f"{source} is neither here nor on the hub: {repository} has no file {wanted}")
+    return path
 
 
 def _choose(names: list[str], source: str, prefix: str) -> str:
@@ -121,15 +127,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         return torchscript.read(path), {}
     with torch.serialization.safe_globals(HARMLESS):
         content = checkpoint.read_pickle(path)
-    config = content.get("config") if isinstance(content, Mapping) else None
-    for name in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            content = content[name]
-            break
+    config = _first_mapping(content, ("config", "hyper_parameters"))
+    content = _first_mapping(content, NESTED) or content
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)} if _named(content) else {}
     if not tensors:
         raise UsageError(f"{path} holds no named tensors, nor any under {', '.join(NESTED)}")
-    return tensors, config if isinstance(config, Mapping) else {}
+    return tensors, config or {}
+
+
+def _first_mapping(content: Any, names: Sequence[str]) -> Mapping[str, Any] | None:
+    """The first of the named entries that is a table."""
+    found = (content.get(name) for name in names) if isinstance(content, Mapping) else ()
+    return next((value for value in found if isinstance(value, Mapping)), None)
 
 
 def _named(content: object) -> bool:

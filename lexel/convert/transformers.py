@@ -148,12 +148,12 @@ def build_generator(
     require(tensors, layout.needed, request.source)
     classes, width = tensors["transformer.classes.weight"].shape
     given = request.published.config
-    side = math.isqrt(given.get("block_size", 256))
+    side = math.isqrt(_given(given, "block_size", 256))
     table: dict[str, Any] = {
         "transformer": {
             "width": width,
             "layers": count(tensors, r"transformer\.blocks\.(\d+)\..*"),
-            "heads": given.get("n_head", max(1, width // (100 if width == 3200 else 64))),
+            "heads": _given(given, "n_head", max(1, width // (100 if width == 3200 else 64))),
             "classes": classes - 1,  # the last row is the null class
             "rows": side,
             "columns": side,
@@ -162,6 +162,14 @@ def build_generator(
     }
     config = check(apply_overrides(table, options), GeneratorConfig, request.source)
     return Generator.with_weights(config, tensors, request.source)
+
+
+def _given(config: Mapping[str, Any], name: str, default: int) -> int:
+    """A number that a configuration gives, however deep; `default` where it does not."""
+    if isinstance(config.get(name), int):
+        return config[name]
+    inner = (_given(value, name, -1) for value in config.values() if isinstance(value, Mapping))
+    return next((number for number in inner if number >= 0), default)
 
 
 def _family(title: str, layout: GeneratorLayout, mark: str) -> Family:
