@@ -48,7 +48,9 @@ def network_for(
             )
     own = name == protocol.network  # the protocol's choices are about its own network
     bias = protocol.score.bias if own else None
-    return networks.build(name, path, protocol.resize if own else None, bias).to(where.device)
+    built = networks.build(name, path, protocol.resize if own else None, bias).to(where.device)
+    # On a CPU this layout is the faster one, most of all for depthwise convolutions.
+    return built.to(memory_format=torch.channels_last) if where.device.type == "cpu" else built
 
 
 def _cached(name: str) -> bool:
