@@ -1,15 +1,19 @@
 """Exact search for the best code, in tiles: no tensor of N x K at any size.
 
 A scan with matrix products keeps one maximum for every GROUP codes. Codes whose group comes within a proven rounding
-bound of the best are scored again in float64, so the answer is that of exact arithmetic: it depends neither on tile
-sizes, nor on the rest of the batch, nor on the precision of the scan.
+bound of the best are scored again in float32, and those still in question in float64, so the answer is that of exact
+arithmetic: it depends neither on tile sizes, nor on the rest of the batch, nor on the precision of the scan. The scan
+therefore runs in bfloat16 where the processor multiplies that faster.
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # one product of it is used below
 
 ROWS = 1024  # rows scanned together
 TILE = 1024  # codes scanned together: a tile of float32 scores (4 MiB) stays in the cache
@@ -26,8 +30,17 @@ class Near(NamedTuple):
     broad: Tensor  # (N,) bool: more than WIDTH codes are near; the lists of such a row are empty
 
 
+class Norms(NamedTuple):
+    """The largest lengths among the codes, for rounding bounds."""
+
+    keys: Tensor  # () of a code
+    residual: Tensor  # () of a code minus its bfloat16 rounding; 0 for a scan in full precision
+
+
 @torch.no_grad()
-def near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None = None, slack: float = 0.0) -> Near:
+def near_codes(
+    queries: Tensor, keys: Tensor, bias: Tensor | None = None, slack: float = 0.0, scan: torch.dtype | None = None
+) -> Near:
     """Lists the codes within `slack` of the best score queries @ keys.T + bias.
 
     Args:
@@ -35,23 +48,12 @@ def near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None = None, slack:
         keys: (K, D), of the same type.
         bias: (K,) float64, added to every row of scores.
         slack: how far below the best a listed code may be, in units of the score.
+        scan: the precision of the scan, which decides the time and nothing else; by default the fastest.
     """
-    rounding = rounding_bound(queries, keys, bias)
-    blocks = [
-        _near_block(rows, keys, bias, slack, bound)
-        for rows, bound in zip(queries.split(ROWS), rounding.split(ROWS), strict=True)
-    ]
+    scan = scan or _fastest(queries, keys)
+    norms = _largest_norms(keys, scan)
+    blocks = [_near_block(rows, keys, bias, slack, scan, norms) for rows in queries.split(ROWS)]
     return Near(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
-
-
-def rounding_bound(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """How far a computed score may be from the exact one, whatever the order of summation: (N,)."""
-    # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator.
-    unit = torch.finfo(queries.dtype).eps / 2
-    size = queries.norm(dim=1) * torch.stack([tile.norm(dim=1).amax() for tile in keys.split(16 * TILE)]).amax()
-    if bias is not None:
-        size = size + bias.abs().amax().to(size.dtype)
-    return 1.01 * (queries.shape[1] + 2) * unit * size
 
 
 def minus_squares(keys: Tensor) -> Tensor:
@@ -59,18 +61,62 @@ def minus_squares(keys: Tensor) -> Tensor:
     return torch.cat([-tile.double().square().sum(1) for tile in keys.split(TILE)])
 
 
-def _near_block(queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, rounding: Tensor) -> Near:
-    maxima = _group_maxima(queries, keys, bias)  # (n, groups)
-    lowest = maxima.amax(1) - slack - 2 * rounding  # a code computed below this is not within the slack of the best
-    near_groups = maxima >= lowest[:, None]
-    broad = near_groups.sum(1) > WIDTH
-    broad |= ~lowest.isfinite()  # the scan overflowed or met a NaN
+def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
+    if queries.dtype != torch.float32 or len(queries) * len(keys) < 2**20 or keys.shape[1] < 32:
+        return queries.dtype
+    if queries.is_cuda:
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if queries.device.type == "cpu" and fast else torch.float32
+
+
+def _largest_norms(keys: Tensor, scan: torch.dtype) -> Norms:
+    tiles = keys.split(TILE)
+    largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
+    if scan == keys.dtype:
+        return Norms(largest, torch.zeros_like(largest))
+    return Norms(largest, torch.stack([(tile - tile.to(scan)).norm(dim=1).amax() for tile in tiles]).amax())
+
+
+def _scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
+    """How far a score may be from the exact one before the scan rounds it for storage: (n,)."""
+    # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator and
+    # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there.
+    size = queries.norm(dim=1) * norms.keys
+    largest = size if bias is None else size + bias.abs().amax().to(size.dtype)
+    error = (queries.shape[1] + 2) * _unit(queries.dtype) * largest
+    if scan != queries.dtype:
+        error = 1.01 * error + (queries - queries.to(scan)).norm(dim=1) * norms.keys
+        error = error + queries.to(scan).to(queries.dtype).norm(dim=1) * norms.residual
+        if bias is not None:
+            error = error + _unit(scan) * size  # rounded for storage before the bias is added
+    return 1.01 * error
+
+
+def _unit(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def _near_block(
+    queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, scan: torch.dtype, norms: Norms
+) -> Near:
+    maxima = _group_maxima(queries, keys, bias, scan)  # (n, groups)
+    best = maxima.amax(1).to(queries.dtype)
+    below = slack + 2 * _scan_error(queries, bias, scan, norms)
+    if scan != queries.dtype and bias is None:
+        below += 3.1 * _unit(scan) * (best.abs() + below)  # both the best and the code in question are stored rounded
+    lowest = best - below  # a code computed below this is not within the slack of the best
+    near_groups = maxima >= lowest[:, None].to(maxima.dtype)
+    broad = ~lowest.isfinite()  # the scan overflowed or met a NaN
+    if near_groups.count_nonzero() > len(queries):
+        broad |= near_groups.count_nonzero(1) > WIDTH
     rows, groups = (near_groups & ~broad[:, None]).nonzero(as_tuple=True)
     del maxima, near_groups
-    rows, codes = _codes_of_groups(queries, keys, bias, rows, groups, lowest)
+    rows, codes = _codes_of_groups(queries, keys, bias, slack, norms, rows, groups)
 
     # Scores within the rounding of float64 are ties.
-    ties = 2 * rounding.double() * (torch.finfo(torch.float64).eps / torch.finfo(queries.dtype).eps)
+    single = _scan_error(queries, bias, queries.dtype, norms)
+    ties = 2 * single.double() * (_unit(torch.float64) / _unit(queries.dtype))
     scores = _exact_scores(queries, keys, bias, rows, codes)
     maximum = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
     keep = scores >= (maximum - slack - ties)[rows]
@@ -85,63 +131,84 @@ def _near_block(queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float
     where = (rows[listed], place[listed])
     near = codes.new_zeros(len(queries), WIDTH).index_put(where, codes[listed])
     near_scores = scores.new_full((len(queries), WIDTH), -torch.inf).index_put(where, scores[listed])
-
     first = (near_scores >= (maximum - ties)[:, None]).int().argmax(1, keepdim=True)
-    best = near.gather(1, first).squeeze(1)
+    found = Near(near.gather(1, first).squeeze(1), near, near_scores, broad)
+
     some = broad.nonzero().squeeze(1)
+    if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
+        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms)
+        return Near(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
     if len(some):
-        best[some] = _search_exactly(queries[some], keys, bias, ties[some])
-    return Near(best, near, near_scores, broad)
+        found.best[some] = _search_exactly(queries[some], keys, bias, ties[some])
+    return found
 
 
-def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """The best score in every group of codes: (n, number of groups).
+def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torch.dtype) -> Tensor:
+    """The best score in every group of codes: (n, number of groups), in the precision of the scan.
 
     Group j of a tile holds its codes j, j + TILE / GROUP, j + 2 TILE / GROUP, ...: maxima of contiguous vectors are ten
     times faster than maxima within one.
     """
     tiles = math.ceil(len(keys) / TILE)
-    maxima = queries.new_empty(len(queries), tiles, TILE // GROUP)
-    scores = queries.new_empty(len(queries), TILE)
+    stored = scan if bias is None else queries.dtype  # a bias is added after rounding, in full precision
+    maxima = queries.new_empty(len(queries), tiles, TILE // GROUP, dtype=stored)
+    scores = queries.new_empty(len(queries), TILE, dtype=scan)
+    queries = queries.to(scan)
     for tile in range(tiles):
         part = slice(tile * TILE, (tile + 1) * TILE)
         inside = scores
         if len(keys[part]) < TILE:
             scores.fill_(-torch.inf)
             inside = scores[:, : len(keys[part])]
+        torch.mm(queries, keys[part].to(scan).T, out=inside)
         if bias is None:
-            torch.mm(queries, keys[part].T, out=inside)
+            maxima[:, tile] = scores.view(-1, GROUP, TILE // GROUP).amax(1)
         else:
-            torch.addmm(bias[part].to(queries.dtype), queries, keys[part].T, out=inside)
-        maxima[:, tile] = scores.view(-1, GROUP, TILE // GROUP).amax(1)
+            shifted = scores.to(stored)
+            shifted[:, : len(keys[part])] += bias[part].to(stored)
+            maxima[:, tile] = shifted.view(-1, GROUP, TILE // GROUP).amax(1)
     return maxima.flatten(1)
 
 
 def _codes_of_groups(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, rows: Tensor, groups: Tensor, lowest: Tensor
+    queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, norms: Norms, rows: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The pairs (row, code) within the pairs (row, group) whose score reaches the row's lowest."""
+    """The pairs (row, code) within the pairs (row, group) that float32 cannot tell from the best."""
     per_tile = TILE // GROUP
     first = groups.div(per_tile, rounding_mode="floor") * TILE + groups % per_tile
     codes = first[:, None] + per_tile * torch.arange(GROUP, device=rows.device)  # (pairs, GROUP)
-    inside = codes < len(keys)
-    codes.clamp_(max=len(keys) - 1)
-    near = torch.zeros_like(inside)
-    for part in range(0, len(rows), ROWS):
-        some = slice(part, part + ROWS)
-        scores = torch.bmm(keys[codes[some]], queries[rows[some], :, None]).squeeze(2)
-        if bias is not None:
-            scores += bias[codes[some]].to(scores.dtype)
-        near[some] = scores >= lowest[rows[some], None]
-    pair, member = (near & inside).nonzero(as_tuple=True)
-    return rows[pair], codes[pair, member]
+    pair, member = (codes < len(keys)).nonzero(as_tuple=True)
+    rows, codes = rows[pair], codes[pair, member]
+    scores = _sampled_products(queries, keys, rows, codes)
+    if bias is not None:
+        scores += bias[codes].to(scores.dtype)
+    best = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
+    lowest = best - slack - 2 * _scan_error(queries, bias, queries.dtype, norms)
+    keep = scores >= lowest[rows]
+    return rows[keep], codes[keep]
+
+
+def _sampled_products(queries: Tensor, keys: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
+    """queries[rows] . keys[codes], one number a pair; rows must ascend."""
+    if queries.device.type == "cpu":
+        starts = torch.bincount(rows, minlength=len(queries)).cumsum(0)
+        pattern = torch.sparse_csr_tensor(
+            torch.cat([starts.new_zeros(1), starts]),
+            codes,
+            queries.new_zeros(len(codes)),
+            (len(queries), len(keys)),
+            check_invariants=False,
+        )
+        return torch.sparse.sampled_addmm(pattern, queries, keys.T, beta=0.0).values()
+    products = [(queries[r] * keys[c]).sum(1) for r, c in zip(rows.split(2**17), codes.split(2**17), strict=True)]
+    return torch.cat(products) if products else queries.new_empty(0)
 
 
 def _exact_scores(queries: Tensor, keys: Tensor, bias: Tensor | None, rows: Tensor, codes: Tensor) -> Tensor:
     """The scores of pairs (row, code) in float64; equal codes get equal scores."""
     scores = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for part in range(0, len(rows), 4 * ROWS):
-        some = slice(part, part + 4 * ROWS)
+    for part in range(0, len(rows), ROWS):
+        some = slice(part, part + ROWS)
         scores[some] = (queries[rows[some]].double() * keys[codes[some]]).sum(1)
     return scores if bias is None else scores + bias[codes]
 

@@ -28,8 +28,8 @@ from lexel.kernels.search import TILE, minus_squares, near_codes
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
-# p is kept above exp(-FLOOR) of a row's largest, at most K exp(-50) of mass: denormal numbers slow a CPU down.
-FLOOR = 50.0
+# p is kept above exp(-FLOOR) of a row's largest, at most K exp(-40) of mass: denormal numbers slow a CPU down.
+FLOOR = 40.0
 
 
 class Found(NamedTuple):
@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 def rows_at_a_time(size: int, cuda: bool) -> int:
     """How many rows the backward pass takes at a time by default."""
-    most, budget = (4096, 2**28) if cuda else (256, 2**25)
+    most, budget = (4096, 2**28) if cuda else (512, 2**25)
     return max(16, min(most, budget // size))
 
 
@@ -100,8 +100,8 @@ def backward(
     """
     queries, keys, codes = problem.queries, problem.keys, problem.codes
     into = Gradients(
-        torch.zeros_like(queries),
-        torch.zeros_like(keys),
+        torch.zeros_like(queries) if soft is None else torch.empty_like(queries),
+        torch.zeros_like(keys) if soft is None else torch.empty_like(keys),
         queries.new_empty(0) if codes is None else torch.zeros_like(codes),
     )
     mass = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
@@ -118,32 +118,30 @@ def backward(
 
 
 def _soft(problem: Problem, g: Tensor, into: Gradients, mass: Tensor) -> None:
-    """The gradient through the softmax of the straight-through one-hot, into tensors that are zero so far."""
+    """Writes the gradient through the softmax of the straight-through one-hot."""
     queries, keys, bias, temperature = problem.queries, problem.keys, _bias(problem), problem.temperature
-    # Gradients of means are tiny, and their products with a small p denormal: work at a power of two times their size.
-    exponent = torch.frexp(g.abs().amax()).exponent
-    g = torch.ldexp(g, -exponent)
+    codes = keys if problem.codes is None else problem.codes
     scaled = queries / temperature
     shift = None if bias is None else bias / temperature
+    g = g / temperature
     rows = min(problem.rows, len(queries))
     p, dl = queries.new_empty(rows, len(keys)), queries.new_empty(rows, len(keys))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         n = len(queries[part])
         _products(scaled[part], keys, shift, out=p[:n])
-        _products(g[part], keys if problem.codes is None else problem.codes, None, out=dl[:n])
+        _products(g[part], codes, None, out=dl[:n])
         if queries.dtype == torch.float32 and not queries.is_cuda:
             torch.maximum(p[:n], p[:n].amax(1, keepdim=True) - FLOOR, out=p[:n])
         torch.softmax(p[:n], 1, out=p[:n])
         torch.ops.aten._softmax_backward_data.out(dl[:n], p[:n], 1, dl.dtype, grad_input=dl[:n])
         torch.mm(dl[:n], keys, out=into.queries[part])
-        into.keys.addmm_(dl[:n].T, scaled[part])
+        if start == 0:
+            torch.mm(dl[:n].T, queries[part], out=into.keys)
+        else:
+            into.keys.addmm_(dl[:n].T, queries[part])
         if problem.distance:
             mass += dl[:n].sum(0)
-    back = torch.ldexp(torch.ones_like(mass[0]), exponent)
-    into.queries.mul_(back / temperature)
-    into.keys.mul_(back)
-    mass.mul_(back / temperature)
 
 
 def _entropies(problem: Problem, found: Found, sample: Tensor, batch: Tensor, into: Gradients, mass: Tensor) -> None:
