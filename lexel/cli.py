@@ -148,9 +148,10 @@ def _progress(what: str, unit: str = "images") -> "Iterator[Callable[..., None]]
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, note="")
 
-        def update(done: int, total: int | None = None, note: str = "") -> None:
+        def update(done: int, total: int | None = None, note: str = "", stage: str = what) -> None:
             speed = bar.tasks[0].speed
-            bar.update(task, completed=done, total=total, note=note or (f"{speed:.1f} {unit}/s" if speed else ""))
+            note = note or (f"{speed:.1f} {unit}/s" if speed else "")
+            bar.update(task, completed=done, total=total, note=note, description=stage)
 
         yield update
 
@@ -183,10 +184,10 @@ def demo(
     from lexel.demo import demo as run_demo
 
     with _progress("demo", "steps") as update:
-        page, rows = run_demo(out, steps, lambda stage, done, total, note: update(done, total, f"{stage} {note}"), _say)
-    for row in rows:
+        made = run_demo(out, steps, lambda stage, done, total, note: update(done, total, note, stage))
+    for row in made.table:
         print("  ".join(f"{cell:>12}" for cell in row))
-    print(f"open {page}")
+    print(f"open {made.page}")
 
 
 @app.command()

@@ -107,7 +107,8 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
 def write_report(folder: str | Path) -> Path:
     """Writes `report.html` into a run folder from what the folder holds; returns its path."""
     run = read_run(folder)
-    sections = [*tokenizer_sections(run), *recipe_section(run.folder)]
+    shown = generator_sections(run) if "generator" in run.recipe else tokenizer_sections(run)
+    sections = [*shown, *recipe_section(run.folder)]
     return write_page(run.folder / "report.html", f"Run {run.name}", lead(run), sections, tiles(run))
 
 
@@ -156,7 +157,8 @@ def tiles(run: Run) -> list[tuple[str, str]]:
         "usage": ("codebook usage", "{:.1%}"),
         "perplexity": ("perplexity", "{:,.0f}"),
         "dead_codes": ("dead codes", "{:,.0f}"),
-        "bits_per_token": ("bits per token", "{:.3f}"),
+        "bits_per_token": ("bits a token, held out", "{:.3f}"),
+        "histogram_bits": ("entropy of the histogram", "{:.3f}"),
     }
     return [(name, form.format(row[key])) for key, (name, form) in shown.items() if key in row]
 
@@ -181,6 +183,32 @@ def tokenizer_sections(run: Run) -> list[Section]:
     return [section for section in sections if section.figures or section.findings]
 
 
+def generator_sections(run: Run) -> list[Section]:
+    """Everything a generator's run has to show, in reading order."""
+    sections = []
+    if "samples" in run.last:
+        figure = picture_rows(
+            [run.last["samples"]],
+            "An image of each of the first classes, sampled after the last step without guidance.",
+        )
+        sections.append(Section("Samples", figures=[figure], wide=True))
+    sections.append(Section("What it has learned", figures=generator_figures(run)))
+    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Timing", figures=timing_figures(run.train)))
+    return [section for section in sections if section.figures]
+
+
+def generator_figures(run: Run) -> list[Figure]:
+    """Bits a token, learned from and held out, beside what counting the tokens alone would give."""
+    lines = {
+        "training": series(run.train, "bits_per_token"),
+        "validation": series(run.validation, "bits_per_token"),
+        "entropy of the histogram": series(run.validation, "histogram_bits"),
+    }
+    chart = line_chart(lines, "bits a token; below the histogram's entropy, order has been learned")
+    return [chart] if chart.html else []
+
+
 def recipe_section(folder: Path) -> list[Section]:
     """The resolved recipe, to run it again."""
     path = folder / "recipe.toml"
@@ -198,7 +226,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "norms of the gradients": ("gradient_norm", "discriminator_gradient_norm"),
     "learning rate": ("lr",),
 }
-NO_CURVES = {"step", "seconds", "images_per_second", "tokens_per_second", "adversarial_weight"}
+NO_CURVES = {"step", "seconds", "images_per_second", "adversarial_weight", "bits_per_token"}
 
 
 def loss_curves(rows: Rows) -> list[Figure]:
