@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexel.data import ArrayImages, to_images
+from lexel.config import check
+from lexel.data import TRANSFORMS, ArrayImages, to_images
+from lexel.data.tokens import write_tokens
 from lexel.errors import UsageError
 from lexel.evaluate import (
     compare_results,
@@ -22,6 +24,7 @@ from lexel.evaluate import (
     reference_statistics,
     write_result,
 )
+from lexel.losses import LPIPS
 from lexel.metrics import (
     PROTOCOLS,
     MomentState,
@@ -33,6 +36,7 @@ from lexel.metrics import (
 )
 from lexel.metrics.protocols import PixelRule, ScoreRule, UsageRule, protocol
 from lexel.networks import build
+from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 QUICK = dataclasses.replace(  # a network of 16 features that needs no file, at 32 px
     PROTOCOLS["lexel"], name="quick", network="random", size=32, samples=20, reference_features=15, lpips=()
@@ -533,3 +537,69 @@ def test_what_is_no_result_is_refused(tmp_path):
         read_result(tmp_path / "a.json")
     with pytest.raises(UsageError, match="is not a file"):
         read_result(tmp_path / "b.json")
+
+
+# ------------------------------------------------------------------------------------- with a tokenizer of ours
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    torch.manual_seed(0)
+    config = check(
+        {
+            "autoencoder": {"width": 8, "multipliers": [1, 2], "attention_levels": [], "z_channels": 8, "groups": 4},
+            "quantizer": {"kind": "residual", "codebook_size": 16, "codebook_dim": 8, "depth": 2},
+        },
+        TokenizerConfig,
+        "test",
+    )
+    return Tokenizer(config).eval()
+
+
+def test_a_tokenizer_with_several_books_is_measured(tokenizer):
+    result = evaluate_tokenizer(tokenizer, image_set(), QUICK, batch_size=6)
+    indices = tokenizer.encode(to_images(pictures()))
+    used = sum(len(indices[:, book].unique()) for book in range(2))
+    assert result["metrics"]["usage"] == used / 32
+    assert result["tokenizer"] == tokenizer.fingerprint()
+
+
+def test_token_sets_score_as_the_images_they_decode_to(tmp_path, tokenizer):
+    images = image_set(21, seed=5)
+    write_tokens(
+        tmp_path / "tokens",
+        images,
+        TRANSFORMS["titok"](32),
+        tokenizer.encode,
+        grid=tokenizer.encode(to_images(pictures(1))).shape[1:],
+        codebook_size=tokenizer.codebook_size,
+        fingerprint=tokenizer.fingerprint(),
+    )
+    unrounded = dataclasses.replace(QUICK, rounding="float")
+    from_tokens = evaluate_samples(tmp_path / "tokens", image_set(), unrounded, tokenizer=tokenizer, batch_size=4)
+    decoded = tokenizer.decode(tokenizer.encode(to_images(pictures(21, seed=5))))
+    features = build("random", None, "clean", True)(decoded).pooled
+    reference = build("random", None, "clean", True)(to_images(pictures())).pooled
+    expected = frechet_distance_of_features(features, reference)
+    assert from_tokens["metrics"]["fd_random"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(UsageError, match="holds tokens; give the tokenizer"):
+        evaluate_samples(tmp_path / "tokens", image_set(), unrounded)
+    with pytest.raises(UsageError, match="made by another tokenizer"):
+        evaluate_samples(tmp_path / "tokens", image_set(), unrounded, tokenizer=Grey())
+
+
+def test_lpips_is_the_mean_over_images_and_carries_its_networks_name():
+    with_lpips = dataclasses.replace(QUICK, lpips=("alex",))
+    result = evaluate_tokenizer(Grey(), image_set(4), with_lpips, metrics=["lpips"], batch_size=3)
+    originals = to_images(pictures(4))
+    made = Grey().decode(Grey().encode(originals))
+    expected = float(LPIPS("alex")(originals, made).mean())
+    assert result["metrics"] == {"lpips_alex": pytest.approx(expected, rel=1e-5)}
+    assert len(result["lpips"]["alex"]) == 64
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_numbers_of_the_cpu(tokenizer):
+    here, there = (evaluate_tokenizer(tokenizer, image_set(), QUICK, device=device) for device in ("cpu", "cuda"))
+    assert there["metrics"] == pytest.approx(here["metrics"], rel=1e-3)
+    assert there["data"]["fingerprint"] == here["data"]["fingerprint"]
