@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # one product of it is used below
-
 ROWS = 1024  # rows scanned together
 TILE = 1024  # codes scanned together: a tile of float32 scores (4 MiB) stays in the cache
 GROUP = 16  # codes that share one maximum
@@ -139,7 +137,7 @@ def _near_block(
         again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms)
         return Near(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
     if len(some):
-        found.best[some] = _search_exactly(queries[some], keys, bias, ties[some])
+        found.best[some] = _search_exactly(queries[some], keys, bias)
     return found
 
 
@@ -192,13 +190,16 @@ def _sampled_products(queries: Tensor, keys: Tensor, rows: Tensor, codes: Tensor
     """queries[rows] . keys[codes], one number a pair; rows must ascend."""
     if queries.device.type == "cpu":
         starts = torch.bincount(rows, minlength=len(queries)).cumsum(0)
-        pattern = torch.sparse_csr_tensor(
-            torch.cat([starts.new_zeros(1), starts]),
-            codes,
-            queries.new_zeros(len(codes)),
-            (len(queries), len(keys)),
-            check_invariants=False,
-        )
+        starts = torch.cat([starts.new_zeros(1), starts])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            pattern = torch.sparse_csr_tensor(
+                starts,
+                codes,
+                torch.zeros_like(codes, dtype=keys.dtype),
+                (len(queries), len(keys)),
+                check_invariants=False,
+            )
         return torch.sparse.sampled_addmm(pattern, queries, keys.T, beta=0.0).values()
     products = [(queries[r] * keys[c]).sum(1) for r, c in zip(rows.split(2**17), codes.split(2**17), strict=True)]
     return torch.cat(products) if products else queries.new_empty(0)
@@ -213,15 +214,20 @@ def _exact_scores(queries: Tensor, keys: Tensor, bias: Tensor | None, rows: Tens
     return scores if bias is None else scores + bias[codes]
 
 
-def _search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None, ties: Tensor) -> Tensor:
-    """The lowest best code of rows that a scan cannot decide, by a scan in float64: (n,)."""
-    best = torch.full((len(queries),), -torch.inf, dtype=torch.float64, device=queries.device)
-    indices = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+def _search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+    """The lowest best code of rows that a scan cannot decide, by products in float64: (n,)."""
     queries = queries.double()
+    size = queries.norm(dim=1)
+    best = torch.full_like(size, -torch.inf)
+    indices = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
     for start in range(0, len(keys), TILE):
-        scores = queries @ keys[start : start + TILE].double().T
+        tile = keys[start : start + TILE].double()
+        scores = queries @ tile.T
+        largest = size * tile.norm(dim=1).amax()
         if bias is not None:
             scores += bias[start : start + TILE]
+            largest += bias[start : start + TILE].abs().amax()
+        ties = 2.02 * (keys.shape[1] + 2) * _unit(torch.float64) * largest
         maximum = scores.amax(1)
         better = maximum > best + ties
         index = (scores >= (maximum - ties)[:, None]).int().argmax(1)  # the first within a tie

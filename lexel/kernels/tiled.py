@@ -121,16 +121,16 @@ def _soft(problem: Problem, g: Tensor, into: Gradients, mass: Tensor) -> None:
     """Writes the gradient through the softmax of the straight-through one-hot."""
     queries, keys, bias, temperature = problem.queries, problem.keys, _bias(problem), problem.temperature
     codes = keys if problem.codes is None else problem.codes
-    scaled = queries / temperature
-    shift = None if bias is None else bias / temperature
     g = g / temperature
     rows = min(problem.rows, len(queries))
     p, dl = queries.new_empty(rows, len(keys)), queries.new_empty(rows, len(keys))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         n = len(queries[part])
-        _products(scaled[part], keys, shift, out=p[:n])
+        _products(queries[part], keys, bias, out=p[:n])
         _products(g[part], codes, None, out=dl[:n])
+        if temperature != 1:
+            p[:n].div_(temperature)
         if queries.dtype == torch.float32 and not queries.is_cuda:
             torch.maximum(p[:n], p[:n].amax(1, keepdim=True) - FLOOR, out=p[:n])
         torch.softmax(p[:n], 1, out=p[:n])
