@@ -183,7 +183,8 @@ class Adversary:
         self.lr = config.lr or train.lr
         self.discriminator = PatchDiscriminator(config.layers, config.width).to(place.device)
         set_layout(self.discriminator, train.channels_last)
-        self.lecam = LeCAM(config.lecam_decay).to(place.device)
+        # Its means move with every piece of a batch; over a whole step they forget what the recipe says.
+        self.lecam = LeCAM(config.lecam_decay ** (1 / train.accumulation)).to(place.device)
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), self.lr, (train.betas[0], train.betas[1]))
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=train.precision == "fp16")
         self.shared = accelerator.prepare_model(self.discriminator, device_placement=False)
