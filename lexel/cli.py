@@ -535,3 +535,77 @@ def _generator(source: str, weights: "Literal['live', 'best']") -> "Generator":
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@app.command()
+def bank(
+    encoder: Annotated[
+        str, typer.Argument(help="A tokenizer (its latents), or a feature network: efficientnet_lite0.")
+    ],
+    data: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures; or openmoji, photos.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    codes: Annotated[int, typer.Option(min=2, help="Number of centres: the codebook size.")] = 16384,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="An equal share of the centres for each class.")
+    ] = False,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Default: the model's own.")] = None,
+    features_per_image: Annotated[int, typer.Option(min=1, help="Latents taken of each picture.")] = 16,
+    batch_size: BatchSize = 32,
+    seed: Annotated[int, typer.Option(help="Of positions and clusters.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """A bank of features for VQGAN-LC: k-means over what an encoder sees in your pictures."""
+    from lexel.bank import make_bank
+    from lexel.data import TRANSFORMS, open_images
+    from lexel.networks import FEATURE_NETWORKS
+    from lexel.place import place
+
+    where = place(device)
+    model = encoder if encoder in FEATURE_NETWORKS else _tokenizer(encoder)
+    transform = TRANSFORMS["published"](size or 224) if isinstance(model, str) else _transform(model, _text(size), None)
+    assert transform is not None
+    images = open_images(data, size=transform.size)
+    with _progress("bank") as update:
+        made = make_bank(
+            model, images, transform, out, codes, where, per_class, features_per_image, batch_size, seed, update
+        )
+    print(f"{made.shape[0]:,} features of {made.shape[1]} dimensions in {out}")
+    print(f'use it with quantizer = {{ kind = "vqgan_lc", bank = "{out}", feature_dim = {made.shape[1]}, ... }}')
+
+
+def _text(value: int | None) -> str | None:
+    return None if value is None else str(value)
+
+
+@app.command()
+def export(
+    source: RunArgument,
+    out: Out,
+    formats: Annotated[list[str] | None, typer.Option("--format", help="torch or onnx; both by default.")] = None,
+    weights: Weights = "average",
+) -> None:
+    """The tokenizer as programs that need no Lexel: torch.export and ONNX, any batch and size."""
+    from lexel.export import FORMATS
+    from lexel.export import export as write
+
+    for path in write(_tokenizer(source, weights), out, formats or FORMATS):
+        print(path)
+
+
+@app.command()
+def publish(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A run or model folder.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it does not exist.")],
+    result: Annotated[list[Path] | None, typer.Option(help="A file of `lexel evaluate --json`, for the card.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Its name on the hub, such as apache-2.0.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="A new repository is not public.")] = False,
+    folder: Annotated[Path | None, typer.Option(help="Write what would be uploaded here instead, and stop.")] = None,
+) -> None:
+    """Uploads a model with its card, recipe, results and sample pictures to the Hugging Face hub."""
+    from lexel.publish import push_to_hub, stage
+
+    if folder is not None:
+        stage(source, folder, results=result or [], licence=licence, repository=repository)
+        print(f"{folder} holds what would be uploaded to {repository}")
+        return
+    print(push_to_hub(source, repository, results=result or [], licence=licence, private=private))

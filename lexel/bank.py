@@ -1,0 +1,83 @@
+"""Banks of features for VQGAN-LC, from the pictures of a folder and any encoder at hand."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lexel import networks
+from lexel.checkpoint import atomic
+from lexel.data import ImageSet, Transform, ordered_batches
+from lexel.errors import UsageError
+from lexel.place import Place
+from lexel.quantizers.vqgan_lc import build_bank, save_bank
+from lexel.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def make_bank(
+    encoder: Tokenizer | str,
+    images: ImageSet,
+    transform: Transform,
+    out: str | Path,
+    size: int,
+    place: Place,
+    per_class: bool = False,
+    features_per_image: int = 16,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int | None], None] | None = None,
+) -> Tensor:
+    """Clusters an encoder's features of a set of images and writes the centres.
+
+    Args:
+        encoder: a tokenizer, whose latents at random positions are taken; or the name of a feature network, which gives
+            one feature an image.
+        images: the pictures; unreadable ones are left out.
+        transform: makes squares of them.
+        out: the file to write.
+        size: number of centres, K.
+        place: device and precision.
+        per_class: an equal share of the centres for each class of the images, as in the paper.
+        features_per_image: latents taken of each image.
+        batch_size: images at a time.
+        seed: of the positions and of the clustering.
+        progress: called with (images done, images).
+
+    Returns:
+        The bank: float32 (K, F).
+    """
+    if per_class and images.labels is None:
+        raise UsageError("a bank for each class needs pictures with classes: one folder a class")
+    network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(place.device)
+    if isinstance(encoder, Tokenizer):
+        encoder.to(place.device).eval()
+    features, labels, done = [], [], 0
+    for batch in ordered_batches(images, transform, batch_size):
+        pictures = batch.images.to(place.device)
+        if network is not None:
+            found = network(pictures).pooled[:, None]
+        else:
+            assert isinstance(encoder, Tokenizer)
+            with place.autocast():
+                found = encoder.latents(pictures).flatten(2).transpose(1, 2)  # (B, h w, D)
+            # Which positions are taken depends on the picture alone, not on the batch it came in.
+            scores = torch.stack(
+                [
+                    torch.rand(found.shape[1], generator=torch.Generator().manual_seed(seed + int(n)))
+                    for n in batch.numbers
+                ]
+            )
+            chosen = scores.argsort(1)[:, :features_per_image].to(found.device)
+            found = found.gather(1, chosen[..., None].expand(-1, -1, found.shape[2]))
+        features.append(found.flatten(0, 1).float().cpu())
+        if batch.labels is not None:
+            labels.append(batch.labels.repeat_interleave(found.shape[1]))
+        done += len(batch.numbers)
+        if progress:
+            progress(done, len(images))
+    bank = build_bank(torch.cat(features), size, torch.cat(labels) if per_class else None, seed)
+    with atomic(out) as path:
+        save_bank(bank, path)
+    return bank

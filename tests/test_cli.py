@@ -1,0 +1,281 @@
+"""The command line: what a user types, what they get, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lexel import cli
+
+FAST = [
+    "--set",
+    "train.steps=4",
+    "--set",
+    "train.validate_every=2",
+    "--set",
+    "train.log_every=1",
+    "--set",
+    "train.save_every=2",
+]
+
+
+def lexel(capsys, *arguments):
+    """Exit code, output and errors of a command, run in this process."""
+    before = sys.argv
+    sys.argv = ["lexel", *map(str, arguments)]
+    code = 0
+    try:
+        cli.main()
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder as a phone would fill it: two albums, large and small, upright and turned, one file cut short."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number in range(12):
+        path = folder / ("holiday" if number % 2 else "garden") / f"IMG_{number:04d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        smooth = random.integers(0, 256, (4, 3, 3), dtype=np.uint8)
+        image = Image.fromarray(smooth).resize((90, 60 + number), Image.Resampling.BICUBIC)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number == 3 else 1
+        image.save(path, exif=exif)
+    whole = (folder / "garden" / "IMG_0000.jpg").read_bytes()
+    (folder / "garden" / "IMG_0099.jpg").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pictures, tmp_path_factory):
+    """A tokenizer of four steps, trained by the command itself in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    command = [
+        sys.executable,
+        "-m",
+        "lexel",
+        "train",
+        "tiny",
+        "--out",
+        out,
+        "--set",
+        f"data.source={json.dumps(str(pictures))}",
+    ]
+    result = subprocess.run([*command, *FAST, "--device", "cpu"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_a_run_leaves_all_that_was_promised(run):
+    names = {path.name for path in run.iterdir()}
+    assert {"recipe.toml", "metrics.jsonl", "checkpoints", "config.json", "model.safetensors", "report.html"} <= names
+
+
+def test_training_again_changes_nothing(run, pictures, capsys):
+    before = (run / "model.safetensors").read_bytes()
+    code, _, errors = lexel(
+        capsys, "train", "tiny", "--out", run, "--set", f"data.source={json.dumps(str(pictures))}", *FAST
+    )
+    assert (code, errors) == (0, "")
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_path):
+    code, out, _ = lexel(capsys, "train", "ibq_16384", "--out", tmp_path / "none", "--dry-run")
+    assert code == 0
+    assert "entropy_batch = -0.05" in out
+    assert "106,787,715 parameters" in out
+    assert "GiB" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_says_whether_the_codebook_is_healthy(run, capsys):
+    code, out, _ = lexel(capsys, "inspect", run)
+    assert code == 0
+    assert "codebook size" in out
+    assert "try this" in out or "good:" in out
+    code, out, _ = lexel(capsys, "inspect", run, "--json")
+    assert json.loads(out)["findings"]
+
+
+def test_a_recipe_is_inspected_without_building_it(capsys):
+    _, out, _ = lexel(capsys, "inspect", "ibq_262144", "--json")
+    facts = json.loads(out)
+    assert facts["parameters of the encoder and decoder"] + facts["parameters of the quantizer"] == 173_896_579
+
+
+def test_pictures_go_through_and_the_broken_one_is_named(run, pictures, capsys, tmp_path):
+    code, out, errors = lexel(capsys, "reconstruct", run, pictures, "--out", tmp_path, "--size", "native")
+    assert code == 0
+    assert "12 reconstructions" in out
+    assert "left out garden/IMG_0099.jpg" in errors
+    assert Image.open(tmp_path / "garden" / "IMG_0002.png").size == (90, 62)
+    assert Image.open(tmp_path / "holiday" / "IMG_0003.png").size == (63, 90)  # turned upright by its EXIF orientation
+
+
+def test_tokens_travel_to_disk_and_back(run, pictures, capsys, tmp_path):
+    tokens = tmp_path / "tokens"
+    code, out, _ = lexel(
+        capsys, "encode", run, pictures, "--out", tokens, "--crops", 2, "--parquet", tmp_path / "parquet"
+    )
+    assert code == 0
+    assert "12 pictures as 8x8 tokens each" in out
+    assert list((tmp_path / "parquet").iterdir())
+    code, out, _ = lexel(capsys, "decode", run, tokens, "--out", tmp_path / "decoded")
+    assert code == 0
+    assert len(list((tmp_path / "decoded").rglob("*.png"))) == 12
+
+
+def test_evaluation_is_written_and_compared(run, pictures, capsys, tmp_path):
+    arguments = ["evaluate", run, "--data", pictures, "--metric", "psnr", "--metric", "usage", "--device", "cpu"]
+    code, out, _ = lexel(capsys, *arguments, "--json", tmp_path / "result.json")
+    assert code == 0
+    assert "psnr" in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["protocol"]["name"] == "lexel"
+    code, out, _ = lexel(capsys, *arguments, "--against", tmp_path / "result.json")
+    assert "against" in out
+    code, _, errors = lexel(capsys, *arguments, "--protocol", "ibq", "--against", tmp_path / "result.json")
+    assert code == 2
+    assert "cannot be compared" in errors
+
+
+def test_a_bank_of_the_tokenizers_own_latents_trains_vqgan_lc(run, pictures, capsys, tmp_path):
+    bank = tmp_path / "bank.safetensors"
+    code, out, _ = lexel(capsys, "bank", run, pictures, "--out", bank, "--codes", 16, "--per-class")
+    assert code == 0
+    assert "16 features of 8 dimensions" in out
+    sizes = "codebook_size = 16, codebook_dim = 4, feature_dim = 8"
+    quantizer = f'model.quantizer={{ kind = "vqgan_lc", {sizes}, bank = "{bank}" }}'
+    source = f"data.source={json.dumps(str(pictures))}"
+    code, _, errors = lexel(
+        capsys, "train", "tiny", "--out", tmp_path / "lc", "--set", quantizer, "--set", source, *FAST
+    )
+    assert (code, errors) == (0, "")
+
+
+MISTAKES = [
+    (["train", "recipes/none.toml", "--out", "x"], "recipes/none.toml does not exist"),
+    (
+        ["train", "tiny", "--out", "x", "--set", "train.stepz=3"],
+        "tiny.toml: train has no option 'stepz'; its options are steps",
+    ),
+    (["train", "tiny", "--out", "x", "--set", "model.quantizer.kind=ibqq"], "unknown quantizer 'ibqq'; choose from"),
+    (["train", "tiny", "--out", "x", "--set", "data.source=nowhere"], "there is no file or folder 'nowhere'"),
+    (["train", "tiny", "--out", "x", "--device", "cuda:7"], "cuda:7"),
+    (["train", "tiny"], "Missing option '--out'"),
+    (["inspect", "nowhere"], "nowhere"),
+    (["reconstruct", "nowhere", "photos", "--out", "x"], "nowhere"),
+    (["evaluate"], "give a tokenizer with --data DIR, or --samples with --reference"),
+    (["evaluate", "nowhere"], "a tokenizer needs --data DIR"),
+    (["sample", "nowhere", "--classes", "0", "--out", "x.png"], "nowhere"),
+    (["import", "nowhere", "--out", "x"], "nowhere"),
+    (["fly"], "No such command 'fly'"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", MISTAKES, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_a_mistake_is_answered_with_one_line_and_leaves_nothing(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = lexel(capsys, *arguments)
+    assert code == 2
+    assert errors.startswith("lexel: ")
+    assert errors.count("\n") == 1
+    assert message in errors
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_about_real_folders_are_told_in_one_line(run, capsys, tmp_path):
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "empty").mkdir()
+    for arguments, message in [
+        (["reconstruct", half, "photos", "--out", tmp_path / "x"], "it has no model.safetensors"),
+        (["reconstruct", run, tmp_path / "empty", "--out", tmp_path / "x"], "there are no images in"),
+        (
+            ["reconstruct", run, "photos", "--out", tmp_path / "x", "--size", "big"],
+            "neither a number of pixels nor 'native'",
+        ),
+        (["reconstruct", run, "photos", "--out", tmp_path / "x", "--size", "15"], "size must be a multiple of 2"),
+        (["reconstruct", run, "photos", "--out", tmp_path / "x", "--precision", "half"], "unknown precision 'half'"),
+        (["decode", run, tmp_path / "empty", "--out", tmp_path / "x"], "holds no tokens"),
+        (["sample", run, "--classes", "0", "--out", tmp_path / "x.png"], ""),
+    ]:
+        code, _, errors = lexel(capsys, *arguments)
+        assert (code, errors.count("\n")) == (2, 1), arguments
+        assert message in errors
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_picture_alone_can_be_trained_on(pictures, capsys, tmp_path):
+    one = pictures / "garden" / "IMG_0000.jpg"
+    with pytest.warns(UserWarning, match="holds a single image"):
+        code, _, _ = lexel(
+            capsys, "train", "tiny", "--out", tmp_path / "one", "--set", f"data.source={json.dumps(str(one))}", *FAST
+        )
+    assert code == 0
+
+
+def test_help_answers_for_every_command(capsys):
+    code, out, _ = lexel(capsys, "--help")
+    commands = [line.split()[0] for line in out.split("Commands:")[1].splitlines() if line.strip()]
+    assert {
+        "demo",
+        "train",
+        "evaluate",
+        "reconstruct",
+        "encode",
+        "decode",
+        "sample",
+        "import",
+        "export",
+        "inspect",
+    } <= {*commands}
+    for command in commands:
+        code, out, _ = lexel(capsys, command, "--help")
+        assert (code, "Usage: " in out) == (0, True), command
+
+
+def test_python_m_lexel_is_the_same_command():
+    results = [
+        subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+        for command in ([sys.executable, "-m", "lexel"], [Path(sys.executable).parent / "lexel"])
+    ]
+    assert results[0] == results[1] != ""
+
+
+def test_an_interrupted_training_says_how_to_go_on(pictures, tmp_path):
+    command = [sys.executable, "-m", "lexel", "train", "tiny", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    command += [
+        "--set",
+        f"data.source={json.dumps(str(pictures))}",
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "train.log_every=1",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.terminate()
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "run the same command again to go on" in out
+    assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
