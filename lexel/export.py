@@ -15,6 +15,7 @@ from lexel import __version__
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError, unknown
 from lexel.quantizers import Quantizer
+from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.lattice import Lattice
 from lexel.tokenizer import Tokenizer
 
@@ -80,16 +81,20 @@ def _need_onnx() -> None:
         raise UsageError(f"export to ONNX needs the package {error.name}; pip install 'lexel[export]'") from None
 
 
-class _Table(nn.Module):
-    """Search in a table by one matrix product: no tiles and no data-dependent steps, which exporters cannot follow."""
+class _Search(nn.Module):
+    """The largest of z.key + bias, by one matrix product: exporters cannot follow tiles that depend on the data.
 
-    def __init__(self, codebook: Tensor, similarity: str) -> None:
+    Args:
+        codebook: (K, D), what an index stands for.
+        keys: (K, D), what latents are compared with.
+        bias: (K,)
+    """
+
+    def __init__(self, codebook: Tensor, keys: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.codebook = nn.Buffer(codebook.detach().float().cpu())
-        keys = F.normalize(self.codebook, dim=1) if similarity == "cosine" else self.codebook
-        # |z - e|^2 orders codes as |e|^2 / 2 - z.e does.
-        bias = -0.5 * keys.square().sum(1) if similarity == "l2" else torch.zeros(len(keys))
-        self.keys, self.bias = nn.Buffer(keys.T.contiguous()), nn.Buffer(bias)
+        self.keys = nn.Buffer(keys.detach().float().cpu().T.contiguous())
+        self.bias = nn.Buffer(bias.detach().float().cpu())
 
     def assign(self, z: Tensor) -> Tensor:
         return (z.movedim(1, -1) @ self.keys + self.bias).argmax(-1)
@@ -102,10 +107,16 @@ def _searcher(quantizer: Quantizer) -> nn.Module:
     """What finds and names codes in an exported program."""
     if isinstance(getattr(quantizer, "lattice", None), Lattice):
         return quantizer  # arithmetic on every channel, with nothing to search
+    if isinstance(quantizer, Gumbel):
+        return _Search(quantizer.codebook, quantizer.logits.weight, quantizer.logits.bias)
     table = quantizer.bake()
-    if table.codebook.dim() != 2:
+    codebook, similarity = table.codebook, table.similarity
+    if codebook.dim() != 2:
         raise UsageError("residual and product quantizers, with several indices a position, cannot be exported")
-    return _Table(table.codebook, table.similarity)
+    keys = F.normalize(codebook, dim=1) if similarity == "cosine" else codebook
+    # |z - e|^2 orders codes as |e|^2 / 2 - z.e does.
+    bias = -0.5 * keys.square().sum(1) if similarity == "l2" else keys.new_zeros(len(keys))
+    return _Search(codebook, keys, bias)
 
 
 class _Encoder(nn.Module):

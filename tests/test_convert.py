@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 import types
 
@@ -451,3 +452,25 @@ def test_open_magvit2_checkpoints_keep_their_counts_at_full_size():
         assert conversion.family == "open_magvit2"
         assert conversion.model.codebook_size == 2**z
         assert sum(parameter.numel() for parameter in conversion.model.parameters()) == parameters
+
+
+MEMORY = """
+import resource, sys
+import lexel, lexel.convert, lexel.tokenizer
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = lexel.load(sys.argv[1], family="ibq")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_loading_maps_weights_instead_of_holding_them_twice(tmp_path, suffix):
+    """Before a weight is used it takes no memory: a process that loads 420 MiB grows by less than 130."""
+    shapes = {**vqgan_shapes(128, [1, 1, 2, 2, 4], 4, [4], 256, 256), "quantize.embedding.weight": (16384, 256)}
+    state = {name: torch.ones(shape) for name, shape in shapes.items()}
+    path = tmp_path / f"model{suffix}"
+    (safetensors.torch.save_file if suffix == ".safetensors" else torch.save)(state, path)
+    assert path.stat().st_size > 420 * 2**20
+    result = subprocess.run([sys.executable, "-c", MEMORY, path], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 130

@@ -100,6 +100,25 @@ def test_emu3_5_is_ibq_with_twice_the_width():
     assert model.downsampling == 16
 
 
+def test_vqgan_with_gumbel_softmax_takes_the_largest_logit(tmp_path, images):
+    shapes = {
+        **vqgan_shapes(**SMALL, attended=[1], z=6, dim=4),
+        "quantize.proj.weight": (40, 4, 1, 1),
+        "quantize.proj.bias": (40,),
+        "quantize.embed.weight": (40, 4),
+    }
+    state = random_state(shapes)
+    conversion = saved(tmp_path, state)
+    assert conversion.family == "vqgan_gumbel"
+    state = double(state)
+    z = vqgan_latents(state, images)
+    logits = torch.einsum("bdhw,kd->bhwk", z, state["quantize.proj.weight"][..., 0, 0]) + state["quantize.proj.bias"]
+    indices = logits.argmax(-1)
+    expect(
+        conversion.model.eval(), images, z, indices, vqgan_images(state, grid(state["quantize.embed.weight"][indices]))
+    )
+
+
 # ---------------------------------------------------------------------------------------------- Open-MAGVIT2
 
 

@@ -37,7 +37,7 @@ def pictures(batch: int, height: int, width: int) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------- programs
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("lfq", "fsq", "cosine", "soft")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("lfq", "fsq", "cosine", "soft", "gumbel")]
 
 
 @pytest.mark.parametrize("kind", ["ibq", *SLOW])

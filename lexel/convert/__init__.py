@@ -29,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         ibq.FAMILY,
         ibq.EMU3_5,
         vqgan.FAMILY,
+        vqgan.GUMBEL,
         open_magvit2.FAMILY,
         llamagen.FAMILY,
         fvq.FAMILY,
@@ -88,7 +89,7 @@ def convert(
     chosen = FAMILIES[family] if family is not None else recognise(published)
     conversion = chosen.convert(Request(published, weights, overrides or {}))
     conversion.model.provenance = {
-        "source": str(source),
+        "source": published.name,
         "family": conversion.family,
         "weights": conversion.weights,
         "left_out": _summary(conversion.left_out),

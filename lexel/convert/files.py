@@ -54,6 +54,12 @@ class Published:
     tensors: dict[str, Tensor]
     config: Mapping[str, Any]  # config.json beside the weights, or a table in the file; mostly empty
 
+    @property
+    def name(self) -> str:
+        """What may be published of the source: a hub id, or the name of a local file without its folders."""
+        path = Path(self.source)
+        return path.resolve().name if path.exists() else self.source
+
 
 def read(source: str | Path) -> Published:
     """The tensors of a file, of a folder with one checkpoint, or of a hub id (owner/name or owner/name/FILE).

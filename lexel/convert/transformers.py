@@ -128,7 +128,7 @@ def convert(request: Request, layout: GeneratorLayout) -> Conversion:
             name.removeprefix("tokenizer."): value for name, value in request.overrides.items() if name not in options
         }
         tokenizer = build_tokenizer(stage, layout.tokenizer, request._replace(overrides=its_options))
-        tokenizer.provenance = {"source": request.source, "family": layout.tokenizer.family}
+        tokenizer.provenance = {"source": request.published.name, "family": layout.tokenizer.family}
         generator.attach(tokenizer)
         conversion.origins |= {f"tokenizer.{name}": published for name, published in stage.origins.items()}
         conversion.left_out |= stage.left_out

@@ -1,9 +1,12 @@
 """VQGAN (taming-transformers), https://arxiv.org/abs/2012.09841, whose naming most later autoencoders share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from lexel.convert.family import Family, Layout, Names, convert_tokenizer
+import torch
+
+from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import AVERAGED, Rule, count, infer_autoencoder
 
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "shortcut"}
@@ -87,4 +90,39 @@ FAMILY = Family(
     # Its training code keeps no averages, so a file with them is IBQ's.
     lambda names: shares_names(names) and not any(name.startswith(AVERAGED) for name in names),
     lambda request: convert_tokenizer(request, LAYOUT),
+)
+
+
+# The f8 model of the same authors chooses by a layer of logits.
+LOGITS = "quantize.proj.weight"
+GUMBEL_RULES: Sequence[Rule] = [
+    (rf"quantize\.proj\.{END}", r"quantizer.logits.\1"),
+    (r"quantize\.embed\.weight", "quantizer.weight"),
+    (r"progress", "quantizer.progress"),
+]
+GUMBEL_LAYOUT = LAYOUT._replace(
+    family="vqgan_gumbel",
+    rules=lambda names: [*autoencoder_rules(names), *PROJECTIONS, *GUMBEL_RULES],
+    config=lambda tensors, source: table_config("gumbel", tensors, source),
+)
+
+
+def convert_gumbel(request: Request) -> Conversion:
+    """The logits come as a 1x1 convolution, here they are linear; the temperature is that of the end of training."""
+    tensors = dict(request.published.tensors)
+    if LOGITS in tensors:
+        tensors[LOGITS] = tensors[LOGITS].flatten(1)
+    tensors["progress"] = torch.ones(())
+    conversion = convert_tokenizer(
+        request._replace(published=replace(request.published, tensors=tensors)), GUMBEL_LAYOUT
+    )
+    del conversion.origins["quantizer.progress"]
+    return conversion
+
+
+GUMBEL = Family(
+    "vqgan_gumbel",
+    "VQGAN with Gumbel softmax (taming-transformers, f8)",
+    lambda names: {"encoder.mid.block_1.conv1.weight", LOGITS, "quantize.embed.weight"} <= names.keys(),
+    convert_gumbel,
 )
