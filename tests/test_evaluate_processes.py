@@ -1,6 +1,7 @@
 """Several processes give the result of one, whatever their number: nothing is padded, nothing counted twice."""
 
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,27 @@ def test_two_and_three_processes_with_uneven_shares_give_the_result_of_one(tmp_p
                 assert result["processes"] == processes
             assert results[0]["data"]["unreadable"]["count"] == 1
             assert results[0]["data"]["images"] == 22
+
+
+def work_as_torchrun_starts_it(rank: int, folder: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ["LOCAL_RANK"] = str(rank)
+    result = evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=3)
+    torch.save(result, folder / f"result-{rank}.pt")
+    dist.barrier()
+
+
+def test_processes_of_torchrun_find_each_other(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(work_as_torchrun_starts_it, args=(tmp_path, port), nprocs=2, start_method="fork")
+    expected = evaluate_tokenizer(Grey(), image_set(), QUICK)
+    for rank in range(2):
+        result = torch.load(tmp_path / f"result-{rank}.pt", weights_only=False)
+        assert result["processes"] == 2
+        assert_same(result, expected)
 
 
 @pytest.mark.parametrize("name", ["sum", "bank"])

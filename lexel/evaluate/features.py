@@ -50,7 +50,7 @@ def network_for(
     bias = protocol.score.bias if own else None
     built = networks.build(name, path, protocol.resize if own else None, bias).to(where.device)
     # On a CPU this layout is the faster one, most of all for depthwise convolutions.
-    return built.to(memory_format=torch.channels_last) if where.device.type == "cpu" else built
+    return built.to(memory_format=torch.channels_last) if where.device.type == "cpu" else built  # type: ignore[call-overload]
 
 
 def _cached(name: str) -> bool:

@@ -14,7 +14,7 @@ from lexel.data import ImageSet
 from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Pictures, open_set, resized, spaced, transform_of
-from lexel.evaluate.stream import Progress, Seen, stream
+from lexel.evaluate.stream import Progress, Seen, join_processes, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -38,6 +38,7 @@ from lexel.metrics import (
     squared_error,
     ssim,
 )
+from lexel.metrics.moments import sum_over_processes
 from lexel.metrics.protocols import protocol as find_protocol
 from lexel.networks import FeatureNetwork
 from lexel.place import place
@@ -98,7 +99,7 @@ def evaluate_tokenizer(
     started = time.monotonic()
     chosen = resized(find_protocol(protocol), size)
     wanted = wanted_of(chosen.reconstruction, metrics)
-    where = place(device, precision)
+    where = place(join_processes(device), precision)
     images = open_set(source, split, chosen.size)
     real = Pictures(images, transform_of(chosen), workers, spaced(len(images), limit))
     with full_precision():
@@ -182,7 +183,10 @@ def _compare(
 
 
 class _Histogram(CodeHistogram):
-    """A code histogram that can be saved half-way."""
+    """A code histogram that can be saved half-way, and summed whatever moves what processes exchange."""
+
+    def all_reduce(self) -> None:
+        self.counts = sum_over_processes(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts}

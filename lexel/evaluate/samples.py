@@ -18,7 +18,7 @@ from lexel.errors import UsageError
 from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, shown
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Archive, Pictures, Source, open_samples, open_set, resized, transform_of
-from lexel.evaluate.stream import Progress, Seen, rank, shared, stream
+from lexel.evaluate.stream import Progress, Seen, join_processes, rank, shared, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -91,7 +91,7 @@ def evaluate_samples(
     started = time.monotonic()
     chosen = find_protocol(protocol)
     wanted = wanted_of(chosen.generation, metrics)
-    where = place(device, precision)
+    where = place(join_processes(device), precision)
     made = open_samples(samples, tokenizer, where, workers, limit)
     if made.size[0] != made.size[1]:
         raise UsageError(f"samples must be square, got {made.size[0]} x {made.size[1]} pixels")

@@ -1,6 +1,7 @@
 """Taking in images by their numbers: shared by processes without padding, interrupted and taken up again."""
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -165,6 +166,17 @@ def _alike(state: Any) -> Any:
     another = object.__new__(type(state))
     another.__dict__.update(state.__dict__)
     return another
+
+
+def join_processes(device: str) -> str:
+    """Under torchrun: meets the other processes, if nobody has done so; `auto` becomes a GPU of this process's own.
+
+    What is exchanged lies in memory, so gloo will do on any device.
+    """
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
 
 
 def processes() -> int:
