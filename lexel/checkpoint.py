@@ -171,7 +171,7 @@ def read_pickle(path: str | Path) -> Any:
         found = re.search(r"(?:GLOBAL|global|class|function|Unsupported) ([\w.]+\.\w+)", str(error))
         what = f"it holds {found[1]}, which is not plain data" if found else "it is no checkpoint of plain data"
         raise UsageError(f"{path} is not read: {what}; files that could run code are refused") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{path} cannot be read, it is truncated or no PyTorch file: {reason}") from None
 

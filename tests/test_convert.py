@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -386,19 +388,27 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, nam
     assert not target.exists()
 
 
-def test_old_training_checkpoints_that_only_name_framework_classes_are_read(tmp_path, images, monkeypatch):
-    """taming's files have Lightning's callback classes as keys, others an argparse.Namespace."""
-    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    callback = type("ModelCheckpoint", (), {"__module__": module.__name__})
-    module.ModelCheckpoint = callback
+def test_training_checkpoints_that_only_name_framework_classes_are_read(tmp_path, images, monkeypatch):
+    """Old ones have callback classes as keys; hyper-parameters are dicts of a framework's, or a Namespace."""
+    classes = {}
+    for module, name in (
+        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+        ("lightning.fabric.utilities.data", "AttributeDict"),
+    ):
+        parts = module.split(".")
+        for length in range(1, len(parts) + 1):
+            inner = ".".join(parts[:length])
+            monkeypatch.setitem(sys.modules, inner, types.ModuleType(inner))
+        classes[name] = type(name, (dict,), {"__module__": module})
+        setattr(sys.modules[module], name, classes[name])
     state = ibq_state()
-    for name in ("pytorch_lightning", "pytorch_lightning.callbacks"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    torch.save(
-        {"state_dict": state, "callbacks": {callback: {"best": 1.0}}, "args": argparse.Namespace(lr=1e-4)},
-        tmp_path / "last.ckpt",
-    )
+    content = {
+        "state_dict": state,
+        "callbacks": {classes["ModelCheckpoint"]: {"best_model_score": np.float64(1.5)}},
+        "hyper_parameters": classes["AttributeDict"](lr=1e-4, nested=classes["AttributeDict"](a=1)),
+        "args": argparse.Namespace(lr=1e-4, out=Path("runs"), steps=np.int64(3)),
+    }
+    torch.save(content, tmp_path / "last.ckpt")
     monkeypatch.undo()
     expect(lexel.load(tmp_path / "last.ckpt", family="ibq"), state, images)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,23 +22,35 @@ NESTED = ("state_dict", "ema", "model")  # under which name training code puts t
 
 
 class Forgotten:
-    """Stands for a class of a training framework that old checkpoints name; it takes anything and does nothing."""
+    """Stands for a class of a training framework that checkpoints name; it takes anything and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def __setstate__(self, state: object) -> None: ...
 
 
-# Classes that published training checkpoints hold beside their tensors: plain data, or names that we never look at.
+# What training checkpoints hold beside their tensors: plain data, and names of classes that we never look at. Calls in
+# a pickle can reach only these.
+_scalar = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
     argparse.Namespace,
     pathlib.PosixPath,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (dict, f"{module}.AttributeDict")  # hyper-parameters
+        for module in (
+            "pytorch_lightning.utilities.parsing",
+            "lightning_fabric.utilities.data",
+            "lightning.fabric.utilities.data",
+        )
+    ),
     *(
         (Forgotten, name)
         for name in (
             "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
             "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
-            "pytorch_lightning.utilities.parsing.AttributeDict",
             "main.SetupCallback",
             "main.ImageLogger",
             "main.CUDACallback",
