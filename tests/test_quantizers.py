@@ -216,6 +216,10 @@ def test_autocast_does_not_change_an_index(quantizer):
     assert given.z_q.dtype == torch.float32
     torch.testing.assert_close(given.z_q, expected.z_q)
     assert quantizer(z.bfloat16()).z_q.dtype == torch.float32  # half precision comes out as float32
+    quantizer.train()
+    expected_codes = quantizer.codebook
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer.codebook, expected_codes)
 
 
 def test_float64_stays_float64(quantizer):
@@ -337,7 +341,7 @@ for together in (False, True):  # quantizers are built before there are processe
     if together:
         dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=2)
     for kind in QUANTIZERS:
-        for options in [{}, {"start": "kmeans"}, {"restart_below": 0.9}] if kind == "ema" else [{}]:
+        for options in [{}, {"start": "kmeans"}, {"restart_below": 0.995}] if kind == "ema" else [{}]:
             name = kind + "".join(options)
             if not together:
                 torch.manual_seed(0)
@@ -370,7 +374,11 @@ def test_two_processes_keep_the_statistics_of_one(tmp_path: Path):
         for key, value in state.items():
             assert torch.equal(value, second[name][key]), f"{name}: {key} differs between processes"
 
-    for name, options in [("ema", {}), ("emastart", {"start": "kmeans"}), ("emarestart_below", {"restart_below": 0.9})]:
+    for name, options in [
+        ("ema", {}),
+        ("emastart", {"start": "kmeans"}),
+        ("emarestart_below", {"restart_below": 0.995}),
+    ]:
         torch.manual_seed(0)
         one = QUANTIZERS["ema"](64, 8, **options)
         start = one.codebook.clone()

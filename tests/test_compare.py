@@ -1,0 +1,214 @@
+"""Comparisons: one recipe, only the quantizer changes, and what is done is not done again."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexel import compare as comparing
+from lexel.compare import PeakMemory, Variant, compare, plan, read_variants, spread, summarise, table
+from lexel.config import check, load
+from lexel.errors import UsageError
+from lexel.tokenizer import Tokenizer
+from lexel.train.tokenizer import TokenizerRecipe
+
+CHEAP = {"metrics": ("psnr", "usage"), "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Two dozen small pictures of coloured ramps."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        ramp = np.linspace(0, 255, 8)[:, None, None] * rng.random(3) + np.zeros((8, 8, 3))
+        Image.fromarray(ramp.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(pictures) -> TokenizerRecipe:
+    return make(pictures)
+
+
+def make(pictures: Path, **train) -> TokenizerRecipe:
+    model = {
+        "quantizer": {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4, "temperature": 0.5},
+        "autoencoder": {
+            "width": 4,
+            "multipliers": [1, 2],
+            "residual_blocks": 1,
+            "attention_levels": [],
+            "middle_attention": False,
+            "z_channels": 4,
+            "groups": 4,
+        },
+    }
+    settings = {"steps": 4, "batch_size": 4, "lr": 1e-3, "weights": {"l1": 1.0, "commitment": 0.7}}
+    settings |= {"log_every": 2, "validate_every": 2, "save_every": 2, **train}
+    data = {"source": str(pictures), "validation": 0.25, "size": 8}
+    return check({"model": model, "data": data, "train": settings}, TokenizerRecipe, "test")
+
+
+def test_only_the_quantizer_changes(recipe):
+    ibq, vq = plan(recipe, ["ibq", "vq"])
+    one, other = (arm.recipe.model_dump() for arm in (ibq, vq))
+    assert one["data"] == other["data"]
+    assert one["model"]["autoencoder"] == other["model"]["autoencoder"]
+    weights = [part["train"].pop("weights") for part in (one, other)]
+    assert one["train"] == other["train"]
+    assert other["model"]["quantizer"] == {"kind": "vq", "codebook_size": 16, "codebook_dim": 4}
+    # The recipe's own quantizer keeps its options and weights; others have their published ones.
+    assert one["model"]["quantizer"]["temperature"] == 0.5
+    assert weights[0]["commitment"] == 0.7
+    assert weights[1] == {"l1": 1.0, "codebook": 1.0, "commitment": 0.25}
+
+
+def test_a_seed_starts_every_quantizer_with_the_same_network(recipe):
+    networks = []
+    for arm in plan(recipe, ["ibq", "fvq", "lfq"], seeds=[3]):
+        torch.manual_seed(arm.recipe.train.seed)
+        tokenizer = Tokenizer(arm.recipe.model)
+        networks.append(
+            torch.nn.utils.parameters_to_vector([*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters()])
+        )
+    assert torch.equal(networks[0], networks[1])
+    assert torch.equal(networks[0], networks[2])
+
+
+def test_every_quantizer_size_dimension_and_seed_has_its_run(recipe):
+    arms = plan(recipe, ["vq", "simvq"], codebook_sizes=[16, 64], dims=[2, 8], seeds=[0, 1])
+    assert len({arm.name for arm in arms}) == 16
+    assert arms[0].name == "vq-16x2-seed0"
+    assert arms[-1].name == "simvq-64x8-seed1"
+    assert {arm.recipe.train.seed for arm in arms} == {0, 1}
+
+
+def test_a_comparison_leaves_a_page_a_json_and_runs_that_can_be_repeated(recipe, tmp_path):
+    result = compare(recipe, ["ibq", "residual"], tmp_path, seeds=[0, 1], **CHEAP)
+    assert result.finished
+    summary = json.loads((tmp_path / "compare.json").read_text())
+    assert summary["rows"] == result.rows
+    assert [row["quantizer"] for row in result.rows] == ["ibq", "residual"]
+    assert [row["bits"] for row in result.rows] == [4.0, 16.0]
+    for row in result.rows:
+        assert row["seeds"] == [0, 1]
+        assert 0 < row["usage"]["mean"] <= 1
+        assert len(row["psnr"]["values"]) == 2
+        assert row["images_per_second"]["mean"] > 0
+    page = result.page.read_text()
+    assert "residual" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
+    for arm in plan(recipe, ["ibq", "residual"], seeds=[0, 1]):
+        again = load(tmp_path / "runs" / arm.name / "recipe.toml", TokenizerRecipe)
+        assert again.resolved() == arm.recipe
+
+
+def test_what_is_finished_is_not_trained_again(recipe, tmp_path, monkeypatch):
+    first = compare(recipe, ["vq"], tmp_path, **CHEAP)
+    trained = []
+    real = comparing.train_tokenizer
+
+    def counting(recipe, out, **options):
+        trained.append(Path(out).name)
+        return real(recipe, out, **options)
+
+    monkeypatch.setattr(comparing, "train_tokenizer", counting)
+    second = compare(recipe, ["vq", "lfq"], tmp_path, **CHEAP)
+    assert trained == ["lfq-16x4-seed0"]
+    assert second.rows[0] == first.rows[0]
+    with pytest.raises(UsageError, match="holds a result of another recipe or measurement"):
+        compare(make(recipe.data.source, lr=2e-3), ["vq"], tmp_path, **CHEAP)
+
+
+def test_a_training_that_was_stopped_goes_on(recipe, tmp_path, monkeypatch):
+    real = comparing.train_tokenizer
+
+    def interrupted(recipe, out, **options):
+        shorter = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 2})})
+        return real(shorter, out, **options)._replace(finished=False)
+
+    monkeypatch.setattr(comparing, "train_tokenizer", interrupted)
+    stopped = compare(recipe, ["vq"], tmp_path / "stopped", **CHEAP)
+    assert not stopped.finished
+    assert stopped.rows == []
+    monkeypatch.setattr(comparing, "train_tokenizer", real)
+    resumed = compare(recipe, ["vq"], tmp_path / "stopped", **CHEAP)
+    straight = compare(recipe, ["vq"], tmp_path / "straight", **CHEAP)
+    assert resumed.finished
+    assert resumed.rows[0]["psnr"] == straight.rows[0]["psnr"]
+
+
+def test_a_loss_that_becomes_nan_is_a_row_that_says_so(pictures, tmp_path):
+    result = compare(make(pictures, lr=1e30), ["vq"], tmp_path, **CHEAP)
+    assert result.finished
+    assert result.rows[0]["stopped"] == 1
+    assert table(result.rows)[1][:4] == ["vq", "16", "4", "-"]
+    assert "NaN" in result.page.read_text()
+
+
+def test_a_variant_has_options_weights_and_training_of_its_own(recipe, tmp_path):
+    path = tmp_path / "variants.toml"
+    path.write_text(
+        '[ibq_identity]\nkind = "ibq"\noptions = { identity = 0.5 }\nweights = { quantization = 0.0 }\n'
+        'train = { schedule = { kind = "linear", hold = 0.3, end = 0.01 } }\n'
+    )
+    plain, variant = plan(recipe, ["ibq", "ibq_identity"], variants=read_variants(path))
+    assert variant.recipe.model.quantizer["identity"] == 0.5
+    assert variant.recipe.train.weights["quantization"] == 0.0
+    assert plain.recipe.train.weights["quantization"] == 1.0
+    assert variant.recipe.train.schedule.hold == 0.3
+    assert "temperature" not in variant.recipe.model.quantizer
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"quantizers": ["vqq"]}, "unknown quantizer 'vqq'; choose from bsq"),
+        ({"quantizers": []}, "quantizers must be given, each once; got none"),
+        ({"quantizers": ["vq", "vq"]}, "each once"),
+        ({"quantizers": ["vq"], "seeds": [1, 1]}, "seeds must be given, each once"),
+        ({"quantizers": ["lfq"], "codebook_sizes": [100]}, "powers of two, got codebook_size 100"),
+        ({"quantizers": ["vq"], "variants": {"vq": Variant(kind="vq")}}, "the variant 'vq' has a quantizer's name"),
+        ({"quantizers": ["my"], "variants": {"my": Variant(kind="vqq")}}, "variant 'my': unknown kind 'vqq'"),
+        (
+            {"quantizers": ["my"], "variants": {"my": Variant(kind="vq", train={"stepz": 3})}},
+            "my with 16 codes of dimension 4: train has no option 'stepz'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(recipe, tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        compare(recipe, out=tmp_path, **arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_shows_means_and_the_spread_over_seeds():
+    assert spread([1.0, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert spread([5.0])["deviation"] is None
+    shared = {"quantizer": "vq", "codebook_size": 1024, "codebook_dim": 8, "bits": 10.0, "stopped": None}
+    results = [
+        {**shared, "name": f"vq{seed}", "seed": seed, "metrics": {"psnr": 20.0 + seed}, "images_per_second": 5.0}
+        for seed in range(3)
+    ]
+    rows = summarise(results)
+    assert table(rows) == [
+        ["quantizer", "K", "D", "bits", "PSNR, dB ↑", "images/s", "peak memory, GiB"],
+        ["vq", "1,024", "8", "10", "21.00 ± 1.00", "5.0 ± 0.0", "-"],
+    ]
+
+
+def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
+    memory = PeakMemory()
+    if not memory.measurable:
+        pytest.skip("this system does not tell a process's peak memory")
+    cpu = torch.device("cpu")
+    before = memory.read(cpu)
+    torch.ones(2**25).sum()  # 128 MiB
+    peak = memory.read(cpu)
+    assert peak - before > 2**26
+    assert PeakMemory().read(cpu) < peak - 2**26
