@@ -583,6 +583,13 @@ def test_a_shared_book_stands_once_and_rq_vae_can_be_written():
     torch.testing.assert_close(quantizer.indices_to_codes(indices), z_q)
 
 
+@pytest.mark.parametrize("structure", [Residual, Product])
+def test_every_level_is_told_how_far_training_is(structure):
+    quantizer = structure(16, 4, base="soft", base_options={"tau_start": 1.0, "tau_end": 0.5})
+    quantizer.anneal(1.0)
+    assert [level.temperature.item() for level in quantizer] == pytest.approx([0.5] * quantizer.books)
+
+
 def test_shrinking_levels_make_residual_signs_finer():
     z = latents(4, 6, 50)
     errors = [F.mse_loss(Residual(64, 6, depth=d, base="lfq", shrink=0.5)(z).z_q, z).item() for d in (1, 2, 4)]
