@@ -538,6 +538,61 @@ def _names(text: str) -> list[str]:
 
 
 @app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="A tokenizer's recipe; see recipes/.")],
+    quantizers: Annotated[str, typer.Option(help="Names, with commas: ibq,vq,ema,fsq. Or of --variants.")],
+    out: Out,
+    sizes: Annotated[str, typer.Option(help="Numbers of codes, with commas. Default: the recipe's.")] = "",
+    dims: Annotated[str, typer.Option(help="Lengths of a code, with commas. Default: the recipe's.")] = "",
+    seeds: Annotated[str, typer.Option(help="With commas; the spread in the table is over them.")] = "0",
+    variants: Annotated[Path | None, typer.Option(help="A TOML file of quantizers with options of their own.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="psnr, ssim, lpips, usage, frechet, inception_score.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Measure at most so many held-out pictures.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="section.key=value", help="Change an option.")
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """One training, only the quantizer changes: a table, curves and maps in one page; resumable."""
+    from lexel.compare import METRICS, read_variants, table
+    from lexel.compare import compare as run_compare
+    from lexel.train import load_recipe
+    from lexel.train.tokenizer import TokenizerRecipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    if not isinstance(loaded, TokenizerRecipe):
+        raise UsageError(f"{recipe} is a generator's recipe; a tokenizer's is needed here")
+    with _progress("compare", "steps") as update:
+        compared = run_compare(
+            loaded,
+            _names(quantizers),
+            out,
+            codebook_sizes=_numbers(sizes, "--sizes"),
+            dims=_numbers(dims, "--dims"),
+            seeds=_numbers(seeds, "--seeds"),
+            variants=read_variants(variants) if variants else None,
+            metrics=metric or METRICS,
+            limit=limit,
+            device=device,
+            progress=lambda number, count, name, now: update(
+                now.step, now.steps, _pace(now), f"{number + 1} of {count}: {name}"
+            ),
+        )
+    for row in table(compared.rows):
+        print("  ".join(f"{cell:>14}" for cell in row))
+    print(f"open {compared.page}" if compared.finished else f"stopped; run the same command again to go on ({out})")
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    names = _names(text)
+    if not all(name.isdecimal() for name in names):
+        raise UsageError(f"{option} {text!r} is no list of numbers; write them with commas: 1024,16384")
+    return [int(name) for name in names]
+
+
+@app.command()
 def bank(
     encoder: Annotated[
         str, typer.Argument(help="A tokenizer (its latents), or a feature network: efficientnet_lite0.")

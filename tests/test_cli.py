@@ -165,6 +165,15 @@ def test_a_bank_of_the_tokenizers_own_latents_trains_vqgan_lc(run, pictures, cap
     assert (code, errors) == (0, "")
 
 
+def test_quantizers_are_compared_in_one_table(pictures, capsys, tmp_path):
+    source = f"data.source={json.dumps(str(pictures))}"
+    arguments = ["compare", "tiny", "--quantizers", "vq,fsq", "--out", tmp_path, "--set", source, "--metric", "psnr"]
+    code, out, errors = lexel(capsys, *arguments, "--metric", "usage", "--sizes", "16", *FAST)
+    assert (code, errors) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["quantizer", "vq", "fsq", "open"]
+    assert (tmp_path / "compare.html").is_file()
+
+
 MISTAKES = [
     (["train", "recipes/none.toml", "--out", "x"], "recipes/none.toml does not exist"),
     (
@@ -181,6 +190,9 @@ MISTAKES = [
     (["evaluate", "nowhere"], "a tokenizer needs --data DIR"),
     (["sample", "nowhere", "--classes", "0", "--out", "x.png"], "nowhere"),
     (["import", "nowhere", "--out", "x"], "nowhere"),
+    (["compare", "generator_tiny", "--quantizers", "vq", "--out", "x"], "is a generator's recipe"),
+    (["compare", "tiny", "--quantizers", "vqq", "--out", "x"], "vqq"),
+    (["compare", "tiny", "--quantizers", "vq", "--out", "x", "--sizes", "1k"], "is no list of numbers"),
     (["fly"], "No such command 'fly'"),
 ]
 
