@@ -81,13 +81,23 @@ def find_folder(source: str | Path, files: Iterable[str] = (CONFIG, WEIGHTS)) ->
         raise UsageError(f"{source} does not exist; give a model folder (with {CONFIG} and {WEIGHTS}) or a hub id")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    try:
+    with from_hub(f"{source} is neither a folder here nor a repository the hub gives"):
         return Path(snapshot_download(source, allow_patterns=list(files)))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:  # not found, not reachable and not cached
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{source} is neither a folder here nor a repository the hub gives: {reason}") from None
+
+
+@contextmanager
+def from_hub(message: str) -> Iterator[None]:
+    """Turns what the hub's client raises (not found, not reachable and not cached, refused) into one line."""
+    from huggingface_hub import errors
+
+    # The last is of the HTTP library underneath, which differs between versions of the client.
+    hub_errors = (errors.HfHubHTTPError, errors.HFValidationError, OSError, errors.HTTPError)
+    try:
+        yield
+    except hub_errors as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{message}: {reason}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

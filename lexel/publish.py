@@ -40,17 +40,13 @@ def push_to_hub(
         UsageError: the folder is no model, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     with tempfile.TemporaryDirectory() as folder:
         stage(run, folder, results=results, licence=licence, repository=repository)
-        try:
+        with checkpoint.from_hub(f"the hub does not take {repository}"):
             api = HfApi(token=token)
             api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="A Lexel model")
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"the hub does not take {repository}: {reason}") from None
     return f"https://huggingface.co/{repository}"
 
 

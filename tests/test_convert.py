@@ -353,12 +353,43 @@ def test_a_file_of_a_hub_repository_loads_from_the_cache(tmp_path, monkeypatch, 
         lexel.load("them/models/b.ckpt", family="ibq")
 
 
+def test_a_repository_that_cannot_be_reached_gives_one_line(tmp_path, monkeypatch):
+    import huggingface_hub.errors
+
+    def refuse(*_, **__):
+        raise huggingface_hub.errors.HTTPError("no network\nand more")
+
+    hub_cache(tmp_path, monkeypatch, "them/models")
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(UsageError, match=r"them/models is neither here nor a repository the hub gives: no network$"):
+        lexel.load("them/models", family="ibq")
+
+
+def test_the_one_checkpoint_of_a_repository_is_found(tmp_path, monkeypatch, images):
+    snapshot = hub_cache(tmp_path, monkeypatch, "them/models")
+    torch.save(ibq_state(), snapshot / "a.ckpt")
+    files = [types.SimpleNamespace(rfilename=name) for name in ("README.md", "a.ckpt")]
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_, **__: types.SimpleNamespace(siblings=files, sha="abc")
+    )
+    expect(lexel.load("them/models", family="ibq"), ibq_state(), images)
+
+
 def test_what_is_left_of_one_of_our_folders_says_what_is_missing(tmp_path):
     torch.save(ibq_state(), tmp_path / "a.pt")
     lexel.load(tmp_path / "a.pt", family="ibq").save_pretrained(tmp_path / "ours")
     (tmp_path / "ours" / "config.json").unlink()
     with pytest.raises(UsageError, match=r"not a whole model folder: it has no config\.json"):
         lexel.load(tmp_path / "ours")
+
+
+def test_a_file_of_one_of_our_folders_asks_for_the_folder(tmp_path):
+    torch.save(ibq_state(), tmp_path / "a.pt")
+    lexel.load(tmp_path / "a.pt", family="ibq").save_pretrained(tmp_path / "ours")
+    with pytest.raises(UsageError, match="is a file of a Lexel folder; give the folder"):
+        lexel.load(tmp_path / "ours" / "model.safetensors")
+    with pytest.raises(UsageError, match="is a Lexel folder, which has one set of weights"):
+        lexel.load(tmp_path / "ours", weights="live")
 
 
 def test_an_empty_folder_and_a_missing_path_are_told_apart(tmp_path):

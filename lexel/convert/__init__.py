@@ -61,6 +61,10 @@ def load(
         UsageError: nothing is there, the family is unknown or unclear, or the file is not whole or not safe.
     """
     if family is None and _is_ours(source):
+        if weights is not None or overrides:
+            raise UsageError(
+                f"{source} is a Lexel folder, which has one set of weights and says all; leave options out"
+            )
         return load_folder(source)
     return convert(source, family, weights, overrides).model
 
@@ -104,6 +108,10 @@ def recognise(published: files.Published) -> Family:
         UsageError: none or several fit.
     """
     fitting = [family for family in FAMILIES.values() if family.fits(published.tensors)]
+    if not fitting and "encoder.levels.0.blocks.0.conv1.weight" in published.tensors:
+        raise UsageError(
+            f"{published.source} is a file of a Lexel folder; give the folder, with its {checkpoint.CONFIG}"
+        )
     if not fitting:
         raise UsageError(
             f"{published.source} fits no known family (its first tensors are "
@@ -123,12 +131,12 @@ def _is_ours(source: str | Path) -> bool:
     path = Path(source)
     if path.is_dir():
         if (path / checkpoint.CONFIG).is_file():
-            return "model" in checkpoint.read_json(path / checkpoint.CONFIG)
+            return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)
         weights = [file.name for file in path.iterdir() if file.name.endswith(files.WEIGHTS)]
         return weights in ([], [checkpoint.WEIGHTS])
     if isinstance(source, str) and not path.exists() and checkpoint.HUB_ID.fullmatch(source):
         config = checkpoint.find_folder(source, [checkpoint.CONFIG]) / checkpoint.CONFIG
-        return config.is_file() and "model" in checkpoint.read_json(config)
+        return config.is_file() and "lexel" in checkpoint.read_json(config)
     return False
 
 

@@ -102,18 +102,15 @@ def _find(source: str | Path) -> Path:
 def _download(source: str) -> Path:
     """A file of a hub repository, and what belongs to it, in the hub's cache."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     owner, name, *inside = source.split("/", 2)
     repository = f"{owner}/{name}"
     if inside:
         wanted = inside[0]
     else:
-        try:
-            wanted = _choose(HfApi().list_repo_files(repository), source, f"{repository}/")
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UsageError(f"{source} is neither here nor a repository the hub gives: {reason}") from None
+        with checkpoint.from_hub(f"{source} is neither here nor a repository the hub gives"):
+            found = HfApi().model_info(repository, timeout=10).siblings or []
+        wanted = _choose([file.rfilename for file in found], source, f"{repository}/")
     beside = [str(Path(wanted).with_name(checkpoint.CONFIG))]
     if wanted.endswith(INDEX):
         beside.append(str(Path(wanted).with_name("*.safetensors")))
