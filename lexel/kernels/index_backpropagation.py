@@ -1,5 +1,7 @@
 """Index backpropagation (https://arxiv.org/abs/2412.02692): one call, three implementations."""
 
+import os
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -141,12 +143,21 @@ def _check(z: Tensor, codebook: Tensor) -> None:
 def _choose(implementation: str, z: Tensor) -> str:
     if implementation not in IMPLEMENTATIONS:
         raise unknown("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "triton":
+        if not (z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise UsageError(f"implementation 'triton' needs a CUDA device, got {z.device}; use 'tiled'")
+        if z.dtype == torch.float64:
+            raise UsageError("implementation 'triton' computes in float32, got float64; use 'tiled'")
+        if find_spec("triton") is None:
+            raise UsageError("implementation 'triton' needs the triton package; install it or use 'tiled'")
+    # The kernels have not been timed on a GPU yet: until they are shown to be faster, tiles are the choice everywhere.
     return "tiled" if implementation == "auto" else implementation
 
 
 @torch.library.custom_op("lexel::search", mutates_args=())
 def _search(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
-    return near_codes(queries, keys, minus_squares(keys) if distance else None).best
+    bias = minus_squares(keys) if distance else None
+    return near_codes(queries, keys, bias, implementation=implementation).best
 
 
 @_search.register_fake
@@ -168,7 +179,7 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(queries, keys, codes, distance, temperature, entropy_temperature, entropy, rows)
-    found = tiled.forward(problem)
+    found = tiled.forward(problem, implementation)
     z_q = F.embedding(found.indices, keys if codes is None else codes)
     return z_q, z_q.clone(), *found
 
@@ -209,7 +220,7 @@ def _backward(
     batch: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = Problem(queries, keys, codes, distance, temperature, entropy_temperature, entropy, rows)
-    gradients = tiled.backward(problem, tiled.Found(*found), soft, hard, sample, batch)
+    gradients = tiled.backward(problem, tiled.Found(*found), soft, hard, sample, batch, implementation)
     return gradients.queries, gradients.keys, gradients.codes
 
 

@@ -8,6 +8,7 @@ therefore runs in bfloat16 where the processor multiplies that faster.
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,12 @@ class Norms(NamedTuple):
 
 @torch.no_grad()
 def near_codes(
-    queries: Tensor, keys: Tensor, bias: Tensor | None = None, slack: float = 0.0, scan: torch.dtype | None = None
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None = None,
+    slack: float = 0.0,
+    scan: torch.dtype | None = None,
+    implementation: str = "tiled",
 ) -> Near:
     """Lists the codes within `slack` of the best score queries @ keys.T + bias.
 
@@ -47,10 +53,12 @@ def near_codes(
         bias: (K,) float64, added to every row of scores.
         slack: how far below the best a listed code may be, in units of the score.
         scan: the precision of the scan, which decides the time and nothing else; by default the fastest.
+        implementation: of the scan, "tiled" or "triton".
     """
     scan = scan or _fastest(queries, keys)
     norms = _largest_norms(keys, scan)
-    blocks = [_near_block(rows, keys, bias, slack, scan, norms) for rows in queries.split(ROWS)]
+    maxima = _group_maxima if implementation == "tiled" else _triton_maxima
+    blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(ROWS)]
     return Near(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -96,9 +104,15 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _near_block(
-    queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, scan: torch.dtype, norms: Norms
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    slack: float,
+    scan: torch.dtype,
+    norms: Norms,
+    group_maxima: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor],
 ) -> Near:
-    maxima = _group_maxima(queries, keys, bias, scan)  # (n, groups)
+    maxima = group_maxima(queries, keys, bias, scan)  # (n, groups)
     best = maxima.amax(1).to(queries.dtype)
     below = slack + 2 * _scan_error(queries, bias, scan, norms)
     if scan != queries.dtype and bias is None:
@@ -134,7 +148,7 @@ def _near_block(
 
     some = broad.nonzero().squeeze(1)
     if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
-        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms)
+        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, group_maxima)
         return Near(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
     if len(some):
         found.best[some] = _search_exactly(queries[some], keys, bias)
@@ -166,6 +180,12 @@ def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torc
             shifted[:, : len(keys[part])] += bias[part].to(stored)
             maxima[:, tile] = shifted.view(-1, GROUP, TILE // GROUP).amax(1)
     return maxima.flatten(1)
+
+
+def _triton_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torch.dtype) -> Tensor:
+    from lexel.kernels import triton_kernels  # needs the triton package
+
+    return triton_kernels.group_maxima(queries, keys, bias, scan == torch.bfloat16, GROUP, TILE // GROUP)
 
 
 def _codes_of_groups(

@@ -58,11 +58,11 @@ def rows_at_a_time(size: int, cuda: bool) -> int:
     return max(16, min(most, budget // size))
 
 
-def forward(problem: Problem) -> Found:
-    """Indices and entropies."""
+def forward(problem: Problem, implementation: str = "tiled") -> Found:
+    """Indices and entropies; `implementation` is that of the scan."""
     queries, keys, bias, tau = problem.queries, problem.keys, _bias(problem), problem.entropy_temperature
     slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if problem.entropy else 0.0
-    near = near_codes(queries, keys, bias, slack)
+    near = near_codes(queries, keys, bias, slack, implementation=implementation)
     if not problem.entropy:
         scalar, empty = queries.new_zeros(()), queries.new_empty(0, dtype=torch.float64)
         return Found(near.best, scalar, scalar.clone(), near.codes[:0].clone(), empty, empty.clone(), near.broad[:0])
@@ -89,6 +89,7 @@ def backward(
     hard: Tensor | None,
     sample: Tensor | None,
     batch: Tensor | None,
+    implementation: str = "tiled",
 ) -> Gradients:
     """Gradients of the inputs from those of the outputs.
 
@@ -97,6 +98,7 @@ def backward(
         hard: (N, D), reaches the chosen codes only: z_q's and that of the plain lookup together.
         sample: (), the gradient of the mean entropy of the rows.
         batch: (), the gradient of the entropy of the mean row.
+        implementation: of the pass through the softmax.
     """
     queries, keys, codes = problem.queries, problem.keys, problem.codes
     into = Gradients(
@@ -105,7 +107,12 @@ def backward(
         queries.new_empty(0) if codes is None else torch.zeros_like(codes),
     )
     mass = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
-    if soft is not None:
+    if soft is not None and implementation == "triton":
+        from lexel.kernels import triton_kernels  # needs the triton package
+
+        d_queries, d_keys, mass = triton_kernels.soft(problem, soft, _bias(problem))
+        into = Gradients(d_queries, d_keys, into.codes)
+    elif soft is not None:
         _soft(problem, soft, into, mass)
     if sample is not None or batch is not None:
         zero = found.mean.new_zeros(())

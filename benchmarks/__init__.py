@@ -1,0 +1,1 @@
+"""What Lexel's kernels cost beside their peers: `python -m benchmarks quantizers`."""
