@@ -124,6 +124,19 @@ class Generator(nn.Module):
             columns.append(nll)
         return torch.stack(columns, 1)
 
+    @torch.no_grad()
+    def extra_bits(
+        self,
+        indices: Tensor,
+        class_labels: Tensor,
+        implementation: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> float:
+        """What a way to decode adds to the bits of these tokens, a token; arguments as for `likelihood`."""
+        exact = self.likelihood(indices, class_labels, "plain")
+        fast = self.likelihood(indices, class_labels, implementation, dtype)
+        return float((fast.double() - exact.double()).mean()) / math.log(2)
+
     # ------------------------------------------------------------------------------------------ sampling
 
     @torch.no_grad()
@@ -230,6 +243,9 @@ class Generator(nn.Module):
             self._decoders.clear()  # a decoder holds a copy of the weights
             self._decoders[key] = Decoder(self.transformer, implementation, dtype)
         return self._decoders[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_decoders": {}}  # packed weights cannot be copied, and are made again when needed
 
     # ------------------------------------------------------------------------------------------ classes
 

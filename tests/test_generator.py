@@ -1,6 +1,8 @@
 """Generation: the published samples, equality of every way to decode, likelihoods, folders, in-painting."""
 
+import copy
 import json
+import math
 import subprocess
 import sys
 
@@ -317,6 +319,12 @@ def test_a_decoder_follows_the_weights():
     assert torch.equal(generator.sample(LABELS), sample_without_cache(generator, LABELS))
 
 
+def test_a_generator_that_has_sampled_can_be_copied():
+    generator = make(dtype=torch.float32)
+    before = generator.sample(LABELS, implementation="packed")
+    assert torch.equal(copy.deepcopy(generator).sample(LABELS, implementation="packed"), before)
+
+
 def test_int8_rounds_weights_to_half_a_step():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     x = torch.eye(128)
@@ -351,6 +359,8 @@ def test_the_likelihood_of_a_way_to_decode_is_that_of_the_network(config):
     rounded = generator.float().likelihood(tokens, torch.tensor(LABELS), "int8").double()
     assert 0 < (rounded - exact).detach().abs().max().item() < 0.5
     assert (rounded - exact).detach().mean().abs().item() < 0.05
+    bits = generator.extra_bits(tokens, torch.tensor(LABELS), "int8")
+    assert bits == pytest.approx((rounded - exact).mean().item() / math.log(2), abs=1e-5)
 
 
 def test_grids_and_rows_of_tokens_mean_the_same():
