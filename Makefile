@@ -17,7 +17,7 @@ demo: $(VENV)/.demo
 	$(BIN)/lexel demo --out runs/demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

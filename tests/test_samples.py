@@ -1,0 +1,82 @@
+"""Images from a generator, written as grids, streams and tokens."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lexel import samples
+from lexel.autoencoder import AutoencoderConfig
+from lexel.data import TRANSFORMS, ArrayImages
+from lexel.errors import UsageError
+from lexel.generator import Generator, GeneratorConfig
+from lexel.place import place
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.transformer import TransformerConfig
+
+HERE = place("cpu")
+
+
+@pytest.fixture(scope="module")
+def generator():
+    torch.manual_seed(0)
+    sizes = {
+        "width": 8,
+        "multipliers": [1, 1],
+        "residual_blocks": 1,
+        "attention_levels": [],
+        "z_channels": 4,
+        "groups": 4,
+    }
+    quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
+    tokenizer = Tokenizer(TokenizerConfig(autoencoder=AutoencoderConfig(**sizes), quantizer=quantizer)).eval()
+    network = TransformerConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
+    generator = Generator(GeneratorConfig(transformer=network))
+    torch.nn.init.normal_(generator.transformer.head.weight)  # or every token would be as likely as any other
+    generator.attach(tokenizer)
+    return generator.double().eval()
+
+
+def test_tokens_images_and_grid_show_the_same_samples(generator, tmp_path, monkeypatch):
+    labels = [0, 1, 2, 0, 1]
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    tokens = np.load(samples.write_samples(generator, labels, tmp_path / "s.npy", HERE))
+    assert tokens.shape == (5, 2, 3)
+    images = np.load(samples.write_samples(generator, labels, tmp_path / "s.npz", HERE))["arr_0"]
+    assert images.shape == (5, 4, 6, 3)
+    decoded = generator.tokenizer.decode(torch.from_numpy(tokens))
+    assert np.abs((decoded.movedim(1, -1).numpy() + 1) * 127.5 - images).max() <= 0.5 + 1e-4
+    grid = np.asarray(Image.open(samples.write_samples(generator, labels, tmp_path / "s.png", HERE, columns=3)))
+    assert grid.shape == (4 * 2 + 2, 6 * 3 + 4, 3)
+    assert np.array_equal(grid[6:10, 8:14], images[4])
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_samples_do_not_depend_on_how_many_are_made_at_once(generator, tmp_path, monkeypatch, at_once):
+    whole = np.load(samples.write_samples(generator, [0, 1, 2, 0], tmp_path / "a.npy", HERE, seed=3))
+    monkeypatch.setattr(samples, "AT_ONCE", at_once)
+    assert np.array_equal(
+        np.load(samples.write_samples(generator, [0, 1, 2, 0], tmp_path / "b.npy", HERE, seed=3)), whole
+    )
+    part = samples.write_samples(generator, [2, 0], tmp_path / "c.npy", HERE, first_number=2, seed=3)
+    assert np.array_equal(np.load(part), whole[2:])
+
+
+def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):
+    with pytest.raises(UsageError, match=r"s.gif has no known ending; choose from .png"):
+        samples.write_samples(generator, [0], tmp_path / "s.gif", HERE)
+    with pytest.raises(UsageError, match="no classes to sample from"):
+        samples.write_samples(generator, [], tmp_path / "s.png", HERE)
+    with pytest.raises(UsageError, match="fingerprint"):
+        samples.write_samples(generator, [0], tmp_path / "s.png", HERE, tokenizer=Tokenizer(generator.tokenizer.config))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_nearest_training_picture_is_found_with_its_distance():
+    random = np.random.default_rng(0)
+    known = random.integers(0, 246, (5, 4, 4, 3), dtype=np.uint8)
+    images = ArrayImages(known, [f"picture {number}" for number in range(5)])
+    nearest = samples.nearest_pictures(known[[3, 1]] + np.uint8(10), images, TRANSFORMS["published"](4))
+    assert nearest.names == ["picture 3", "picture 1"]
+    assert np.array_equal(nearest.pictures, known[[3, 1]])
+    assert nearest.distances == pytest.approx([10, 10])
