@@ -1,7 +1,6 @@
 """The generator: class labels in, tokens of new images out."""
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -19,6 +18,7 @@ from lexel.tokenizer import Tokenizer
 from lexel.transformer import TransformerConfig, join_tokens, split_tokens
 
 TOKENIZER = "tokenizer"  # the folder inside a generator's folder that holds the tokenizer it belongs to
+MEMINFO = Path("/proc/meminfo")  # of Linux
 FREE = -1  # in `given`: a token to be sampled
 
 
@@ -541,13 +541,16 @@ def _for_each(value: float | Sequence[float], parts: int, name: str) -> list[flo
 
 def _images_at_once(decoder: Decoder, slots: int, rows_per_image: int) -> int:
     """How many images fit into half of the memory that is free."""
+    return max(1, _free_bytes(decoder) // 2 // (rows_per_image * decoder.bytes_per_row(slots)))
+
+
+def _free_bytes(decoder: Decoder) -> int:
     if decoder.device.type == "cuda":
-        free = torch.cuda.mem_get_info(decoder.device)[0] + decoder.kept_bytes
-    elif "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        free = 4 * 2**30  # a system that does not tell
-    return max(1, free // 2 // (rows_per_image * decoder.bytes_per_row(slots)))
+        return torch.cuda.mem_get_info(decoder.device)[0] + decoder.kept_bytes
+    if MEMINFO.is_file():  # "MemAvailable:    20971520 kB" counts what the system would give back from its file cache
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return 4 * 2**30  # a system that does not tell
 
 
 def _reporter(

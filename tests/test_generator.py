@@ -396,6 +396,28 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_memory_of_a_row_is_what_it_is_said_to_be(config):
+    decoder = Decoder(make(config).transformer, "plain")
+    sequences = decoder.begin(torch.tensor(LABELS), 6)
+    tensors = [*sequences.keys, *sequences.values, *(part for block in sequences.blocks for part in block)]
+    logits = 32 * max(config.vocabularies)
+    assert decoder.bytes_per_row(6) * len(LABELS) == sum(tensor.nbytes for tensor in tensors) + logits * len(LABELS)
+
+
+@pytest.mark.parametrize(("rows_that_fit", "calls"), [(100, [5]), (4, [2, 2, 1]), (1, [1, 1, 1, 1, 1])])
+def test_a_batch_larger_than_memory_is_split(monkeypatch, tmp_path, rows_that_fit, calls):
+    generator, seen = make(), []
+    together = generator.sample(LABELS, 2.0)
+    free = 2 * rows_that_fit * generator._decoder("auto", None).bytes_per_row(6)  # half of it is used
+    (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-free // 1024)} kB\n")
+    monkeypatch.setattr(lexel.generator, "MEMINFO", tmp_path / "meminfo")
+    raster = lexel.generator._raster
+    monkeypatch.setattr(lexel.generator, "_raster", lambda batch: seen.append(len(batch.labels)) or raster(batch))
+    assert torch.equal(generator.sample(LABELS, 2.0), together)
+    assert seen == calls
+
+
 def test_no_images_are_an_empty_batch():
     assert make().sample([]).shape == (0, 2, 3)
 
