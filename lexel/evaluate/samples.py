@@ -15,7 +15,7 @@ from lexel import checkpoint
 from lexel.data import ImageSet
 from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError
-from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, shown
+from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, see, shown
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Archive, Pictures, Source, open_samples, open_set, resized, transform_of
 from lexel.evaluate.stream import Progress, Seen, join_processes, rank, shared, stream
@@ -181,7 +181,7 @@ def reference_statistics(
     kept = _chosen(len(source), protocol.reference_features)
 
     def take(pictures: Tensor, numbers: Tensor) -> None:
-        features = network(shown(pictures.to(device), protocol))
+        features = see(network, shown(pictures.to(device), protocol))
         chosen = kept[numbers]
         states["bank"].add(features.pooled[chosen.to(device)], numbers[chosen])
         if "pooled" in states:
