@@ -541,6 +541,18 @@ def test_weights_to_use_are_the_averages_the_live_ones_or_the_best(pictures, str
         assert torch.equal(value, expected[f"module.{name}"])
 
 
+def test_a_tracker_gets_the_recipe_and_the_numbers(pictures, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_tokenizer(recipe(pictures, trackers=["tensorboard"], steps=3), tmp_path, device="cpu")
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*")).parent))
+    events.Reload()
+    (line,) = [line for line in logged(tmp_path) if line["kind"] == "train"]
+    (event,) = events.Scalars("train/l1")
+    assert (event.step, event.value) == (3, pytest.approx(line["l1"]))
+
+
 # ------------------------------------------------------------------------------------------------ fine-tuning
 
 

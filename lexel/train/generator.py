@@ -45,13 +45,13 @@ from lexel.train.run import (
     Schedule,
     StopRequest,
     TrainingStopped,
-    flatten,
     optimizer_step,
     pick_place,
     seed_step,
     set_learning_rate,
     share,
     start,
+    track,
 )
 from lexel.transformer import TransformerConfig
 
@@ -474,8 +474,7 @@ def train_generator(
         learner.load_state_dict(state, run.checkpoint(state["step"]))
         first, seconds_before = state["step"], state["seconds"]
     batches = source.batches(config, first, rank, processes)
-    if config.trackers:
-        accelerator.init_trackers("lexel", config=flatten(recipe.model_dump(mode="json", exclude_none=True)))
+    track(accelerator, recipe)
 
     begun = time.perf_counter()
     done, finished = first, first >= steps

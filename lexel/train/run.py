@@ -376,6 +376,15 @@ def start(
     return accelerator
 
 
+def track(accelerator: Accelerator, recipe: Config) -> None:
+    """Tells the trackers, if there are any, which recipe this run follows."""
+    if not accelerator.log_with:
+        return
+    options = flatten(recipe.model_dump(mode="json", exclude_none=True))
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in options.items()}
+    accelerator.init_trackers("lexel", config=plain)
+
+
 def pick_place(device: str, precision: Precision, accelerator: Accelerator) -> Place:
     """Where this process computes: its own device of a distributed run, else the one that was asked for."""
     if accelerator.num_processes > 1:

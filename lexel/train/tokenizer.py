@@ -48,13 +48,13 @@ from lexel.train.run import (
     Schedule,
     StopRequest,
     TrainingStopped,
-    flatten,
     optimizer_step,
     pick_place,
     seed_step,
     set_learning_rate,
     share,
     start,
+    track,
     weight_average,
 )
 from lexel.train.validation import validate
@@ -424,8 +424,7 @@ def train_tokenizer(
     batches = training_batches(
         images, transform, config.batch_size, config.seed, first, rank, processes, recipe.data.workers
     )
-    if config.trackers:
-        accelerator.init_trackers("lexel", config=flatten(recipe.model_dump(mode="json", exclude_none=True)))
+    track(accelerator, recipe)
     begun = time.perf_counter()
     done, finished = first, first >= steps
     with StopRequest() as stop:
