@@ -432,6 +432,13 @@ def test_a_bare_statistics_file_gives_what_it_can_and_says_what_it_cannot(tmp_pa
     assert len(left_out) == 3
 
 
+def test_a_small_reference_is_warned_of(samples):
+    few = evaluate_samples(samples, image_set(10), QUICK, metrics=["frechet"])["warnings"]
+    assert any("the reference has 10 images, too few for the 16 features" in warning for warning in few)
+    enough = evaluate_samples(samples, image_set(), QUICK, metrics=["frechet"])["warnings"]
+    assert not any("the reference has" in warning for warning in enough)
+
+
 def test_statistics_of_another_network_or_protocol_are_refused(tmp_path, samples, cache):
     np.savez(tmp_path / "other.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UsageError, match="2048 features, random has 16"):

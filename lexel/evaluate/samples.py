@@ -255,6 +255,10 @@ def _generation_values(
         add_jackknifed(values, name, [term.distance for term in terms])
         warn_of_damage(values, name, max(term.clipped for term in terms))
     warn_of_size(values, seen.count, protocol, extractor)
+    if known.pooled.n is not None and known.pooled.n <= extractor.dims:
+        values.warnings.append(
+            f"the reference has {known.pooled.n} images, too few for the {extractor.dims} features of {extractor.name}"
+        )
     if "inception_score" in wanted:
         add_score(values, states["made.score"], extractor)
     if known.features is not None and wanted & {"precision_recall", "kid"}:
