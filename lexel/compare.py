@@ -120,7 +120,9 @@ def compare(
             finished = False
             break
         results.append(result)
-        write(out, recipe, results, len(arms))
+        write_json(out, recipe, results, len(arms))
+    if results:
+        write_html(out, recipe, results, len(arms))
     return Compared(out / "compare.html", summarise(results), finished)
 
 
@@ -334,14 +336,17 @@ def _cell(number: Mapping[str, Any] | None, form: Callable[[float], str]) -> str
     return text if number["deviation"] is None else f"{text} ± {form(number['deviation'])}"
 
 
+def write_json(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any]], planned: int) -> None:
+    """Writes `compare.json`: the recipe, the rows of the table, and every run's result."""
+    summary = {"lexel": __version__, "recipe": _plain(recipe), "planned": planned}
+    write_result(out / "compare.json", {**summary, "rows": summarise(results), "runs": list(results)})
+
+
 # The page
 
 
-def write(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any]], planned: int) -> None:
-    """Writes `compare.json` and `compare.html` from what is there so far."""
-    rows = summarise(results)
-    summary = {"lexel": __version__, "recipe": _plain(recipe), "planned": planned, "rows": rows, "runs": list(results)}
-    write_result(out / "compare.json", summary)
+def write_html(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any]], planned: int) -> None:
+    """Writes `compare.html` from what is there."""
     runs = {result["name"]: read_run(out / "runs" / result["name"], result["quantizer"]) for result in results}
     seeds = len({result["seed"] for result in results})
     data = recipe.data
@@ -351,7 +356,7 @@ def write(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any
         f"{seeds} {'seed' if seeds == 1 else 'seeds'}; only the quantizer changes. "
         f"{len(results)} of {planned} trainings are done."
     )
-    sections = [Section("Results on held-out pictures", NOTE, table=table(rows))]
+    sections = [Section("Results on held-out pictures", NOTE, table=table(summarise(results)))]
     notes = [f"{result['name']}: {result['stopped']}" for result in results if result["stopped"]]
     if notes:
         sections.append(Section("Ended early", "These trainings could not go on.", code="\n".join(notes)))
