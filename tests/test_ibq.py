@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
+from lexel.kernels import tiled
 from lexel.quantizers import IBQ
 
 
@@ -93,6 +94,21 @@ def test_entropies_can_be_left_out():
     assert ibq.loss(losses) > 0  # a weight without a term is no error
 
 
+def test_the_row_block_reaches_the_backward_pass(monkeypatch):
+    seen = []
+    real = tiled.backward
+
+    def backward(problem, *rest):
+        seen.append(problem.rows)
+        return real(problem, *rest)
+
+    monkeypatch.setattr(tiled, "backward", backward)
+    z, g = normal(9, 6), normal(9, 6, seed=2)
+    torch.testing.assert_close(latent_gradient(quantizer(rows=2), z, g), latent_gradient(quantizer(), z, g))
+    assert seen[0] == 2
+    assert seen[1] > 2
+
+
 def test_every_code_learns_from_the_output_alone():
     ibq = quantizer()
     ibq(normal(1, 6)).z_q.sum().backward()
@@ -130,6 +146,7 @@ def test_half_precision_latents_are_decided_in_float32():
     [
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"entropy_temperature": -0.1}, "entropy_temperature must be above 0, got -0.1"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"identity": 2}, "identity must be from 0 to 1, got 2"),
         ({"similarity": "angle"}, "unknown similarity 'angle'"),
     ],

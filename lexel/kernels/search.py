@@ -58,7 +58,8 @@ def near_codes(
     scan = scan or _fastest(queries, keys)
     norms = _largest_norms(keys, scan)
     maxima = _group_maxima if implementation == "tiled" else _triton_maxima
-    blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(ROWS)]
+    together = ROWS if queries.device.type == "cpu" else 4 * ROWS
+    blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
     return Near(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
@@ -77,7 +78,7 @@ def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
 
 
 def _largest_norms(keys: Tensor, scan: torch.dtype) -> Norms:
-    tiles = keys.split(TILE)
+    tiles = keys.split(TILE if keys.device.type == "cpu" else 64 * TILE)
     largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
     if scan == keys.dtype:
         return Norms(largest, torch.zeros_like(largest))

@@ -194,9 +194,11 @@ def _log_softmax(problem: Problem, some: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """queries @ keys.T + bias, tile by tile: a tile of keys stays in the cache for all rows."""
-    for start in range(0, len(keys), TILE):
-        part = slice(start, start + TILE)
+    """queries @ keys.T + bias; on a CPU tile by tile, so that a tile of keys stays in the cache for all rows."""
+    whole = out.is_cuda and out.dtype == keys.dtype  # a GPU would wait for the launches of small products
+    step = len(keys) if whole else TILE
+    for start in range(0, len(keys), step):
+        part = slice(start, start + step)
         tile = keys[part].to(out.dtype)
         if bias is None:
             torch.mm(queries, tile.T, out=out[:, part])

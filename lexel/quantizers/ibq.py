@@ -28,6 +28,7 @@ class IBQ(Quantizer):
         identity: adds this share of the output's gradient to the latents as it is, as plain straight-through does;
             0 (published) to 1.
         entropy: False leaves out both entropy terms and their cost.
+        rows: how many latents the backward pass takes at a time; fewer save memory and cost time (docs/performance.md).
     """
 
     LOSS_WEIGHTS = {
@@ -47,6 +48,7 @@ class IBQ(Quantizer):
         similarity: str = "dot",
         identity: float = 0.0,
         entropy: bool = True,
+        rows: int | None = None,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         for name, value in (("temperature", temperature), ("entropy_temperature", entropy_temperature)):
@@ -59,6 +61,9 @@ class IBQ(Quantizer):
         self.similarity = choose("similarity", similarity, ("dot", "l2", "cosine"))
         self.identity = identity
         self.entropy = entropy
+        if rows is not None and rows < 1:
+            raise UsageError(f"rows must be at least 1, got {rows}")
+        self.rows = rows
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
@@ -76,6 +81,7 @@ class IBQ(Quantizer):
             entropy_temperature=self.entropy_temperature,
             similarity=self.similarity,
             entropy=self.entropy,
+            rows=self.rows,
         )
         if self.identity:
             z_q = z_q + self.identity * (vectors - vectors.detach())
