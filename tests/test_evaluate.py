@@ -156,6 +156,30 @@ def test_another_picture_is_another_fingerprint():
     assert a["data"]["fingerprint"] != b["data"]["fingerprint"]
 
 
+def test_what_the_network_saw_of_real_images_is_found_again_and_changes_nothing(cache, monkeypatch):
+    looks = []
+    random = build("random")
+    monkeypatch.setattr(type(random), "forward", count_calls(type(random).forward, looks))
+    first = evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=4)
+    of_both = len(looks)
+    assert_same(evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=4), first)
+    assert len(looks) == of_both + of_both // 2
+    assert_same(evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=4, cache=False), first)
+    assert len(looks) == of_both * 2 + of_both // 2
+    assert len(list((cache / "statistics").iterdir())) == 1
+    evaluate_tokenizer(Grey(), image_set(seed=1), QUICK)
+    evaluate_tokenizer(Grey(), image_set(), dataclasses.replace(QUICK, rounding="float"))
+    assert len(list((cache / "statistics").iterdir())) == 3
+
+
+def count_calls(call, calls: list):
+    def counted(*given):
+        calls.append(1)
+        return call(*given)
+
+    return counted
+
+
 class Stopped(Exception):
     pass
 

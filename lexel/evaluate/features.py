@@ -116,6 +116,12 @@ def shown(images: Tensor, protocol: Protocol) -> Tensor:
     return on_unit_scale(images, protocol.rounding) * 2 - 1
 
 
+def reference_choices(protocol: Protocol) -> dict[str, Any]:
+    """What of a protocol decides the statistics of its real side."""
+    names = ("transform", "size", "rounding")
+    return {name: getattr(protocol, name) for name in names}
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32 in features, whatever the session has set: it moves them in the third digit."""

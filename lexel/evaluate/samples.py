@@ -15,7 +15,17 @@ from lexel import checkpoint
 from lexel.data import ImageSet
 from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError
-from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, see, shown
+from lexel.evaluate.features import (
+    GROUPS,
+    Plan,
+    described,
+    full_precision,
+    look,
+    network_for,
+    reference_choices,
+    see,
+    shown,
+)
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Archive, Pictures, Source, open_samples, open_set, resized, transform_of
 from lexel.evaluate.stream import Progress, Seen, join_processes, rank, shared, stream
@@ -192,7 +202,7 @@ def reference_statistics(
     about: dict[str, Any] = {
         "kind": "reference",
         "network": described(network),
-        "choices": _reference_choices(protocol),
+        "choices": reference_choices(protocol),
         "parts": sorted(states),
         "source": source.listing(),
     }
@@ -306,12 +316,6 @@ def _measurable(
     return wanted
 
 
-def _reference_choices(protocol: Protocol) -> dict[str, Any]:
-    """What of a protocol decides the statistics of its real side."""
-    names = ("transform", "size", "rounding")
-    return {name: getattr(protocol, name) for name in names}
-
-
 def _check_statistics(known: ReferenceStatistics, path: Path, protocol: Protocol, network: FeatureNetwork) -> None:
     if len(known.pooled.mean) != network.dims:
         raise UsageError(
@@ -325,10 +329,10 @@ def _check_statistics(known: ReferenceStatistics, path: Path, protocol: Protocol
             f" {network.name} ({network.resize_rule}, weights {network.fingerprint[:12]}); compute it again"
         )
     for name, value in known.about.get("choices", {}).items():
-        if value != _reference_choices(protocol)[name]:
+        if value != reference_choices(protocol)[name]:
             raise UsageError(
                 f"{path} was made with {name} {value}, protocol {protocol.name!r} has {name}"
-                f" {_reference_choices(protocol)[name]}; compute it again"
+                f" {reference_choices(protocol)[name]}; compute it again"
             )
     if known.spatial is not None and len(known.spatial.mean) != network.spatial_dims:
         raise UsageError(

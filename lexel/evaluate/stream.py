@@ -122,7 +122,7 @@ class Partial:
         if rank() == 0:
             parts = [checkpoint.load_state(path) for path in sorted(self.folder.glob("part-*.pt"))]
             for part in parts:
-                if part.get("identity") != self.identity:
+                if part.get("identity") != self.identity or not states.keys() <= part["states"].keys():
                     raise UsageError(
                         f"{self.folder} holds the partial state of another evaluation; finish it with the same"
                         " arguments, delete it, or give another folder"
