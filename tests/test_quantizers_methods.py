@@ -1,5 +1,6 @@
 """What is particular to each method: its formulas against dense ones, its options, its schedules."""
 
+import inspect
 import math
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lexel.quantizers
 from lexel.errors import UsageError
 from lexel.quantizers import (
     BSQ,
@@ -27,6 +29,7 @@ from lexel.quantizers import (
     Residual,
     SimVQ,
     Soft,
+    Table,
     build,
     build_bank,
     load_bank,
@@ -679,3 +682,14 @@ def test_the_example_of_the_page_on_extending_is_a_quantizer(monkeypatch):
     assert torch.equal(quantizer.indices_to_codes(indices), z_q)
     assert quantizer.scale.grad.abs().sum() > 0
     assert torch.equal(quantizer.bake()(z).indices, indices)
+
+
+@pytest.mark.parametrize("kind", [*sorted(QUANTIZERS), "table", "none"])
+def test_the_example_in_the_documentation_of_a_class_works(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cls = (QUANTIZERS | {"table": Table, "none": Continuous})[kind]
+    text = inspect.getdoc(cls).split("Args:")[0]
+    example = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    "))
+    assert cls.__name__ in example or kind == "table"
+    names = {**vars(lexel.quantizers), "torch": torch, "quantizer": VQ(16, 16), "z": latents(2, 16, 4)}
+    exec(example, {**names, "features": latents(1024, 768), "step": 1, "steps": 2})

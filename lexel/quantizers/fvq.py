@@ -17,8 +17,7 @@ class FVQ(ProjectedVQ):
     In training the bridge runs once a step; in evaluation once, and `bake` drops it. The other half of the paper,
     learning annealing, is a learning-rate schedule of the training loop (warm-up, constant, linear to 1 %).
 
-        FVQ(codebook_size=16384, codebook_dim=256)             # the paper's L/4 bridge
-        FVQ(codebook_size=262144, codebook_dim=256, patch=8)   # L/8
+        FVQ(codebook_size=16384, codebook_dim=256)  # the paper's L/4 bridge; from 65,536 codes on it is L/8
 
     Args:
         codebook_size: number of codes, K.

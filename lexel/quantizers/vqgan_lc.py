@@ -20,8 +20,8 @@ class VQGANLC(ProjectedVQ):
     The published bank is CLIP features of ImageNet, 100 centres for each class (`build_bank` makes one from any
     features). Without a bank the features are N(0, 1): the method then is SimVQ with a wide table.
 
-        save_bank(build_bank(features, size=16384), "bank.safetensors")
-        VQGANLC(codebook_size=16384, codebook_dim=8, bank="bank.safetensors", feature_dim=768)
+        save_bank(build_bank(features, size=1024), "bank.safetensors")
+        VQGANLC(codebook_size=1024, codebook_dim=8, bank="bank.safetensors", feature_dim=768)
 
     Args:
         codebook_size: number of codes, K.
