@@ -226,6 +226,7 @@ def train(
             loaded,
             out,
             device=device,
+            initial=_tokenizer(init) if init else None,
             progress=lambda now: update(now.step, now.steps, _pace(now)),
         )
     from lexel.report import write_report

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 from lexel import cli
 
@@ -89,6 +90,30 @@ def test_training_again_changes_nothing(run, pictures, capsys):
     )
     assert (code, errors) == (0, "")
     assert (run / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("what, frozen", [("all", ""), ("decoder", "encoder."), ("codebook", "")])
+def test_a_model_is_fine_tuned(run, pictures, capsys, tmp_path, what, frozen):
+    source = f"data.source={json.dumps(str(pictures))}"
+    arguments = [
+        "train",
+        "tiny",
+        "--out",
+        tmp_path / "fine",
+        "--init",
+        run,
+        "--init-what",
+        what,
+        "--set",
+        source,
+        *FAST,
+    ]
+    code, _, errors = lexel(capsys, *arguments)
+    assert (code, errors) == (0, "")
+    before, after = (load_file(folder / "model.safetensors") for folder in (run, tmp_path / "fine"))
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert any(name.startswith("decoder.") for name in moved)
+    assert not frozen or not any(name.startswith((frozen, "quantizer.", "to_codes.")) for name in moved)
 
 
 def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lexel import config
 
 if TYPE_CHECKING:
+    from lexel.tokenizer import Tokenizer
     from lexel.train.generator import GeneratorRecipe
     from lexel.train.run import ProgressCallback
     from lexel.train.tokenizer import TokenizerRecipe
@@ -32,13 +33,21 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
 
 
 def train(
-    recipe: "Recipe", out: str | Path, *, device: str = "auto", progress: "ProgressCallback | None" = None
+    recipe: "Recipe",
+    out: str | Path,
+    *,
+    device: str = "auto",
+    initial: "Tokenizer | None" = None,
+    progress: "ProgressCallback | None" = None,
 ) -> bool:
-    """Trains what the recipe describes; False where a signal ended it early and the same call would go on."""
+    """Trains what the recipe describes; False where a signal ended it early and the same call would go on.
+
+    `initial` is the model behind a tokenizer recipe's `init.source`, where that is no Lexel folder.
+    """
     from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
     if isinstance(recipe, TokenizerRecipe):
-        return train_tokenizer(recipe, out, device=device, progress=progress).finished
+        return train_tokenizer(recipe, out, device=device, initial=initial, progress=progress).finished
     from lexel.train.generator import train_generator
 
     return train_generator(recipe, out, device=device, progress=progress).finished

@@ -46,12 +46,12 @@ def validate(
         batch_size: images a batch, of each process.
         place: device and precision.
         accelerator: tells the processes.
-        limit: measure on so many images only.
+        limit: measure on so many images only, evenly spaced.
         lpips: measures perceptual distance too.
         workers: processes that read pictures.
     """
     if limit is not None and limit < len(images):
-        images = images.subset(range(limit))
+        images = spread(images, limit)
     quantizer = tokenizer.quantizer
     histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), place.device)
     names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
@@ -81,7 +81,8 @@ def validate(
     values: dict[str, float | None] = {name: total / count for name, total in zip(names[1:], totals, strict=True)}
 
     # A handful of pictures, the same in every process, for what needs gradients and for the eye.
-    shown = next(iter(ordered_batches(images, transform, min(SHOWN, len(images))))).images.to(place.device)
+    few = spread(images, min(SHOWN, len(images)))
+    shown = next(iter(ordered_batches(few, transform, len(few)))).images.to(place.device)
     with place.autocast():
         health = gradient_health(tokenizer, shown)
         z = tokenizer.latents(shown)
@@ -106,6 +107,11 @@ def validate(
         "codes": _sample(codes),
     }
     return Measured(values, {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()})
+
+
+def spread(images: ImageSet, count: int) -> ImageSet:
+    """So many pictures from all over a set: folders are sorted by class, and the first would be of one class."""
+    return images.subset([number * len(images) // count for number in range(count)])
 
 
 def _sample(rows: Tensor) -> Tensor:
