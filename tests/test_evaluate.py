@@ -35,7 +35,7 @@ from lexel.metrics import (
     ssim,
 )
 from lexel.metrics.protocols import PixelRule, ScoreRule, UsageRule, protocol
-from lexel.networks import build
+from lexel.networks import FEATURE_NETWORKS, build
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 QUICK = dataclasses.replace(  # a network of 16 features that needs no file, at 32 px
@@ -277,6 +277,18 @@ def test_numbers_of_another_network_carry_its_name_and_a_word_on_it():
     assert "fd_random" in named["metrics"]
     assert "inception_score_random" in named["metrics"]
     assert not any(name in named["metrics"] for name in ("fid", "rfid", "inception_score"))
+
+
+def test_only_inceptions_numbers_have_the_published_names(monkeypatch, samples):
+    class Disguised(type(build("random"))):
+        name = "inception"
+
+    monkeypatch.setitem(FEATURE_NETWORKS, "inception", Disguised)
+    of_inception = dataclasses.replace(QUICK, network="inception")
+    made = evaluate_tokenizer(Grey(), image_set(), of_inception, network="inception")
+    assert {"rfid", "inception_score"} <= made["metrics"].keys()
+    generated = evaluate_samples(samples, image_set(), of_inception, network="inception")
+    assert generated["metrics"].keys() == {"fid", "sfid", "inception_score", "precision", "recall", "kid"}
 
 
 def test_without_inceptions_weights_the_offline_network_is_used_and_said(monkeypatch):
