@@ -54,7 +54,7 @@ class Gradients(NamedTuple):
 
 def rows_at_a_time(size: int, cuda: bool) -> int:
     """How many rows the backward pass takes at a time by default."""
-    most, budget = (4096, 2**28) if cuda else (512, 2**25)
+    most, budget = (4096, 2**28) if cuda else (384, 2**25)
     return max(16, min(most, budget // size))
 
 
