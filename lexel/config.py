@@ -103,6 +103,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"{place} lacks the option {name!r}"
     message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+    if isinstance(first["input"], dict):  # options that do not go together: the message names them
+        return message if not first["loc"] else f"{'.'.join([*where, name])}: {message}"
     return f"{'.'.join([*where, name])} = {first['input']!r}: {message}"
 
 

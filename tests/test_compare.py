@@ -172,7 +172,10 @@ def test_a_variant_has_options_weights_and_training_of_its_own(recipe, tmp_path)
         ({"quantizers": []}, "quantizers must be given, each once; got none"),
         ({"quantizers": ["vq", "vq"]}, "each once"),
         ({"quantizers": ["vq"], "seeds": [1, 1]}, "seeds must be given, each once"),
-        ({"quantizers": ["lfq"], "codebook_sizes": [100]}, "powers of two, got codebook_size 100"),
+        (
+            {"quantizers": ["lfq"], "codebook_sizes": [100]},
+            "^lfq with 100 codes of dimension 4: codes of signs come in powers of two, got codebook_size 100; try 64$",
+        ),
         ({"quantizers": ["vq"], "variants": {"vq": Variant(kind="vq")}}, "the variant 'vq' has a quantizer's name"),
         ({"quantizers": ["my"], "variants": {"my": Variant(kind="vqq")}}, "variant 'my': unknown kind 'vqq'"),
         (
