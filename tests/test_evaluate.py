@@ -570,6 +570,11 @@ def test_results_that_are_not_on_one_scale_are_refused_with_the_reason(result, c
         compare_results(json.loads(json.dumps(result)), other)
 
 
+def test_a_result_is_compared_with_one_from_a_file(tmp_path, result):
+    write_result(tmp_path / "result.json", result)
+    assert compare_results(read_result(tmp_path / "result.json"), result)["psnr"].difference == 0
+
+
 def test_other_numbers_of_samples_are_not_compared(samples):
     a = evaluate_samples(samples, image_set(), QUICK, metrics=["frechet"])
     b = evaluate_samples(samples, image_set(), QUICK, metrics=["frechet"], limit=18)

@@ -109,7 +109,7 @@ def as_result(
         "metrics": values.metrics,
         "intervals": values.intervals,
         "warnings": [*warnings, *values.warnings],
-        "protocol": protocol.table(),
+        "protocol": _finite(protocol.table()),  # lists for tuples, as a file gives them back
         "network": identity["network"],
         "lpips": identity.get("lpips"),
         "tokenizer": identity.get("tokenizer"),
