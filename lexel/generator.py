@@ -221,7 +221,9 @@ class Generator(nn.Module):
         done = []
         for begin in range(0, count, size):
             end = min(begin + size, count)
-            random = uniforms(seed, numbers[begin:end], config.tokens * parts).to(labels.device)
+            random = uniforms(seed, numbers[begin:end], config.tokens * parts)
+            if labels.device.type != "mps":  # Apple's GPUs have no float64: there the draw is the CPU's
+                random = random.to(labels.device)
             batch = _Batch(
                 decoder=decoder,
                 settings=settings,
@@ -437,7 +439,8 @@ class _Batch(NamedTuple):
             logits = self.decoder.logits(sequences, hidden, first)
             if len(hidden) > count:
                 logits = guide(logits[:count], logits[count:], scales[part][position])
-            parts.append(draw(filter_logits(logits, **filters), self.random[:, position, part]))
+            filtered = filter_logits(logits.to(self.random.device), **filters)
+            parts.append(draw(filtered, self.random[:, position, part]).to(hidden.device))
         return join_tokens(parts, vocabularies)
 
 
