@@ -300,6 +300,10 @@ def test_a_run_may_grow_and_change_what_it_writes(pictures, tmp_path):
     longer = train_tokenizer(recipe(pictures, steps=STEPS + 2, log_every=1, save_every=1), tmp_path, device="cpu")
     assert longer.step == STEPS + 2
     assert [line["step"] for line in logged(tmp_path) if line["kind"] == "train"][-2:] == [STEPS + 1, STEPS + 2]
+    train_tokenizer(recipe(pictures, steps=STEPS + 6), tmp_path, device="cpu", progress=interrupted_at(STEPS + 3))
+    newest = load_state(RunFolder(tmp_path, writes=False).checkpoint(STEPS + 4))["average"]
+    for name, value in load_run(tmp_path).state_dict().items():  # not what was exported at the earlier end
+        assert torch.equal(value, newest[f"module.{name}"]), name
 
 
 # ------------------------------------------------------------------------------------------------ stopping

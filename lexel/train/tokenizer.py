@@ -608,13 +608,16 @@ def load_run(folder: str | Path, weights: Literal["average", "live", "best"] = "
         UsageError: there is no such folder, or no checkpoint in it to choose from.
     """
     run = RunFolder(folder, writes=False)
-    exported = (run.path / "config.json").is_file()
-    if not run.recipe.is_file() or (weights == "average" and exported):
+    steps = run.steps()
+    if not run.recipe.is_file() or not steps:
         if weights != "average":
             raise UsageError(f"{folder} is no run folder with checkpoints; only its exported weights can be used")
         return Tokenizer.from_pretrained(folder)
-    steps = run.steps()
-    step = run.best_step() if weights == "best" else steps[-1] if steps else None
+    if weights == "average" and (run.path / "config.json").is_file():
+        exported = Tokenizer.from_pretrained(folder)
+        if exported.provenance.get("step") == steps[-1]:  # else the run has gone on since
+            return exported
+    step = run.best_step() if weights == "best" else steps[-1]
     if step is None or step not in steps:
         raise UsageError(f"{folder} has no checkpoint for weights = {weights!r}; it has steps {steps}")
     recipe = load(run.recipe, TokenizerRecipe)
