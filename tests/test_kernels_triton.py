@@ -50,6 +50,45 @@ def test_triton_on_a_cpu_is_refused_with_what_would_work():
         nearest(torch.zeros(2, 3), torch.zeros(4, 3), implementation="triton")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize(("capability", "most"), [(80, 163), (86, 99), (90, 227)])
+def test_the_kernels_compile_within_a_cards_shared_memory(capability, most):
+    # Compiling needs no GPU. KiB of shared memory a block may take, from NVIDIA's table of compute capabilities.
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from lexel.kernels import triton_kernels as kernels
+
+    tile = {
+        "PRECISION": kernels.PRECISION,
+        "N": kernels.BLOCK_N,
+        "K": kernels.BLOCK_K,
+        "D": kernels.BLOCK_D,
+        "BIAS": True,
+    }
+    for kernel, constants in [
+        (kernels._maxima_kernel, {**tile, "HALF": True, "MEMBERS": 16}),
+        (kernels._statistics_kernel, tile),
+        (kernels._queries_kernel, {**tile, "OUT": kernels.OUTPUT}),
+        (kernels._keys_kernel, {**tile, "OUT": kernels.OUTPUT}),
+    ]:
+        function = kernel.fn
+        numbers = {"count", "size", "dim", "groups", "tiles", "blocks"}
+        types = {
+            name: "i32" if name in numbers else "fp32" if name == "scale" else "*fp32" for name in function.arg_names
+        }
+        types |= dict.fromkeys(constants, "constexpr")
+        source = ASTSource(
+            function, types, {(function.arg_names.index(name),): value for name, value in constants.items()}
+        )
+        for config in kernels.CONFIGS:
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert compiled.metadata.shared <= most * 1024, (function, options)
+
+
 @on_device
 def test_float64_is_refused():
     with pytest.raises(UsageError, match="computes in float32"):
