@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lexel
 from lexel.decoding import Decoder
 from lexel.generator import Generator, GeneratorConfig
 from lexel.sampling import draw, guide, uniforms
+from lexel.train.generator import load_generator_run
 from lexel.transformer import SIZES, ClassConditional, TransformerConfig, rotate
 
 TOKENS = 256
@@ -168,7 +168,7 @@ def _floor(model: ClassConditional, device: torch.device) -> None:
 
 def quality(folder: str, images: int) -> None:
     """Prints what int8 and wavefronts cost on a trained generator, in bits of its own likelihood."""
-    generator = lexel.Generator.from_pretrained(folder)
+    generator = load_generator_run(folder)
     config = generator.config.transformer
     labels = torch.arange(images) % config.classes
     plain = generator.sample(labels, seed=1)
