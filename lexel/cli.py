@@ -518,6 +518,9 @@ def sample(
             batch_size=batch_size,
         )
     print(f"{len(labels)} images in {out}")
+    if implementation == "int8":
+        few = generator.sample(labels[:2], cfg_scale, cfg_schedule, temperature, seed=seed, implementation="int8")
+        print(f"int8 adds {generator.extra_bits(few, labels[:2], 'int8'):+.4f} bits a token (on {len(few)} images)")
 
 
 def _generator(source: str, weights: "Literal['live', 'best']") -> "Generator":

@@ -91,7 +91,7 @@ class Generator(nn.Module):
     def likelihood(
         self,
         indices: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | Sequence[int],
         implementation: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> Tensor:
@@ -101,11 +101,11 @@ class Generator(nn.Module):
 
         Args:
             indices: int64 (B, h, w), or (B, T) in raster order.
-            class_labels: int64 (B,) in [0, classes].
+            class_labels: (B,) in [0, classes].
             implementation, dtype: as for `sample`.
         """
         tokens = self._check_tokens(indices, lowest=0).to(self.transformer.classes.weight.device)
-        labels = self._check_labels(class_labels, len(tokens))
+        labels = self._check_labels(torch.as_tensor(class_labels), len(tokens))
         decoder, count = self._decoder(implementation, dtype), tokens.shape[1]
         sequences = decoder.begin(labels, count)
         positions = torch.arange(count, device=tokens.device)
@@ -128,7 +128,7 @@ class Generator(nn.Module):
     def extra_bits(
         self,
         indices: Tensor,
-        class_labels: Tensor,
+        class_labels: Tensor | Sequence[int],
         implementation: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> float:
