@@ -359,30 +359,36 @@ class Decoder:
 
 
 class _Graph:
-    """A decode step recorded as a CUDA graph: hundreds of kernels start as one."""
+    """A decode step over a fixed number of slots, recorded as a CUDA graph: hundreds of kernels start as one.
+
+    Token and position lie at fixed addresses, and what is later than the position is masked.
+    """
 
     def __init__(self, decoder: Decoder, sequences: Sequences, length: int) -> None:
-        device, rows = decoder.device, len(sequences.start)
-        self.tokens = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self.slots = torch.zeros(1, dtype=torch.long, device=device)
-        lengths = torch.arange(length, device=device)
+        self.decoder, self.sequences, self.length = decoder, sequences, length
+        self.tokens = torch.zeros(len(sequences.start), 1, dtype=torch.long, device=decoder.device)
+        self.slots = torch.zeros(1, dtype=torch.long, device=decoder.device)
+        self.lengths = torch.arange(length, device=decoder.device)
+        self._record()
 
-        def step() -> Tensor:
-            keep = Keep(self.slots, length, lengths <= self.slots[:, None])
-            x = decoder.embed_tokens(self.tokens)
-            return decoder._step(sequences, x, decoder.table[self.slots], keep)[:, -1]
+    def _step(self) -> Tensor:
+        decoder = self.decoder
+        keep = Keep(self.slots, self.length, self.lengths <= self.slots[:, None])
+        x = decoder.embed_tokens(self.tokens)
+        return decoder._step(self.sequences, x, decoder.table[self.slots], keep)[:, -1]
 
-        # The warm-up writes to a slot; the real step comes after and writes there what belongs there.
-        self.slots.fill_(length - 1)
+    def _record(self) -> None:
+        device = self.decoder.device
+        self.slots.fill_(self.length - 1)  # not in use yet: the step at this position will write over what comes here
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
+            for _ in range(3):  # compiles, and lets libraries set up what they cannot while recording
+                self._step()
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.hidden = step()
+            self.hidden = self._step()
 
     def __call__(self, token: Tensor, position: int) -> Tensor:
         self.tokens.copy_(token[:, None])

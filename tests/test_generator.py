@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -296,6 +297,30 @@ def test_a_compiled_step_diverges_only_where_a_draw_lies_at_an_edge():
     diverged, largest = divergences(generator, {"implementation": "compiled"}, 16)
     assert diverged <= 0.1
     assert largest <= 1e-5
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS], ids=["plain", "factorised"])
+def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
+    """What CUDA records, run step by step on the CPU: lengths in quarters, masks, caches kept from call to call."""
+
+    def run_instead(graph: decoding._Graph) -> None:
+        graph.slots.fill_(graph.length - 1)
+        graph._step()  # the warm-up writes to the caches too
+        graph.graph = SimpleNamespace(replay=lambda: setattr(graph, "hidden", graph._step()))
+        lengths.append(graph.length)
+
+    lengths: list[int] = []
+    monkeypatch.setattr(decoding._Graph, "_record", run_instead)
+    generator = make(config.model_copy(update={"rows": 4, "columns": 4}))
+    settings = [(1.0, "constant"), (2.0, "constant"), (2.0, "interval:0.3,0.7"), (3.0, "linear")]
+    plain = [generator.sample(LABELS, *setting, seed=2) for setting in settings]
+    generator._decoder("auto", None).graphs = True
+    for setting, expected in zip(settings * 2, plain * 2, strict=True):
+        assert torch.equal(generator.sample(LABELS, *setting, seed=2), expected), setting
+    assert set(lengths) == {4, 8, 12, 16}
+    first = len(lengths)
+    generator.sample(LABELS[::-1], 3.0, seed=5)
+    assert len(lengths) == first  # nothing was recorded again
 
 
 @pytest.mark.gpu
