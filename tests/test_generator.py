@@ -314,12 +314,13 @@ def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
     generator = make(config.model_copy(update={"rows": 4, "columns": 4}))
     settings = [(1.0, "constant"), (2.0, "constant"), (2.0, "interval:0.3,0.7"), (3.0, "linear")]
     plain = [generator.sample(LABELS, *setting, seed=2) for setting in settings]
+    others = generator.sample([3, 2, 0, 0, 2], 3.0, seed=5)
     generator._decoder("auto", None).graphs = True
     for setting, expected in zip(settings * 2, plain * 2, strict=True):
         assert torch.equal(generator.sample(LABELS, *setting, seed=2), expected), setting
     assert set(lengths) == {4, 8, 12, 16}
     first = len(lengths)
-    generator.sample(LABELS[::-1], 3.0, seed=5)
+    assert torch.equal(generator.sample([3, 2, 0, 0, 2], 3.0, seed=5), others)
     assert len(lengths) == first  # nothing was recorded again
 
 
