@@ -60,7 +60,13 @@ def tokens(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
-def recipe(tokens: Path, generator: dict | None = None, data: dict | None = None, **train: object) -> GeneratorRecipe:
+def recipe(
+    tokens: Path,
+    generator: dict | None = None,
+    data: dict | None = None,
+    init: dict | None = None,
+    **train: object,
+) -> GeneratorRecipe:
     table = {
         "generator": {
             "codebook_size": 12,
@@ -83,6 +89,8 @@ def recipe(tokens: Path, generator: dict | None = None, data: dict | None = None
             **train,
         },
     }
+    if init is not None:
+        table["init"] = init
     return check(
         {name: {k: v for k, v in part.items() if v is not None} for name, part in table.items()},
         GeneratorRecipe,
@@ -275,6 +283,17 @@ def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):
     best = load_generator_run(out, "best")
     assert best.provenance["step"] == min(bits, key=bits.__getitem__)
     assert load_generator_run(out).provenance["step"] == 9
+
+
+def test_training_goes_on_from_another_generator(tokens, tmp_path):
+    made = train_generator(recipe(tokens, steps=60, lr=1e-2), tmp_path / "first", device="cpu").generator
+    source = {"source": str(tmp_path / "first")}
+    train_generator(recipe(tokens, {"dropout": 0.0}, init=source, steps=1, lr=1e-9), tmp_path / "second", device="cpu")
+    found = Generator.from_pretrained(tmp_path / "second").state_dict()
+    for name, value in made.state_dict().items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7, msg=name)
+    with pytest.raises(UsageError, match="has layers = 1, the recipe 2; make them the same"):
+        train_generator(recipe(tokens, {"layers": 2}, init=source), tmp_path / "third", device="cpu")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tokens, tmp_path):

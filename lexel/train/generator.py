@@ -122,12 +122,20 @@ class GeneratorTrainConfig(Config):
         return self.weight_decay_end + (self.weight_decay - self.weight_decay_end) * fall
 
 
+class GeneratorInitConfig(Config):
+    """The generator a training starts from."""
+
+    source: str  # a generator folder or hub id, of the same network
+    what: Literal["all"] = "all"
+
+
 class GeneratorRecipe(Config):
     """All that decides a generator: the network, the tokens, the training."""
 
     generator: TransformerConfig
     data: TokensConfig
     train: GeneratorTrainConfig
+    init: GeneratorInitConfig | None = None
 
     @model_validator(mode="after")
     def _buildable(self) -> "GeneratorRecipe":
@@ -471,6 +479,8 @@ def train_generator(
     generator = Generator(
         GeneratorConfig(transformer=recipe.generator, tokenizer=source.fingerprint, class_names=source.class_names)
     )
+    if recipe.init is not None and state is None:
+        initialise(generator, recipe.init.source)
     learner = Learner(config, generator, place, accelerator)
     first, seconds_before = 0, 0.0
     if state is not None:
@@ -531,6 +541,24 @@ def train_generator(
         tracker.finish()
     accelerator.wait_for_everyone()
     return TrainedGenerator(generator.eval(), done, finished)
+
+
+def initialise(generator: Generator, source: str) -> None:
+    """Starts a generator from the weights of another one; only what is dropped in training may differ.
+
+    Raises:
+        UsageError: it is of another network, or speaks the tokens of another tokenizer.
+    """
+    initial = Generator.from_pretrained(source)
+    free = {"dropout", "class_dropout", "gamma_init"}
+    ours = generator.config.transformer.model_dump(exclude=free)
+    theirs = initial.config.transformer.model_dump(exclude=free)
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise UsageError(f"init.source {source} has {name} = {value}, the recipe {ours[name]}; make them the same")
+    if generator.config.tokenizer is not None:
+        initial.check_tokenizer(generator.config.tokenizer, "the recipe's tokenizer")
+    checkpoint.load_strict(generator, initial.state_dict(), source)
 
 
 def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
