@@ -27,6 +27,7 @@ from lexel.transformer import (
 CPU = torch.device("cpu")
 TINY = TransformerConfig(codebook_size=30, rows=2, columns=3, classes=4, width=32, layers=2, heads=2)
 PAIRS = TINY.model_copy(update={"head": "factorised", "factors": [5, 6], "pair_layers": 2})
+START = TINY.model_copy(update={"modulated": False})
 
 PUBLISHED_NAMES = [
     (r"^tok_emb\.", "tokens."),
@@ -149,7 +150,7 @@ def test_factorised_sizes_have_the_published_parameter_counts(size, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START])
 def test_a_token_changes_no_prediction_up_to_its_own(config):
     model = shake(build(config)).double()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -182,7 +183,7 @@ def test_labels_are_dropped_in_training_only_and_at_the_stated_rate():
     assert torch.equal(model.eval().drop_classes(labels), labels)
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START])
 def test_recomputed_activations_give_the_same_gradients(config):
     model = shake(build(config)).train()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))
