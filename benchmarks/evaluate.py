@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="where the images and the result go")
     parser.add_argument("--images", type=int, default=10_000, help="how many of them")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
+    parser.add_argument("--save-every", type=float, default=120, help="seconds between writes of the partial state")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -83,7 +84,13 @@ def main() -> None:
             print(f"{done:6} of {total} images, {memory[-1][1]:7.0f} MiB", flush=True)
 
     started = time.monotonic()
-    common = {"limit": arguments.images, "device": "cpu", "resume": arguments.out / "partial", "progress": watch}
+    common = {
+        "limit": arguments.images,
+        "device": "cpu",
+        "resume": arguments.out / "partial",
+        "save_every": arguments.save_every,
+        "progress": watch,
+    }
     if arguments.run is None:
         result = evaluate_samples(images / "silhouettes", images / "openmoji", "lexel", **common)
     else:

@@ -206,6 +206,24 @@ def test_an_evaluation_that_was_stopped_goes_on_and_ends_the_same(tmp_path):
     assert not folder.exists()
 
 
+def test_an_evaluation_stopped_while_its_result_is_made_looks_at_nothing_again(tmp_path, monkeypatch):
+    options = {"batch_size": 4, "resume": tmp_path / "state"}
+    straight = evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=4)
+
+    def stop(*given):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lexel.evaluate.reconstructions.frechet_terms", stop)
+        with pytest.raises(Stopped):
+            evaluate_tokenizer(Grey(), image_set(), QUICK, **options)
+    seen: list[tuple[int, int]] = []
+    resumed = evaluate_tokenizer(Grey(), image_set(), QUICK, progress=lambda *at: seen.append(at), **options)
+    assert seen == []
+    assert_same(resumed, straight)
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_partial_state_of_another_evaluation_is_refused(tmp_path):
     options = {"batch_size": 4, "resume": tmp_path / "state", "save_every": 0.0}
     with pytest.raises(Stopped):

@@ -14,7 +14,7 @@ from lexel.data import ImageSet
 from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, reference_choices
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Pictures, digest, open_set, resized, spaced, transform_of
-from lexel.evaluate.stream import Progress, Seen, join_processes, rank, shared, stream
+from lexel.evaluate.stream import Progress, Seen, forget, join_processes, rank, shared, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -146,6 +146,7 @@ def evaluate_tokenizer(
         if real_file is not None:
             _keep_or_find_real(real_file, states, rank())
         values = on_one_process(lambda: _reconstruction_values(states, chosen, extractor, seen, wanted))
+        forget(resume)
     return as_result(identity, chosen, real, seen, values, warnings, where, started)
 
 

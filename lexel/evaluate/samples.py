@@ -28,7 +28,7 @@ from lexel.evaluate.features import (
 )
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Archive, Pictures, Source, open_samples, open_set, resized, transform_of
-from lexel.evaluate.stream import Progress, Seen, join_processes, rank, shared, stream
+from lexel.evaluate.stream import Progress, Seen, forget, join_processes, rank, shared, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -147,6 +147,7 @@ def evaluate_samples(
         }
         seen = stream(made, states, take, identity, batch_size, resumed, save_every, progress)
         values = on_one_process(lambda: _generation_values(states, chosen, extractor, seen, wanted, known))
+        forget(resumed)
     result = as_result(identity, chosen, made, seen, values, warnings, where, started)
     result["reference"] = {**known.about, "images": known.pooled.n, "statistics": identity["reference"]}
     return result
@@ -213,12 +214,14 @@ def reference_statistics(
     seen = stream(source, states, take, about, batch_size, resume, save_every, progress)
     features = states["bank"].features()
     if known is not None:
+        forget(resume)
         return dataclasses.replace(known, features=features)
     spatial_moments = states["spatial"].moments() if "spatial" in states else None
     about |= {"data": seen.fingerprint, "unreadable": len(seen.unreadable), "statistics": key}
     computed = ReferenceStatistics(states["pooled"].moments(), spatial_moments, features, about)
     if cache and rank() == 0:
         write_statistics(cached, computed)
+    forget(resume)
     return computed
 
 

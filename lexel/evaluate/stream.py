@@ -75,7 +75,10 @@ def stream(
     save_every: float,
     progress: Progress | None,
 ) -> Seen:
-    """Takes in every sample of this process's share, once, and joins the states of all processes."""
+    """Takes in every sample of this process's share, once, and joins the states of all processes.
+
+    The partial state stays until the caller has its result and calls `forget`.
+    """
     if batch_size < 1:
         raise UsageError(f"batch_size must be at least 1, got {batch_size}")
     seen = Seen(len(source))
@@ -94,10 +97,10 @@ def stream(
         if progress is not None:
             progress(done, len(remaining))
     seen.unreadable.update(source.unreadable)
+    if partial is not None:
+        partial.save(states, seen)  # what follows takes a while too: nothing is to be looked at twice
     for state in (*states.values(), seen):
         state.all_reduce()
-    if partial is not None:
-        partial.remove()
     if seen.count < 2:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(seen.unreadable.items())[:1])
         raise UsageError(f"at least two readable images are needed, got {seen.count}{reasons and f' ({reasons})'}")
@@ -152,13 +155,17 @@ class Partial:
         kept = {name: state.state_dict() for name, state in states.items()}
         checkpoint.save_state(self.path, {"identity": self.identity, "states": kept, "seen": seen.state_dict()})
 
-    def remove(self) -> None:
-        barrier()
-        if rank() == 0:
-            for path in self.folder.glob("part-*.pt"):
-                path.unlink()
-            if self.folder.is_dir() and not any(self.folder.iterdir()):
-                self.folder.rmdir()
+
+def forget(resume: str | Path | None) -> None:
+    """Removes the partial state of an evaluation whose result is there."""
+    barrier()
+    if resume is None or rank() != 0:
+        return
+    folder = Path(resume)
+    for path in folder.glob("part-*.pt"):
+        path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _alike(state: Any) -> Any:
