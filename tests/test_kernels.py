@@ -21,7 +21,7 @@ def outcome(z: Tensor, codebook: Tensor, implementation: str, dtype: torch.dtype
     """Everything a step sees: z_q, indices, the terms, and the gradients of z and the codebook, for a mixed loss."""
     z, codebook = z.to(dtype).requires_grad_(), codebook.to(dtype).requires_grad_()
     z_q, indices, terms = index_backpropagation(z, codebook, implementation=implementation, **options)
-    g = normal(*z.shape, seed=9).to(z_q.dtype) / len(z)
+    g = normal(*z.shape, seed=9).to(z_q) / len(z)
     loss = (z_q * g).sum() + sum(WEIGHTS[name] * term for name, term in terms.items())
     d_z, d_codebook = torch.autograd.grad(loss, (z, codebook))
     return {"z_q": z_q, "indices": indices, **terms, "d_z": d_z, "d_codebook": d_codebook}
@@ -375,3 +375,29 @@ def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, monkeyp
     assert ((p > 0) & (p >= torch.finfo(torch.float32).tiny)).all()
     assert p.amin() < 1e-15  # the case is saturated enough to have had some
     assert len(codebook) * torch.tensor(-tiled.FLOOR).exp() < 1e-14  # the mass that the floor adds
+
+
+@pytest.mark.slow
+def test_a_million_codes_give_what_the_dense_formulas_give():
+    z, codebook = normal(8, 4), normal(2**20, 4, seed=1)
+    exact, found = outcome(z, codebook, "oracle"), outcome(z, codebook, "tiled", torch.float32)
+    assert torch.equal(found["indices"], exact["indices"])
+    for name in [*TERMS, "d_z", "d_codebook"]:
+        assert distance(found[name], exact[name]) < 1e-5, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize(("rows", "size", "dim"), [(37, 1000, 8), (3000, 5000, 64)])
+def test_a_gpu_gives_what_the_cpu_gives(rows, size, dim, tf32, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    z, codebook = normal(rows, dim), normal(size, dim, seed=1)
+    expected, found = outcome(z, codebook, "tiled"), outcome(z.cuda(), codebook.cuda(), "tiled", torch.float32)
+    assert torch.equal(found["indices"].cpu(), expected["indices"])
+    for name in ("entropy_sample", "entropy_batch"):
+        torch.testing.assert_close(found[name].cpu().double(), expected[name], rtol=1e-6, atol=1e-9)
+    for name in ("d_z", "d_codebook"):
+        assert distance(found[name].cpu(), expected[name]) < (1e-2 if tf32 else 1e-5), name
+    for similarity in ("dot", "l2", "cosine"):
+        indices = nearest(z.cuda(), codebook.cuda(), similarity).cpu()
+        assert torch.equal(indices, nearest(z.double(), codebook.double(), similarity))

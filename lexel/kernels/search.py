@@ -118,6 +118,8 @@ def _near_block(
     below = slack + 2 * _scan_error(queries, bias, scan, norms)
     if scan != queries.dtype and bias is None:
         below += 3.1 * _unit(scan) * (best.abs() + below)  # both the best and the code in question are stored rounded
+    if queries.is_cuda and scan == torch.float32:
+        below += 2 * 1.01 * 2.0**-10 * queries.norm(dim=1) * norms.keys  # PyTorch's settings may allow TF32 products
     lowest = best - below  # a code computed below this is not within the slack of the best
     near_groups = maxima >= lowest[:, None].to(maxima.dtype)
     broad = ~lowest.isfinite()  # the scan overflowed or met a NaN
@@ -165,7 +167,7 @@ def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torc
     tiles = math.ceil(len(keys) / TILE)
     stored = scan if bias is None else queries.dtype  # a bias is added after rounding, in full precision
     maxima = queries.new_empty(len(queries), tiles, TILE // GROUP, dtype=stored)
-    scores = queries.new_empty(len(queries), TILE, dtype=scan)
+    scores = queries.new_empty(len(queries), TILE, dtype=queries.dtype if queries.is_cuda else scan)
     queries = queries.to(scan)
     for tile in range(tiles):
         part = slice(tile * TILE, (tile + 1) * TILE)
@@ -173,7 +175,10 @@ def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torc
         if len(keys[part]) < TILE:
             scores.fill_(-torch.inf)
             inside = scores[:, : len(keys[part])]
-        torch.mm(queries, keys[part].to(scan).T, out=inside)
+        if scan == inside.dtype:
+            torch.mm(queries, keys[part].to(scan).T, out=inside)
+        else:  # on CUDA: a float32 result is also summed in float32, whatever PyTorch's settings allow
+            inside.copy_(torch.mm(queries, keys[part].to(scan).T, out_dtype=inside.dtype))
         if bias is None:
             maxima[:, tile] = scores.view(-1, GROUP, TILE // GROUP).amax(1)
         else:
