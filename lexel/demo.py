@@ -78,11 +78,18 @@ def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) 
     transform = recipe.data.make_transform()
     tokenizer = load_run(out / FOLDERS["ibq"])
     codec = Codec(tokenizer, here, transform, batch_size=64)
-    codec.encode(recipe.data.source, out / "tokens", "train", progress=_counted(watch, "tokens"))
+    tokens = {split: out / "tokens" / split for split in ("train", "validation")}
+    for split, folder in tokens.items():
+        codec.encode(recipe.data.source, folder, split, progress=_counted(watch, "tokens"))
     generator_recipe = config.load(
         config.find_recipe("generator_openmoji"),
         GeneratorRecipe,
-        [*shorter, f"data.tokens='{out / 'tokens'}'", f"data.tokenizer='{out / FOLDERS['ibq']}'"],
+        [
+            *shorter,
+            f"data.tokens='{tokens['train']}'",
+            f"data.validation='{tokens['validation']}'",
+            f"data.tokenizer='{out / FOLDERS['ibq']}'",
+        ],
     )
     _finish(
         train_generator(generator_recipe, out / "generator", device="cpu", progress=_told(watch, "generator")).finished
