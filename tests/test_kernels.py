@@ -380,10 +380,11 @@ def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, monkeyp
 @pytest.mark.slow
 def test_a_million_codes_give_what_the_dense_formulas_give():
     z, codebook = normal(8, 4), normal(2**20, 4, seed=1)
-    exact, found = outcome(z, codebook, "oracle"), outcome(z, codebook, "tiled", torch.float32)
+    exact, dense = outcome(z, codebook, "oracle"), outcome(z, codebook, "oracle", torch.float32)
+    found = outcome(z, codebook, "tiled", torch.float32)
     assert torch.equal(found["indices"], exact["indices"])
     for name in [*TERMS, "d_z", "d_codebook"]:
-        assert distance(found[name], exact[name]) < 1e-5, name
+        assert distance(found[name], exact[name]) <= distance(dense[name], exact[name]) + 1e-6, name
 
 
 @pytest.mark.gpu

@@ -71,7 +71,7 @@ def forward(problem: Problem, implementation: str = "tiled") -> Found:
     q = (near.scores / tau).softmax(1).masked_fill(near.broad[:, None], 0.0)
     entropies = -torch.special.xlogy(q, q).sum(1)
     mean = add_rows(q.new_zeros(len(keys)), near.codes.flatten(), q.flatten())
-    for some in near.broad.nonzero().squeeze(1).split(problem.rows):
+    for some in _broad_blocks(problem, near.broad):
         log_q = _log_softmax(problem, some, bias)
         q_some = log_q.exp()
         entropies[some] = -(q_some * log_q).sum(1).double()
@@ -160,24 +160,37 @@ def _entropies(problem: Problem, found: Found, sample: Tensor, batch: Tensor, in
     def slope(q: Tensor, log_q: Tensor, pull: Tensor) -> Tensor:
         surprise = log_q - (q * log_q).sum(1, keepdim=True)
         relief = pull - (q * pull).sum(1, keepdim=True)
-        return (-scale * q * (sample.to(q.dtype) * surprise + batch.to(q.dtype) * relief)).to(queries.dtype)
+        return -scale * q * (sample.to(q.dtype) * surprise + batch.to(q.dtype) * relief)
+
+    # The slopes of a row add up to zero and its codes lie close together: their sum is taken before rounding.
+    d_queries = torch.zeros_like(queries, dtype=torch.float64)
 
     # Rows with a list: one or two codes each.
     listed = slope(found.q, torch.where(found.q > 0, found.q, 1.0).log(), pull[found.near])
     row, place = (found.q > 0).nonzero(as_tuple=True)
     code, value = found.near[row, place], listed[row, place]
-    add_rows(into.queries, row, value[:, None] * keys[code])
+    add_rows(d_queries, row, value[:, None] * keys[code])
+    value = value.to(queries.dtype)
     add_rows(into.keys, code, value[:, None] * queries[row])
     add_rows(mass, code, value)
 
     # Broad rows: all codes.
     bias = _bias(problem)
-    for some in found.broad.nonzero().squeeze(1).split(problem.rows):
+    for some in _broad_blocks(problem, found.broad):
         log_q = _log_softmax(problem, some, bias)
         dl = slope(log_q.exp(), log_q, pull.to(log_q.dtype))
-        into.queries[some] += dl @ keys
+        for start in range(0, len(keys), TILE):
+            part = slice(start, start + TILE)
+            d_queries[some] += dl[:, part] @ keys[part].to(dl.dtype)
+        dl = dl.to(queries.dtype)
         into.keys.addmm_(dl.T, queries[some])
         mass += dl.sum(0)
+    into.queries.add_(d_queries)
+
+
+def _broad_blocks(problem: Problem, broad: Tensor) -> tuple[Tensor, ...]:
+    """Broad rows, a few at a time: some eight buffers of float64 take what the two of the softmax take."""
+    return broad.nonzero().squeeze(1).split(max(1, problem.rows // 8))
 
 
 def _bias(problem: Problem) -> Tensor | None:
