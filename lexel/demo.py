@@ -79,8 +79,8 @@ def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) 
     tokenizer = load_run(out / FOLDERS["ibq"])
     codec = Codec(tokenizer, here, transform, batch_size=64)
     tokens = {split: out / "tokens" / split for split in ("train", "validation")}
-    for split, folder in tokens.items():
-        codec.encode(recipe.data.source, folder, split, progress=_counted(watch, "tokens"))
+    for split, tokens_folder in tokens.items():
+        codec.encode(recipe.data.source, tokens_folder, split, progress=_counted(watch, "tokens"))
     generator_recipe = config.load(
         config.find_recipe("generator_openmoji"),
         GeneratorRecipe,
