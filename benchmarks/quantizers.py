@@ -129,7 +129,9 @@ def write(figures: dict, out: Path) -> None:
     if "cuda" not in figures:
         lines += ["Device `cuda`: not measured; no GPU was at hand.", ""]
     start, end = "<!-- quantizers -->", "<!-- end of quantizers -->"
-    text = out.read_text() if out.exists() else f"# Results\n\n{start}\n{end}\n"
+    text = out.read_text() if out.exists() else "# Results\n"
+    if start not in text:
+        text += f"\n{start}\n{end}\n"
     head, rest = text.split(start)
     out.write_text(head + start + "\n" + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1])
 

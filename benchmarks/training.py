@@ -4,6 +4,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,29 @@ def run(arguments: argparse.Namespace) -> None:
     figures = json.loads(store.read_text()) if store.exists() else {}
     figures.setdefault("step", {})[str(arguments.size)] = {"s": medians, "commit": quantizers.commit()}
     store.write_text(json.dumps(figures, indent=1) + "\n")
+    write(figures["step"], arguments.out)
     print(json.dumps(medians))
+
+
+def write(figures: dict, out: Path) -> None:
+    """The section of the page, between its markers."""
+    lines = [
+        f"`python -m benchmarks step`: seconds of a whole training step (autoencoder of width 32, {SIDE} px,",
+        f"batch {BATCH}, D = {DIM}, L1 and the quantizer's terms, Adam), one thread, medians.",
+        "",
+    ]
+    for number, (size, entry) in enumerate(figures.items()):
+        if number == 0:
+            lines += ["| K | " + " | ".join(entry["s"]) + " | commit |", "|---|" + "---|" * (len(entry["s"]) + 1)]
+        lines.append(
+            f"| {size} | " + " | ".join(f"{value:.2f}" for value in entry["s"].values()) + f" | {entry['commit']} |"
+        )
+    start, end = "<!-- step -->", "<!-- end of step -->"
+    text = out.read_text() if out.exists() else "# Results\n"
+    if start not in text:
+        text += f"\n{start}\n{end}\n"
+    head, rest = text.split(start)
+    out.write_text(head + start + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
 
 
 class Lookup(nn.Module):
@@ -48,7 +72,7 @@ class Lookup(nn.Module):
         return z_q.view(vectors.shape).movedim(-1, 1), loss
 
 
-def make(name: str, size: int):
+def make(name: str, size: int) -> Callable[[], None]:
     """One training step (L1, quantizer terms, Adam) of a small network of the paper's design."""
     torch.manual_seed(0)
     autoencoder = {
