@@ -1,6 +1,7 @@
 """The command line: parses, calls one function of the library, prints. Heavy imports wait for their command."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ def _fail(message: str) -> None:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _alone() -> bool:
+    """Whether this process is the one that speaks and writes, of those that a launcher started together."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _version(wanted: bool) -> None:
@@ -229,6 +235,8 @@ def train(
             initial=_tokenizer(init) if init else None,
             progress=lambda now: update(now.step, now.steps, _pace(now)),
         )
+    if not _alone():
+        return
     from lexel.report import write_report
 
     page = write_report(out)
@@ -440,6 +448,8 @@ def evaluate(
             result = evaluate_samples(
                 str(samples), str(reference), protocol, tokenizer=decoder, progress=update, **options
             )
+    if not _alone():
+        return
     for warning in result["warnings"]:
         _say(f"lexel: {warning}")
     _table((name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items())
