@@ -178,7 +178,9 @@ def read_pickle(path: str | Path) -> Any:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global|class|function|Unsupported) ([\w.]+\.\w+)", str(error))
+        # A name without a dot is one of Python's own, such as eval.
+        name = r"([\w.]+\.\w+|\w+(?= was not an allowed))"
+        found = re.search(rf"(?:GLOBAL|global|class|function|Unsupported) {name}", str(error))
         what = f"it holds {found[1]}, which is not plain data" if found else "it is no checkpoint of plain data"
         raise UsageError(f"{path} is not read: {what}; files that could run code are refused") from None
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import types
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -403,11 +405,11 @@ def test_an_empty_folder_and_a_missing_path_are_told_apart(tmp_path):
 
 
 class Hostile:
-    def __init__(self, target) -> None:
-        self.target = target
+    def __init__(self, target, call=os.mkdir) -> None:
+        self.target, self.call = target, call
 
     def __reduce__(self):
-        return (os.mkdir, (str(self.target),))
+        return (self.call, (str(self.target),))
 
 
 @pytest.mark.parametrize("name", ["a.ckpt", "a.pt", "a.bin"])
@@ -419,19 +421,59 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(tmp_path, nam
     assert not target.exists()
 
 
-def test_training_checkpoints_that_only_name_framework_classes_are_read(tmp_path, images, monkeypatch):
-    """Old ones have callback classes as keys; hyper-parameters are dicts of a framework's, or a Namespace."""
+@pytest.mark.parametrize("call", [eval, exec, getattr, __import__], ids=lambda call: call.__name__)
+def test_pythons_own_functions_are_refused_by_name(tmp_path, call):
+    torch.save({"state_dict": ibq_state(), "loops": Hostile("1", call)}, tmp_path / "a.ckpt")
+    with pytest.raises(UsageError, match=rf"holds (builtins\.)?{call.__name__}, which is not plain data"):
+        lexel.load(tmp_path / "a.ckpt", family="ibq")
+
+
+def foreign_classes(monkeypatch, base: type, *names: str) -> dict[str, type]:
+    """Classes of packages that are not installed, by their last name, for as long as the patch lasts."""
     classes = {}
-    for module, name in (
-        ("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
-        ("lightning.fabric.utilities.data", "AttributeDict"),
-    ):
+    for path in names:
+        module, name = path.rsplit(".", 1)
         parts = module.split(".")
         for length in range(1, len(parts) + 1):
             inner = ".".join(parts[:length])
-            monkeypatch.setitem(sys.modules, inner, types.ModuleType(inner))
-        classes[name] = type(name, (dict,), {"__module__": module})
-        setattr(sys.modules[module], name, classes[name])
+            if inner not in sys.modules:
+                monkeypatch.setitem(sys.modules, inner, types.ModuleType(inner))
+        classes[name] = type(name, (base,), {"__module__": module})
+        monkeypatch.setattr(sys.modules[module], name, classes[name], raising=False)
+    return classes
+
+
+def test_configurations_of_experiments_among_the_hyper_parameters_are_passed_over(tmp_path, images, monkeypatch):
+    """omegaconf's objects hold one another, types of options, and Any."""
+    names = ("dictconfig.DictConfig", "listconfig.ListConfig", "base.ContainerMetadata", "nodes.AnyNode")
+    made = foreign_classes(monkeypatch, object, *(f"omegaconf.{name}" for name in names))
+
+    def build(name: str, **attributes: object) -> object:
+        value = made[name]()
+        vars(value).update(attributes)
+        return value
+
+    metadata = build(
+        "ContainerMetadata", ref_type=Any, object_type=dict, key_type=int, resolver_cache=defaultdict(dict), flags={}
+    )
+    inner = build("ListConfig", _content=[build("AnyNode", _val=1.5)], _metadata=metadata)
+    config = build("DictConfig", _content={"ch_mult": inner}, _metadata=metadata, _parent=None)
+    vars(inner)["_parent"] = config
+    state = ibq_state()
+    content = {"state_dict": state, "hyper_parameters": {"ddconfig": config, "out": Path("runs")}, "all": config}
+    torch.save(content, tmp_path / "last.ckpt")
+    monkeypatch.undo()
+    expect(lexel.load(tmp_path / "last.ckpt", family="ibq"), state, images)
+
+
+def test_training_checkpoints_that_only_name_framework_classes_are_read(tmp_path, images, monkeypatch):
+    """Old ones have callback classes as keys; hyper-parameters are dicts of a framework's, or a Namespace."""
+    classes = foreign_classes(
+        monkeypatch,
+        dict,
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "lightning.fabric.utilities.data.AttributeDict",
+    )
     state = ibq_state()
     content = {
         "state_dict": state,

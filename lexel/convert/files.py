@@ -1,7 +1,7 @@
 """Reads published checkpoints: files, folders and hub ids, into named tensors. Nothing in a file is ever executed."""
 
 import argparse
-import pathlib
+import collections
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ class Forgotten:
 _scalar = np.float64(0).__reduce__()[0]
 HARMLESS: list[Any] = [
     argparse.Namespace,
-    pathlib.PosixPath,
+    *(dict, list, tuple, int, float, bool, str),  # types of options
+    (Any, "typing.Any"),
+    collections.defaultdict,
     np.dtype,
     *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64", "int32", "bool")),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -51,9 +53,26 @@ HARMLESS: list[Any] = [
         for name in (
             "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
             "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",
+            "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
             "main.SetupCallback",
             "main.ImageLogger",
             "main.CUDACallback",
+            # Configurations of experiments as hyper-parameters.
+            "omegaconf.dictconfig.DictConfig",
+            "omegaconf.listconfig.ListConfig",
+            "omegaconf.base.ContainerMetadata",
+            "omegaconf.base.Metadata",
+            *(
+                f"omegaconf.nodes.{kind}Node"
+                for kind in ("Any", "String", "Integer", "Float", "Boolean", "Bytes", "Path", "Enum")
+            ),
+            "jsonargparse.namespace.Namespace",
+            "jsonargparse._namespace.Namespace",
+            # Paths of another system or Python cannot be made here.
+            "pathlib.PosixPath",
+            "pathlib.WindowsPath",
+            "pathlib._local.PosixPath",
+            "pathlib._local.WindowsPath",
         )
     ),
 ]
