@@ -13,7 +13,11 @@ from lexel import checkpoint, convert
 from lexel.errors import UsageError
 from lexel.generator import Generator
 
-PICTURES = 8  # in the sample strip: originals above, reconstructions below
+PICTURES = 8  # in a row of the sample strip
+STRIPS = {  # rows of the strip, by what they show
+    "originals above, reconstructions below": ("originals", "reconstructions"),
+    "an image of each of the first classes, without guidance": ("samples",),
+}
 LIBRARY = "lexel"
 
 
@@ -65,9 +69,9 @@ def stage(
     recipe = run / "recipe.toml"
     if recipe.is_file():
         (folder / recipe.name).write_bytes(recipe.read_bytes())
-    pictured = _sample_strip(run, folder / "samples.png")
+    pictures = _sample_strip(run, folder / "samples.png")
     measured = [_read_result(path) for path in results]
-    card = _card(model, run, repository, measured, licence, pictured)
+    card = _card(model, run, repository, measured, licence, pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -80,21 +84,25 @@ def _read_result(path: str | Path) -> dict[str, Any]:
     return result
 
 
-def _sample_strip(run: Path, path: Path) -> bool:
-    """Originals above their reconstructions, from the last snapshot; whether there was one."""
+def _sample_strip(run: Path, path: Path) -> str | None:
+    """Pictures from the last snapshot, and what they show; None if there are none."""
     snapshots = sorted((run / "snapshots").glob("*.safetensors"))
-    if not snapshots:
-        return False
-    tensors = checkpoint.read_safetensors(snapshots[-1])
-    if not {"originals", "reconstructions"} <= tensors.keys():
-        return False
-    rows = [np.concatenate(list(tensors[name][:PICTURES].numpy()), 1) for name in ("originals", "reconstructions")]
-    Image.fromarray(np.concatenate(rows, 0)).save(path)
-    return True
+    tensors = checkpoint.read_safetensors(snapshots[-1]) if snapshots else {}
+    for caption, names in STRIPS.items():
+        if set(names) <= tensors.keys():
+            rows = [np.concatenate(list(tensors[name][:PICTURES].numpy()), 1) for name in names]
+            Image.fromarray(np.concatenate(rows, 0)).save(path)
+            return caption
+    return None
 
 
 def _card(
-    model: Any, run: Path, repository: str, results: Sequence[Mapping[str, Any]], licence: str | None, pictured: bool
+    model: Any,
+    run: Path,
+    repository: str,
+    results: Sequence[Mapping[str, Any]],
+    licence: str | None,
+    pictures: str | None,
 ) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -123,7 +131,7 @@ def _card(
         f"---\n{data.to_yaml()}\n---",
         f"# {repository.split('/')[-1]}",
         f"An {kind}, made with Lexel.",
-        "![originals above, reconstructions below](samples.png)" if pictured else "",
+        f"![{pictures}](samples.png)" if pictures else "",
         "## Use\n\n" + _use(repository, generates),
         "## What it is\n\n" + _table(_facts(model, generates)),
         *(_result_section(result) for result in results),

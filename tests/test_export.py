@@ -246,6 +246,23 @@ def test_a_model_without_a_run_has_a_card_too(tmp_path):
     assert "Training" not in text
 
 
+def test_a_generators_card_shows_its_samples(tmp_path):
+    model = Generator(GeneratorConfig(transformer=TransformerConfig(width=32, layers=1, heads=2, codebook_size=16)))
+    model.save_pretrained(tmp_path / "run")
+    samples = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 4, 4, 3).contiguous()
+    save_folder(tmp_path / "elsewhere", {}, {"samples": samples})
+    (tmp_path / "run" / "snapshots").mkdir()
+    (tmp_path / "elsewhere" / "model.safetensors").rename(tmp_path / "run" / "snapshots" / "00000001.safetensors")
+    stage(tmp_path / "run", tmp_path / "staged")
+    strip = np.asarray(Image.open(tmp_path / "staged" / "samples.png"))
+    assert strip.shape == (4, 3 * 4, 3)
+    assert [int(strip[0, 4 * number, 0]) for number in range(3)] == [0, 1, 2]
+    assert (
+        "![an image of each of the first classes, without guidance](samples.png)"
+        in (tmp_path / "staged" / "README.md").read_text()
+    )
+
+
 def test_pushing_uploads_the_staged_folder(run, monkeypatch):
     calls = []
 
