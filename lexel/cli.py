@@ -227,12 +227,15 @@ def train(
 
         print(plan(loaded))
         return
+    initial = None
+    if init:
+        initial = _generator(init, "live") if hasattr(loaded, "generator") else _tokenizer(init)
     with _progress(recipe.stem, "steps") as update:
         finished = train(
             loaded,
             out,
             device=device,
-            initial=_tokenizer(init) if init else None,
+            initial=initial,
             progress=lambda now: update(now.step, now.steps, _pace(now)),
         )
     if not _alone():
@@ -477,11 +480,13 @@ def sample(
         Path, typer.Option(help="A picture (.png, .jpg: a grid), samples for evaluation (.npz), or tokens (.npy).")
     ],
     per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
-    cfg_scale: Annotated[float, typer.Option(help="Guidance; 1 is off.")] = 1.0,
+    cfg_scale: Annotated[
+        str, typer.Option(help="Guidance; 1 is off. A factorised vocabulary may have one for each sub-token: 1.9,2.0.")
+    ] = "1",
     cfg_schedule: Annotated[
-        str, typer.Option(help="How guidance runs over the image: constant, linear, cosine, ...")
+        str, typer.Option(help="How guidance runs over the image: constant, linear:1, cosine-power:1, interval:0.25,1.")
     ] = "constant",
-    temperature: Annotated[float, typer.Option(help="Divides the logits.")] = 1.0,
+    temperature: Annotated[str, typer.Option(help="Divides the logits; likewise.")] = "1",
     top_k: Annotated[int, typer.Option(help="0 is off, 1 is greedy.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
@@ -494,7 +499,9 @@ def sample(
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the generator's folder has none.")] = None,
     implementation: Annotated[str, typer.Option(help="auto, plain, packed, int8, ...")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once. Default: what fits.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at once. Default: what fits, 64 at most.")
+    ] = None,
     weights: Annotated[Literal["live", "best"], typer.Option(help="Of a run with checkpoints.")] = "live",
     device: Device = "auto",
     precision: Precision = "float32",
@@ -504,6 +511,7 @@ def sample(
     from lexel.samples import write_samples
 
     where = place(device, precision)
+    scales, temperatures = _each(cfg_scale, "--cfg-scale"), _each(temperature, "--temperature")
     generator = _generator(source, weights)
     labels = [label for label in generator.class_numbers(_names(classes)) for _ in range(per_class)]
     with _progress("sample") as update:
@@ -516,9 +524,9 @@ def sample(
             first_number,
             per_class,
             update,
-            cfg_scale=cfg_scale,
+            cfg_scale=scales,
             cfg_schedule=cfg_schedule,
-            temperature=temperature,
+            temperature=temperatures,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
@@ -529,7 +537,7 @@ def sample(
         )
     print(f"{len(labels)} images in {out}")
     if implementation == "int8":
-        few = generator.sample(labels[:2], cfg_scale, cfg_schedule, temperature, seed=seed, implementation="int8")
+        few = generator.sample(labels[:2], scales, cfg_schedule, temperatures, seed=seed, implementation="int8")
         print(f"int8 adds {generator.extra_bits(few, labels[:2], 'int8'):+.4f} bits a token (on {len(few)} images)")
 
 
@@ -545,6 +553,15 @@ def _generator(source: str, weights: "Literal['live', 'best']") -> "Generator":
     if not isinstance(model, lexel.Generator):
         raise UsageError(f"{source} holds a tokenizer; a generator is needed here")
     return model
+
+
+def _each(text: str, option: str) -> float | list[float]:
+    """One number, or one for each sub-token, with commas."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} is neither a number nor two with a comma, such as 1.9,2.0") from None
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _names(text: str) -> list[str]:

@@ -16,7 +16,7 @@ from lexel.metrics.statistics import NpzWriter
 from lexel.place import Place
 from lexel.tokenizer import Tokenizer
 
-AT_ONCE = 64  # images sampled, decoded and written together; what is made does not depend on it
+AT_ONCE = 64  # images sampled, decoded and written together, if no batch is larger; what is made does not depend on it
 WRITERS = (".png", ".jpg", ".jpeg", ".webp", ".npz", ".npy")
 
 
@@ -51,21 +51,24 @@ def write_samples(
         UsageError: the ending is unknown, or there is no tokenizer.
     """
     out = Path(out)
-    if out.suffix.lower() not in WRITERS:
+    ending = out.suffix.lower()
+    if ending not in WRITERS:
         raise UsageError(f"{out} has no known ending; choose from {', '.join(WRITERS)}")
     if not labels:
         raise UsageError("there are no classes to sample from")
     generator = generator.to(place.device).eval()
-    if out.suffix == ".npy":
+    if ending == ".npy":
         tokens = [part.cpu().numpy() for part in _sampled(generator, labels, place, first_number, progress, settings)]
-        with atomic(out) as path:
-            np.save(path, np.concatenate(tokens))
+        with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
+            np.save(file, np.concatenate(tokens))
         return out
     decoder = (tokenizer or generator.tokenizer).to(place.device)
+    if place.device.type == "cuda":  # half-precision convolutions are fastest with channels last
+        decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
     parts = _sampled(generator, labels, place, first_number, progress, settings)
     pictures = (_pictures(decoder, part, place) for part in parts)
-    if out.suffix == ".npz":
+    if ending == ".npz":
         first = next(pictures)
         with NpzWriter(out, (len(labels), *first.shape[1:])) as writer:
             writer.add(first)
@@ -81,12 +84,19 @@ def write_samples(
 def _sampled(
     generator: Generator, labels: Sequence[int], place: Place, first: int, progress: Any, settings: Any
 ) -> Any:
-    for begin in range(0, len(labels), AT_ONCE):
-        part = torch.tensor(labels[begin : begin + AT_ONCE], device=place.device)
+    at_once = max(AT_ONCE, settings.get("batch_size") or 0)
+    for begin in range(0, len(labels), at_once):
+        part = torch.tensor(labels[begin : begin + at_once], device=place.device)
         numbers = range(first + begin, first + begin + len(part))
-        yield generator.sample(part, image_numbers=numbers, dtype=place.half, **settings)
-        if progress:
-            progress(begin + len(part), len(labels))
+        report = None if progress is None else _images_done(progress, begin, len(part), len(labels))
+        yield generator.sample(part, image_numbers=numbers, dtype=place.half, progress=report, **settings)
+
+
+def _images_done(
+    progress: Callable[[int, int | None], None], before: int, count: int, total: int
+) -> Callable[[int, int], None]:
+    """Turns tokens done of a part's tokens into images done of all."""
+    return lambda done, tokens: progress(before + count * done // tokens, total)
 
 
 def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, place: Place) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The command line: what a user types, what they get, and one line for every mistake."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from published_layouts import random_state, vqgan_shapes
 from safetensors.numpy import load_file
 
 from lexel import cli
@@ -188,6 +191,88 @@ def test_a_bank_of_the_tokenizers_own_latents_trains_vqgan_lc(run, pictures, cap
         capsys, "train", "tiny", "--out", tmp_path / "lc", "--set", quantizer, "--set", source, *FAST
     )
     assert (code, errors) == (0, "")
+
+
+def generator_command(run, pictures, out):
+    changes = {"data.tokenizer": run, "data.images.source": pictures, "generator.classes": 2}
+    changes = [part for name, value in changes.items() for part in ("--set", f"{name}={json.dumps(str(value))}")]
+    changes[-1] = "generator.classes=2"
+    return ["train", "generator_tiny", "--out", out, "--device", "cpu", *changes, *FAST]
+
+
+@pytest.fixture(scope="module")
+def generator(run, pictures, tmp_path_factory):
+    """A generator of four steps over the tokens of `run`, of two classes."""
+    out = tmp_path_factory.mktemp("runs") / "generator"
+    command = [sys.executable, "-m", "lexel", *map(str, generator_command(run, pictures, out))]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_images_are_sampled_by_number_and_by_label(generator, capsys, tmp_path):
+    arguments = ["sample", generator, "--device", "cpu", "--per-class", 3, "--seed", 5, "--cfg-scale", 1.5]
+    code, out, errors = lexel(capsys, *arguments, "--classes", "garden,1", "--out", tmp_path / "grid.png")
+    assert (code, errors) == (0, "")
+    assert "6 images in" in out
+    assert Image.open(tmp_path / "grid.png").size == (3 * 16 + 2 * 2, 2 * 16 + 2)
+    code, out, _ = lexel(
+        capsys, *arguments, "--classes", "0,holiday", "--out", tmp_path / "s.npy", "--implementation", "int8"
+    )
+    assert code == 0
+    assert re.search(r"int8 adds [+-]\d\.\d{4} bits a token \(on 2 images\)", out)
+    assert np.load(tmp_path / "s.npy").shape == (6, 8, 8)
+    code, _, errors = lexel(capsys, *arguments, "--classes", "cat", "--out", tmp_path / "x.png")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "no class 'cat'; classes are 0 to 1 or a label" in errors
+
+
+def test_sub_tokens_have_settings_of_their_own(run, pictures, generator, capsys, tmp_path):
+    pairs = tmp_path / "pairs"
+    code, _, errors = lexel(capsys, *generator_command(run, pictures, pairs), "--set", "generator.head=factorised")
+    assert (code, errors) == (0, "")
+    tokens = {}
+    for name, scales in (("one", "1.5"), ("two", "1.5,1.5"), ("other", "1.5,4")):
+        arguments = ["--classes", "0,1", "--cfg-scale", scales, "--temperature", "1.1,1", "--device", "cpu"]
+        code, _, errors = lexel(capsys, "sample", pairs, *arguments, "--out", tmp_path / f"{name}.npy")
+        assert (code, errors) == (0, "")
+        tokens[name] = np.load(tmp_path / f"{name}.npy")
+    assert np.array_equal(tokens["one"], tokens["two"])
+    assert not np.array_equal(tokens["one"], tokens["other"])
+    for scales, message in (("1.5,2", "cfg_scale must be a number, or 1 of them"), ("big", "--cfg-scale 'big'")):
+        code, _, errors = lexel(
+            capsys, "sample", generator, "--classes", 0, "--cfg-scale", scales, "--out", tmp_path / "x.npy"
+        )
+        assert (code, errors.count("\n")) == (2, 1)
+        assert message in errors
+
+
+def test_a_generator_is_fine_tuned(run, pictures, generator, capsys, tmp_path):
+    fine = ["--init", generator, "--set", "train.lr=1e-9"]
+    code, _, errors = lexel(capsys, *generator_command(run, pictures, tmp_path / "fine"), *fine)
+    assert (code, errors) == (0, "")
+    before, after = (load_file(folder / "model.safetensors") for folder in (generator, tmp_path / "fine"))
+    assert all(np.allclose(before[name], after[name], atol=1e-6) for name in before)
+    code, _, errors = lexel(capsys, *generator_command(run, pictures, tmp_path / "x"), "--init", run)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "holds a tokenizer; a generator is needed here" in errors
+
+
+def test_a_published_checkpoint_becomes_a_folder(capsys, tmp_path):
+    shapes = vqgan_shapes(width=32, multipliers=[1, 2], blocks=1, attended=[1], z=6, dim=4)
+    state = random_state({**shapes, "quantize.embedding.weight": (40, 4), "loss.logvar": ()})
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    arguments = ["import", tmp_path / "last.ckpt", "--out", tmp_path / "model"]
+    code, _, errors = lexel(capsys, *arguments)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "name one of ibq, vqgan" in errors
+    code, out, errors = lexel(capsys, *arguments, "--family", "ibq", "--set", "autoencoder.groups=16")
+    assert (code, errors) == (0, "")
+    assert "ibq (live weights) in" in out
+    assert "left out 1 tensors: a weight of the training loss" in out
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (config["autoencoder"]["groups"], config["quantizer"]["kind"]) == (16, "ibq")
+    assert config["provenance"]["source"] == "last.ckpt"
 
 
 def test_quantizers_are_compared_in_one_table(pictures, capsys, tmp_path):

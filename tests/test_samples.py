@@ -62,6 +62,31 @@ def test_samples_do_not_depend_on_how_many_are_made_at_once(generator, tmp_path,
     assert np.array_equal(np.load(part), whole[2:])
 
 
+@pytest.mark.parametrize(("batch_size", "at_once"), [(None, [2, 2, 1]), (1, [2, 2, 1]), (4, [4, 1])])
+def test_a_batch_may_be_larger_than_what_is_written_together(generator, tmp_path, monkeypatch, batch_size, at_once):
+    parts, done = [], []
+    sample = generator.sample
+
+    def counted(labels, **settings):
+        parts.append(len(labels))
+        return sample(labels, **settings)
+
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    monkeypatch.setattr(generator, "sample", counted)
+    samples.write_samples(
+        generator,
+        [0, 1, 2, 0, 1],
+        tmp_path / "s.NPY",
+        HERE,
+        progress=lambda images, total: done.append((images, total)),
+        batch_size=batch_size,
+    )
+    assert parts == at_once
+    assert done == sorted(done)
+    assert done[-1] == (5, 5)
+    assert (3, 5) in done  # within a part too
+
+
 def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):
     with pytest.raises(UsageError, match=r"s.gif has no known ending; choose from .png"):
         samples.write_samples(generator, [0], tmp_path / "s.gif", HERE)

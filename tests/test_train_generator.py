@@ -19,7 +19,7 @@ from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
-from lexel.generator import Generator
+from lexel.generator import Generator, GeneratorConfig
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
@@ -294,6 +294,18 @@ def test_training_goes_on_from_another_generator(tokens, tmp_path):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7, msg=name)
     with pytest.raises(UsageError, match="has layers = 1, the recipe 2; make them the same"):
         train_generator(recipe(tokens, {"layers": 2}, init=source), tmp_path / "third", device="cpu")
+
+
+def test_training_goes_on_from_a_generator_in_memory_whatever_its_head_is_called(tokens, tmp_path):
+    network = recipe(tokens, {"head": "plain"}).generator  # as converted ones say; a recipe says "auto"
+    given = Generator(GeneratorConfig(transformer=network))
+    still = recipe(tokens, init={"source": "published.ckpt"}, steps=1, lr=1e-9)
+    made = train_generator(still, tmp_path / "run", device="cpu", initial=given).generator
+    for name, value in given.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=0, atol=1e-7, msg=name)
+    pairs = recipe(tokens, {"head": "factorised"}, init={"source": "published.ckpt"})
+    with pytest.raises(UsageError, match=r"has vocabularies = \(12,\), the recipe \(2, 6\); make them the same"):
+        train_generator(pairs, tmp_path / "other", device="cpu", initial=given)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tokens, tmp_path):

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lexel import config
 
 if TYPE_CHECKING:
+    from lexel.generator import Generator
     from lexel.tokenizer import Tokenizer
     from lexel.train.generator import GeneratorRecipe
     from lexel.train.run import ProgressCallback
@@ -37,17 +38,19 @@ def train(
     out: str | Path,
     *,
     device: str = "auto",
-    initial: "Tokenizer | None" = None,
+    initial: "Tokenizer | Generator | None" = None,
     progress: "ProgressCallback | None" = None,
 ) -> bool:
     """Trains what the recipe describes; False where a signal ended it early and the same call would go on.
 
-    `initial` is the model behind a tokenizer recipe's `init.source`, where that is no Lexel folder.
+    `initial` is the model behind the recipe's `init.source`, of the recipe's kind, where that is no Lexel folder.
     """
     from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
     if isinstance(recipe, TokenizerRecipe):
-        return train_tokenizer(recipe, out, device=device, initial=initial, progress=progress).finished
+        tokenizer = cast("Tokenizer | None", initial)
+        return train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress).finished
     from lexel.train.generator import train_generator
 
-    return train_generator(recipe, out, device=device, progress=progress).finished
+    generator = cast("Generator | None", initial)
+    return train_generator(recipe, out, device=device, initial=generator, progress=progress).finished

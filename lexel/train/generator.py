@@ -437,6 +437,7 @@ def train_generator(
     out: str | Path,
     *,
     device: str = "auto",
+    initial: Generator | None = None,
     progress: ProgressCallback | None = None,
 ) -> TrainedGenerator:
     """Trains a generator in a run folder; called again with the same recipe it goes on, bit for bit.
@@ -448,6 +449,7 @@ def train_generator(
         out: the run folder: see `RunFolder`. At the end it holds the weights as a model folder too, and in `tokenizer/`
             the tokenizer that the recipe names.
         device: "auto", "cpu", "cuda", ...; a distributed launch decides itself.
+        initial: the generator behind `recipe.init.source`, if that is no folder or hub id of ours.
         progress: called after every step.
 
     Raises:
@@ -480,7 +482,7 @@ def train_generator(
         GeneratorConfig(transformer=recipe.generator, tokenizer=source.fingerprint, class_names=source.class_names)
     )
     if recipe.init is not None and state is None:
-        initialise(generator, recipe.init.source)
+        initialise(generator, recipe.init.source, initial)
     learner = Learner(config, generator, place, accelerator)
     first, seconds_before = 0, 0.0
     if state is not None:
@@ -543,22 +545,27 @@ def train_generator(
     return TrainedGenerator(generator.eval(), done, finished)
 
 
-def initialise(generator: Generator, source: str) -> None:
+def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:
     """Starts a generator from the weights of another one; only what is dropped in training may differ.
 
     Raises:
         UsageError: it is of another network, or speaks the tokens of another tokenizer.
     """
-    initial = Generator.from_pretrained(source)
-    free = {"dropout", "class_dropout", "gamma_init"}
-    ours = generator.config.transformer.model_dump(exclude=free)
-    theirs = initial.config.transformer.model_dump(exclude=free)
+    if initial is None:
+        initial = Generator.from_pretrained(source)
+    ours, theirs = _network(generator.config.transformer), _network(initial.config.transformer)
     for name, value in theirs.items():
         if ours[name] != value:
             raise UsageError(f"init.source {source} has {name} = {value}, the recipe {ours[name]}; make them the same")
     if generator.config.tokenizer is not None:
         initial.check_tokenizer(generator.config.tokenizer, "the recipe's tokenizer")
     checkpoint.load_strict(generator, initial.state_dict(), source)
+
+
+def _network(config: TransformerConfig) -> dict[str, Any]:
+    """What must be the same for one network to take the weights of another; the head by what it predicts."""
+    free = {"dropout", "class_dropout", "gamma_init", "head", "factors"}
+    return {**config.model_dump(exclude=free), "vocabularies": config.vocabularies}
 
 
 def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
