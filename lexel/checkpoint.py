@@ -27,13 +27,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` and moves it there once it is whole.
 
     A reader sees the old file or the new one, never a part: the data is on the disk before the name changes. If
-    the block raises, or the process dies in it, `path` is as it was.
+    the block raises, or the process dies in it, `path` is as it was. A full disk is an OSError, whatever wrote.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".partial-{path.name}")  # the suffix stays: writers choose formats by it
     try:
-        yield partial
+        try:
+            yield partial
+        except (RuntimeError, safetensors.SafetensorError):  # how torch and safetensors tell of a full disk, and more
+            _write_more(partial)
+            raise
         _sync(partial)
         partial.replace(path)
     except BaseException:
@@ -196,6 +200,14 @@ def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _write_more(path: Path) -> None:
+    """Raises the operating system's own error if no more can be written to a file."""
+    with path.open("ab") as file:
+        file.write(bytes(2**16))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync(path: Path) -> None:

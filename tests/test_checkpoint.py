@@ -1,5 +1,6 @@
 """What is written is read back exactly, whole or not at all, and nothing in a file is executed."""
 
+import errno
 import json
 import os
 import pickle
@@ -8,9 +9,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from lexel.checkpoint import (
@@ -98,6 +101,24 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
         save_state(path, {"step": 2})
     assert load_state(path) == {"step": 1}
     assert names(tmp_path) == ["state.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_full_says_so_whatever_was_writing(tmp_path):
+    (tmp_path / ".partial-state.pt").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as of_torch:  # torch itself raises a RuntimeError
+        save_state(tmp_path / "state.pt", {"weight": torch.zeros(10**6)})
+    (tmp_path / ".partial-model.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as of_safetensors, atomic(tmp_path / "model.safetensors"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert of_torch.value.errno == of_safetensors.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
+def test_an_error_of_a_writer_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="of its own"), atomic(tmp_path / "file"):
+        raise RuntimeError("of its own")
+    assert names(tmp_path) == []
 
 
 def test_a_training_state_comes_back_with_its_types(tmp_path):

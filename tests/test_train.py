@@ -246,6 +246,19 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(pictures, straight, t
     assert_same(final_state(straight), final_state(tmp_path))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_is_really_full_ends_the_run_in_words(pictures, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(4))
+    saved = RunFolder(tmp_path, writes=False).steps()[-1]
+
+    def fill(now):  # what is written from here on fails as the operating system lets it fail
+        partial = tmp_path / "checkpoints" / f".partial-{now.step:08d}.pt"
+        partial.symlink_to("/dev/full")
+
+    with pytest.raises(TrainingStopped, match=rf"no space left .* \(step {saved} is saved\)"):
+        train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=fill)
+
+
 def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_works(pictures, straight, tmp_path):
     train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(4))
     run = RunFolder(tmp_path, writes=False)
