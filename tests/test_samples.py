@@ -1,5 +1,7 @@
 """Images from a generator, written as grids, streams and tokens."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -105,3 +107,20 @@ def test_the_nearest_training_picture_is_found_with_its_distance():
     assert nearest.names == ["picture 3", "picture 1"]
     assert np.array_equal(nearest.pictures, known[[3, 1]])
     assert nearest.distances == pytest.approx([10, 10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_pictures_of_a_gpu_are_those_of_the_cpu(generator, tmp_path, precision):
+    """The pixel decoder runs with channels last there, in the precision asked for."""
+    there = copy.deepcopy(generator)
+    tokens = np.load(samples.write_samples(there, [0, 1, 2], tmp_path / "t.npy", place("cuda")))
+    assert np.array_equal(tokens, np.load(samples.write_samples(generator, [0, 1, 2], tmp_path / "c.npy", HERE)))
+    settings = {"given": torch.from_numpy(tokens)}  # the same tokens whatever the precision
+    pictures = [
+        np.load(samples.write_samples(model, [0, 1, 2], tmp_path / f"{where.device.type}.npz", where, **settings))
+        for model, where in ((there, place("cuda", precision)), (generator, HERE))
+    ]
+    assert there.tokenizer.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    difference = pictures[0]["arr_0"].astype(int) - pictures[1]["arr_0"]
+    assert np.abs(difference).max() <= (1 if precision == "float32" else 8)
