@@ -20,13 +20,16 @@ from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
+from lexel.place import place
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
     Learner,
+    Source,
     entropy_bits,
     load_generator_run,
     parameter_groups,
+    spaced,
     train_generator,
 )
 from lexel.train.run import TrainingStopped, pick_place, read_metrics, start
@@ -306,6 +309,29 @@ def test_training_goes_on_from_a_generator_in_memory_whatever_its_head_is_called
     pairs = recipe(tokens, {"head": "factorised"}, init={"source": "published.ckpt"})
     with pytest.raises(UsageError, match=r"has vocabularies = \(12,\), the recipe \(2, 6\); make them the same"):
         train_generator(pairs, tmp_path / "other", device="cpu", initial=given)
+
+
+def test_all_that_does_not_fit_the_tokens_is_said_at_once(tokens, tmp_path):
+    message = (
+        r"generator.rows = 4, generator.classes = 7 does not fit the tokens of .*; "
+        r"set generator.rows = 2, generator.classes = 2"
+    )
+    with pytest.raises(UsageError, match=message):
+        train_generator(recipe(tokens, {"rows": 4, "classes": 7}), tmp_path / "run", device="cpu")
+
+
+def test_a_limited_validation_takes_images_of_every_class():
+    assert spaced(10, 4) == [0, 2, 5, 7]
+    assert spaced(3, None) == spaced(3, 8) == [0, 1, 2]
+
+
+def test_validation_bits_of_a_part_are_of_images_from_all_over(tokens, tmp_path):
+    source = Source(recipe(tokens), place("cpu"))
+    whole = torch.cat([batch.numbers for batch in source.measured(8, None, 0, 1)])
+    part = torch.cat([batch.indices for batch in source.measured(8, 4, 0, 1)])
+    everything = torch.cat([batch.indices for batch in source.measured(8, None, 0, 1)])
+    assert len(whole) == len(source.validation) > 8
+    assert torch.equal(part, everything[[number * len(whole) // 4 for number in range(4)]])
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tokens, tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 from warnings import warn
 
 from pydantic import Field, field_validator
@@ -27,6 +27,9 @@ class DataConfig(Config):
     transform: str = "published"  # a key of TRANSFORMS
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read pictures; 0 reads them in the training process
     memory: Annotated[float, Field(ge=0)] = 1.0  # GiB of decoded pictures to keep; only without workers
+    on_error: Literal["stop"] | None = (
+        None  # "stop" ends the run at an unreadable picture; else another takes its place
+    )
 
     @field_validator("transform")
     @classmethod

@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor
 from lexel import __version__, checkpoint, transformer
 from lexel.config import Config, check, load
 from lexel.data import ordered_batches, to_uint8, training_batches
+from lexel.data.batches import OnError
 from lexel.data.config import DataConfig, open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
@@ -150,6 +151,7 @@ class TrainedGenerator(NamedTuple):
     generator: Generator  # sharded still, where the recipe says fsdp
     step: int  # steps done
     finished: bool  # False when a signal ended it early: the same command goes on from there
+    unreadable: Mapping[str, str]  # pictures that this process could not use, and why; empty for token sets
 
 
 # ---------------------------------------------------------------------------------------------- tokens
@@ -163,6 +165,7 @@ class Source:
         fingerprint: of the tokenizer; None if it is not known.
         tokenizer: the tokenizer, if the recipe names one.
         class_names: or None.
+        unreadable: pictures that could not be used so far, and why.
         histogram_bits: entropy of the histogram of single tokens, in bits: what a model that knows how frequent every
             token is, and nothing else, needs for one. None until it is measured.
     """
@@ -172,6 +175,7 @@ class Source:
         self.tokenizer = None if data.tokenizer is None else Tokenizer.from_pretrained(data.tokenizer).to(place.device)
         self.training: TokenSet | None = None
         self.histogram_bits: float | None = None
+        self.unreadable: dict[str, str] = {}
         if data.tokens is not None:
             self._open_tokens(data, recipe.generator)
         else:
@@ -205,6 +209,7 @@ class Source:
         assert self.tokenizer is not None
         self.images, self.image_validation = open_data(data.images)
         self.transform, self.workers = data.images.make_transform(), data.images.workers
+        self.on_error: OnError = data.images.on_error or "replace"
         side = data.images.size // self.tokenizer.downsampling
         labelled = self.images.labels is not None
         classes = list(self.images.classes) if labelled else None
@@ -215,23 +220,33 @@ class Source:
         """An endless iterator from step `first`; a batch is a function of (seed, step) alone."""
         if self.training is not None:
             yield from self.training.training_batches(config.batch_size, config.seed, first, rank, processes)
-        for batch in training_batches(
-            self.images, self.transform, config.batch_size, config.seed, first, rank, processes, self.workers
-        ):
+        batches = training_batches(
+            self.images,
+            self.transform,
+            config.batch_size,
+            config.seed,
+            first,
+            rank,
+            processes,
+            self.workers,
+            on_error=self.on_error,
+        )
+        for batch in batches:
+            self.unreadable.update(batches.unreadable)
             yield self._encoded(batch)
 
     def measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
-        """Every validation image of this process once."""
+        """Every validation image of this process once; with a limit so many of them all, evenly spaced."""
         if self.training is not None:
-            tokens = (
-                self.validation if limit is None else self.validation.subset(range(min(limit, len(self.validation))))
-            )
+            tokens = self.validation.subset(spaced(len(self.validation), limit))
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
-        images = self.image_validation
-        if limit is not None:
-            images = images.subset(range(min(limit, len(images))))
-        for batch in ordered_batches(images, self.transform, batch_size, rank, processes, self.workers):
+        images = self.image_validation.subset(spaced(len(self.image_validation), limit))
+        batches = ordered_batches(
+            images, self.transform, batch_size, rank, processes, self.workers, on_error=self.on_error
+        )
+        for batch in batches:
+            self.unreadable.update(batches.unreadable)
             yield self._encoded(batch)
 
     def _encoded(self, batch: Any) -> TokenBatch:
@@ -249,16 +264,13 @@ def _check_fits(
     if len(grid) != 2:
         raise UsageError(f"{source} has grids {grid}; a generator needs one token at a place, (h, w)")
     found |= {"rows": grid[0], "columns": grid[1]}
-    if classes is not None:
-        found["classes"] = len(classes)
-    elif model.classes != 1:
-        raise UsageError(f"{source} has no labels; set generator.classes = 1")
-    for name, value in found.items():
-        if getattr(model, name) != value:
-            raise UsageError(
-                f"generator.{name} = {getattr(model, name)} does not fit the tokens of {source}; "
-                f"set generator.{name} = {value}"
-            )
+    found["classes"] = 1 if classes is None else len(classes)
+    wrong = [name for name, value in found.items() if getattr(model, name) != value]
+    if wrong:
+        ours = ", ".join(f"generator.{name} = {getattr(model, name)}" for name in wrong)
+        theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
+        unlabelled = " (which have no labels)" if classes is None else ""
+        raise UsageError(f"{ours} does not fit the tokens of {source}{unlabelled}; set {theirs}")
 
 
 def entropy_bits(histogram: Tensor) -> float:
@@ -542,7 +554,13 @@ def train_generator(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
-    return TrainedGenerator(generator.eval(), done, finished)
+    return TrainedGenerator(generator.eval(), done, finished, source.unreadable)
+
+
+def spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` of `count` numbers, from all over: folders are sorted by class."""
+    limit = count if limit is None else min(limit, count)
+    return [number * count // limit for number in range(limit)]
 
 
 def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:

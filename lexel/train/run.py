@@ -35,6 +35,8 @@ OPERATIONAL = {
     "train.log_every",
     "train.trackers",
     "data.workers",
+    "data.on_error",
+    "data.images.on_error",
 }
 LENGTHS = {"train.steps", "train.epochs"}  # a resumed run may grow, never shrink
 

@@ -169,7 +169,7 @@ class Trained(NamedTuple):
     average: Tokenizer
     step: int  # steps done
     finished: bool  # False when a signal ended it early: the same command goes on from there
-    unreadable: Mapping[str, str]  # pictures that this process replaced by others, and why
+    unreadable: Mapping[str, str]  # pictures that this process could not use, and why
 
 
 class Adversary:
@@ -422,8 +422,17 @@ def train_tokenizer(
         first, seconds_before = state["step"], state["seconds"]
     transform = recipe.data.make_transform()
     batches = training_batches(
-        images, transform, config.batch_size, config.seed, first, rank, processes, recipe.data.workers
+        images,
+        transform,
+        config.batch_size,
+        config.seed,
+        first,
+        rank,
+        processes,
+        recipe.data.workers,
+        on_error=recipe.data.on_error or "replace",
     )
+    unreadable: dict[str, str] = {}
     track(accelerator, recipe)
     begun = time.perf_counter()
     done, finished = first, first >= steps
@@ -472,7 +481,9 @@ def train_tokenizer(
                     config.validation_images,
                     learner.lpips,
                     recipe.data.workers,
+                    recipe.data.on_error or "replace",
                 )
+                unreadable |= measured.unreadable
                 refuse_collapse(run, done, recipe, measured.values, accelerator)
                 run.log(done, "validation", seconds, measured.values)
                 run.snapshot(done, measured.snapshot)
@@ -488,7 +499,7 @@ def train_tokenizer(
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
-    return Trained(tokenizer, average, done, finished, batches.unreadable)
+    return Trained(tokenizer, average, done, finished, unreadable | batches.unreadable)
 
 
 def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None = None, load: bool = True) -> None:

@@ -7,6 +7,7 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lexel.data import ImageSet, Transform, ordered_batches, to_uint8
+from lexel.data.batches import OnError
 from lexel.losses import LPIPS
 from lexel.metrics.health import CodeHistogram, gradient_health
 from lexel.metrics.pixels import psnr
@@ -23,6 +24,7 @@ class Measured(NamedTuple):
 
     values: dict[str, float | None]
     snapshot: dict[str, Tensor]
+    unreadable: dict[str, str]  # pictures of this process's share that were left out, and why
 
 
 @torch.no_grad()
@@ -36,6 +38,7 @@ def validate(
     limit: int | None = None,
     lpips: LPIPS | None = None,
     workers: int = 0,
+    on_error: OnError = "replace",
 ) -> Measured:
     """Measures a tokenizer in evaluation mode; every process must call, and all get the same numbers.
 
@@ -49,6 +52,7 @@ def validate(
         limit: measure on so many images only, evenly spaced.
         lpips: measures perceptual distance too.
         workers: processes that read pictures.
+        on_error: "stop" raises for an unreadable picture instead of leaving it out.
     """
     if limit is not None and limit < len(images):
         images = spread(images, limit)
@@ -57,7 +61,7 @@ def validate(
     names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
     sums = [0.0] * len(names)  # each but the first: the mean of a batch times its images
     batches = ordered_batches(
-        images, transform, batch_size, accelerator.process_index, accelerator.num_processes, workers
+        images, transform, batch_size, accelerator.process_index, accelerator.num_processes, workers, on_error=on_error
     )
     for batch in batches:
         pictures = batch.images.to(place.device)
@@ -106,7 +110,8 @@ def validate(
         "latents": _sample(z.float().movedim(1, -1).flatten(0, -2)),
         "codes": _sample(codes),
     }
-    return Measured(values, {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()})
+    plain = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
+    return Measured(values, plain, batches.unreadable)
 
 
 def spread(images: ImageSet, count: int) -> ImageSet:
