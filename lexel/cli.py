@@ -112,6 +112,15 @@ def _tokenizer(source: str, weights: Choice = "average") -> "Tokenizer":
     return model
 
 
+def _in_float32(command: str, device: str, precision: str) -> None:
+    """Checks what every command takes, for those that handle weights and run no network: they keep to float32."""
+    from lexel.place import place
+
+    place(device, precision)
+    if precision != "float32":
+        raise UsageError(f"lexel {command} keeps weights in float32, got --precision {precision}; leave it out")
+
+
 def _transform(tokenizer: "Tokenizer", size: str | None, name: str | None) -> "Transform | None":
     """The transform asked for, or the one the tokenizer was trained with; None for whole pictures."""
     from lexel.data import TRANSFORMS
@@ -172,6 +181,11 @@ def _table(rows: "Iterable[tuple[str, Any]]") -> None:
 def _told(done: int, what: str, out: Path, unreadable: "Mapping[str, str]") -> None:
     """What was written, and which pictures were left out and why."""
     print(f"{done:,} {what} in {out}")
+    _left_out(unreadable)
+
+
+def _left_out(unreadable: "Mapping[str, str]") -> None:
+    """Names pictures that could not be used, and says why."""
     for name, reason in list(unreadable.items())[:20]:
         _say(f"lexel: left out {name}: {reason}")
     if unreadable:
@@ -185,12 +199,16 @@ def _told(done: int, what: str, out: Path, unreadable: "Mapping[str, str]") -> N
 def demo(
     out: Out = Path("runs/demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of each tokenizer, to try it out.")] = None,
+    device: Device = "cpu",
+    precision: Precision = "float32",
 ) -> None:
     """The whole story on embedded pictures: VQ against IBQ, tokens, a small generator, and a page to look at."""
     from lexel.demo import demo as run_demo
 
     with _progress("demo", "steps") as update:
-        made = run_demo(out, steps, lambda stage, done, total, note: update(done, total, note, stage))
+        made = run_demo(
+            out, steps, lambda stage, done, total, note: update(done, total, note, stage), device, precision
+        )
     for row in made.table:
         print("  ".join(f"{cell:>12}" for cell in row))
     print(f"open {made.page}")
@@ -218,7 +236,9 @@ def train(
 
     overrides = list(set_ or [])
     if init:
-        overrides += [f"init.source={json.dumps(init)}", f"init.what={json.dumps(init_what)}"]
+        overrides.append(f"init.source={json.dumps(init)}")
+    if init or init_what != "all":
+        overrides.append(f"init.what={json.dumps(init_what)}")
     if precision:
         overrides.append(f"train.precision={json.dumps(precision)}")
     loaded = load_recipe(recipe, overrides)
@@ -229,9 +249,9 @@ def train(
         return
     initial = None
     if init:
-        initial = _generator(init, "live") if hasattr(loaded, "generator") else _tokenizer(init)
+        initial = _generator(init) if hasattr(loaded, "generator") else _tokenizer(init)
     with _progress(recipe.stem, "steps") as update:
-        finished = train(
+        trained = train(
             loaded,
             out,
             device=device,
@@ -243,7 +263,9 @@ def train(
     from lexel.report import write_report
 
     page = write_report(out)
-    print(f"{out} is finished; open {page}" if finished else f"stopped; run the same command again to go on ({out})")
+    finished, again = f"{out} is finished; open {page}", f"stopped; run the same command again to go on ({out})"
+    print(finished if trained.finished else again)
+    _left_out(trained.unreadable)
 
 
 def _pace(now: "Progress") -> str:
@@ -255,10 +277,13 @@ def _pace(now: "Progress") -> str:
 def inspect(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run, a model, or a recipe (.toml).")],
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """What is in it (parameters, codebook, provenance), and whether its codebook is healthy."""
     from lexel.inspection import inspect as look
 
+    _in_float32("inspect", device, precision)
     facts = look(source)
     if json_:
         print(json.dumps(facts, indent=2, default=str))
@@ -374,11 +399,14 @@ def import_(
         list[str] | None,
         typer.Option("--set", metavar="option=value", help="What the file does not tell, if it is unusual."),
     ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """A published checkpoint becomes a Lexel folder, every tensor accounted for."""
     from lexel.config import parse_override
     from lexel.convert import convert
 
+    _in_float32("import", device, precision)
     conversion = convert(source, family, weights, dict(parse_override(option) for option in set_ or []))
     conversion.model.save_pretrained(out, provenance=conversion.model.provenance)
     print(f"{conversion.family} ({conversion.weights} weights) in {out}")
@@ -428,6 +456,10 @@ def evaluate(
         raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
     if (data if source else reference) is None:
         raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
+    if source and (reference or tokenizer):
+        raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
+    if samples and (data or size):
+        raise UsageError("--data and --size go with a tokenizer; samples have their size and need --reference alone")
     earlier = read_result(against) if against else None
     options: dict[str, Any] = {
         "split": split,
@@ -541,7 +573,7 @@ def sample(
         print(f"int8 adds {generator.extra_bits(few, labels[:2], 'int8'):+.4f} bits a token (on {len(few)} images)")
 
 
-def _generator(source: str, weights: "Literal['live', 'best']") -> "Generator":
+def _generator(source: str, weights: "Literal['live', 'best']" = "live") -> "Generator":
     """The generator behind a name on the command line."""
     import lexel
 
@@ -585,6 +617,9 @@ def compare(
         list[str] | None, typer.Option("--set", metavar="section.key=value", help="Change an option.")
     ] = None,
     device: Device = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Of training: float32, bf16, fp16. Default: the recipe's.")
+    ] = None,
 ) -> None:
     """One training, only the quantizer changes: a table, curves and maps in one page; resumable."""
     from lexel.compare import METRICS, read_variants, table
@@ -592,7 +627,7 @@ def compare(
     from lexel.train import load_recipe
     from lexel.train.tokenizer import TokenizerRecipe
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = load_recipe(recipe, [*(set_ or []), *([f"train.precision={json.dumps(precision)}"] if precision else [])])
     if not isinstance(loaded, TokenizerRecipe):
         raise UsageError(f"{recipe} is a generator's recipe; a tokenizer's is needed here")
     with _progress("compare", "steps") as update:
@@ -639,6 +674,7 @@ def bank(
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of positions and clusters.")] = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """A bank of features for VQGAN-LC: k-means over what an encoder sees in your pictures."""
     from lexel.bank import make_bank
@@ -646,7 +682,7 @@ def bank(
     from lexel.networks import FEATURE_NETWORKS
     from lexel.place import place
 
-    where = place(device)
+    where = place(device, precision)
     model = encoder if encoder in FEATURE_NETWORKS else _tokenizer(encoder)
     transform = TRANSFORMS["published"](size or 224) if isinstance(model, str) else _transform(model, _text(size), None)
     assert transform is not None
@@ -669,11 +705,14 @@ def export(
     out: Out,
     formats: Annotated[list[str] | None, typer.Option("--format", help="torch or onnx; both by default.")] = None,
     weights: Weights = "average",
+    device: Device = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """The tokenizer as programs that need no Lexel: torch.export and ONNX, any batch and size."""
     from lexel.export import FORMATS
     from lexel.export import export as write
 
+    _in_float32("export", device, precision)
     for path in write(_tokenizer(source, weights), out, formats or FORMATS):
         print(path)
 
@@ -686,10 +725,13 @@ def publish(
     licence: Annotated[str | None, typer.Option(help="Its name on the hub, such as apache-2.0.")] = None,
     private: Annotated[bool, typer.Option("--private", help="A new repository is not public.")] = False,
     folder: Annotated[Path | None, typer.Option(help="Write what would be uploaded here instead, and stop.")] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
 ) -> None:
     """Uploads a model with its card, recipe, results and sample pictures to the Hugging Face hub."""
     from lexel.publish import push_to_hub, stage
 
+    _in_float32("publish", device, precision)
     if folder is not None:
         stage(source, folder, results=result or [], licence=licence, repository=repository)
         print(f"{folder} holds what would be uploaded to {repository}")

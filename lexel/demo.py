@@ -40,7 +40,13 @@ class Made(NamedTuple):
     table: list[list[str]]  # the first row is the head
 
 
-def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) -> Made:
+def demo(
+    out: str | Path,
+    steps: int | None = None,
+    watch: Watch | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> Made:
     """Trains VQ and IBQ side by side on OpenMoji, then a small generator over IBQ's tokens, and writes a page.
 
     The same call again goes on where it was stopped.
@@ -49,16 +55,20 @@ def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) 
         out: the folder to write to.
         steps: of each training, to try it out; the recipes' by default.
         watch: called with what is being done and how far it is.
+        device, precision: where and how the networks are trained and used; the figures in the documents are the
+            default's.
     """
     out = Path(out)
-    here = place("cpu")
-    shorter = [] if steps is None else [f"train.steps={steps}", f"train.validate_every={steps}"]
-    recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, shorter)
+    here = place(device, precision)
+    changes = [f"train.precision={precision}"]
+    if steps is not None:
+        changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
+    recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, changes)
     for kind, folder in FOLDERS.items():
         changed = config.load(
-            config.find_recipe("openmoji"), TokenizerRecipe, [*shorter, f'model.quantizer.kind="{kind}"']
+            config.find_recipe("openmoji"), TokenizerRecipe, [*changes, f'model.quantizer.kind="{kind}"']
         )
-        _finish(train_tokenizer(changed, out / folder, device="cpu", progress=_told(watch, NAMES[kind])).finished)
+        _finish(train_tokenizer(changed, out / folder, device=device, progress=_told(watch, NAMES[kind])).finished)
         report.write_report(out / folder)
     training, held_out = open_data(recipe.data)
     results = {
@@ -67,7 +77,8 @@ def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) 
             held_out,
             size=recipe.data.size,
             metrics=["psnr", "ssim", "lpips", "usage"],
-            device="cpu",
+            device=device,
+            precision=precision,
             progress=_counted(watch, f"measuring {NAMES[kind]}"),
         )
         for kind, folder in FOLDERS.items()
@@ -85,14 +96,14 @@ def demo(out: str | Path, steps: int | None = None, watch: Watch | None = None) 
         config.find_recipe("generator_openmoji"),
         GeneratorRecipe,
         [
-            *shorter,
+            *changes,
             f"data.tokens='{tokens['train']}'",
             f"data.validation='{tokens['validation']}'",
             f"data.tokenizer='{out / FOLDERS['ibq']}'",
         ],
     )
     _finish(
-        train_generator(generator_recipe, out / "generator", device="cpu", progress=_told(watch, "generator")).finished
+        train_generator(generator_recipe, out / "generator", device=device, progress=_told(watch, "generator")).finished
     )
     report.write_report(out / "generator")
 
@@ -201,7 +212,7 @@ def _maps(runs: dict[str, Run]) -> list[Figure]:
 
 def _generated(out: Path, training: ImageSet, transform: Transform, codec: Codec, watch: Watch | None) -> list[Section]:
     """New drawings by class, each above the training drawing nearest to it; and how the generator learned."""
-    generator = load_generator_run(out / "generator")
+    generator = load_generator_run(out / "generator").to(codec.place.device)
     classes = generator.config.class_names or []
     labels = [number for number in range(len(classes)) for _ in range(PER_CLASS)]
     tokens = generator.sample(labels, cfg_scale=2.0, top_p=0.96, progress=_counted(watch, "drawing"))

@@ -9,9 +9,9 @@ from lexel import config
 if TYPE_CHECKING:
     from lexel.generator import Generator
     from lexel.tokenizer import Tokenizer
-    from lexel.train.generator import GeneratorRecipe
+    from lexel.train.generator import GeneratorRecipe, TrainedGenerator
     from lexel.train.run import ProgressCallback
-    from lexel.train.tokenizer import TokenizerRecipe
+    from lexel.train.tokenizer import TokenizerRecipe, Trained
 
     Recipe = TokenizerRecipe | GeneratorRecipe
 
@@ -40,8 +40,8 @@ def train(
     device: str = "auto",
     initial: "Tokenizer | Generator | None" = None,
     progress: "ProgressCallback | None" = None,
-) -> bool:
-    """Trains what the recipe describes; False where a signal ended it early and the same call would go on.
+) -> "Trained | TrainedGenerator":
+    """Trains what the recipe describes; not `finished` where a signal ended it early and the same call would go on.
 
     `initial` is the model behind the recipe's `init.source`, of the recipe's kind, where that is no Lexel folder.
     """
@@ -49,8 +49,8 @@ def train(
 
     if isinstance(recipe, TokenizerRecipe):
         tokenizer = cast("Tokenizer | None", initial)
-        return train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress).finished
+        return train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress)
     from lexel.train.generator import train_generator
 
     generator = cast("Generator | None", initial)
-    return train_generator(recipe, out, device=device, initial=generator, progress=progress).finished
+    return train_generator(recipe, out, device=device, initial=generator, progress=progress)
