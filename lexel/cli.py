@@ -357,6 +357,8 @@ def encode(
     codec = Codec(tokenizer, where, _transform(tokenizer, size, transform), batch_size, workers)
     with _progress("encode") as update:
         tokens = codec.encode(data, out, split, crops, seed, update)
+    if tokens is None:  # other processes are still at their shards; the last one speaks
+        return
     _told(len(tokens), f"pictures as {'x'.join(map(str, tokens.grid))} tokens each", out, tokens.unreadable)
     if parquet:
         export_parquet(tokens, parquet)
@@ -529,6 +531,9 @@ def sample(
     window: Annotated[
         int | None, typer.Option(help="Decode rows in a wavefront, this many tokens apart: faster.")
     ] = None,
+    given: Annotated[
+        Path | None, typer.Option(help="Tokens to keep, .npy (N, h, w), -1 where to sample: completes, fills in.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the generator's folder has none.")] = None,
     implementation: Annotated[str, typer.Option(help="auto, plain, packed, int8, ...")] = "auto",
     batch_size: Annotated[
@@ -540,9 +545,10 @@ def sample(
 ) -> None:
     """Generates images of the classes named, by number or by label."""
     from lexel.place import place
-    from lexel.samples import write_samples
+    from lexel.samples import read_tokens, write_samples
 
     where = place(device, precision)
+    known = read_tokens(given) if given else None
     scales, temperatures = _each(cfg_scale, "--cfg-scale"), _each(temperature, "--temperature")
     generator = _generator(source, weights)
     labels = [label for label in generator.class_numbers(_names(classes)) for _ in range(per_class)]
@@ -555,6 +561,7 @@ def sample(
             _tokenizer(tokenizer) if tokenizer else None,
             first_number,
             per_class,
+            known,
             update,
             cfg_scale=scales,
             cfg_schedule=cfg_schedule,

@@ -1,5 +1,6 @@
 """Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from lexel.place import Place
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
+
+SHARD = 4096  # pictures in a file of a token set: what an interruption can cost
 
 ProgressCallback = Callable[[int, int | None], None]  # done, total
 
@@ -124,8 +127,11 @@ class Codec:
         crops: int = 1,
         seed: int = 0,
         progress: ProgressCallback | None = None,
-    ) -> TokenSet:
+    ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
+
+        Processes that a launcher started together (RANK of WORLD_SIZE) share the shards; the last to finish gets the
+        set, the others None.
 
         Args:
             source: a folder, a file or an embedded set.
@@ -144,7 +150,7 @@ class Codec:
             with self.place.autocast():
                 return tokenizer.encode(images.to(self.place.device)).cpu()
 
-        tokens = write_tokens(
+        return write_tokens(
             out,
             open_images(source, split, self.transform.size),
             self.transform,
@@ -155,12 +161,13 @@ class Codec:
             crops=crops,
             seed=seed,
             batch_size=self.batch_size,
+            shard_size=SHARD,
             workers=self.workers,
+            rank=int(os.environ.get("RANK", 0)),
+            processes=int(os.environ.get("WORLD_SIZE", 1)),
             provenance={"source": str(source), "split": split, "size": self.transform.size},
             progress=progress,
         )
-        assert tokens is not None  # only one of several processes can find the set unfinished
-        return tokens
 
     def decode(self, tokens: TokenSet, out: str | Path, progress: ProgressCallback | None = None) -> Done:
         """Writes the picture of every image of a token set as PNG, under the name it was encoded from.

@@ -28,6 +28,7 @@ def write_samples(
     tokenizer: Tokenizer | None = None,
     first_number: int = 0,
     columns: int | None = None,
+    given: torch.Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **settings: Any,
 ) -> Path:
@@ -44,6 +45,8 @@ def write_samples(
         tokenizer: makes images of tokens; the one in the generator's folder by default.
         first_number: number of the first image in the random stream.
         columns: of a grid; about as many as rows by default.
+        given: int64 (N, h, w), tokens that stay as they are, -1 where they are to be sampled; of one image for all, or
+            of each.
         progress: called with (images done, images).
         settings: of `Generator.sample`.
 
@@ -56,9 +59,15 @@ def write_samples(
         raise UsageError(f"{out} has no known ending; choose from {', '.join(WRITERS)}")
     if not labels:
         raise UsageError("there are no classes to sample from")
+    if given is not None:
+        if len(given) not in (1, len(labels)):
+            raise UsageError(f"tokens are given for {len(given)} images; 1 or {len(labels)} are needed")
+        given = given.expand(len(labels), *given.shape[1:])
     generator = generator.to(place.device).eval()
     if ending == ".npy":
-        tokens = [part.cpu().numpy() for part in _sampled(generator, labels, place, first_number, progress, settings)]
+        tokens = [
+            part.cpu().numpy() for part in _sampled(generator, labels, place, first_number, given, progress, settings)
+        ]
         with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
             np.save(file, np.concatenate(tokens))
         return out
@@ -66,7 +75,7 @@ def write_samples(
     if place.device.type == "cuda":  # half-precision convolutions are fastest with channels last
         decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
-    parts = _sampled(generator, labels, place, first_number, progress, settings)
+    parts = _sampled(generator, labels, place, first_number, given, progress, settings)
     pictures = (_pictures(decoder, part, place) for part in parts)
     if ending == ".npz":
         first = next(pictures)
@@ -82,14 +91,39 @@ def write_samples(
 
 
 def _sampled(
-    generator: Generator, labels: Sequence[int], place: Place, first: int, progress: Any, settings: Any
+    generator: Generator,
+    labels: Sequence[int],
+    place: Place,
+    first: int,
+    given: torch.Tensor | None,
+    progress: Any,
+    settings: Any,
 ) -> Any:
     at_once = max(AT_ONCE, settings.get("batch_size") or 0)
     for begin in range(0, len(labels), at_once):
         part = torch.tensor(labels[begin : begin + at_once], device=place.device)
         numbers = range(first + begin, first + begin + len(part))
         report = None if progress is None else _images_done(progress, begin, len(part), len(labels))
-        yield generator.sample(part, image_numbers=numbers, dtype=place.half, progress=report, **settings)
+        known = None if given is None else given[begin : begin + len(part)].to(place.device)
+        yield generator.sample(part, image_numbers=numbers, given=known, dtype=place.half, progress=report, **settings)
+
+
+def read_tokens(path: str | Path) -> torch.Tensor:
+    """Tokens of images from an .npy file, int64 (N, h, w); those of one image may be (h, w).
+
+    Raises:
+        UsageError: the file is missing or holds no integers of that shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path} is not a file; give tokens as .npy, such as `lexel sample --out tokens.npy` writes")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read as .npy: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.integer):
+        raise UsageError(f"{path} must hold integers (N, h, w)")
+    return torch.from_numpy(array.astype(np.int64).reshape(-1, *array.shape[-2:]))
 
 
 def _images_done(

@@ -90,6 +90,18 @@ def test_tokens_decode_to_what_reconstruct_writes(tokenizer, folder, tmp_path):
         assert np.array_equal(np.asarray(Image.open(path)), np.asarray(Image.open(other))), path
 
 
+def test_processes_of_a_launcher_share_one_token_set(tokenizer, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lexel.codec.SHARD", 2)
+    whole = codec(tokenizer).encode(folder, tmp_path / "whole")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert codec(tokenizer).encode(folder, tmp_path / "shared") is None
+    monkeypatch.setenv("RANK", "0")
+    shared = codec(tokenizer).encode(folder, tmp_path / "shared")
+    assert shared.names == whole.names
+    assert torch.equal(shared.tokens(range(4)), whole.tokens(range(4)))
+
+
 def test_tokens_of_another_tokenizer_are_refused(tokenizer, folder, tmp_path):
     tokens = codec(tokenizer).encode(folder, tmp_path / "tokens")
     with pytest.raises(UsageError, match="made by another tokenizer"):

@@ -34,7 +34,7 @@ def generator():
     tokenizer = Tokenizer(TokenizerConfig(autoencoder=AutoencoderConfig(**sizes), quantizer=quantizer)).eval()
     network = TransformerConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
     generator = Generator(GeneratorConfig(transformer=network))
-    torch.nn.init.normal_(generator.transformer.head.weight)  # or every token would be as likely as any other
+    torch.nn.init.normal_(generator.transformer.head.weight, std=0.3)  # or all tokens would be equally likely
     generator.attach(tokenizer)
     return generator.double().eval()
 
@@ -87,6 +87,23 @@ def test_a_batch_may_be_larger_than_what_is_written_together(generator, tmp_path
     assert done == sorted(done)
     assert done[-1] == (5, 5)
     assert (3, 5) in done  # within a part too
+
+
+def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    given = np.full((2, 3), -1)
+    given[0] = [3, 1, 2]
+    np.save(tmp_path / "given.npy", given)
+    known = samples.read_tokens(tmp_path / "given.npy")
+    made = np.load(samples.write_samples(generator, [0, 1, 2], tmp_path / "s.npy", HERE, given=known))
+    assert (made[:, 0] == [3, 1, 2]).all()
+    assert len(np.unique(made[:, 1], axis=0)) > 1
+    with pytest.raises(UsageError, match="tokens are given for 2 images; 1 or 3 are needed"):
+        samples.write_samples(generator, [0, 1, 2], tmp_path / "t.npy", HERE, given=known.repeat(2, 1, 1))
+    (tmp_path / "text.npy").write_text("no tokens")
+    for name, message in [("none.npy", "is not a file"), ("text.npy", "cannot be read as .npy")]:
+        with pytest.raises(UsageError, match=message):
+            samples.read_tokens(tmp_path / name)
 
 
 def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):
