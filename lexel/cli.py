@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ CommandLineError: Any = typer.BadParameter.__mro__[2]
 
 def main() -> None:
     """The entry point. Exit code 0 on success, 2 with one line for what the user can fix, 130 when interrupted."""
+    warnings.formatwarning = lambda message, *_: f"lexel: {message}\n"
     try:
         app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:
@@ -42,6 +44,13 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _say("lexel: interrupted")
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__name__ not in (
+            "OutOfMemoryError",
+            "MemoryError",
+        ):  # torch's own, and torch is not imported here
+            raise
+        _fail("out of memory; lower the batch size, the picture size, or use a half precision")
     except OSError as error:  # a missing right, a full disk: the user's to mend
         _fail(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
 

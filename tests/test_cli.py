@@ -428,3 +428,23 @@ def test_an_interrupted_training_says_how_to_go_on(pictures, tmp_path):
     assert process.returncode == 0, errors
     assert "run the same command again to go on" in out
     assert list((tmp_path / "run" / "checkpoints").glob("*.pt"))
+
+
+def test_memory_that_is_not_there_is_told_in_one_line(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("lexel.inspection.inspect", full)
+    code, _, errors = lexel(capsys, "inspect", "tiny")
+    assert code == 2
+    assert errors == "lexel: out of memory; lower the batch size, the picture size, or use a half precision\n"
+
+
+def test_other_defects_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a defect of ours")
+
+    monkeypatch.setattr("lexel.inspection.inspect", broken)
+    monkeypatch.setattr(sys, "argv", ["lexel", "inspect", "tiny"])
+    with pytest.raises(RuntimeError, match="a defect of ours"):
+        cli.main()

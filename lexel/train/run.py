@@ -167,11 +167,11 @@ class RunFolder:
                 self.checkpoint(old).unlink()
 
     def log(self, step: int, kind: str, seconds: float, values: Mapping[str, float | None]) -> None:
-        """Appends a line to `metrics.jsonl`; values that are None do not apply and are left out."""
+        """Appends a line to `metrics.jsonl`; what does not apply, or JSON cannot say (NaN), is left out."""
         if not self.writes:
             return
         line = {"step": step, "kind": kind, "seconds": round(seconds, 3)}
-        line |= {name: value for name, value in values.items() if value is not None}
+        line |= {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         with self._stop_when_full(step), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
