@@ -140,10 +140,14 @@ def _transform(tokenizer: "Tokenizer", size: str | None, name: str | None) -> "T
     name = name or tokenizer.provenance.get("transform", "published")
     if name not in TRANSFORMS:
         raise unknown("transform", name, TRANSFORMS)
-    size = size or str(tokenizer.provenance.get("size", 256))
-    if not size.isdigit():
+    return TRANSFORMS[name](_pixels(size) or tokenizer.provenance.get("size", 256))
+
+
+def _pixels(size: str | None) -> int | None:
+    """The number in `--size`."""
+    if size is not None and not (size.isdecimal() and int(size)):
         raise UsageError(f"--size {size!r} is neither a number of pixels nor 'native'")
-    return TRANSFORMS[name](int(size))
+    return None if size is None else int(size)
 
 
 @contextmanager
@@ -439,7 +443,10 @@ def evaluate(
         str | None, typer.Option(help="train or validation, where the real pictures have such parts.")
     ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Pixels a side. Default: the tokenizer's own, else the protocol's.")
+        str | None,
+        typer.Option(
+            help="Pixels a side, or 'native' for whole pictures. Default: the tokenizer's own, else the protocol's."
+        ),
     ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Only this one of the protocol's; may be repeated.")] = None,
     network: Annotated[
@@ -487,7 +494,7 @@ def evaluate(
     with _progress("evaluate") as update:
         if source:
             model = _tokenizer(source, weights)
-            side = size or model.provenance.get("size")
+            side: Any = size if size == "native" else _pixels(size) or model.provenance.get("size")
             result = evaluate_tokenizer(model, str(data), protocol, size=side, progress=update, **options)
         else:
             decoder = _tokenizer(tokenizer) if tokenizer else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from published_layouts import random_state, vqgan_shapes
 from safetensors.numpy import load_file
 
@@ -193,6 +193,27 @@ def test_evaluation_is_written_and_compared(run, pictures, capsys, tmp_path):
     code, _, errors = lexel(capsys, *arguments, "--protocol", "ibq", "--against", tmp_path / "result.json")
     assert code == 2
     assert "cannot be compared" in errors
+
+
+def test_whole_pictures_are_evaluated_in_their_own_sizes(run, pictures, capsys, tmp_path):
+    arguments = ["evaluate", run, "--data", pictures, "--metric", "psnr", "--device", "cpu"]
+    code, _, _ = lexel(capsys, *arguments, "--size", "native", "--json", tmp_path / "whole.json")
+    assert code == 0
+    result = json.loads((tmp_path / "whole.json").read_text())
+    assert result["data"]["images"] == 12
+    written = tmp_path / "pictures"
+    assert lexel(capsys, "reconstruct", run, pictures, "--out", written, "--size", "native")[0] == 0
+    errors = []
+    for name in sorted(path.relative_to(written).with_suffix("") for path in written.rglob("*.png")):
+        original = ImageOps.exif_transpose(Image.open(pictures / f"{name}.jpg"))
+        made = np.asarray(Image.open(written / f"{name}.png"), dtype=float)
+        errors.append(np.square(np.asarray(original, dtype=float) - made).mean())
+    by_hand = np.mean([10 * np.log10(255**2 / error) for error in errors])
+    assert result["metrics"]["psnr"] == pytest.approx(by_hand, abs=1e-3)
+    code, _, message = lexel(capsys, *arguments, "--against", tmp_path / "whole.json")
+    assert (code, "cannot be compared" in message) == (2, True)
+    code, _, message = lexel(capsys, *arguments, "--size", "15")
+    assert (code, "multiples of 2" in message) == (2, True)
 
 
 def test_a_bank_of_the_tokenizers_own_latents_trains_vqgan_lc(run, pictures, capsys, tmp_path):

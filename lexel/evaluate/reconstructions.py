@@ -4,13 +4,13 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lexel import checkpoint
-from lexel.data import ImageSet
+from lexel.data import ImageSet, crop_back, pad_to_multiple
 from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, reference_choices
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Pictures, digest, open_set, resized, spaced, transform_of
@@ -54,7 +54,7 @@ def evaluate_tokenizer(
     protocol: str | Protocol = "lexel",
     *,
     split: str | None = None,
-    size: int | None = None,
+    size: int | Literal["native"] | None = None,
     metrics: Sequence[str] | None = None,
     network: str | None = None,
     weights: str | Path | None = None,
@@ -77,7 +77,8 @@ def evaluate_tokenizer(
         source: the real images: a folder, the name of an embedded set, or an ImageSet.
         protocol: a key of `lexel.metrics.PROTOCOLS`, or a Protocol of your own.
         split: of the source, if it has any.
-        size: pixels a side, instead of the protocol's.
+        size: pixels a side, instead of the protocol's; "native" takes whole pictures one by one, padded to the
+            tokenizer's factor by repeating their edge and cropped back.
         metrics: some of the protocol's `reconstruction` metrics; all by default.
         network: feature network for Fréchet distance and class scores. By default the protocol's, if its weights are
             given or at hand, else `efficientnet_lite0` (and the numbers are named so).
@@ -104,7 +105,7 @@ def evaluate_tokenizer(
     chosen = resized(find_protocol(protocol), size)
     wanted = wanted_of(chosen.reconstruction, metrics)
     where = place(join_processes(device), precision)
-    images = open_set(source, split, chosen.size)
+    images = open_set(source, split, chosen.size or None)
     real = Pictures(images, transform_of(chosen), workers, spaced(len(images), limit))
     with full_precision():
         warnings: list[str] = []
@@ -120,8 +121,10 @@ def evaluate_tokenizer(
         def take(pictures: Tensor, numbers: Tensor) -> None:
             originals = pictures.to(where.device)
             with where.autocast():
-                indices = tokenizer.encode(originals)
-                made = tokenizer.decode(indices).float()
+                # Whole pictures are padded; a square that does not fit is refused by the tokenizer.
+                padded = pad_to_multiple(originals, tokenizer.downsampling) if size == "native" else originals
+                indices = tokenizer.encode(padded)
+                made = crop_back(tokenizer.decode(indices).float(), *originals.shape[-2:])
             _compare(states, chosen, perceptual, originals, made)
             if "histogram" in states:
                 states["histogram"].add(indices.cpu())

@@ -5,7 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,14 +50,17 @@ class Source:
         raise NotImplementedError
 
 
-class Pictures(Source):
-    """A set of pictures of any sizes, through a transform."""
+NATIVE = "native"  # stands where a transform's name stands: pictures in their own sizes
 
-    def __init__(self, images: ImageSet, transform: Transform, workers: int, chosen: Sequence[int]) -> None:
+
+class Pictures(Source):
+    """A set of pictures of any sizes, through a transform; whole and one by one where that is None."""
+
+    def __init__(self, images: ImageSet, transform: Transform | None, workers: int, chosen: Sequence[int]) -> None:
         super().__init__()
         self._images = images if len(chosen) == len(images) else images.subset(chosen)
         self._transform, self._workers = transform, workers
-        self.size = (transform.size, transform.size)
+        self.size = (0, 0) if transform is None else (transform.size, transform.size)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -66,7 +69,8 @@ class Pictures(Source):
         if not len(numbers):
             return
         part = self._images.subset(numbers)
-        batches = ordered_batches(part, self._transform, batch_size, workers=self._workers)
+        at_once = 1 if self._transform is None else batch_size
+        batches = ordered_batches(part, self._transform, at_once, workers=self._workers)
         place = torch.tensor(numbers)
         for batch in batches:
             yield batch.images, place[batch.numbers]
@@ -216,13 +220,17 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def resized(protocol: Protocol, size: int | None) -> Protocol:
-    """The protocol at another size of images, if one is given."""
+def resized(protocol: Protocol, size: int | Literal["native"] | None) -> Protocol:
+    """The protocol at another size of images, if one is given; whole pictures of size 0 for "native"."""
+    if size == "native":
+        return dataclasses.replace(protocol, transform=NATIVE, size=0)
     return protocol if size is None or size == protocol.size else dataclasses.replace(protocol, size=size)
 
 
-def transform_of(protocol: Protocol) -> Transform:
-    """What makes squares of pictures under a protocol."""
+def transform_of(protocol: Protocol) -> Transform | None:
+    """What makes squares of pictures under a protocol; None leaves them whole."""
+    if protocol.transform == NATIVE:
+        return None
     if protocol.transform not in TRANSFORMS:
         raise unknown("transform", protocol.transform, TRANSFORMS)
     return TRANSFORMS[protocol.transform](protocol.size)
