@@ -135,6 +135,25 @@ def test_training_names_the_picture_it_could_not_use(pictures, capsys, tmp_path)
     assert "garden/IMG_0099.jpg cannot be read as an image" in errors
 
 
+def test_the_other_discriminator_learns_too(pictures, capsys, tmp_path):
+    source = f"data.source={json.dumps(str(pictures))}"
+    blur = ["--set", "train.discriminator.kind=blur", "--set", "train.discriminator.width=32"]
+    arguments = [
+        "train",
+        "tiny",
+        "--out",
+        tmp_path / "run",
+        "--set",
+        source,
+        "--set",
+        "train.discriminator.start=1",
+        *blur,
+    ]
+    code, _, errors = lexel(capsys, *arguments, *FAST)
+    assert code == 0, errors
+    assert '"discriminator":' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
 def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_path):
     code, out, _ = lexel(capsys, "train", "ibq_16384", "--out", tmp_path / "none", "--dry-run")
     assert code == 0
@@ -330,6 +349,10 @@ MISTAKES = [
         "tiny.toml: train has no option 'stepz'; its options are steps",
     ),
     (["train", "tiny", "--out", "x", "--set", "model.quantizer.kind=ibqq"], "unknown quantizer 'ibqq'; choose from"),
+    (
+        ["train", "tiny", "--out", "x", "--set", "train.discriminator.kind=conv"],
+        "unknown kind 'conv'; choose from blur, patch",
+    ),
     (["train", "tiny", "--out", "x", "--set", "data.source=nowhere"], "there is no file or folder 'nowhere'"),
     (["train", "tiny", "--out", "x", "--device", "cuda:7"], "cuda:7"),
     (["train", "tiny"], "Missing option '--out'"),

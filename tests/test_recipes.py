@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lexel.config import load
-from lexel.losses import PatchDiscriminator
 from lexel.tokenizer import Tokenizer
 from lexel.train.plan import plan
 from lexel.train.tokenizer import TokenizerRecipe
@@ -41,8 +40,6 @@ def test_every_recipe_builds_and_weighs_every_term(name):
     resolved = recipe(name).resolved()
     with torch.device("meta"):
         tokenizer = Tokenizer(resolved.model)
-        if resolved.train.discriminator is not None:
-            PatchDiscriminator(resolved.train.discriminator.layers, resolved.train.discriminator.width)
     assert tokenizer.quantizer.LOSS_WEIGHTS.keys() <= resolved.train.weights.keys()
 
 

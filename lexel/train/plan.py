@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lexel import config, transformer
-from lexel.losses import PatchDiscriminator
 from lexel.losses.perceptual import NETWORKS
 from lexel.networks.frozen import freeze
 from lexel.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     frozen = 0
     if train.discriminator is not None and train.weights.get("adversarial"):
         with torch.device("meta"):
-            discriminator = PatchDiscriminator(train.discriminator.layers, train.discriminator.width)
+            discriminator = train.discriminator.build()
             _, judged = _kept(discriminator, discriminator, images)
         parameters["discriminator"] = sum(parameter.numel() for parameter in discriminator.parameters())
         kept += 2 * judged  # real and made, while the tokenizer's graph waits

@@ -24,8 +24,10 @@ from lexel.data.config import DataConfig, open_data
 from lexel.errors import UsageError
 from lexel.losses import (
     DISCRIMINATOR_LOSSES,
+    DISCRIMINATORS,
     GENERATOR_LOSSES,
     LPIPS,
+    BlurDiscriminator,
     LeCAM,
     PatchDiscriminator,
     adaptive_weight,
@@ -68,6 +70,7 @@ class DiscriminatorConfig(Config):
     """The adversary; it takes part where `weights.adversarial` is not 0."""
 
     start: float = Field(default=0, ge=0)  # it begins after this many epochs or steps, in the unit of the run's length
+    kind: str = "patch"  # or blur: of the published pretrained tokenizers, at layers = 3 and width = 128
     layers: int = Field(default=3, ge=1)
     width: int = Field(default=64, ge=1)
     loss: str = "hinge"
@@ -79,10 +82,21 @@ class DiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _known(self) -> "DiscriminatorConfig":
-        for name, table in (("loss", DISCRIMINATOR_LOSSES), ("generator_loss", GENERATOR_LOSSES)):
+        tables: dict[str, Mapping[str, Any]] = {
+            "kind": DISCRIMINATORS,
+            "loss": DISCRIMINATOR_LOSSES,
+            "generator_loss": GENERATOR_LOSSES,
+        }
+        for name, table in tables.items():
             if getattr(self, name) not in table:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
+        with torch.device("meta"):
+            self.build()  # a width that does not fit is told before anything starts
         return self
+
+    def build(self) -> PatchDiscriminator | BlurDiscriminator:
+        """The network."""
+        return DISCRIMINATORS[self.kind](self.layers, self.width)
 
 
 class TrainConfig(Config):
@@ -181,7 +195,7 @@ class Adversary:
     def __init__(self, train: TrainConfig, config: DiscriminatorConfig, place: Place, accelerator: Accelerator) -> None:
         self.train, self.config, self.place, self.accelerator = train, config, place, accelerator
         self.lr = config.lr or train.lr
-        self.discriminator = PatchDiscriminator(config.layers, config.width).to(place.device)
+        self.discriminator = config.build().to(place.device)
         set_layout(self.discriminator, train.channels_last)
         # Its means move with every piece of a batch; over a whole step they forget what the recipe says.
         self.lecam = LeCAM(config.lecam_decay ** (1 / train.accumulation)).to(place.device)
