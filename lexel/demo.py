@@ -4,7 +4,7 @@ The folder that `demo` writes holds ordinary runs (`vq`, `tokenizer`, `generator
 used with the other commands; `report.html` shows them side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from lexel.data.config import open_data
 from lexel.evaluate import evaluate_tokenizer, write_result
 from lexel.place import Place, place
 from lexel.report import Figure, Run, Section
-from lexel.samples import nearest_pictures
+from lexel.samples import nearest_pictures, picture_grid
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator import GeneratorRecipe, load_generator_run, train_generator
 from lexel.train.run import Progress, TrainingStopped
@@ -112,7 +112,7 @@ def demo(
     originals = _spread(held_out, transform, SHOWN)
     rebuilt = {kind: _through(load_run(out / folder), originals, here) for kind, folder in FOLDERS.items()}
     with atomic(out / "demo.png") as path:
-        Image.fromarray(_strip([originals, *rebuilt.values()])).save(path)
+        Image.fromarray(picture_grid(np.concatenate([originals, *rebuilt.values()]), columns=SHOWN, scale=2)).save(path)
     sections = [
         Section("Which vocabulary is alive?", _verdict(results), table=table),
         Section("Held-out drawings", figures=[report.picture_rows([originals, *rebuilt.values()], CAPTION)], wide=True),
@@ -250,9 +250,3 @@ def _spread(images: ImageSet, transform: Transform, count: int) -> np.ndarray:
 
 def _through(tokenizer: Tokenizer, pictures: np.ndarray, here: Place) -> np.ndarray:
     return to_uint8(Codec(tokenizer, here, None).through(to_images(pictures)))
-
-
-def _strip(rows: Sequence[np.ndarray], scale: int = 2) -> np.ndarray:
-    from lexel.samples import picture_grid
-
-    return picture_grid(np.concatenate(rows).repeat(scale, axis=1).repeat(scale, axis=2), columns=len(rows[0]))

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from lexel import checkpoint, convert
-from lexel.errors import UsageError
+from lexel.evaluate import read_result
 from lexel.generator import Generator
 
 PICTURES = 8  # in a row of the sample strip
@@ -70,18 +70,9 @@ def stage(
     if recipe.is_file():
         (folder / recipe.name).write_bytes(recipe.read_bytes())
     pictures = _sample_strip(run, folder / "samples.png")
-    measured = [_read_result(path) for path in results]
+    measured = [read_result(path) for path in results]
     card = _card(model, run, repository, measured, licence, pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _read_result(path: str | Path) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UsageError(f"{path} is not a file; give a result of `lexel evaluate --json`")
-    result = checkpoint.read_json(Path(path))
-    if not {"metrics", "protocol", "data"} <= result.keys():
-        raise UsageError(f"{path} is no result of `lexel evaluate`")
-    return result
 
 
 def _sample_strip(run: Path, path: Path) -> str | None:

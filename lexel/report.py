@@ -340,8 +340,7 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
 def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int = 64) -> Figure:
     """Rows of equally many pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
     scale = max(1, -(-smallest // min(rows[0].shape[1:3])))
-    enlarged = np.concatenate(rows).repeat(scale, axis=1).repeat(scale, axis=2)
-    return Figure(_img(picture_grid(enlarged, columns=len(rows[0]))), caption)
+    return Figure(_img(picture_grid(np.concatenate(rows), columns=len(rows[0]), scale=scale)), caption)
 
 
 def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:

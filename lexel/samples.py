@@ -138,8 +138,9 @@ def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, place: Place) -> np.n
         return to_uint8(tokenizer.decode(indices))
 
 
-def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Pictures (N, H, W, 3) in rows of so many columns, on white: uint8 (H', W', 3)."""
+def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Pictures (N, H, W, 3), each pixel `scale` wide, in rows of so many columns, on white: uint8 (H', W', 3)."""
+    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, _ = pictures.shape
     columns = min(columns or int(np.ceil(np.sqrt(count))), count)
     rows = -(-count // columns)

@@ -16,7 +16,7 @@ LAYERS = [
     {"quantizers", "autoencoder", "transformer", "losses", "metrics", "data"},
     {"tokenizer", "sampling", "decoding"},
     {"generator"},
-    {"train", "convert", "evaluate", "export", "codec", "samples", "bank", "publish"},
+    {"train", "convert", "evaluate", "export", "codec", "samples", "bank"},
     {"report", "inspection", "publish"},
     {"compare", "demo"},
     {"cli"},

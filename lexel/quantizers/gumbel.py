@@ -8,18 +8,18 @@ from torch import Tensor, nn
 
 from lexel.errors import UsageError
 from lexel.kernels import nearest
+from lexel.quantizers.annealed import Annealed
 from lexel.quantizers.base import (
     Quantized,
     Quantizer,
     as_grid,
     as_vectors,
-    cosine_decay,
     full_precision,
     lookup,
 )
 
 
-class Gumbel(Quantizer):
+class Gumbel(Annealed):
     """A linear layer gives one logit a code; training samples a code from them, evaluation takes the largest.
 
     The sample's gradient is that of softmax((logits + noise) / tau), in which all codes appear: this method needs
@@ -46,26 +46,14 @@ class Gumbel(Quantizer):
         tau_end: float = 1 / 16,
         hard: bool = True,
     ) -> None:
-        super().__init__(codebook_size, codebook_dim)
-        if not (tau_start > 0 and tau_end > 0):
-            raise UsageError(f"tau_start and tau_end must be above 0, got {tau_start} and {tau_end}")
-        self.tau_start, self.tau_end, self.hard = tau_start, tau_end, hard
+        super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
+        self.hard = hard
         self.logits = nn.Linear(codebook_dim, codebook_size)
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
-        self.register_buffer("progress", torch.zeros(()))
-        self.progress: Tensor
 
     @property
     def codebook(self) -> Tensor:
         return self.weight
-
-    @property
-    def temperature(self) -> Tensor:
-        """tau now: a scalar."""
-        return cosine_decay(self.tau_start, self.tau_end, self.progress)
-
-    def anneal(self, progress: float) -> None:
-        self.progress.fill_(progress)
 
     def bake(self) -> Quantizer:
         raise UsageError(

@@ -4,21 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.errors import UsageError
+from lexel.quantizers.annealed import Annealed
 from lexel.quantizers.base import (
     Quantized,
-    Quantizer,
     as_grid,
     as_vectors,
     choose,
-    cosine_decay,
     full_precision,
 )
 
 TILE = 4096  # codes in hand at a time
 
 
-class Soft(Quantizer):
+class Soft(Annealed):
     """In training z_q is the average of all codes under softmax(logits / tau); in evaluation the best code.
 
     The average is exact and differentiable in latents and codes, and so needs no loss terms; tau falls along half a
@@ -52,26 +50,14 @@ class Soft(Quantizer):
         similarity: str = "dot",
         hard_from: float = 1.0,
     ) -> None:
-        super().__init__(codebook_size, codebook_dim)
-        if not (tau_start > 0 and tau_end > 0):
-            raise UsageError(f"tau_start and tau_end must be above 0, got {tau_start} and {tau_end}")
-        self.tau_start, self.tau_end, self.hard_from = tau_start, tau_end, hard_from
+        super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
+        self.hard_from = hard_from
         self.similarity = choose("similarity", similarity, ("dot", "l2"))
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
-        self.register_buffer("progress", torch.zeros(()))
-        self.progress: Tensor
 
     @property
     def codebook(self) -> Tensor:
         return self.weight
-
-    @property
-    def temperature(self) -> Tensor:
-        """tau now: a scalar."""
-        return cosine_decay(self.tau_start, self.tau_end, self.progress)
-
-    def anneal(self, progress: float) -> None:
-        self.progress.fill_(progress)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
