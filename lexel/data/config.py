@@ -8,7 +8,7 @@ from warnings import warn
 from pydantic import Field, field_validator
 
 from lexel.config import Config
-from lexel.data.embedded import EMBEDDED
+from lexel.data.embedded import EMBEDDED, SPLIT
 from lexel.data.images import SPLITS, ImageSet, Remembered, open_images, split_folder
 from lexel.data.transforms import TRANSFORMS, Transform
 
@@ -18,7 +18,7 @@ HELD_OUT = 0.05  # of a folder that has no validation part of its own
 class DataConfig(Config):
     """Where images come from."""
 
-    source: str  # a folder, or an embedded set: openmoji, openmoji-subcategories, photos
+    source: str  # a folder, or an embedded set: openmoji, openmoji-subcategories, photos, photo-crops
     # What to measure on: a path, a split of the source ("validation"; ./validation is a path), or the part of it to
     # hold out (0.05).
     # Left out: the source's own validation split where it has one, else 5 % of it.
@@ -85,6 +85,6 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
 
 def _has_split(source: str, split: str) -> bool:
     if source in EMBEDDED:
-        return source.startswith("openmoji") and split != "test"
+        return source in SPLIT and split != "test"
     folder = Path(source).expanduser()
     return folder.is_dir() and split_folder(folder, split) is not None

@@ -22,6 +22,7 @@ Progress = Callable[[int, int], None] | None
 OPENMOJI_ATTRIBUTION = "OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
 EXTRAS = "Extras"  # the class of drawings that no emoji list knows: OpenMoji's own, brands, letters, skin colours
 VALIDATION = 0.1  # of the families of drawings
+CROP = 64  # pixels a side of the squares that photographs are cut into
 
 # Parts of a name that make a variant of an emoji: variation selector, joiner, woman, man, facing right, the five skin
 # colours, four hair styles, nine coloured squares.
@@ -104,11 +105,39 @@ def photos(split: str | None, size: int | None, progress: Progress) -> ImageSet:
     )
 
 
+def photo_crops(split: str | None, size: int | None, progress: Progress) -> ImageSet:
+    """Squares of 64 pixels, side by side, from every one of `photos`, made at most 512 pixels high or wide before.
+
+    Every sixth photograph is held out, whole, so that no square of it is learned from.
+    """
+    if split == "test":
+        raise UsageError("photo-crops has no split 'test'; choose from train, validation")
+    whole = photos(None, None, progress)
+    squares, names = [], []
+    for number, name in enumerate(whole.names):
+        if split is not None and (number % 6 == 4) != (split == "validation"):
+            continue
+        picture = Image.fromarray(whole.read(number))
+        scale = min(1.0, 512 / min(picture.size))
+        if scale < 1:
+            picture = picture.resize(
+                (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.LANCZOS
+            )
+        pixels = np.asarray(picture)
+        for top in range(0, pixels.shape[0] - CROP + 1, CROP):
+            for left in range(0, pixels.shape[1] - CROP + 1, CROP):
+                squares.append(pixels[top : top + CROP, left : left + CROP])
+                names.append(f"{name}/{top}-{left}")
+    return ArrayImages(np.stack(squares), names, attribution=whole.attribution)
+
+
 EMBEDDED: dict[str, Callable[[str | None, int | None, Progress], ImageSet]] = {
     "openmoji": openmoji,
     "openmoji-subcategories": openmoji_subcategories,
     "photos": photos,
+    "photo-crops": photo_crops,
 }
+SPLIT = ("openmoji", "openmoji-subcategories", "photo-crops")  # sets with a validation part of their own
 
 
 def family(name: str) -> str:

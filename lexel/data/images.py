@@ -202,9 +202,10 @@ def open_images(
     classes, numbered in sorted order. Hidden files are left out, and files that are no pictures.
 
     Args:
-        source: a path, or the name of an embedded set: `openmoji`, `openmoji-subcategories`, `photos`.
+        source: a path, or the name of an embedded set: `openmoji`, `openmoji-subcategories`, `photos`,
+            `photo-crops`.
         split: "train", "validation" or "test". A folder has the splits it has subfolders for (train; validation, val
-            or valid; test); openmoji has train and validation. None takes everything.
+            or valid; test); openmoji and photo-crops have train and validation. None takes everything.
         size: pixels a side at which drawings are rendered (default 64); pictures in files keep their own size.
         progress: called with (done, total) while drawings are rendered for the first time.
         pixel_limit: pictures with more pixels than this are unreadable.
