@@ -35,13 +35,14 @@ BY_LOSS = {
     "vqgan_lc": {"projector.0.weight", "projector.0.bias"},
     "simvq": {"projection.weight", "projection.bias"},
     "fvq": {"bridge.recover.weight", "bridge.recover.bias"},  # the rest is behind the zero start
+    "affine": {"weight"},
     "residual": {f"levels.{q}.weight" for q in range(4)},
     "product": {f"levels.{q}.weight" for q in range(2)},
 }
 # Methods whose latents get the decoder's gradient as it is (the others: through a norm, a tanh or a softmax).
-IDENTITY = {"vq", "ema", "lfq", "simvq", "vqgan_lc", "fvq", "residual", "product"}
+IDENTITY = {"vq", "ema", "lfq", "simvq", "vqgan_lc", "fvq", "affine", "residual", "product"}
 # Methods whose training looks at the whole batch (averages) or at chance (noise).
-SHARED_IN_TRAINING = {"ema", "gumbel"}
+SHARED_IN_TRAINING = {"ema", "gumbel", "affine"}
 # Methods with no table to search.
 UNBAKED = {"gumbel", "fsq"}
 
@@ -181,7 +182,7 @@ def reached(quantizer: Quantizer) -> set[str]:
 
 
 @pytest.mark.parametrize("term, other", [("codebook", "commitment"), ("commitment", "codebook")])
-@pytest.mark.parametrize("kind", ["vq", "cosine", "simvq", "fvq", "vqgan_lc", "residual", "product"])
+@pytest.mark.parametrize("kind", ["vq", "cosine", "simvq", "fvq", "vqgan_lc", "affine", "residual", "product"])
 def test_codebook_moves_codes_and_commitment_moves_latents(kind, term, other):
     quantizer = QUANTIZERS[kind](K, D)
     z = latents(2, D, 3, 5).requires_grad_()
@@ -374,13 +375,14 @@ def test_two_processes_keep_the_statistics_of_one(tmp_path: Path):
         for key, value in state.items():
             assert torch.equal(value, second[name][key]), f"{name}: {key} differs between processes"
 
-    for name, options in [
-        ("ema", {}),
-        ("emastart", {"start": "kmeans"}),
-        ("emarestart_below", {"restart_below": 0.995}),
+    for name, kind, options in [
+        ("ema", "ema", {}),
+        ("emastart", "ema", {"start": "kmeans"}),
+        ("emarestart_below", "ema", {"restart_below": 0.995}),
+        ("affine", "affine", {}),
     ]:
         torch.manual_seed(0)
-        one = QUANTIZERS["ema"](64, 8, **options)
+        one = QUANTIZERS[kind](64, 8, **options)
         start = one.codebook.clone()
         for step in range(3):
             one(latents(4, 8, 6, seed=step))

@@ -22,6 +22,7 @@ from lexel.quantizers import (
     QUANTIZERS,
     VQ,
     VQGANLC,
+    Affine,
     Continuous,
     Cosine,
     Gumbel,
@@ -400,6 +401,49 @@ def test_simvq_moves_every_code_with_one_chosen():
             parameter -= parameter.grad
     assert (quantizer.codebook - before).abs().amin(1).sum() > 0
     assert ((quantizer.codebook - before).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("spread", ["full", "channel"])
+def test_affine_codes_are_spread_as_the_latents_are_from_the_first_batch_on(spread):
+    mixing = torch.randn(3, 3, generator=torch.Generator().manual_seed(1)) * 5
+    mixing = mixing if spread == "full" else mixing.diagonal().diag()
+    z = (latents(4000, 3) @ mixing.T + torch.tensor([7.0, -2.0, 0.5])).T[None]
+    quantizer = Affine(20000, 3, spread=spread)
+    quantizer(z)
+    torch.testing.assert_close(quantizer.codebook.mean(0), z[0].mean(1), atol=0.2, rtol=0)
+    torch.testing.assert_close(quantizer.codebook.T.cov(), z[0].cov(), atol=0.05 * z[0].cov().abs().amax(), rtol=0)
+
+
+def test_affine_indices_do_not_change_when_latents_are_stretched_and_moved_together():
+    z, quantizer, other = latents(2, 4, 50), Affine(64, 4), Affine(64, 4)
+    other.load_state_dict(quantizer.state_dict())
+    indices, moved = quantizer(z).indices, other(1000 * z + 5).indices
+    assert torch.equal(indices, moved)
+    assert indices.unique().numel() > 20
+
+
+def test_affine_statistics_are_a_plain_mean_first_and_then_forget_at_their_decay():
+    quantizer = Affine(8, 2, decay=0.75)
+    means = []
+    for step in range(6):
+        z = latents(1, 2, 30, seed=step) + step
+        means.append(z.mean((0, 2)))
+        quantizer(z)
+    expected = sum(means[:4]) / 4
+    for mean in means[4:]:
+        expected = 0.75 * expected + 0.25 * mean
+    torch.testing.assert_close(quantizer.mean, expected)
+    before = quantizer.covariance.clone()
+    quantizer.eval()(latents(1, 2, 30))
+    assert torch.equal(quantizer.covariance, before)
+
+
+def test_affine_tells_codes_apart_in_directions_without_latents():
+    quantizer = Affine(64, 4)
+    z = latents(1, 4, 50) * torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]
+    assert quantizer(z).z_q.isfinite().all()
+    assert quantizer.codebook.unique(dim=0).shape == (64, 4)
+    assert quantizer(torch.zeros(1, 4, 50)).z_q.isfinite().all()
 
 
 def test_the_bridge_runs_once_in_evaluation_and_at_every_use_in_training():

@@ -186,7 +186,7 @@ def diagnose(
 
 
 Lines = Sequence[Mapping[str, float]]
-_STRAIGHT_THROUGH = {"vq", "ema", "cosine", "simvq", "vqgan_lc", "fvq", "residual", "product"}
+_STRAIGHT_THROUGH = {"vq", "ema", "cosine", "simvq", "vqgan_lc", "fvq", "affine", "residual", "product"}
 _LATTICES = {"lfq", "bsq", "fsq"}
 
 

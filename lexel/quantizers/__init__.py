@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexel.errors import UsageError, unknown
+from lexel.quantizers.affine import Affine
 from lexel.quantizers.base import Quantized, Quantizer
 from lexel.quantizers.bsq import BSQ
 from lexel.quantizers.continuous import Continuous
@@ -36,6 +37,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vqgan_lc": VQGANLC,
     "simvq": SimVQ,
     "fvq": FVQ,
+    "affine": Affine,
     "residual": Residual,
     "product": Product,
 }
@@ -73,6 +75,7 @@ __all__ = [
     "QUANTIZERS",
     "VQ",
     "VQGANLC",
+    "Affine",
     "Continuous",
     "Cosine",
     "Gumbel",
