@@ -89,6 +89,7 @@ def _lexel(
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[str, typer.Option(help="float32, bf16 or fp16; indices are decided in float32 all the same.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
+Split = Annotated[str | None, typer.Option(help="train or validation, where the pictures have such parts.")]
 Choice = Literal["average", "live", "best"]
 Weights = Annotated[Choice, typer.Option(help="Of a run with checkpoints: average, live or best.")]
 Size = Annotated[
@@ -345,7 +346,7 @@ def encode(
     out: Out,
     size: Size = None,
     transform: TransformName = None,
-    split: Annotated[str | None, typer.Option(help="train or validation, where DIR has such parts.")] = None,
+    split: Split = None,
     crops: Annotated[int, typer.Option(min=1, help="Versions of each picture: the centred one, then random ones.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the random crops.")] = 0,
     parquet: Annotated[
@@ -439,9 +440,7 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="ibq, llamagen, titok, fvq, adm or lexel; see docs/protocols.md.")
     ] = "lexel",
-    split: Annotated[
-        str | None, typer.Option(help="train or validation, where the real pictures have such parts.")
-    ] = None,
+    split: Split = None,
     size: Annotated[
         str | None,
         typer.Option(
@@ -693,6 +692,7 @@ def bank(
         bool, typer.Option("--per-class", help="An equal share of the centres for each class.")
     ] = False,
     size: Annotated[int | None, typer.Option(help="Pixels a side. Default: the model's own.")] = None,
+    split: Split = None,
     features_per_image: Annotated[int, typer.Option(min=1, help="Latents taken of each picture.")] = 16,
     batch_size: BatchSize = 32,
     seed: Annotated[int, typer.Option(help="Of positions and clusters.")] = 0,
@@ -709,7 +709,7 @@ def bank(
     model = encoder if encoder in FEATURE_NETWORKS else _tokenizer(encoder)
     transform = TRANSFORMS["published"](size or 224) if isinstance(model, str) else _transform(model, _text(size), None)
     assert transform is not None
-    images = open_images(data, size=transform.size)
+    images = open_images(data, split, transform.size)
     with _progress("bank") as update:
         made = make_bank(
             model, images, transform, out, codes, where, per_class, features_per_image, batch_size, seed, update

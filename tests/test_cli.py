@@ -240,6 +240,9 @@ def test_a_bank_of_the_tokenizers_own_latents_trains_vqgan_lc(run, pictures, cap
     code, out, _ = lexel(capsys, "bank", run, pictures, "--out", bank, "--codes", 16, "--per-class")
     assert code == 0
     assert "16 features of 8 dimensions" in out
+    code, _, errors = lexel(capsys, "bank", run, "photo-crops", "--out", bank, "--split", "test")
+    assert code == 2
+    assert "choose from train, validation" in errors
     sizes = "codebook_size = 16, codebook_dim = 4, feature_dim = 8"
     quantizer = f'model.quantizer={{ kind = "vqgan_lc", {sizes}, bank = "{bank}" }}'
     source = f"data.source={json.dumps(str(pictures))}"
