@@ -119,7 +119,7 @@ def compare(
         if result is None:
             finished = False
             break
-        results.append(result)
+        results.append(result | health(folder))
         write_json(out, recipe, results, len(arms))
     if results:
         write_html(out, recipe, results, len(arms))
@@ -239,6 +239,12 @@ def run(
     return read_json(path)
 
 
+def health(folder: Path) -> dict[str, float]:
+    """The encoder's gradient at the last validation of a run, beside the decoder's."""
+    validations = read_run(folder).validation
+    return {name: validations[-1][name] for name in HEALTH if validations and name in validations[-1]}
+
+
 class PeakMemory:
     """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
 
@@ -289,13 +295,14 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "runs": [result["name"] for result in group],
             "stopped": sum(result["stopped"] is not None for result in group),
         }
-        measured = [{**result["metrics"], **{n: result.get(n) for n in COSTS}} for result in group]
+        measured = [{**result["metrics"], **{n: result.get(n) for n in (*HEALTH, *COSTS)}} for result in group]
         for name in dict.fromkeys(name for values in measured for name in values):
             row[name] = spread([values[name] for values in measured if values.get(name) is not None])
         rows.append(row)
     return rows
 
 
+HEALTH = ("gradient_ratio", "gradient_cosine")
 COSTS = ("images_per_second", "peak_memory_bytes")
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "usage": ("usage", "{:.1%}".format),
@@ -304,6 +311,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "ssim": ("SSIM ↑", "{:.3f}".format),
     "lpips_vgg": ("LPIPS (VGG) ↓", "{:.3f}".format),
     f"fd_{NETWORK}": ("Fréchet (EfficientNet-Lite0) ↓", "{:.3g}".format),
+    "gradient_ratio": ("gradient: size", "{:.2f}".format),
+    "gradient_cosine": ("gradient: cosine", "{:.2f}".format),
     "images_per_second": ("images/s", "{:.1f}".format),
     "peak_memory_bytes": ("peak memory, GiB", lambda value: f"{value / 2**30:.2f}"),
 }
@@ -379,9 +388,11 @@ def write_html(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str
 
 NOTE = (
     "Usage is distinct codes over all held-out pictures / K; perplexity is exp(entropy) of the same histogram. "
-    "± is the standard deviation over seeds. The Fréchet distance is taken in the named network and is no FID. "
-    "Images per second are those of training, with its validations, on this machine. Bits are those of one latent's "
-    "indices: residual and product quantizers have several."
+    "± is the standard deviation over seeds. The gradient is the encoder's beside the decoder's at the last "
+    "validation: how many times as large, and the cosine between them; plain straight-through has 1 and 1. The "
+    "Fréchet distance is taken in the named network and is no FID. Images per second are those of training, with its "
+    "validations, on this machine. Bits are those of one latent's indices: residual and product quantizers have "
+    "several."
 )
 MAPS = "The first seed's codes and latents on their two main axes: codes that lie among the latents can be chosen."
 CURVES = {

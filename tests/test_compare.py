@@ -100,6 +100,9 @@ def test_a_comparison_leaves_a_page_a_json_and_runs_that_can_be_repeated(recipe,
         assert 0 < row["usage"]["mean"] <= 1
         assert len(row["psnr"]["values"]) == 2
         assert row["images_per_second"]["mean"] > 0
+    index, straight = (row["gradient_ratio"]["mean"] for row in result.rows)
+    assert straight == pytest.approx(1.0, abs=1e-3)
+    assert abs(index - 1) > 0.01
     page = result.page.read_text()
     assert "residual" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
@@ -168,7 +171,7 @@ def test_a_variant_has_options_weights_and_training_of_its_own(recipe, tmp_path)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"quantizers": ["vqq"]}, "unknown quantizer 'vqq'; choose from bsq"),
+        ({"quantizers": ["vqq"]}, "unknown quantizer 'vqq'; choose from affine"),
         ({"quantizers": []}, "quantizers must be given, each once; got none"),
         ({"quantizers": ["vq", "vq"]}, "each once"),
         ({"quantizers": ["vq"], "seeds": [1, 1]}, "seeds must be given, each once"),
@@ -195,13 +198,23 @@ def test_the_table_shows_means_and_the_spread_over_seeds():
     assert spread([5.0])["deviation"] is None
     shared = {"quantizer": "vq", "codebook_size": 1024, "codebook_dim": 8, "bits": 10.0, "stopped": None}
     results = [
-        {**shared, "name": f"vq{seed}", "seed": seed, "metrics": {"psnr": 20.0 + seed}, "images_per_second": 5.0}
+        {**shared, "name": f"vq{seed}", "seed": seed, "metrics": {"psnr": 20.0 + seed}, "gradient_ratio": 0.5}
         for seed in range(3)
     ]
     rows = summarise(results)
     assert table(rows) == [
-        ["quantizer", "K", "D", "bits", "PSNR, dB ↑", "images/s", "peak memory, GiB"],
-        ["vq", "1,024", "8", "10", "21.00 ± 1.00", "5.0 ± 0.0", "-"],
+        [
+            "quantizer",
+            "K",
+            "D",
+            "bits",
+            "PSNR, dB ↑",
+            "gradient: size",
+            "gradient: cosine",
+            "images/s",
+            "peak memory, GiB",
+        ],
+        ["vq", "1,024", "8", "10", "21.00 ± 1.00", "0.50 ± 0.00", "-", "-", "-"],
     ]
 
 
