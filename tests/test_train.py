@@ -301,6 +301,25 @@ def test_a_finished_run_is_left_as_it_is(pictures, straight):
     assert before == ((straight / "metrics.jsonl").read_bytes(), (straight / "model.safetensors").read_bytes())
 
 
+def test_a_folder_that_another_process_trains_in_is_left_alone(pictures, tmp_path):
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    unfinished = out / "checkpoints" / ".partial-1"
+    unfinished.touch()
+    code = (
+        f"import sys; from filelock import FileLock; lock = FileLock({str(out / '.lock')!r}); lock.acquire();"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline().strip() == b"held"
+        with pytest.raises(UsageError, match="another process trains in"):
+            train_tokenizer(recipe(pictures), out, device="cpu")
+        assert unfinished.exists()
+        assert not (out / "recipe.toml").exists()
+        other.stdin.close()
+    assert train_tokenizer(recipe(pictures), out, device="cpu").finished
+
+
 def test_another_recipe_is_refused_in_a_run_folder(pictures, straight):
     with pytest.raises(UsageError, match=r"train\.lr = 0\.01, the recipe now says 0\.02"):
         train_tokenizer(recipe(pictures, lr=2e-2), straight, device="cpu")

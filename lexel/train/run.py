@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs  # type: ignore[import-untyped]
+from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -95,10 +96,10 @@ class RunFolder:
         self.snapshots = self.path / "snapshots"
 
     def claim(self, recipe: Config) -> None:
-        """Makes the folder this recipe's.
+        """Makes the folder this recipe's, and this process's until it ends.
 
         Raises:
-            UsageError: the folder belongs to a run of another recipe, or is a file.
+            UsageError: the folder belongs to a run of another recipe or is in use by another process, or is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; give a folder for the run")
@@ -110,6 +111,11 @@ class RunFolder:
             return
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.snapshots.mkdir(exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", timeout=0, is_singleton=True)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise UsageError(f"another process trains in {self.path}; wait for it or choose another folder") from None
         for leftover in self.path.rglob(".partial-*"):
             leftover.unlink()  # a file that a killed process did not finish
         with atomic(self.recipe) as temporary:
