@@ -168,6 +168,10 @@ def test_a_healthy_codebook_gets_one_good_finding_with_its_numbers():
         ("vq", {"latent_norm": 200.0}, "warning", "much longer", "live apart"),
         ("ibq", {"perplexity": 20.0}, "note", "unevenly", "flat"),
         ("lfq", {"usage": 0.1, "perplexity": 50.0}, "problem", "most codes", "thresholds"),
+        # 1,024 codes used evenly show 398 in 500 tokens on average.
+        ("simvq", {"usage": 0.3, "tokens": 500}, "note", "307 of 1024 codes in use where 500 tokens", "too few"),
+        ("simvq", {"usage": 0.09, "tokens": 500}, "problem", "92 of 1024 in use (9.0%) where 500", "fall behind"),
+        ("simvq", {"usage": 0.24, "tokens": 50_000}, "problem", "246 of 1024 in use (24.0%)", "fall behind"),
     ],
 )
 def test_every_illness_is_named_with_its_cause(kind, now, level, seen, said):

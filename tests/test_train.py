@@ -301,6 +301,11 @@ def test_a_finished_run_is_left_as_it_is(pictures, straight):
     assert before == ((straight / "metrics.jsonl").read_bytes(), (straight / "model.safetensors").read_bytes())
 
 
+def test_a_validation_tells_how_many_tokens_its_usage_stands_on(straight):
+    held_out, tokens = 6, 8 * 8
+    assert {line["tokens"] for line in logged(straight) if line["kind"] == "validation"} == {held_out * tokens}
+
+
 def test_a_folder_that_another_process_trains_in_is_left_alone(pictures, tmp_path):
     out = tmp_path / "run"
     (out / "checkpoints").mkdir(parents=True)

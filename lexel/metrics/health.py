@@ -164,7 +164,7 @@ def diagnose(
         kind: the quantizer, a key of QUANTIZERS.
         codebook_size: number of codes, K.
         validation: the validation lines of `metrics.jsonl`, oldest first. `usage` and `perplexity` are needed;
-            `gradient_ratio`, `gradient_cosine`, `softmax_perplexity`, `code_norm`, `latent_norm`,
+            `tokens`, `gradient_ratio`, `gradient_cosine`, `softmax_perplexity`, `code_norm`, `latent_norm`,
             `quantization_error` are used where they are.
         train: its train lines, oldest first.
     """
@@ -198,9 +198,22 @@ def _usage(kind: str, size: int, validation: Lines, train: Lines) -> Finding | N
         if kind == "fvq" and len(validation) < 3:
             return Finding("note", seen, "the bridge starts at zero, so every code starts alike", "wait")
         return Finding("problem", seen, *_why_dead(kind, validation[-1]))
-    if usage < 0.25:
+    # Few tokens cannot show a large codebook: of K codes used evenly, so many of them show this share on average.
+    tokens = validation[-1].get("tokens", math.inf)
+    shown = 1 - (1 - 1 / size) ** tokens
+    limit = f" where {tokens:.0f} tokens could show {shown * size:.0f}" if shown < 0.95 else ""
+    if usage < 0.25 * shown:
         return Finding(
-            "problem", f"most codes are dead: {used} of {size} in use ({usage:.1%})", *_why_dead(kind, validation[-1])
+            "problem",
+            f"most codes are dead: {used} of {size} in use ({usage:.1%}){limit}",
+            *_why_dead(kind, validation[-1]),
+        )
+    if limit:
+        return Finding(
+            "note",
+            f"{used} of {size} codes in use{limit}",
+            "the held-out pictures that are measured are too few for this codebook",
+            "raise train.validation_images, or run lexel evaluate on more pictures",
         )
     if usage < 0.8:
         return Finding(
@@ -213,7 +226,7 @@ def _why_dead(kind: str, now: Mapping[str, float]) -> tuple[str, str]:
     if kind in ("vq", "cosine"):
         return (
             "only chosen codes learn, so a code that is never nearest stays where it started",
-            "use ibq (every code learns), ema with restart of dead codes, or a smaller codebook_dim or codebook_size",
+            "use affine or simvq (codes move together), ibq (all learn), ema with restart, or a smaller codebook",
         )
     if kind in ("ema", "residual", "product"):
         return (

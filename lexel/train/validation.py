@@ -97,6 +97,7 @@ def validate(
         "usage": histogram.usage,
         "perplexity": histogram.perplexity,
         "dead_codes": histogram.dead,
+        "tokens": float(histogram.counts[0].sum()),
         "softmax_perplexity": health.softmax_perplexity,
         "gradient_ratio": health.ratio,
         "gradient_cosine": health.cosine,
