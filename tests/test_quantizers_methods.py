@@ -438,6 +438,21 @@ def test_affine_statistics_are_a_plain_mean_first_and_then_forget_at_their_decay
     assert torch.equal(quantizer.covariance, before)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_affine_has_a_root_where_wide_latents_lie_on_a_line(scale):
+    quantizer = Affine(16, 256)
+    for step in range(20):
+        z = scale * latents(2, 1, 300, seed=step) * latents(1, 256, 1)
+        assert quantizer(z).z_q.isfinite().all()
+    spread_of_codes = quantizer.codebook.var(0).sum() / z.var((0, 2)).sum()
+    assert 0.2 < spread_of_codes < 5
+
+
+def test_affine_passes_latents_on_that_are_no_numbers():
+    quantizer = Affine(16, 4)
+    assert quantizer.loss(quantizer(torch.full((1, 4, 3), torch.nan)).losses).isnan()
+
+
 def test_affine_tells_codes_apart_in_directions_without_latents():
     quantizer = Affine(64, 4)
     z = latents(1, 4, 50) * torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None]

@@ -8,7 +8,9 @@ from lexel.quantizers.base import Quantized, as_vectors, choose, full_precision
 from lexel.quantizers.distributed import all_sum, processes
 from lexel.quantizers.projected import ProjectedVQ
 
-FLOOR = 1e-6  # of the mean variance, added to every one: a direction without latents still tells codes apart
+# Of the sum of all variances, added to every one: more than float32 rounds off a covariance, so that it has a Cholesky
+# factor, and a direction without latents still tells codes apart.
+FLOOR = 1e-6
 
 
 class Affine(ProjectedVQ):
@@ -54,11 +56,13 @@ class Affine(ProjectedVQ):
         self.steps: Tensor
 
     def project(self) -> Tensor:
-        variances = self.covariance.diagonal()
-        floor = FLOOR * variances.mean().clamp_min(torch.finfo(variances.dtype).tiny)
+        covariance = self.covariance.double()
+        floor = FLOOR * covariance.trace().clamp_min(torch.finfo(torch.float32).tiny)
+        covariance = covariance + floor * torch.eye(self.codebook_dim).to(floor)
         if self.spread == "channel":
-            return self.mean + self.weight * (variances + floor).sqrt()
-        root = torch.linalg.cholesky(self.covariance + floor * torch.eye(self.codebook_dim).to(floor))
+            return self.mean + self.weight * covariance.diagonal().sqrt().to(self.mean)
+        # Without a check, which would raise at latents that are NaN: training has a clear word for those.
+        root = torch.linalg.cholesky_ex(covariance).L.to(self.mean)
         return self.mean + self.weight @ root.T
 
     @full_precision
