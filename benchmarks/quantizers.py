@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
         for rows in arguments.rows:
             shape = f"{rows} x {size} x {arguments.dim}"
             entry = figures.setdefault(arguments.device, {}).setdefault(shape, {"ms": {}, "MiB": {}})
-            entry["commit"], entry["machine"] = commit(), machine(arguments.device)
+            entry["commit"], entry["machine"] = commit(), machine(arguments.device, arguments.threads)
             if "time" in arguments.parts:
                 entry["ms"].update(times(rows, size, arguments))
             if "memory" in arguments.parts:
@@ -101,7 +101,7 @@ def commit() -> str:
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
-def machine(device: str) -> str:
+def machine(device: str, threads: int) -> str:
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     name = "x86"
@@ -109,7 +109,8 @@ def machine(device: str) -> str:
         if line.startswith("model name"):
             name = line.split(":")[1].strip()
     bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    return f"{name} ({platform.machine()}, {bf16} AVX512-BF16), 1 thread, torch {torch.__version__}"
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{name} ({platform.machine()}, {bf16} AVX512-BF16), {count}, torch {torch.__version__}"
 
 
 def write(figures: dict, out: Path) -> None:
