@@ -8,7 +8,7 @@ from warnings import warn
 from pydantic import Field, field_validator
 
 from lexel.config import Config
-from lexel.data.embedded import EMBEDDED, SPLIT
+from lexel.data.embedded import EMBEDDED, WITH_SPLITS
 from lexel.data.images import SPLITS, ImageSet, Remembered, open_images, split_folder
 from lexel.data.transforms import TRANSFORMS, Transform
 
@@ -85,6 +85,6 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
 
 def _has_split(source: str, split: str) -> bool:
     if source in EMBEDDED:
-        return source in SPLIT and split != "test"
+        return source in WITH_SPLITS and split != "test"
     folder = Path(source).expanduser()
     return folder.is_dir() and split_folder(folder, split) is not None

@@ -137,7 +137,7 @@ EMBEDDED: dict[str, Callable[[str | None, int | None, Progress], ImageSet]] = {
     "photos": photos,
     "photo-crops": photo_crops,
 }
-SPLIT = ("openmoji", "openmoji-subcategories", "photo-crops")  # sets with a validation part of their own
+WITH_SPLITS = ("openmoji", "openmoji-subcategories", "photo-crops")  # sets with a validation part of their own
 
 
 def family(name: str) -> str:

@@ -209,17 +209,15 @@ def _log_softmax(problem: Problem, some: Tensor, bias: Tensor | None) -> Tensor:
 def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """queries @ keys.T + bias; on a CPU tile by tile, so that a tile of keys stays in the cache for all rows."""
     if out.is_cuda and out.dtype == keys.dtype:  # a GPU would wait for the launches of small products
-        return (
-            torch.mm(queries, keys.T, out=out)
-            if bias is None
-            else torch.addmm(bias.to(out.dtype), queries, keys.T, out=out)
-        )
+        if bias is None:
+            return torch.mm(queries, keys.T, out=out)
+        return torch.addmm(bias.to(out.dtype), queries, keys.T, out=out)
     # Rows of `out` lie a power of two apart: a product writing there meets the same few cache lines again and again.
     dense = out.new_empty(len(queries), min(TILE, len(keys)))
     for start in range(0, len(keys), TILE):
         part = slice(start, start + TILE)
         tile = keys[part].to(out.dtype)
-        scores = dense if len(tile) == dense.shape[1] else dense.new_empty(len(queries), len(tile))
+        scores = dense[:, : len(tile)]
         torch.mm(queries, tile.T, out=scores)
         if bias is None:
             out[:, part].copy_(scores)
