@@ -1,10 +1,10 @@
-"""python -m benchmarks quantizers | step | generator [options]; --help after each names its options"""
+"""python -m benchmarks quantizers | step | generator | fingerprint [options]; --help after each names its options"""
 
 import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import generator, quantizers, training
+from benchmarks import fingerprint, generator, quantizers, training
 
 HERE = Path(__file__).parent
 
@@ -33,8 +33,11 @@ def main() -> int:
     step.add_argument("--size", type=int, default=65536)
     step.add_argument("--repeats", type=int, default=5)
     step.add_argument("--out", type=Path, default=HERE / "RESULTS.md")
+    commands.add_parser("fingerprint", help="digests of the weights that the two tiny recipes end with")
     arguments = parser.parse_args()
-    if arguments.command == "memory":
+    if arguments.command == "fingerprint":
+        fingerprint.main()
+    elif arguments.command == "memory":
         print(quantizers.peak(arguments.method, *arguments.shape, arguments.device))
     elif arguments.command == "step":
         training.run(arguments)
