@@ -26,7 +26,8 @@ from lexel.evaluate import evaluate_tokenizer, write_result
 from lexel.metrics.protocols import PROTOCOLS
 from lexel.quantizers import QUANTIZERS
 from lexel.report import Figure, Run, Section, latent_map, line_chart, picture_rows, read_run, series, write_page
-from lexel.train.run import Progress, TrainingStopped
+from lexel.run_folder import TrainingStopped
+from lexel.train.run import Progress
 from lexel.train.tokenizer import IMAGE_TERMS, TokenizerRecipe, load_run, train_tokenizer
 
 METRICS = ("psnr", "lpips", "usage", "frechet")

@@ -19,10 +19,11 @@ from lexel.data.config import open_data
 from lexel.evaluate import evaluate_tokenizer, write_result
 from lexel.place import Place, place
 from lexel.report import Figure, Run, Section
+from lexel.run_folder import TrainingStopped
 from lexel.samples import nearest_pictures, picture_grid
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator import GeneratorRecipe, load_generator_run, train_generator
-from lexel.train.run import Progress, TrainingStopped
+from lexel.train.run import Progress
 from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
 
 FOLDERS = {"vq": "vq", "ibq": "tokenizer"}  # the two tokenizers; the second goes on to the generator

@@ -11,11 +11,11 @@ from lexel.config import RECIPES
 from lexel.errors import UsageError
 from lexel.generator import Generator
 from lexel.metrics.health import diagnose
+from lexel.run_folder import read_metrics
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
 from lexel.train.generator import GeneratorRecipe, load_generator_run
 from lexel.train.plan import plan
-from lexel.train.run import read_metrics
 from lexel.train.tokenizer import TokenizerRecipe, load_run
 
 SAMPLED = 4096  # codes among which the nearest neighbours are looked for

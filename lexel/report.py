@@ -24,8 +24,8 @@ from lexel import config
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
 from lexel.metrics.health import Finding, diagnose
+from lexel.run_folder import read_metrics
 from lexel.samples import picture_grid
-from lexel.train.run import read_metrics
 
 COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
 STYLE: Any = {

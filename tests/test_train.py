@@ -16,13 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
+from lexel import run_folder
 from lexel.checkpoint import load_state
 from lexel.config import check
 from lexel.errors import UsageError
+from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.tokenizer import Tokenizer
 from lexel.train import run as engine
 from lexel.train import tokenizer as training
-from lexel.train.run import RunFolder, Schedule, TrainingStopped, weight_average
+from lexel.train.run import Schedule, weight_average
 from lexel.train.tokenizer import Learner, TokenizerRecipe, load_run, train_tokenizer
 
 STEPS = 8
@@ -237,8 +239,8 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(pictures, straight, t
             raise OSError(errno.ENOSPC, "No space left on device")
         save(path, state)
 
-    save = engine.save_state
-    monkeypatch.setattr(engine, "save_state", full)
+    save = run_folder.save_state
+    monkeypatch.setattr(run_folder, "save_state", full)
     with pytest.raises(TrainingStopped, match=r"no space left .* at step 6 \(step 4 is saved\)"):
         train_tokenizer(recipe(pictures), tmp_path, device="cpu")
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
 from lexel.place import place
+from lexel.run_folder import TrainingStopped, read_metrics
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
@@ -32,7 +33,7 @@ from lexel.train.generator import (
     spaced,
     train_generator,
 )
-from lexel.train.run import TrainingStopped, pick_place, read_metrics, start
+from lexel.train.run import pick_place, start
 from lexel.transformer import TransformerConfig, build
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -37,16 +37,15 @@ from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
 from lexel.place import Place
+from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.tokenizer import Tokenizer
 from lexel.train.run import (
     Precision,
     Progress,
     ProgressCallback,
-    RunFolder,
     RunningMeans,
     Schedule,
     StopRequest,
-    TrainingStopped,
     optimizer_step,
     pick_place,
     seed_step,

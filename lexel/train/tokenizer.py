@@ -40,16 +40,15 @@ from lexel.metrics.health import diagnose
 from lexel.place import Place
 from lexel.quantizers import QUANTIZERS
 from lexel.quantizers.base import weighted_sum
+from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.tokenizer import Reconstruction, Tokenizer, TokenizerConfig
 from lexel.train.run import (
     Precision,
     Progress,
     ProgressCallback,
-    RunFolder,
     RunningMeans,
     Schedule,
     StopRequest,
-    TrainingStopped,
     optimizer_step,
     pick_place,
     seed_step,
