@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel import compare as comparing
-from lexel.compare import PeakMemory, Variant, compare, plan, read_variants, spread, summarise, table
+from lexel.compare import Variant, compare, expand, read_variants, summarise, table
+from lexel.compare import run as comparing
+from lexel.compare.run import PeakMemory
+from lexel.compare.summary import mean_and_deviation
 from lexel.config import check, load
 from lexel.errors import UsageError
 from lexel.tokenizer import Tokenizer
@@ -55,8 +57,8 @@ def make(pictures: Path, **train) -> TokenizerRecipe:
 
 
 def test_only_the_quantizer_changes(recipe):
-    ibq, vq = plan(recipe, ["ibq", "vq"])
-    one, other = (arm.recipe.model_dump() for arm in (ibq, vq))
+    ibq, vq = expand(recipe, ["ibq", "vq"])
+    one, other = (run.recipe.model_dump() for run in (ibq, vq))
     assert one["data"] == other["data"]
     assert one["model"]["autoencoder"] == other["model"]["autoencoder"]
     weights = [part["train"].pop("weights") for part in (one, other)]
@@ -70,9 +72,9 @@ def test_only_the_quantizer_changes(recipe):
 
 def test_a_seed_starts_every_quantizer_with_the_same_network(recipe):
     networks = []
-    for arm in plan(recipe, ["ibq", "fvq", "lfq"], seeds=[3]):
-        torch.manual_seed(arm.recipe.train.seed)
-        tokenizer = Tokenizer(arm.recipe.model)
+    for run in expand(recipe, ["ibq", "fvq", "lfq"], seeds=[3]):
+        torch.manual_seed(run.recipe.train.seed)
+        tokenizer = Tokenizer(run.recipe.model)
         networks.append(
             torch.nn.utils.parameters_to_vector([*tokenizer.encoder.parameters(), *tokenizer.decoder.parameters()])
         )
@@ -81,11 +83,11 @@ def test_a_seed_starts_every_quantizer_with_the_same_network(recipe):
 
 
 def test_every_quantizer_size_dimension_and_seed_has_its_run(recipe):
-    arms = plan(recipe, ["vq", "simvq"], codebook_sizes=[16, 64], dims=[2, 8], seeds=[0, 1])
-    assert len({arm.name for arm in arms}) == 16
-    assert arms[0].name == "vq-16x2-seed0"
-    assert arms[-1].name == "simvq-64x8-seed1"
-    assert {arm.recipe.train.seed for arm in arms} == {0, 1}
+    runs = expand(recipe, ["vq", "simvq"], codebook_sizes=[16, 64], dims=[2, 8], seeds=[0, 1])
+    assert len({run.name for run in runs}) == 16
+    assert runs[0].name == "vq-16x2-seed0"
+    assert runs[-1].name == "simvq-64x8-seed1"
+    assert {run.recipe.train.seed for run in runs} == {0, 1}
 
 
 def test_a_comparison_leaves_a_page_a_json_and_runs_that_can_be_repeated(recipe, tmp_path):
@@ -106,9 +108,9 @@ def test_a_comparison_leaves_a_page_a_json_and_runs_that_can_be_repeated(recipe,
     page = result.page.read_text()
     assert "residual" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
-    for arm in plan(recipe, ["ibq", "residual"], seeds=[0, 1]):
-        again = load(tmp_path / "runs" / arm.name / "recipe.toml", TokenizerRecipe)
-        assert again.resolved() == arm.recipe
+    for run in expand(recipe, ["ibq", "residual"], seeds=[0, 1]):
+        again = load(tmp_path / "runs" / run.name / "recipe.toml", TokenizerRecipe)
+        assert again.resolved() == run.recipe
 
 
 def test_what_is_finished_is_not_trained_again(recipe, tmp_path, monkeypatch):
@@ -160,7 +162,7 @@ def test_a_variant_has_options_weights_and_training_of_its_own(recipe, tmp_path)
         '[ibq_identity]\nkind = "ibq"\noptions = { identity = 0.5 }\nweights = { quantization = 0.0 }\n'
         'train = { schedule = { kind = "linear", hold = 0.3, end = 0.01 } }\n'
     )
-    plain, variant = plan(recipe, ["ibq", "ibq_identity"], variants=read_variants(path))
+    plain, variant = expand(recipe, ["ibq", "ibq_identity"], variants=read_variants(path))
     assert variant.recipe.model.quantizer["identity"] == 0.5
     assert variant.recipe.train.weights["quantization"] == 0.0
     assert plain.recipe.train.weights["quantization"] == 1.0
@@ -194,8 +196,8 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(recipe, tmp_path
 
 
 def test_the_table_shows_means_and_the_spread_over_seeds():
-    assert spread([1.0, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
-    assert spread([5.0])["deviation"] is None
+    assert mean_and_deviation([1.0, 3.0]) == {"mean": 2.0, "deviation": pytest.approx(2**0.5), "values": [1.0, 3.0]}
+    assert mean_and_deviation([5.0])["deviation"] is None
     shared = {"quantizer": "vq", "codebook_size": 1024, "codebook_dim": 8, "bits": 10.0, "stopped": None}
     results = [
         {**shared, "name": f"vq{seed}", "seed": seed, "metrics": {"psnr": 20.0 + seed}, "gradient_ratio": 0.5}

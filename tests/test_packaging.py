@@ -16,7 +16,7 @@ def test_every_folder_of_code_is_installed():
 
 def test_every_file_that_is_no_code_is_installed():
     data = {path.name for path in (ROOT / "lexel").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["lexel"]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
     assert {name for name in data if not any(Path(name).match(pattern) for pattern in patterns)} == set()
 
 

@@ -101,3 +101,10 @@ def test_small_pictures_are_enlarged_without_smoothing():
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"is no run folder: it has no metrics.jsonl"):
         report.write_report(tmp_path)
+
+
+def test_a_snapshot_is_read_when_it_is_looked_at(run):
+    later = report.read_run(run)
+    (run / "snapshots" / "00000030.safetensors").write_bytes(b"damaged")
+    assert later.last["histogram"].sum() == 48  # the newest; the damaged one is not opened
+    assert {"originals", "codes"} <= {*later.last}

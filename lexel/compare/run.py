@@ -1,0 +1,193 @@
+"""Trains and measures every run of a comparison, and writes its page after the last."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from lexel import __version__
+from lexel.checkpoint import read_json
+from lexel.compare.page import write_html
+from lexel.compare.plan import PlannedRun, Variant, as_table, expand
+from lexel.compare.summary import HEALTH, NETWORK, summarise
+from lexel.data.config import open_data
+from lexel.errors import UsageError
+from lexel.evaluate import evaluate_tokenizer, write_result
+from lexel.metrics.protocols import PROTOCOLS
+from lexel.report import read_run
+from lexel.run_folder import TrainingStopped
+from lexel.train.run import Progress
+from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
+
+METRICS = ("psnr", "lpips", "usage", "frechet")
+RESULT = "result.json"
+
+
+class ComparisonResult(NamedTuple):
+    """The page and the numbers of a comparison."""
+
+    page: Path  # compare.html
+    rows: list[dict[str, Any]]  # one for each quantizer, size and dimension, as in compare.json
+    finished: bool  # False when a signal ended it early: the same call goes on from there
+
+
+def compare(
+    recipe: TokenizerRecipe,
+    quantizers: Sequence[str],
+    out: str | Path,
+    *,
+    codebook_sizes: Sequence[int] = (),
+    dims: Sequence[int] = (),
+    seeds: Sequence[int] = (0,),
+    variants: Mapping[str, Variant] | None = None,
+    metrics: Sequence[str] = METRICS,
+    limit: int | None = None,
+    device: str = "auto",
+    progress: Callable[[int, int, str, Progress], None] | None = None,
+) -> ComparisonResult:
+    """Trains and measures quantizers under one recipe; called again it goes on.
+
+    Every method has its published loss weights; of the recipe's weights those of the pictures hold for all, those of
+    quantizer terms only for the recipe's own quantizer, which keeps its options too. A run whose codebook collapses
+    goes on to its end, since that is a result; one whose loss becomes NaN is a row that says so.
+
+    Args:
+        recipe: what to train.
+        quantizers: keys of QUANTIZERS, or names of `variants`.
+        out: a folder: `runs/NAME` for each training, `compare.json`, `compare.html`.
+        codebook_sizes: numbers of codes, K; the recipe's by default.
+        dims: lengths of a code, D; the recipe's by default.
+        seeds: of weights and data order; the spread in the table is over them.
+        variants: quantizers with options, weights or training options of their own, by name.
+        metrics: some of psnr, ssim, lpips, usage, frechet, inception_score.
+        limit: measures at most so many held-out pictures, evenly spaced.
+        device: "auto", "cpu", "cuda", ...
+        progress: called after every step with the number of the training, of all trainings, its name and where it is.
+
+    Raises:
+        UsageError: the recipe with one of the quantizers does not work (nothing is trained then), or a run folder
+            belongs to another recipe.
+    """
+    runs = expand(recipe, quantizers, codebook_sizes, dims, seeds, variants or {})
+    out = Path(out)
+    results: list[dict[str, Any]] = []
+    finished = True
+    for number, planned in enumerate(runs):
+        folder = out / "runs" / planned.name
+
+        def report(now: Progress, number: int = number, name: str = planned.name) -> None:
+            if progress is not None:
+                progress(number, len(runs), name, now)
+
+        result = train_and_measure(planned, folder, metrics, limit, device, report)
+        if result is None:
+            finished = False
+            break
+        results.append(result | gradient_health(folder))
+        write_json(out, recipe, results, len(runs))
+    if results:
+        write_html(out, recipe, results, len(runs))
+    return ComparisonResult(out / "compare.html", summarise(results), finished)
+
+
+def train_and_measure(
+    planned: PlannedRun,
+    folder: Path,
+    metrics: Sequence[str],
+    limit: int | None,
+    device: str,
+    progress: Callable[[Progress], None],
+) -> dict[str, Any] | None:
+    """Trains and measures one run, or reads its result if it is finished; None where a signal ended the training."""
+    path = folder / RESULT
+    if path.is_file():
+        result = read_json(path)
+        if result["recipe"] != as_table(planned.recipe) or result["asked"] != [sorted(metrics), limit]:
+            raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
+        return result
+    result = {
+        "name": planned.name,
+        "quantizer": planned.label,
+        "codebook_size": planned.codebook_size,
+        "codebook_dim": planned.codebook_dim,
+        "seed": planned.seed,
+        "recipe": as_table(planned.recipe),
+        "asked": [sorted(metrics), limit],
+        "stopped": None,
+    }
+    memory = PeakMemory()
+    try:
+        trained = train_tokenizer(planned.recipe, folder, device=device, progress=progress)
+    except TrainingStopped as stopped:
+        result |= {"stopped": str(stopped), "metrics": {}}
+    else:
+        if not trained.finished:
+            return None
+        result["peak_memory_bytes"] = memory.read(next(trained.tokenizer.parameters()).device)
+        result["images_per_second"] = read_run(folder).train[-1]["images_per_second"]
+        tokenizer = load_run(folder)
+        data = planned.recipe.data
+        rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
+        measured = evaluate_tokenizer(
+            tokenizer,
+            open_data(data)[1],
+            rules,
+            size=data.size,
+            metrics=metrics,
+            network=NETWORK,
+            limit=limit,
+            batch_size=planned.recipe.train.batch_size,
+            device=device,
+            workers=data.workers,
+        )
+        quantizer = tokenizer.quantizer
+        result |= {
+            "bits": getattr(quantizer, "books", 1) * math.log2(quantizer.codebook_size),
+            "metrics": measured["metrics"],
+            "intervals": measured["intervals"],
+            "warnings": measured["warnings"],
+            "images": measured["data"]["images"],
+        }
+    write_result(path, result)
+    return read_json(path)
+
+
+def gradient_health(folder: Path) -> dict[str, float]:
+    """The encoder's gradient at the last validation of a run, beside the decoder's."""
+    validations = read_run(folder).validation
+    return {name: validations[-1][name] for name in HEALTH if validations and name in validations[-1]}
+
+
+def write_json(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any]], planned: int) -> None:
+    """Writes `compare.json`: the recipe, the rows of the table, and every run's result."""
+    summary = {"lexel": __version__, "recipe": as_table(recipe), "planned": planned}
+    write_result(out / "compare.json", {**summary, "rows": summarise(results), "runs": list(results)})
+
+
+class PeakMemory:
+    """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
+
+    PEAK = Path("/proc/self/status")
+    RESET = Path("/proc/self/clear_refs")
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.measurable = self.RESET.exists() and self.PEAK.exists()
+        if self.measurable:
+            try:
+                self.RESET.write_text("5")  # Linux: forget the process's peak so far
+            except OSError:  # not allowed here: no number is better than one of another run
+                self.measurable = False
+
+    def read(self, device: torch.device) -> int | None:
+        """Bytes; None where this system does not tell."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        if not self.measurable:
+            return None
+        lines = self.PEAK.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

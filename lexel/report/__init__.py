@@ -1,0 +1,33 @@
+"""Pages that people look at: one self-contained HTML file a run, no network, readable on a phone.
+
+`write_report(run)` reads a run folder and nothing else. Its figures (`line_chart`, `picture_rows`, `code_map`,
+`latent_map`) and `write_page` serve the demo's and the comparison's pages too.
+"""
+
+from lexel.report.figures import (
+    Figure,
+    code_histogram,
+    code_map,
+    latent_map,
+    line_chart,
+    picture_rows,
+    series,
+)
+from lexel.report.page import Section, write_page
+from lexel.report.run_page import Run, generator_figures, read_run, write_report
+
+__all__ = [
+    "Figure",
+    "Run",
+    "Section",
+    "code_histogram",
+    "code_map",
+    "generator_figures",
+    "latent_map",
+    "line_chart",
+    "picture_rows",
+    "read_run",
+    "series",
+    "write_page",
+    "write_report",
+]

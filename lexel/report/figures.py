@@ -1,0 +1,151 @@
+"""Figures of a page: charts as inline SVG, pictures as PNG within the page."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Canvas
+from numpy.typing import NDArray
+from PIL import Image
+
+from lexel.samples import picture_grid
+
+COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
+STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: small files, and the page's own font
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9aa4b2",
+    "axes.labelcolor": "#5b6675",
+    "xtick.color": "#5b6675",
+    "ytick.color": "#5b6675",
+    "axes.grid": True,
+    "grid.color": "#e3e7ed",
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "lexel",  # the same run gives the same file
+}
+
+Rows = Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its caption; `html` is an inline SVG or an image with its data inside."""
+
+    html: str
+    caption: str = ""
+
+
+def series(rows: Rows, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Steps and values of one number, where it was logged."""
+    points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def line_chart(
+    lines: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], caption: str, log: bool = False, percent: bool = False
+) -> Figure:
+    """Curves over steps; several lines get a legend. Empty where no line has a point."""
+    lines = {name: line for name, line in lines.items() if line[0].size}
+    if not lines:
+        return Figure("")
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(4.6, 2.4))
+        axes = canvas.subplots()
+        for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
+            axes.plot(steps, values, color=colour, label=name, linewidth=1.8, marker="o" if len(steps) < 3 else None)
+        if log:
+            axes.set_yscale("log")
+        if percent:
+            axes.set_ylim(0, 1.02)
+            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("step")
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+        return Figure(_svg(canvas), caption)
+
+
+def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
+    """Codes sorted by how often they are used: a healthy codebook is flat, a collapsed one falls to zero."""
+    if not histograms:
+        return Figure("")
+    chosen = dict(list(histograms.items())[:: max(1, len(histograms) // 4)])
+    chosen |= dict(list(histograms.items())[-1:])
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(4.6, 2.4))
+        axes = canvas.subplots()
+        for colour, (name, histogram) in zip(_colours(len(chosen)), chosen.items(), strict=True):
+            counts = np.sort(histogram.ravel())[::-1] / max(1, histogram.sum())
+            share = np.linspace(0, 1, len(counts))
+            axes.plot(share, np.maximum(counts * len(counts), 1e-3), color=colour, label=name, linewidth=1.6)
+        axes.axhline(1.0, color="#9aa4b2", linestyle=":", linewidth=1)
+        axes.set_yscale("log")
+        axes.set_xlabel("codes, the most used first")
+        axes.set_ylabel("use against uniform")
+        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        axes.legend(frameon=False, fontsize=9)
+        return Figure(
+            _svg(canvas), "how often each code is used on held-out pictures (dotted: all alike; floor: never)"
+        )
+
+
+def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int = 64) -> Figure:
+    """Rows of equally many pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
+    scale = max(1, -(-smallest // min(rows[0].shape[1:3])))
+    return Figure(_img(picture_grid(np.concatenate(rows), columns=len(rows[0]), scale=scale)), caption)
+
+
+def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
+    """Pictures (N, H, W, 3) above their codes (N, h, w): every code has a colour of its own."""
+    if indices.ndim > 3:  # residual and product: the first code of each place
+        indices = indices[:, 0]
+    # Golden-ratio steps spread neighbouring numbers over the colour circle.
+    hue = (indices * 0.61803398875) % 1.0
+    colours = matplotlib.colors.hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.55), np.full_like(hue, 0.92)], axis=-1))
+    factor = originals.shape[1] // indices.shape[1]
+    maps = (colours * 255).round().astype(np.uint8).repeat(factor, axis=1).repeat(factor, axis=2)
+    distinct = ", ".join(str(len(np.unique(grid))) for grid in indices)
+    return picture_rows([originals, maps], f"Which code stands where (one colour a code); distinct codes: {distinct}.")
+
+
+def latent_map(latents: NDArray[Any], codes: NDArray[Any]) -> Figure:
+    """Latents (n, D) and codes (m, D) in the plane of the latents' and codes' two main directions."""
+    both = np.concatenate([latents, codes]).astype(np.float64)
+    centre = both.mean(axis=0)
+    directions = np.linalg.svd(both - centre, full_matrices=False)[2][:2]
+    if len(directions) < 2:  # one-dimensional codes lie on a line
+        directions = np.concatenate([directions, np.zeros_like(directions)])
+    with matplotlib.rc_context(STYLE):
+        canvas = Canvas(figsize=(4.6, 4.2))
+        axes = canvas.subplots()
+        for points, colour, name in [(latents, COLOURS[1], "latents"), (codes, COLOURS[0], "codes")]:
+            x, y = ((points - centre) @ directions.T).T
+            axes.scatter(x, y, s=7, color=colour, alpha=0.45, linewidths=0, label=name, rasterized=True)
+        axes.legend(frameon=False, fontsize=9, markerscale=2.5)
+        caption = "Codes and held-out latents on their two main axes. Codes that lie among the latents can be chosen."
+        return Figure(_svg(canvas, dpi=150), caption)
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _svg(canvas: Canvas, dpi: int = 100) -> str:
+    buffer = io.StringIO()
+    canvas.savefig(buffer, format="svg", dpi=dpi, transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _img(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img class="pixels" alt="" src="data:image/png;base64,{data}">'

@@ -1,0 +1,228 @@
+"""The page of one run: curves, reconstructions or samples, the codebook and its health."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from lexel import config
+from lexel.errors import UsageError
+from lexel.metrics.health import diagnose
+from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_map, line_chart, picture_rows, series
+from lexel.report.page import Section, write_page
+from lexel.run_folder import read_metrics
+
+
+class Snapshot(Mapping[str, NDArray[Any]]):
+    """The arrays that a validation kept, each read from the file when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def names(self) -> list[str]:
+        """What the file holds."""
+        with safe_open(self.path, framework="numpy") as file:
+            return list(file.keys())
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.path, framework="numpy") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class Run:
+    """What a run folder says."""
+
+    name: str
+    folder: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    train: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, of either kind
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by step
+
+    @property
+    def last(self) -> Mapping[str, NDArray[Any]]:
+        """The newest snapshot; empty where there is none."""
+        return self.snapshots[max(self.snapshots)] if self.snapshots else {}
+
+
+def read_run(folder: str | Path, name: str | None = None) -> Run:
+    """Reads `recipe.toml` and `metrics.jsonl` of a run folder; snapshots are read when they are looked at.
+
+    Raises:
+        UsageError: the folder is no run folder.
+    """
+    folder = Path(folder)
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} is no run folder: it has no metrics.jsonl")
+    run = Run(name or folder.name, folder)
+    if (folder / "recipe.toml").is_file():
+        run.recipe = config.read(folder / "recipe.toml")
+    for row in read_metrics(folder / "metrics.jsonl"):
+        (run.validation if row["kind"] == "validation" else run.train).append(row)
+    run.snapshots = {int(path.stem): Snapshot(path) for path in sorted((folder / "snapshots").glob("*.safetensors"))}
+    return run
+
+
+def write_report(folder: str | Path) -> Path:
+    """Writes `report.html` into a run folder from what the folder holds; returns its path."""
+    run = read_run(folder)
+    shown = generator_sections(run) if "generator" in run.recipe else tokenizer_sections(run)
+    sections = [*shown, *recipe_section(run.folder)]
+    return write_page(run.folder / "report.html", f"Run {run.name}", lead(run), sections, tiles(run))
+
+
+# What a tokenizer's run shows
+
+
+def lead(run: Run) -> str:
+    """One sentence on where the run stands."""
+    step = run.train[-1]["step"] if run.train else 0
+    minutes = run.train[-1]["seconds"] / 60 if run.train else 0.0
+    return f"{step:,} steps in {minutes:.1f} minutes."
+
+
+def tiles(run: Run) -> list[tuple[str, str]]:
+    """The figures people look for first, from the last validation."""
+    if not run.validation:
+        return []
+    row = run.validation[-1]
+    shown = {
+        "psnr": ("PSNR, held out", "{:.2f} dB"),
+        "usage": ("codebook usage", "{:.1%}"),
+        "perplexity": ("perplexity", "{:,.0f}"),
+        "dead_codes": ("dead codes", "{:,.0f}"),
+        "bits_per_token": ("bits per token, held out", "{:.3f}"),
+        "histogram_bits": ("entropy of the histogram", "{:.3f}"),
+    }
+    return [(name, form.format(row[key])) for key, (name, form) in shown.items() if key in row]
+
+
+def tokenizer_sections(run: Run) -> list[Section]:
+    """Everything a tokenizer's run has to show, in reading order."""
+    sections = []
+    if run.validation and "usage" in run.validation[-1]:
+        quantizer = run.recipe["model"]["quantizer"]
+        findings = diagnose(quantizer["kind"], quantizer["codebook_size"], run.validation, run.train)
+        sections.append(Section("Is the codebook healthy?", findings=findings))
+    if "originals" in run.last:
+        rows = [run.last["originals"][:12], run.last["reconstructions"][:12]]
+        caption = "Above: held-out originals. Below: their reconstructions."
+        sections.append(Section("Originals and reconstructions", figures=[picture_rows(rows, caption)], wide=True))
+    if "histogram" in run.last:
+        sections.append(Section("The codebook", figures=codebook_figures(run)))
+    if "indices" in run.last:
+        sections.append(Section("Token maps", figures=map_figures(run.last)))
+    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Timing", figures=timing_figures(run.train)))
+    return [section for section in sections if section.figures or section.findings]
+
+
+def generator_sections(run: Run) -> list[Section]:
+    """Everything a generator's run has to show, in reading order."""
+    sections = []
+    if "samples" in run.last:
+        figure = picture_rows(
+            [run.last["samples"]],
+            "One sample of each of the first classes after the last step, without guidance.",
+        )
+        sections.append(Section("Samples", figures=[figure], wide=True))
+    sections.append(Section("Bits per token", figures=generator_figures(run)))
+    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Timing", figures=timing_figures(run.train)))
+    return [section for section in sections if section.figures]
+
+
+def generator_figures(run: Run) -> list[Figure]:
+    """Bits per token in training and validation, beside the entropy of the token histogram."""
+    lines = {
+        "training": series(run.train, "bits_per_token"),
+        "validation": series(run.validation, "bits_per_token"),
+        "entropy of the histogram": series(run.validation, "histogram_bits"),
+    }
+    chart = line_chart(lines, "bits per token; below the entropy of the token histogram, the model has learned context")
+    return [chart] if chart.html else []
+
+
+def recipe_section(folder: Path) -> list[Section]:
+    """The resolved recipe, to run it again."""
+    path = folder / "recipe.toml"
+    return [Section("Recipe", code=path.read_text(encoding="utf-8"))] if path.is_file() else []
+
+
+# Charts by caption: the names in metrics.jsonl that share one; a name that is not listed gets a chart of its own.
+CHARTS: dict[str, tuple[str, ...]] = {
+    "total loss": ("loss",),
+    "reconstruction losses": ("l1", "l2", "lpips"),
+    "quantizer losses": ("quantization", "commitment", "codebook"),
+    "entropy of the softmax over codes: per latent, and of the batch mean": ("entropy_sample", "entropy_batch"),
+    "GAN losses": ("adversarial", "discriminator", "lecam"),
+    "discriminator logits": ("logits_real", "logits_fake"),
+    "gradient norms": ("gradient_norm", "discriminator_gradient_norm"),
+    "learning rate": ("lr",),
+}
+NO_CURVES = {"step", "seconds", "images_per_second", "adversarial_weight", "bits_per_token"}
+
+
+def loss_curves(rows: Rows) -> list[Figure]:
+    """Every number that training logs, those that belong together in one chart."""
+    logged = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float)))
+    grouped = {name for names in CHARTS.values() for name in names}
+    others = {name.replace("_", " "): (name,) for name in logged if name not in grouped | NO_CURVES}
+    charts = [
+        line_chart({name.replace("_", " "): series(rows, name) for name in names}, caption)
+        for caption, names in (CHARTS | others).items()
+    ]
+    return [chart for chart in charts if chart.html]
+
+
+def codebook_figures(run: Run) -> list[Figure]:
+    """Usage over time, the histogram of codes, and the gradient that reaches the encoder."""
+    rows = run.validation
+    figures = [
+        line_chart({"usage": series(rows, "usage")}, "usage of the codebook, held-out pictures", percent=True),
+        code_histogram(
+            {f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}
+        ),
+        line_chart(
+            {name.replace("_", " "): series(rows, name) for name in ("perplexity", "softmax_perplexity")},
+            "perplexity of the codes, and of the softmax over codes",
+            log=True,
+        ),
+        line_chart(
+            {name.replace("_", " "): series(rows, name) for name in ("gradient_ratio", "gradient_cosine")},
+            "gradient at the encoder against the decoder's: size and direction",
+        ),
+        line_chart(
+            {name.replace("_", " "): series(rows, name) for name in ("code_norm", "latent_norm", "quantization_error")},
+            "norms of codes and latents, quantization error",
+        ),
+    ]
+    return [figure for figure in figures if figure.html]
+
+
+def map_figures(snapshot: Mapping[str, NDArray[Any]]) -> list[Figure]:
+    """Which code stands where in some pictures, and where codes and latents lie."""
+    figures = [code_map(snapshot["originals"][:6], snapshot["indices"][:6])]
+    if "codes" in snapshot:
+        figures.append(latent_map(snapshot["latents"], snapshot["codes"]))
+    return figures
+
+
+def timing_figures(rows: Rows) -> list[Figure]:
+    """Pictures per second over time."""
+    points = series(rows, "images_per_second")
+    return [line_chart({"images per second": points}, "images per second")] if points[0].size else []
