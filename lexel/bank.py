@@ -10,8 +10,8 @@ from lexel import networks
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, ordered_batches
 from lexel.errors import UsageError
-from lexel.place import Place
 from lexel.quantizers.vqgan_lc import build_bank, save_bank
+from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
 
@@ -22,7 +22,7 @@ def make_bank(
     transform: Transform,
     out: str | Path,
     size: int,
-    place: Place,
+    runtime: Runtime,
     per_class: bool = False,
     features_per_image: int = 16,
     batch_size: int = 32,
@@ -38,7 +38,7 @@ def make_bank(
         transform: makes squares of them.
         out: the file to write.
         size: number of centres, K.
-        place: device and precision.
+        runtime: device and precision.
         per_class: an equal share of the centres for each class of the images, as in the paper.
         features_per_image: latents taken of each image.
         batch_size: images at a time.
@@ -50,17 +50,17 @@ def make_bank(
     """
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
-    network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(place.device)
+    network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)
     if isinstance(encoder, Tokenizer):
-        encoder.to(place.device).eval()
+        encoder.to(runtime.device).eval()
     features, labels, done = [], [], 0
     for batch in ordered_batches(images, transform, batch_size):
-        pictures = batch.images.to(place.device)
+        pictures = batch.images.to(runtime.device)
         if network is not None:
             found = network(pictures).pooled[:, None]
         else:
             assert isinstance(encoder, Tokenizer)
-            with place.autocast():
+            with runtime.autocast():
                 found = encoder.latents(pictures).flatten(2).transpose(1, 2)  # (B, h w, D)
             # Which positions are taken depends on the picture alone, not on the batch it came in.
             scores = torch.stack(

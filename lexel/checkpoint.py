@@ -1,14 +1,19 @@
 """What is written to disk and read back: model folders, training states, and the strictness of both."""
 
+import functools
 import hashlib
 import json
 import os
 import pickle
 import re
+import secrets
+import socket
+import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -28,22 +33,87 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never a part: the data is on the disk before the name changes. If
     the block raises, or the process dies in it, `path` is as it was. A full disk is an OSError, whatever wrote.
+    Every writer has a temporary file of its own, so that several processes may write the same `path` at once. What
+    killed writers left is removed by the next one, and by `discard_partials`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")  # the suffix stays: writers choose formats by it
+    discard_partials(path.parent, _target(path))
+    partial = _partial(path)
     try:
+        partial.touch()
+        mode = stat.S_IMODE(partial.stat().st_mode)  # what the umask allows; some writers make files of mode 600
         try:
             yield partial
         except (RuntimeError, safetensors.SafetensorError):  # how torch and safetensors tell of a full disk, and more
             _write_more(partial)
             raise
+        partial.chmod(mode)
         _sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
+    """A binary file to write to, which becomes `path` when the block ends and vanishes when it raises."""
+    with atomic(path) as partial, partial.open("wb") as file:
+        yield file
+
+
+def _partial(path: Path) -> Path:
+    """A new temporary name for a file: `.partial-TARGET-MACHINE-PROCESS-NUMBER`, then the file's suffix.
+
+    The suffix stays, since writers choose formats by it; the rest is short, since names have a limit of 255 bytes.
+    """
+    suffix = path.suffix if len(path.suffix) < 32 else ""
+    name = f".partial-{_target(path)}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{suffix}"
+    return path.with_name(name)
+
+
+def _target(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+
+
+def discard_partials(folder: str | Path, target: str = "") -> None:
+    """Removes the temporary files of `atomic` in a folder whose writers are gone.
+
+    A writer is gone if its process on this machine has ended; those of other machines are taken for gone after a day.
+    """
+    for partial in Path(folder).glob(f".partial-{target}*"):
+        machine, process = [*partial.name.split("-"), "", ""][2:4]
+        try:
+            gone = not _runs(process) if machine == _machine() else time.time() - partial.stat().st_mtime > 86400
+            if gone:
+                partial.unlink()
+        except FileNotFoundError:
+            continue  # its writer has finished, or another process removed it
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight hexadecimal digits of this machine and its space of process numbers."""
+    parts = [socket.gethostname()]
+    for path in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
+        if path.exists():
+            parts.append(str(path.stat().st_ino) if path.name == "pid" else path.read_text())
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:8]
+
+
+def _runs(process: str) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    except ValueError:  # not a name that `atomic` gives
+        return False
+    return True
 
 
 def save_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

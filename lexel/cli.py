@@ -124,9 +124,9 @@ def _tokenizer(source: str, weights: Choice = "average") -> "Tokenizer":
 
 def _in_float32(command: str, device: str, precision: str) -> None:
     """Checks what every command takes, for those that handle weights and run no network: they keep to float32."""
-    from lexel.place import place
+    from lexel.runtime import runtime
 
-    place(device, precision)
+    runtime(device, precision)
     if precision != "float32":
         raise UsageError(f"lexel {command} keeps weights in float32, got --precision {precision}; leave it out")
 
@@ -329,9 +329,9 @@ def reconstruct(
 ) -> None:
     """Images through the tokenizer and back, as PNG files."""
     from lexel.codec import Codec
-    from lexel.place import place
+    from lexel.runtime import runtime
 
-    where = place(device, precision)
+    where = runtime(device, precision)
     tokenizer = _tokenizer(source, weights)
     codec = Codec(tokenizer, where, _transform(tokenizer, size, transform), batch_size, workers, max_pixels)
     with _progress("reconstruct") as update:
@@ -364,9 +364,9 @@ def encode(
     """Pictures to a token data set; the same command again goes on where it was stopped."""
     from lexel.codec import Codec
     from lexel.data.tokens import export_parquet, export_webdataset
-    from lexel.place import place
+    from lexel.runtime import runtime
 
-    where = place(device, precision)
+    where = runtime(device, precision)
     tokenizer = _tokenizer(source, weights)
     codec = Codec(tokenizer, where, _transform(tokenizer, size, transform), batch_size, workers)
     with _progress("encode") as update:
@@ -393,9 +393,9 @@ def decode(
     """A token data set back to pictures, as PNG files."""
     from lexel.codec import Codec
     from lexel.data.tokens import TokenSet
-    from lexel.place import place
+    from lexel.runtime import runtime
 
-    where = place(device, precision)
+    where = runtime(device, precision)
     found = TokenSet.open(tokens)
     codec = Codec(_tokenizer(source, weights), where, None, batch_size)
     with _progress("decode") as update:
@@ -559,10 +559,10 @@ def sample(
     precision: Precision = "float32",
 ) -> None:
     """Generates images of the classes named, by number or by label."""
-    from lexel.place import place
+    from lexel.runtime import runtime
     from lexel.samples import read_tokens, write_samples
 
-    where = place(device, precision)
+    where = runtime(device, precision)
     known = read_tokens(given) if given else None
     scales, temperatures = _each(cfg_scale, "--cfg-scale"), _each(temperature, "--temperature")
     generator = _generator(source, weights)
@@ -703,9 +703,9 @@ def bank(
     from lexel.bank import make_bank
     from lexel.data import TRANSFORMS, open_images
     from lexel.networks import FEATURE_NETWORKS
-    from lexel.place import place
+    from lexel.runtime import runtime
 
-    where = place(device, precision)
+    where = runtime(device, precision)
     model = encoder if encoder in FEATURE_NETWORKS else _tokenizer(encoder)
     transform = TRANSFORMS["published"](size or 224) if isinstance(model, str) else _transform(model, _text(size), None)
     assert transform is not None

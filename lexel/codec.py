@@ -14,7 +14,7 @@ from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, pad_to_multiple, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
-from lexel.place import Place
+from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
@@ -40,11 +40,11 @@ class Pair(NamedTuple):
 
 
 class Codec:
-    """A tokenizer at its place, applied to whole sets.
+    """A tokenizer at its runtime, applied to whole sets.
 
     Args:
-        tokenizer: any; put on the place's device and in evaluation mode.
-        place: device and precision.
+        tokenizer: any; put on the runtime's device and in evaluation mode.
+        runtime: device and precision.
         transform: makes squares of pictures; None takes them whole, padded to the tokenizer's factor by repeating
             their edge, and cropped back.
         batch_size: pictures at a time; whole ones come one by one.
@@ -55,7 +55,7 @@ class Codec:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        place: Place,
+        runtime: Runtime,
         transform: Transform | None,
         batch_size: int = 16,
         workers: int = 0,
@@ -65,8 +65,8 @@ class Codec:
             raise UsageError(
                 f"size must be a multiple of {tokenizer.downsampling} for this tokenizer, got {transform.size}"
             )
-        self.tokenizer = tokenizer.to(place.device).eval()
-        self.place = place
+        self.tokenizer = tokenizer.to(runtime.device).eval()
+        self.runtime = runtime
         self.transform = transform
         self.batch_size = batch_size
         self.workers = workers
@@ -75,8 +75,8 @@ class Codec:
     def through(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) of any size through the vocabulary and back, clamped to [-1, 1]."""
         height, width = images.shape[-2:]
-        with self.place.autocast(), torch.no_grad():
-            padded = pad_to_multiple(images.to(self.place.device), self.tokenizer.downsampling)
+        with self.runtime.autocast(), torch.no_grad():
+            padded = pad_to_multiple(images.to(self.runtime.device), self.tokenizer.downsampling)
             return crop_back(self.tokenizer.decode(self.tokenizer.encode(padded)), height, width)
 
     def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
@@ -147,8 +147,8 @@ class Codec:
         books = getattr(tokenizer.quantizer, "books", None)
 
         def indices(images: Tensor) -> Tensor:
-            with self.place.autocast():
-                return tokenizer.encode(images.to(self.place.device)).cpu()
+            with self.runtime.autocast():
+                return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
         return write_tokens(
             out,
@@ -185,8 +185,8 @@ class Codec:
 
     def pictures(self, indices: Tensor) -> np.ndarray:
         """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""
-        with self.place.autocast():
-            return to_uint8(self.tokenizer.decode(indices.to(self.place.device)))
+        with self.runtime.autocast():
+            return to_uint8(self.tokenizer.decode(indices.to(self.runtime.device)))
 
 
 def write_pngs(

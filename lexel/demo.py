@@ -17,10 +17,11 @@ from lexel.codec import Codec
 from lexel.data import ImageSet, Transform, open_images, to_images, to_uint8
 from lexel.data.config import open_data
 from lexel.evaluate import evaluate_tokenizer, write_result
-from lexel.place import Place, place
 from lexel.report import Figure, Run, Section
 from lexel.run_folder import TrainingStopped
+from lexel.runtime import Runtime, runtime
 from lexel.samples import nearest_pictures, picture_grid
+from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator import GeneratorRecipe, load_generator_run, train_generator
 from lexel.train.run import Progress
@@ -60,7 +61,7 @@ def demo(
             default's.
     """
     out = Path(out)
-    here = place(device, precision)
+    here = runtime(device, precision)
     changes = [f"train.precision={precision}"]
     if steps is not None:
         changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
@@ -213,7 +214,7 @@ def _maps(runs: dict[str, Run]) -> list[Figure]:
 
 def _generated(out: Path, training: ImageSet, transform: Transform, codec: Codec, watch: Watch | None) -> list[Section]:
     """New drawings by class, each above the training drawing nearest to it; and how the generator learned."""
-    generator = load_generator_run(out / "generator").to(codec.place.device)
+    generator = load_generator_run(out / "generator").to(codec.runtime.device)
     classes = generator.config.class_names or []
     labels = [number for number in range(len(classes)) for _ in range(PER_CLASS)]
     tokens = generator.sample(labels, cfg_scale=2.0, top_p=0.96, progress=_counted(watch, "drawing"))
@@ -246,8 +247,8 @@ GENERATOR_TEXT = (
 
 def _spread(images: ImageSet, transform: Transform, count: int) -> np.ndarray:
     """Pictures from all over a set."""
-    return np.stack([transform(images.read(int(number)), None) for number in np.linspace(0, len(images) - 1, count)])
+    return np.stack([transform(images.read(number), None) for number in evenly_spaced(len(images), count)])
 
 
-def _through(tokenizer: Tokenizer, pictures: np.ndarray, here: Place) -> np.ndarray:
+def _through(tokenizer: Tokenizer, pictures: np.ndarray, here: Runtime) -> np.ndarray:
     return to_uint8(Codec(tokenizer, here, None).through(to_images(pictures)))

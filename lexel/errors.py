@@ -1,4 +1,4 @@
-"""The one error that a user can mend."""
+"""The error for mistakes the user can fix."""
 
 from collections.abc import Iterable
 

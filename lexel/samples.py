@@ -13,7 +13,7 @@ from lexel.data import ImageSet, Transform, to_uint8
 from lexel.errors import UsageError
 from lexel.generator import Generator
 from lexel.metrics.statistics import NpzWriter
-from lexel.place import Place
+from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
 AT_ONCE = 64  # images sampled, decoded and written together, if no batch is larger; what is made does not depend on it
@@ -24,7 +24,7 @@ def write_samples(
     generator: Generator,
     labels: Sequence[int],
     out: str | Path,
-    place: Place,
+    runtime: Runtime,
     tokenizer: Tokenizer | None = None,
     first_number: int = 0,
     columns: int | None = None,
@@ -38,10 +38,10 @@ def write_samples(
     50,000 of them never lie in memory. `.npy`: the tokens, int64 (N, h, w).
 
     Args:
-        generator: put on the place's device.
+        generator: put on the runtime's device.
         labels: the class of each image.
         out: the file.
-        place: device and precision.
+        runtime: device and precision.
         tokenizer: makes images of tokens; the one in the generator's folder by default.
         first_number: number of the first image in the random stream.
         columns: of a grid; about as many as rows by default.
@@ -63,20 +63,20 @@ def write_samples(
         if len(given) not in (1, len(labels)):
             raise UsageError(f"tokens are given for {len(given)} images; 1 or {len(labels)} are needed")
         given = given.expand(len(labels), *given.shape[1:])
-    generator = generator.to(place.device).eval()
+    generator = generator.to(runtime.device).eval()
     if ending == ".npy":
         tokens = [
-            part.cpu().numpy() for part in _sampled(generator, labels, place, first_number, given, progress, settings)
+            part.cpu().numpy() for part in _sampled(generator, labels, runtime, first_number, given, progress, settings)
         ]
         with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
             np.save(file, np.concatenate(tokens))
         return out
-    decoder = (tokenizer or generator.tokenizer).to(place.device)
-    if place.device.type == "cuda":  # half-precision convolutions are fastest with channels last
+    decoder = (tokenizer or generator.tokenizer).to(runtime.device)
+    if runtime.device.type == "cuda":  # half-precision convolutions are fastest with channels last
         decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
-    parts = _sampled(generator, labels, place, first_number, given, progress, settings)
-    pictures = (_pictures(decoder, part, place) for part in parts)
+    parts = _sampled(generator, labels, runtime, first_number, given, progress, settings)
+    pictures = (_pictures(decoder, part, runtime) for part in parts)
     if ending == ".npz":
         first = next(pictures)
         with NpzWriter(out, (len(labels), *first.shape[1:])) as writer:
@@ -93,7 +93,7 @@ def write_samples(
 def _sampled(
     generator: Generator,
     labels: Sequence[int],
-    place: Place,
+    runtime: Runtime,
     first: int,
     given: torch.Tensor | None,
     progress: Any,
@@ -101,11 +101,13 @@ def _sampled(
 ) -> Any:
     at_once = max(AT_ONCE, settings.get("batch_size") or 0)
     for begin in range(0, len(labels), at_once):
-        part = torch.tensor(labels[begin : begin + at_once], device=place.device)
+        part = torch.tensor(labels[begin : begin + at_once], device=runtime.device)
         numbers = range(first + begin, first + begin + len(part))
         report = None if progress is None else _images_done(progress, begin, len(part), len(labels))
-        known = None if given is None else given[begin : begin + len(part)].to(place.device)
-        yield generator.sample(part, image_numbers=numbers, given=known, dtype=place.half, progress=report, **settings)
+        known = None if given is None else given[begin : begin + len(part)].to(runtime.device)
+        yield generator.sample(
+            part, image_numbers=numbers, given=known, dtype=runtime.half, progress=report, **settings
+        )
 
 
 def read_tokens(path: str | Path) -> torch.Tensor:
@@ -133,8 +135,8 @@ def _images_done(
     return lambda done, tokens: progress(before + count * done // tokens, total)
 
 
-def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, place: Place) -> np.ndarray:
-    with place.autocast():
+def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, runtime: Runtime) -> np.ndarray:
+    with runtime.autocast():
         return to_uint8(tokenizer.decode(indices))
 
 

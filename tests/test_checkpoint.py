@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from lexel import checkpoint
 from lexel.checkpoint import (
     atomic,
     fingerprint,
@@ -104,7 +105,8 @@ def test_a_full_disk_leaves_the_old_state(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_disk_that_is_full_says_so_whatever_was_writing(tmp_path):
+def test_a_disk_that_is_full_says_so_whatever_was_writing(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_partial", lambda path: path.with_name(f".partial-{path.name}"))
     (tmp_path / ".partial-state.pt").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left") as of_torch:  # torch itself raises a RuntimeError
         save_state(tmp_path / "state.pt", {"weight": torch.zeros(10**6)})
@@ -275,3 +277,28 @@ def test_the_fingerprint_reads_half_precision_and_scalars():
 
 def test_json_keeps_the_configuration_readable(folder):
     assert json.loads((folder / "config.json").read_text()) == {"width": 3}
+
+
+def test_two_writers_of_one_path_do_not_share_a_temporary_file(tmp_path):
+    with atomic(tmp_path / "a.txt") as first:
+        first.write_text("first")
+        with atomic(tmp_path / "a.txt") as second:
+            assert second != first
+            second.write_text("second")
+        assert (tmp_path / "a.txt").read_text() == "second"
+    assert (tmp_path / "a.txt").read_text() == "first"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_temporary_name_is_no_longer_than_a_name_may_be(tmp_path):
+    longest = tmp_path / ("n" * 251 + ".txt")
+    with atomic(longest) as partial:
+        partial.write_text("whole")
+    assert longest.read_text() == "whole"
+
+
+def test_files_have_the_rights_that_the_umask_allows(tmp_path):
+    save_folder(tmp_path, {}, {"weight": torch.zeros(2)})
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {path.stat().st_mode for path in tmp_path.iterdir()} == {expected}

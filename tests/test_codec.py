@@ -10,7 +10,7 @@ from lexel.codec import Codec, write_pngs
 from lexel.data import TRANSFORMS
 from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError
-from lexel.place import place
+from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 TINY = TokenizerConfig(
@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def codec(tokenizer, size=8, **options):
-    return Codec(tokenizer, place("cpu"), TRANSFORMS["published"](size) if size else None, **options)
+    return Codec(tokenizer, runtime("cpu"), TRANSFORMS["published"](size) if size else None, **options)
 
 
 def test_whole_pictures_come_back_in_their_own_sizes(tokenizer, folder, tmp_path):

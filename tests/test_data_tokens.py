@@ -323,14 +323,14 @@ def test_an_export_without_its_package_says_what_to_install(tmp_path, monkeypatc
 
 def test_a_killed_writer_leaves_only_whole_files(tmp_path, monkeypatch):
     """A crash between a shard and its description: the shard is written again, and nothing half-written is believed."""
-    original = module.written_whole
+    original = module.atomic_write
 
     def dies(path: Path):
         if path.name == "shard-00001.json":
             raise Stop
         return original(path)
 
-    monkeypatch.setattr(module, "written_whole", dies)
+    monkeypatch.setattr(module, "atomic_write", dies)
     with pytest.raises(Stop):
         write(tmp_path / "t")
     monkeypatch.undo()

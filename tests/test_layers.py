@@ -11,7 +11,7 @@ import lexel
 
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
-    {"errors", "config", "checkpoint", "place", "run_folder"},
+    {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"},
     {"kernels", "networks"},
     {"quantizers", "autoencoder", "transformer", "losses", "metrics", "data"},
     {"tokenizer", "sampling", "decoding"},

@@ -18,10 +18,11 @@ from lexel.errors import UsageError
 from lexel.networks import weights
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.efficientnet_lite0 import _SameConv
-from lexel.networks.frozen import freeze, full_precision
+from lexel.networks.frozen import freeze
 from lexel.networks.inception import BlockE, Inception, InceptionV3
 from lexel.networks.resize import RESIZE, resize
 from lexel.networks.vgg16 import VGG16
+from lexel.runtime import exact_float32
 
 
 def package(name: str) -> Path:
@@ -264,10 +265,10 @@ def test_freezing_keeps_what_a_network_computes():
     assert torch.equal(freeze(network)(images), before)
 
 
-def test_full_precision_is_undone_when_left():
+def test_exact_float32_is_undone_when_left():
     before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     with torch.autocast("cpu", torch.bfloat16):
-        with full_precision("cpu"):
+        with exact_float32("cpu"):
             assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

@@ -12,11 +12,11 @@ from lexel.autoencoder import AutoencoderConfig
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
-from lexel.place import place
+from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.transformer import TransformerConfig
 
-HERE = place("cpu")
+HERE = runtime("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +131,12 @@ def test_the_nearest_training_picture_is_found_with_its_distance():
 def test_the_pictures_of_a_gpu_are_those_of_the_cpu(generator, tmp_path, precision):
     """The pixel decoder runs with channels last there, in the precision asked for."""
     there = copy.deepcopy(generator)
-    tokens = np.load(samples.write_samples(there, [0, 1, 2], tmp_path / "t.npy", place("cuda")))
+    tokens = np.load(samples.write_samples(there, [0, 1, 2], tmp_path / "t.npy", runtime("cuda")))
     assert np.array_equal(tokens, np.load(samples.write_samples(generator, [0, 1, 2], tmp_path / "c.npy", HERE)))
     settings = {"given": torch.from_numpy(tokens)}  # the same tokens whatever the precision
     pictures = [
         np.load(samples.write_samples(model, [0, 1, 2], tmp_path / f"{where.device.type}.npz", where, **settings))
-        for model, where in ((there, place("cuda", precision)), (generator, HERE))
+        for model, where in ((there, runtime("cuda", precision)), (generator, HERE))
     ]
     assert there.tokenizer.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     difference = pictures[0]["arr_0"].astype(int) - pictures[1]["arr_0"]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel import run_folder
+from lexel import checkpoint, run_folder
 from lexel.checkpoint import load_state
 from lexel.config import check
 from lexel.errors import UsageError
@@ -249,13 +249,18 @@ def test_a_full_disk_ends_the_run_and_keeps_what_was_saved(pictures, straight, t
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_disk_that_is_really_full_ends_the_run_in_words(pictures, tmp_path):
+def test_a_disk_that_is_really_full_ends_the_run_in_words(pictures, tmp_path, monkeypatch):
+    temporary = checkpoint._partial
     train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(4))
     saved = RunFolder(tmp_path, writes=False).steps()[-1]
 
     def fill(now):  # what is written from here on fails as the operating system lets it fail
-        partial = tmp_path / "checkpoints" / f".partial-{now.step:08d}.pt"
-        partial.symlink_to("/dev/full")
+        def on_a_full_disk(path):
+            partial = temporary(path)
+            partial.symlink_to("/dev/full")
+            return partial
+
+        monkeypatch.setattr(checkpoint, "_partial", on_a_full_disk)
 
     with pytest.raises(TrainingStopped, match=rf"no space left .* \(step {saved} is saved\)"):
         train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=fill)
@@ -284,9 +289,9 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten_with_a_half_written_l
     with pytest.raises(RuntimeError, match="power cut"):
         train_tokenizer(chosen, tmp_path, device="cpu", progress=crash)
     run = RunFolder(tmp_path, writes=False)
-    for checkpoint in run.steps():
-        if checkpoint > 4:
-            run.checkpoint(checkpoint).unlink()
+    for step in run.steps():
+        if step > 4:
+            run.checkpoint(step).unlink()
     with run.metrics.open("a") as file:
         file.write('{"step": 7, "kind": "tr')
     assert [line["step"] for line in run.lines("train")] == [3, 6]

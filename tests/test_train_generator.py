@@ -20,8 +20,9 @@ from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
-from lexel.place import place
 from lexel.run_folder import TrainingStopped, read_metrics
+from lexel.runtime import runtime
+from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
@@ -30,7 +31,6 @@ from lexel.train.generator import (
     entropy_bits,
     load_generator_run,
     parameter_groups,
-    spaced,
     train_generator,
 )
 from lexel.train.run import pick_place, start
@@ -322,12 +322,12 @@ def test_all_that_does_not_fit_the_tokens_is_said_at_once(tokens, tmp_path):
 
 
 def test_a_limited_validation_takes_images_of_every_class():
-    assert spaced(10, 4) == [0, 2, 5, 7]
-    assert spaced(3, None) == spaced(3, 8) == [0, 1, 2]
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, None) == evenly_spaced(3, 8) == [0, 1, 2]
 
 
 def test_validation_bits_of_a_part_are_of_images_from_all_over(tokens, tmp_path):
-    source = Source(recipe(tokens), place("cpu"))
+    source = Source(recipe(tokens), runtime("cpu"))
     whole = torch.cat([batch.numbers for batch in source.measured(8, None, 0, 1)])
     part = torch.cat([batch.indices for batch in source.measured(8, 4, 0, 1)])
     everything = torch.cat([batch.indices for batch in source.measured(8, None, 0, 1)])

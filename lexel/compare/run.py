@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from lexel import __version__
 from lexel.checkpoint import read_json
 from lexel.compare.page import write_html
@@ -19,6 +17,7 @@ from lexel.evaluate import evaluate_tokenizer, write_result
 from lexel.metrics.protocols import PROTOCOLS
 from lexel.report import read_run
 from lexel.run_folder import TrainingStopped
+from lexel.runtime import PeakMemory
 from lexel.train.run import Progress
 from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
 
@@ -165,29 +164,3 @@ def write_json(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str
     """Writes `compare.json`: the recipe, the rows of the table, and every run's result."""
     summary = {"lexel": __version__, "recipe": as_table(recipe), "planned": planned}
     write_result(out / "compare.json", {**summary, "rows": summarise(results), "runs": list(results)})
-
-
-class PeakMemory:
-    """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
-
-    PEAK = Path("/proc/self/status")
-    RESET = Path("/proc/self/clear_refs")
-
-    def __init__(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.measurable = self.RESET.exists() and self.PEAK.exists()
-        if self.measurable:
-            try:
-                self.RESET.write_text("5")  # Linux: forget the process's peak so far
-            except OSError:  # not allowed here: no number is better than one of another run
-                self.measurable = False
-
-    def read(self, device: torch.device) -> int | None:
-        """Bytes; None where this system does not tell."""
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        if not self.measurable:
-            return None
-        lines = self.PEAK.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))

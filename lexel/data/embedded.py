@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -13,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lexel.data.files import written_whole
+from lexel.checkpoint import atomic_write
 from lexel.data.images import ArrayImages, FileImages, ImageSet
 from lexel.errors import UsageError
+from lexel.runtime import cache_folder
 
 Progress = Callable[[int, int], None] | None
 
@@ -154,14 +154,6 @@ def is_validation(name: str) -> bool:
     return number < VALIDATION * 2**64
 
 
-def cache_folder() -> Path:
-    """Where rendered drawings are kept: LEXEL_CACHE, or lexel in the user's cache folder."""
-    given = os.environ.get("LEXEL_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lexel"
-
-
 def render(names: list[str], size: int, progress: Progress = None) -> np.ndarray:
     """The drawings with these names: uint8 (N, size, size, 3), on white."""
     try:
@@ -188,7 +180,7 @@ def _rendered(names: list[str], size: int, progress: Progress) -> np.ndarray:
     except PackageNotFoundError as error:
         raise _missing("openmoji", str(error.name)) from None
     if not path.is_file():
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             np.save(file, render(names, size, progress))
     try:
         array = np.load(path, mmap_mode="r")

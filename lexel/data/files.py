@@ -1,15 +1,12 @@
 """Image files of any common kind as uint8 RGB arrays, or a clear word on why not."""
 
 import os
-import secrets
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -193,25 +190,6 @@ def _why_unknown(path: Path) -> str:
     if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
         return "HEIC is not supported; convert it to JPEG or PNG"
     return "it is no image of a known kind (JPEG, PNG, WebP, BMP, TIFF, GIF)"
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write in, which becomes `path` when the block ends and vanishes when it raises.
-
-    Every writer has a temporary file of its own, so that several processes may write the same `path` at once.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{secrets.token_hex(8)}-{path.name}")
-    try:
-        with partial.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _in_words(error: BaseException) -> str:

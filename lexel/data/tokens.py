@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
 from lexel.data.batches import Pictures, Positions, crop_choices, crop_generator, look_up, read_squares
-from lexel.data.files import written_whole
 from lexel.data.images import ImageSet, hold_out_order
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
@@ -139,7 +139,7 @@ def write_tokens(
             _write_shard(folder, shard, versions, encode, plan, workers, read)
     if not all(_shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
-    with written_whole(folder / INDEX) as file:
+    with atomic_write(folder / INDEX) as file:
         file.write(json.dumps({**plan, "shards": len(shards)}, indent=2).encode())
     (folder / PLAN).unlink(missing_ok=True)
     return TokenSet.open(folder, verify="never")  # we wrote it a moment ago
@@ -163,7 +163,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     ours = (".partial-", "shard-", PLAN, INDEX)
     if folder.is_dir() and any(not path.name.startswith(ours) for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no tokens; give a new folder")
-    with written_whole(folder / PLAN) as file:
+    with atomic_write(folder / PLAN) as file:
         file.write(json.dumps(plan, indent=2).encode())
 
 
@@ -207,7 +207,7 @@ def _write_shard(
         read(len(pictures.numbers) + len(pictures.unreadable))
     buffer = io.BytesIO()
     np.save(buffer, np.concatenate(encoded))
-    with written_whole(_shard_path(folder, shard, ".npy")) as file:
+    with atomic_write(_shard_path(folder, shard, ".npy")) as file:
         file.write(buffer.getbuffer())
     facts = {
         "names": [images.names[number] for number in readable],
@@ -216,7 +216,7 @@ def _write_shard(
         "sha256": _digest(buffer.getbuffer()),
         "bytes": buffer.getbuffer().nbytes,
     }
-    with written_whole(_shard_path(folder, shard, ".json")) as file:
+    with atomic_write(_shard_path(folder, shard, ".json")) as file:
         file.write(json.dumps(facts).encode())
 
 
@@ -465,7 +465,7 @@ def export_parquet(tokens: TokenSet, folder: str | Path, rows: int = 65536) -> l
             columns["class"] = pa.array([tokens.classes[label] for label in labels])
         table = pa.table(columns).replace_schema_metadata({"lexel": json.dumps(tokens.facts)})
         path = folder / f"tokens-{part:05d}.parquet"
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             pq.write_table(table, file)
         files.append(path)
     return files
@@ -488,7 +488,7 @@ def export_webdataset(tokens: TokenSet, folder: str | Path, rows: int = 10000) -
     files = []
     for part, numbers in enumerate(_parts(len(tokens), rows)):
         path = folder / f"tokens-{part:05d}.tar"
-        with written_whole(path) as file, webdataset.TarWriter(file, mtime=0) as writer:
+        with atomic_write(path) as file, webdataset.TarWriter(file, mtime=0) as writer:
             for number in numbers:
                 indices = tokens.tokens([number] * tokens.crops, np.arange(tokens.crops)).numpy()
                 sample: dict[str, Any] = {

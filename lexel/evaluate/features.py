@@ -1,7 +1,5 @@
 """What a feature network is shown of a batch, and what is kept of what it saw."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +10,7 @@ from lexel import networks
 from lexel.metrics import Protocol, contiguous_splits, deal, shuffled
 from lexel.metrics.pixels import on_unit_scale
 from lexel.networks import FeatureNetwork, Features
-from lexel.networks.weights import cache_folder
-from lexel.place import Place
+from lexel.runtime import Runtime, cache_folder
 
 OFFLINE = "efficientnet_lite0"  # stands in where FID's Inception is not at hand; a package carries its weights
 GROUPS = 10  # of samples, each left out once for the confidence intervals
@@ -35,7 +32,7 @@ class Plan(NamedTuple):
 
 
 def network_for(
-    protocol: Protocol, name: str | None, path: str | Path | None, where: Place, warnings: list[str]
+    protocol: Protocol, name: str | None, path: str | Path | None, where: Runtime, warnings: list[str]
 ) -> FeatureNetwork:
     """The network asked for; else the protocol's, if its weights are here; else the offline one, with a word on it."""
     if name is None:
@@ -120,14 +117,3 @@ def reference_choices(protocol: Protocol) -> dict[str, Any]:
     """What of a protocol decides the statistics of its real side."""
     names = ("transform", "size", "rounding")
     return {name: getattr(protocol, name) for name in names}
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32 in features, whatever the session has set: it moves them in the third digit."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

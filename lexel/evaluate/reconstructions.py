@@ -11,10 +11,11 @@ from torch import Tensor
 
 from lexel import checkpoint
 from lexel.data import ImageSet, crop_back, pad_to_multiple
-from lexel.evaluate.features import GROUPS, Plan, described, full_precision, look, network_for, reference_choices
+from lexel.distributed import all_sum, broadcast, join, rank
+from lexel.evaluate.features import GROUPS, Plan, described, look, network_for, reference_choices
 from lexel.evaluate.results import as_result, wanted_of
-from lexel.evaluate.sources import Pictures, digest, open_set, resized, spaced, transform_of
-from lexel.evaluate.stream import Progress, Seen, forget, join_processes, rank, shared, stream
+from lexel.evaluate.sources import Pictures, chosen_numbers, digest, open_set, resized, transform_of
+from lexel.evaluate.stream import Progress, Seen, forget, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -38,11 +39,9 @@ from lexel.metrics import (
     squared_error,
     ssim,
 )
-from lexel.metrics.moments import sum_over_processes
 from lexel.metrics.protocols import protocol as find_protocol
 from lexel.networks import FeatureNetwork
-from lexel.networks.weights import cache_folder
-from lexel.place import place
+from lexel.runtime import cache_folder, exact_float32, runtime
 from lexel.tokenizer import Tokenizer
 
 LOOKS = {"frechet", "inception_score"}  # metrics that need a feature network
@@ -104,10 +103,10 @@ def evaluate_tokenizer(
     started = time.monotonic()
     chosen = resized(find_protocol(protocol), size)
     wanted = wanted_of(chosen.reconstruction, metrics)
-    where = place(join_processes(device), precision)
+    where = runtime(join(device), precision)
     images = open_set(source, split, chosen.size or None)
-    real = Pictures(images, transform_of(chosen), workers, spaced(len(images), limit))
-    with full_precision():
+    real = Pictures(images, transform_of(chosen), workers, chosen_numbers(len(images), limit))
+    with exact_float32(where.device.type):
         warnings: list[str] = []
         extractor = network_for(chosen, network, weights, where, warnings) if wanted & LOOKS else None
         perceptual = {name: LPIPS(name).to(where.device) for name in chosen.lpips} if "lpips" in wanted else {}
@@ -115,7 +114,7 @@ def evaluate_tokenizer(
         plan = Plan.of(len(real), chosen)
         states = _reconstruction_states(wanted, chosen, extractor, plan, tokenizer, perceptual)
         real_file = _file_of_real(real, chosen, extractor) if cache and "real.pooled" in states else None
-        if real_file is not None and shared(real_file.is_file()):
+        if real_file is not None and broadcast(real_file.is_file()):
             del states["real.pooled"]  # known from an earlier evaluation
 
         def take(pictures: Tensor, numbers: Tensor) -> None:
@@ -217,7 +216,7 @@ class _Histogram(CodeHistogram):
     """A code histogram that can be saved half-way, and summed whatever moves what processes exchange."""
 
     def all_reduce(self) -> None:
-        self.counts = sum_over_processes(self.counts)
+        self.counts = all_sum(self.counts)
 
     def state_dict(self) -> dict[str, Any]:
         return {"counts": self.counts}

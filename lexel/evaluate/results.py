@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from lexel import __version__, checkpoint
+from lexel.distributed import processes
 from lexel.errors import UsageError, unknown
 from lexel.evaluate.sources import Source
-from lexel.evaluate.stream import Seen, processes
+from lexel.evaluate.stream import Seen
 from lexel.evaluate.values import Values
 from lexel.metrics import Protocol
-from lexel.place import Place
+from lexel.runtime import Runtime
 
 
 class Difference(NamedTuple):
@@ -96,7 +97,7 @@ def as_result(
     seen: Seen,
     values: Values,
     warnings: list[str],
-    where: Place,
+    where: Runtime,
     started: float,
 ) -> dict[str, Any]:
     unreadable = dict(sorted(seen.unreadable.items()))

@@ -14,12 +14,12 @@ from torch import Tensor
 from lexel import checkpoint
 from lexel.data import ImageSet
 from lexel.data.tokens import TokenSet
+from lexel.distributed import broadcast, join, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import (
     GROUPS,
     Plan,
     described,
-    full_precision,
     look,
     network_for,
     reference_choices,
@@ -28,7 +28,7 @@ from lexel.evaluate.features import (
 )
 from lexel.evaluate.results import as_result, wanted_of
 from lexel.evaluate.sources import Archive, Pictures, Source, open_samples, open_set, resized, transform_of
-from lexel.evaluate.stream import Progress, Seen, forget, join_processes, rank, shared, stream
+from lexel.evaluate.stream import Progress, Seen, forget, stream
 from lexel.evaluate.values import (
     Values,
     add_jackknifed,
@@ -54,8 +54,7 @@ from lexel.metrics import (
 from lexel.metrics.frechet import factor
 from lexel.metrics.protocols import protocol as find_protocol
 from lexel.networks import FeatureNetwork
-from lexel.networks.weights import cache_folder
-from lexel.place import place
+from lexel.runtime import cache_folder, exact_float32, runtime
 from lexel.tokenizer import Tokenizer
 
 
@@ -101,12 +100,12 @@ def evaluate_samples(
     started = time.monotonic()
     chosen = find_protocol(protocol)
     wanted = wanted_of(chosen.generation, metrics)
-    where = place(join_processes(device), precision)
+    where = runtime(join(device), precision)
     made = open_samples(samples, tokenizer, where, workers, limit)
     if made.size[0] != made.size[1]:
         raise UsageError(f"samples must be square, got {made.size[0]} x {made.size[1]} pixels")
     chosen = resized(chosen, made.size[0])
-    with full_precision():
+    with exact_float32(where.device.type):
         warnings: list[str] = []
         extractor = network_for(chosen, network, weights, where, warnings)
         resumed = None if resume is None else Path(resume)
@@ -209,7 +208,7 @@ def reference_statistics(
     }
     key = hashlib.sha256(json.dumps([about, protocol.reference_features], sort_keys=True).encode()).hexdigest()
     cached = cache_folder() / "statistics" / f"{key}.npz"
-    if cache and known is None and shared(cached.is_file()):
+    if cache and known is None and broadcast(cached.is_file()):
         return read_statistics(cached)
     seen = stream(source, states, take, about, batch_size, resume, save_every, progress)
     features = states["bank"].features()

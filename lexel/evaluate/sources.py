@@ -25,7 +25,8 @@ from lexel.data.images import Subset
 from lexel.data.tokens import INDEX, TokenSet
 from lexel.errors import UsageError, unknown
 from lexel.metrics import NpzImages, Protocol
-from lexel.place import Place
+from lexel.runtime import Runtime
+from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 
 
@@ -104,7 +105,7 @@ class Archive(Source):
 class Tokens(Source):
     """A token set, decoded as it is read."""
 
-    def __init__(self, tokens: TokenSet, tokenizer: Tokenizer, where: Place, limit: int | None) -> None:
+    def __init__(self, tokens: TokenSet, tokenizer: Tokenizer, where: Runtime, limit: int | None) -> None:
         super().__init__()
         fingerprint = tokenizer.fingerprint()
         tokens.require(fingerprint)
@@ -144,7 +145,7 @@ class AsItIs(Transform):
 def open_samples(
     samples: str | Path | ImageSet | TokenSet,
     tokenizer: Tokenizer | None,
-    where: Place,
+    where: Runtime,
     workers: int,
     limit: int | None,
 ) -> Source:
@@ -182,13 +183,15 @@ def open_set(source: str | Path | ImageSet, split: str | None, size: int | None)
     return source if isinstance(source, ImageSet) else open_images(source, split, size)
 
 
-def spaced(count: int, limit: int | None) -> Sequence[int]:
-    """At most `limit` of `count` numbers, evenly spaced, since folders are sorted by class."""
-    if limit is None or limit >= count:
-        return range(count)
-    if limit < 2:
+def chosen_numbers(count: int, limit: int | None) -> Sequence[int]:
+    """At most `limit` of `count` numbers, evenly spaced.
+
+    Raises:
+        UsageError: the limit is below 2.
+    """
+    if limit is not None and limit < min(2, count):
         raise UsageError(f"limit must be at least 2 images, got {limit}")
-    return [number * count // limit for number in range(limit)]
+    return evenly_spaced(count, limit)
 
 
 def listing_of(images: ImageSet) -> str:

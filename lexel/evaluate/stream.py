@@ -1,18 +1,17 @@
 """Taking in images by their numbers: shared by processes without padding, interrupted and taken up again."""
 
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lexel import checkpoint
 from lexel.data import to_uint8
+from lexel.distributed import barrier, broadcast, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.sources import Source, digest
 
@@ -40,8 +39,7 @@ class Seen:
     def all_reduce(self) -> None:
         if processes() == 1:
             return
-        parts: list[Any] = [None] * processes()
-        dist.all_gather_object(parts, self.state_dict())
+        parts = gather(self.state_dict())
         self.load_state_dict(parts[0])
         for part in parts[1:]:
             other = Seen(len(self.done))
@@ -85,7 +83,7 @@ def stream(
     partial = None if resume is None else Partial(Path(resume), identity)
     if partial is not None:
         partial.load(states, seen)
-    remaining = (~shared(seen.done)).nonzero().flatten()[rank() :: processes()].tolist()
+    remaining = (~broadcast(seen.done)).nonzero().flatten()[rank() :: processes()].tolist()
     done, saved = 0, time.monotonic()
     for images, numbers in source.batches(remaining, batch_size):
         take(images, numbers)
@@ -173,36 +171,3 @@ def _alike(state: Any) -> Any:
     another = object.__new__(type(state))
     another.__dict__.update(state.__dict__)
     return another
-
-
-def join_processes(device: str) -> str:
-    """Under torchrun: meets the other processes, if nobody has done so; `auto` becomes a GPU of this process's own.
-
-    What is exchanged lies in memory, so gloo will do on any device.
-    """
-    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-    local = os.environ.get("LOCAL_RANK")
-    return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
-
-
-def processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if processes() > 1 else 0
-
-
-def barrier() -> None:
-    if processes() > 1:
-        dist.barrier()
-
-
-def shared(value: Any) -> Any:
-    """What the first process has under this name, on all of them."""
-    if processes() == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]

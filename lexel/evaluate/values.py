@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from lexel.evaluate.stream import rank, shared
+from lexel.distributed import broadcast, rank
 from lexel.metrics import Interval, MeanState, MomentState, Protocol, ScoreState, jackknife
 from lexel.networks import FeatureNetwork
 
@@ -19,8 +19,8 @@ class Values:
 
 
 def on_one_process(compute: Callable[[], Values]) -> Values:
-    """Eigenvalues take a while: one process takes them, the others hear of it."""
-    return shared(compute() if rank() == 0 else None)
+    """Computed on rank 0 and broadcast."""
+    return broadcast(compute() if rank() == 0 else Values())
 
 
 def groups_of(state: MomentState) -> list[int]:

@@ -1,9 +1,10 @@
 """LeCAM: keeps a discriminator from running ahead when data are few (https://arxiv.org/abs/2104.03310)."""
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lexel.distributed import all_sum
 from lexel.losses.precision import at_least_float32
 
 
@@ -48,8 +49,5 @@ def _means(real: Tensor, fake: Tensor) -> Tensor:
     """The means of two sets of logits over all processes, which may hold different numbers of them: (2,)."""
     sums = torch.stack([real.sum(), fake.sum()])
     counts = torch.tensor([real.numel(), fake.numel()], dtype=sums.dtype, device=sums.device)
-    if distributed.is_available() and distributed.is_initialized():
-        both = torch.stack([sums, counts])
-        distributed.all_reduce(both)
-        sums, counts = both
+    sums, counts = all_sum(torch.stack([sums, counts]))
     return sums / counts

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from lexel.distributed import all_sum
 
 SOFTMAX_ELEMENTS = 1 << 24  # latents are taken in groups so small that the N x K softmax stays below this
 
@@ -41,8 +42,7 @@ class CodeHistogram:
 
     def all_reduce(self) -> None:
         """Sums the counts of all processes; does nothing in a single one."""
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.counts)
+        all_sum(self.counts)
 
     @property
     def used(self) -> int:

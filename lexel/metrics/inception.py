@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexel.distributed import all_sum
 from lexel.errors import UsageError
-from lexel.metrics.moments import sum_over_processes
 
 
 class ScoreState:
@@ -44,9 +44,7 @@ class ScoreState:
         self.negentropy = self.negentropy + other.negentropy
 
     def all_reduce(self) -> None:
-        self.n, self.total, self.negentropy = (
-            sum_over_processes(part) for part in (self.n, self.total, self.negentropy)
-        )
+        self.n, self.total, self.negentropy = (all_sum(part) for part in (self.n, self.total, self.negentropy))
 
     def splits(self, without: int | None = None) -> Tensor:
         """The score of every split that has samples, float64; `without` leaves a group out."""

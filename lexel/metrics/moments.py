@@ -3,9 +3,9 @@
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lexel.distributed import all_sum, gather, processes
 from lexel.errors import UsageError
 
 
@@ -62,7 +62,7 @@ class MomentState:
 
     def all_reduce(self) -> None:
         """Adds what every process has seen, if there are several."""
-        self.n, self.total, self.outer = (sum_over_processes(part) for part in (self.n, self.total, self.outer))
+        self.n, self.total, self.outer = (all_sum(part) for part in (self.n, self.total, self.outer))
 
     def moments(self, without: int | None = None) -> Moments:
         """Mean and unbiased covariance of everything, or of everything but one group.
@@ -102,7 +102,7 @@ class MeanState:
         self.sums = self.sums + other.sums
 
     def all_reduce(self) -> None:
-        self.sums = sum_over_processes(self.sums)
+        self.sums = all_sum(self.sums)
 
     @property
     def mean(self) -> float:
@@ -144,10 +144,9 @@ class FeatureBank:
 
     def all_reduce(self) -> None:
         """Gathers the rows of every process on every process."""
-        if _processes() == 1:
+        if processes() == 1:
             return
-        parts: list[Any] = [None] * _processes()
-        dist.all_gather_object(parts, self.state_dict())
+        parts = gather(self.state_dict())
         self._rows = [part["rows"] for part in parts]
         self._numbers = [part["numbers"] for part in parts]
 
@@ -166,17 +165,3 @@ class FeatureBank:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._rows, self._numbers = [state["rows"]], [state["numbers"]]
-
-
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a CPU tensor over all processes; the tensor itself where there is one."""
-    if _processes() == 1:
-        return tensor
-    # NCCL only moves what lies on a GPU; gloo only needs what lies in memory.
-    shared = tensor.cuda() if dist.get_backend() == "nccl" else tensor.clone()
-    dist.all_reduce(shared)
-    return shared.cpu()
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -12,8 +12,9 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lexel.distributed import gather, processes
 
 
 class WindowUsage:
@@ -41,10 +42,9 @@ class WindowUsage:
 
     def all_reduce(self) -> None:
         """Takes in what every process has seen."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if processes() == 1:
             return
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, self.state_dict())
+        parts = gather(self.state_dict())
         self._numbers, self._tokens = self._numbers[:0], self._tokens[:0]
         for part in parts:
             self._keep(part["numbers"], part["tokens"])

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from lexel import checkpoint
 from lexel.errors import UsageError, unknown
-from lexel.networks.frozen import freeze, full_precision
+from lexel.networks.frozen import freeze
 from lexel.networks.resize import RESIZE, resize
+from lexel.runtime import exact_float32
 
 
 class Features(NamedTuple):
@@ -80,7 +81,7 @@ class FeatureNetwork(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise UsageError(f"{self.name} needs images (B, 3, H, W), got {tuple(images.shape)}")
         dtype = next(self.network.buffers()).dtype
-        with full_precision(images.device.type):
+        with exact_float32(images.device.type):
             images = resize(images.to(dtype), self.side, self.resize_rule)
             pooled, spatial = self.network(self._normalise(images))
             classifier = self.network.get_submodule(self.classifier)

@@ -1,10 +1,7 @@
-"""Frozen networks: constants of a loss or a metric, not parts of a model; and the precision that metrics need."""
+"""Frozen networks: constants of a loss or a metric, not parts of a model."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -23,16 +20,3 @@ def freeze(module: Module) -> Module:
             delattr(part, name)
             part.register_buffer(name, tensor, persistent=False)
     return module.eval()
-
-
-@contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
-    """True float32 for what runs inside: no autocast, and no TF32, which CUDA's convolutions otherwise use."""
-    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = convolutions.fp32_precision, products.fp32_precision
-    convolutions.fp32_precision = products.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        convolutions.fp32_precision, products.fp32_precision = before

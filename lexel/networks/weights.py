@@ -7,9 +7,7 @@ downloaded. Every file is checked against the sha256 of the published one before
 
 import hashlib
 import importlib.util
-import os
 import pickle
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lexel.checkpoint import fingerprint, read_pickle
+from lexel.checkpoint import atomic, fingerprint, read_pickle
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
+from lexel.runtime import cache_folder
 
 
 class Published(NamedTuple):
@@ -73,11 +72,6 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
     tensors = {key: tensor.contiguous() for key, tensor in published.read(source).items()}
     _write_cached(cached, tensors, digest)
     return tensors
-
-
-def cache_folder() -> Path:
-    """$LEXEL_CACHE, else ~/.cache/lexel; it need not exist."""
-    return Path(os.environ.get("LEXEL_CACHE") or "~/.cache/lexel").expanduser()
 
 
 def read_arrays(path: Path) -> Any:
@@ -180,11 +174,8 @@ def _read_cached(path: Path, name: str, published: Published) -> dict[str, Tenso
 def _write_cached(path: Path, tensors: dict[str, Tensor], published_sha256: str) -> None:
     origin = {"published_sha256": published_sha256, "fingerprint": fingerprint({}, tensors)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # renamed when whole: readers see all or nothing
-            whole = Path(folder) / path.name
-            save_file(tensors, whole, metadata=origin)
-            whole.replace(path)
+        with atomic(path) as partial:
+            save_file(tensors, partial, metadata=origin)
     except (OSError, SafetensorError):
         return  # a cache that cannot be written costs time, not correctness
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from lexel.distributed import all_sum, processes
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantized, as_vectors, choose, full_precision
-from lexel.quantizers.distributed import all_sum, processes
 from lexel.quantizers.projected import ProjectedVQ
 
 # Of the sum of all variances, added to every one: more than float32 rounds off a covariance, so that it has a Cholesky

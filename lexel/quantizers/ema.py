@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexel.distributed import all_rows, all_sum
 from lexel.errors import UsageError
 from lexel.kernels import nearest
 from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, as_vectors, choose, full_precision
-from lexel.quantizers.distributed import all_rows, all_sum
 
 
 class EMA(Quantizer):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lexel.quantizers.distributed import mean_over_processes
+from lexel.distributed import mean_over_processes
 
 
 class Lattice(nn.Module):

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator  # type: ignore[import-untyped]
 from pydantic import Field, model_validator
@@ -36,8 +35,9 @@ from lexel.data.config import DataConfig, open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
-from lexel.place import Place
 from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.runtime import Runtime
+from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 from lexel.train.run import (
     Precision,
@@ -169,9 +169,11 @@ class Source:
             token is, and nothing else, needs for one. None until it is measured.
     """
 
-    def __init__(self, recipe: GeneratorRecipe, place: Place) -> None:
-        data, self.place = recipe.data, place
-        self.tokenizer = None if data.tokenizer is None else Tokenizer.from_pretrained(data.tokenizer).to(place.device)
+    def __init__(self, recipe: GeneratorRecipe, runtime: Runtime) -> None:
+        data, self.runtime = recipe.data, runtime
+        self.tokenizer: Tokenizer | None = None
+        if data.tokenizer is not None:
+            self.tokenizer = Tokenizer.from_pretrained(data.tokenizer).to(runtime.device)
         self.training: TokenSet | None = None
         self.histogram_bits: float | None = None
         self.unreadable: dict[str, str] = {}
@@ -200,8 +202,8 @@ class Source:
             )
         self.length, self.fingerprint = len(self.training), tokens.fingerprint
         self.class_names = list(tokens.classes) if tokens.labels is not None else None
-        counted = np.linspace(0, len(self.training) - 1, min(len(self.training), COUNTED)).astype(np.int64)
-        self.histogram_bits = entropy_bits(self.training.subset(counted).histogram())
+        counted = self.training.subset(evenly_spaced(len(self.training), COUNTED))
+        self.histogram_bits = entropy_bits(counted.histogram())
 
     def _open_images(self, data: TokensConfig, model: TransformerConfig) -> None:
         assert data.images is not None
@@ -237,10 +239,10 @@ class Source:
     def measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
         """Every validation image of this process once; with a limit so many of them all, evenly spaced."""
         if self.training is not None:
-            tokens = self.validation.subset(spaced(len(self.validation), limit))
+            tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
-        images = self.image_validation.subset(spaced(len(self.image_validation), limit))
+        images = self.image_validation.subset(evenly_spaced(len(self.image_validation), limit))
         batches = ordered_batches(
             images, self.transform, batch_size, rank, processes, self.workers, on_error=self.on_error
         )
@@ -250,8 +252,8 @@ class Source:
 
     def _encoded(self, batch: Any) -> TokenBatch:
         assert self.tokenizer is not None
-        with self.place.autocast():
-            indices = self.tokenizer.encode(batch.images.to(self.place.device))
+        with self.runtime.autocast():
+            indices = self.tokenizer.encode(batch.images.to(self.runtime.device))
         return TokenBatch(indices, batch.labels, batch.numbers)
 
 
@@ -261,7 +263,7 @@ def _check_fits(
     """Refuses tokens that the recipe's network is not made for, and says what would fit."""
     found = {"codebook_size": codebook_size}
     if len(grid) != 2:
-        raise UsageError(f"{source} has grids {grid}; a generator needs one token at a place, (h, w)")
+        raise UsageError(f"{source} has grids {grid}; a generator needs one token at a runtime, (h, w)")
     found |= {"rows": grid[0], "columns": grid[1]}
     found["classes"] = 1 if classes is None else len(classes)
     wrong = [name for name, value in found.items() if getattr(model, name) != value]
@@ -293,20 +295,22 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 class Learner:
     """Everything that changes during training, and what a step does to it."""
 
-    def __init__(self, config: GeneratorTrainConfig, generator: Generator, place: Place, engine: Accelerator) -> None:
-        self.config, self.place, self.accelerator = config, place, engine
-        self.generator = generator.to(place.device)
+    def __init__(
+        self, config: GeneratorTrainConfig, generator: Generator, runtime: Runtime, engine: Accelerator
+    ) -> None:
+        self.config, self.runtime, self.accelerator = config, runtime, engine
+        self.generator = generator.to(runtime.device)
         self.generator.transformer.checkpointing = config.checkpointing
         if config.fsdp:
-            shard(self.generator, place, engine)
+            shard(self.generator, runtime, engine)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(generator),
             config.lr,
             (config.betas[0], config.betas[1]),
             weight_decay=config.weight_decay,
-            fused=place.device.type == "cuda",
+            fused=runtime.device.type == "cuda",
         )
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=config.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == "fp16")
         self.means = RunningMeans()
         # Behind this door gradients are averaged over processes; in a single process it is the module itself.
         self.shared = generator if config.fsdp else engine.prepare_model(generator, device_placement=False)
@@ -343,7 +347,7 @@ class Learner:
 
     def step(self, batch: TokenBatch, lr: float, decay: float) -> dict[str, Tensor]:
         """One step on this process's share of a batch."""
-        device = self.place.device
+        device = self.runtime.device
         size = math.ceil(len(batch.indices) / self.config.accumulation)
         indices = batch.indices.to(device).split(size)
         labels = labels_of(batch).to(device).split(size)
@@ -352,7 +356,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         for number, (tokens, classes) in enumerate(zip(indices, labels, strict=True)):
             with self._sharing(last=number == len(indices) - 1):
-                with self.place.autocast():
+                with self.runtime.autocast():
                     loss = self.shared(tokens, classes).nll.mean()
                 self.scaler.scale(loss / len(indices)).backward()
             total += loss.detach() / len(indices)
@@ -379,11 +383,11 @@ def labels_of(batch: TokenBatch) -> Tensor:
     return torch.zeros(len(batch.indices), dtype=torch.long) if batch.labels is None else batch.labels
 
 
-def shard(generator: Generator, place: Place, accelerator: Accelerator) -> None:
+def shard(generator: Generator, runtime: Runtime, accelerator: Accelerator) -> None:
     """Spreads weights over the processes that accelerate started, block by block; gathered as they are needed."""
     if not torch.distributed.is_initialized():
         raise UsageError("train.fsdp needs several processes; start them with `accelerate launch`, or set it to false")
-    mesh = init_device_mesh(place.device.type, (accelerator.num_processes,))
+    mesh = init_device_mesh(runtime.device.type, (accelerator.num_processes,))
     blocks = [*generator.transformer.blocks, *getattr(generator.transformer, "pair_blocks", [])]
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -395,17 +399,17 @@ def validate(
     learner: Learner, source: Source, batch_size: int, limit: int | None, accelerator: Accelerator
 ) -> dict[str, float | None]:
     """Bits that a token of images not learned from costs, beside the entropy of the histogram of tokens."""
-    generator, place = learner.generator, learner.place
+    generator, runtime = learner.generator, learner.runtime
     generator.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=place.device)  # nats, tokens
-    histogram = torch.zeros(generator.config.transformer.codebook_size, dtype=torch.int64, device=place.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # nats, tokens
+    histogram = torch.zeros(generator.config.transformer.codebook_size, dtype=torch.int64, device=runtime.device)
     batches = source.measured(batch_size, limit, accelerator.process_index, accelerator.num_processes)
-    for batch in _padded(batches, accelerator, generator, place):
+    for batch in _padded(batches, accelerator, generator, runtime):
         indices, labels, real = batch
-        with place.autocast():
+        with runtime.autocast():
             nll = generator(indices, labels).nll.double()
         sums += torch.stack(
-            [nll[:real].sum(), torch.tensor(nll[:real].numel(), device=place.device, dtype=torch.float64)]
+            [nll[:real].sum(), torch.tensor(nll[:real].numel(), device=runtime.device, dtype=torch.float64)]
         )
         histogram += torch.bincount(indices[:real].flatten(), minlength=len(histogram))
     generator.train()
@@ -420,16 +424,16 @@ def validate(
 
 
 def _padded(
-    batches: Iterator[TokenBatch], accelerator: Accelerator, generator: Generator, place: Place
+    batches: Iterator[TokenBatch], accelerator: Accelerator, generator: Generator, runtime: Runtime
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(tokens, labels, how many are real) on the device. Sharded weights are gathered by all processes together, so one
     that has run out of images goes on with an empty share until all have."""
     config = generator.config.transformer
-    nothing = torch.zeros(1, config.rows, config.columns, dtype=torch.long, device=place.device)
+    nothing = torch.zeros(1, config.rows, config.columns, dtype=torch.long, device=runtime.device)
     while True:
         batch = next(batches, None)
         if accelerator.num_processes > 1:
-            left = torch.tensor([float(batch is not None)], device=place.device)
+            left = torch.tensor([float(batch is not None)], device=runtime.device)
             if accelerator.reduce(left, "sum").item() == 0:
                 return
         elif batch is None:
@@ -437,7 +441,7 @@ def _padded(
         if batch is None:
             yield nothing, nothing[:, 0, 0], 0
         else:
-            yield batch.indices.to(place.device), labels_of(batch).to(place.device), len(batch.indices)
+            yield batch.indices.to(runtime.device), labels_of(batch).to(runtime.device), len(batch.indices)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -469,14 +473,14 @@ def train_generator(
     """
     config = recipe.train
     accelerator = start(device, config.trackers, Path(out))
-    place = pick_place(device, config.precision, accelerator)
+    runtime = pick_place(device, config.precision, accelerator)
     rank, processes = accelerator.process_index, accelerator.num_processes
     if config.batch_size % (processes * config.accumulation):
         raise UsageError(
             f"train.batch_size = {config.batch_size} cannot be shared by {processes} processes in "
             f"{config.accumulation} parts; it must be a multiple of {processes * config.accumulation}"
         )
-    source = Source(recipe, place)
+    source = Source(recipe, runtime)
     per_epoch = math.ceil(source.length / config.batch_size)
     steps, unit = (config.steps, 1) if config.steps is not None else ((config.epochs or 0) * per_epoch, per_epoch)
 
@@ -494,7 +498,7 @@ def train_generator(
     )
     if recipe.init is not None and state is None:
         initialise(generator, recipe.init.source, initial)
-    learner = Learner(config, generator, place, accelerator)
+    learner = Learner(config, generator, runtime, accelerator)
     first, seconds_before = 0, 0.0
     if state is not None:
         learner.load_state_dict(state, run.checkpoint(state["step"]))
@@ -513,7 +517,7 @@ def train_generator(
             seen = learner.step(batch, lr, config.decay(step, steps))
             done = step + 1
             loss, norm, asked = share(
-                [seen["loss"], seen["gradient_norm"], float(stop.signal is not None)], accelerator, place.device
+                [seen["loss"], seen["gradient_norm"], float(stop.signal is not None)], accelerator, runtime.device
             )
             refuse_nan(run, done, loss, norm, learner.scaler)
             learner.means.add(seen)
@@ -527,7 +531,7 @@ def train_generator(
                 progress(Progress(done, steps, speed, left, learner.means.peek()))
             if done % config.log_every == 0 or finished:
                 values = learner.means.take()
-                values = dict(zip(values, share(list(values.values()), accelerator, place.device), strict=True))
+                values = dict(zip(values, share(list(values.values()), accelerator, runtime.device), strict=True))
                 values |= {"lr": lr, "images_per_second": speed}
                 run.log(done, "train", seconds, values)
                 accelerator.log({f"train/{name}": value for name, value in values.items()}, step=done)
@@ -537,7 +541,7 @@ def train_generator(
                 measured = validate(learner, source, size, config.validation_images, accelerator)
                 run.log(done, "validation", seconds, measured)
                 accelerator.log({f"validation/{name}": value for name, value in measured.items()}, step=done)
-                better = share([float(run.writes and run.best_step() == done)], accelerator, place.device)[0] > 0
+                better = share([float(run.writes and run.best_step() == done)], accelerator, runtime.device)[0] > 0
             if done % config.save_every == 0 or better or finished or leaving:
                 run.save(done, {"seconds": seconds, **learner.state_dict()})
                 accelerator.wait_for_everyone()
@@ -549,17 +553,11 @@ def train_generator(
             exported = Generator.with_weights(generator.config, tensors, out)
             exported.save_pretrained(out, source.tokenizer, provenance(recipe, done, "live"))
             if source.tokenizer is not None:
-                run.snapshot(done, {"samples": show(exported.to(place.device), source.tokenizer, config.seed)})
+                run.snapshot(done, {"samples": show(exported.to(runtime.device), source.tokenizer, config.seed)})
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
     return TrainedGenerator(generator.eval(), done, finished, source.unreadable)
-
-
-def spaced(count: int, limit: int | None) -> list[int]:
-    """At most `limit` of `count` numbers, from all over: folders are sorted by class."""
-    limit = count if limit is None else min(limit, count)
-    return [number * count // limit for number in range(limit)]
 
 
 def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:

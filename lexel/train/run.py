@@ -17,8 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.place import Place, place
 from lexel.run_folder import flatten
+from lexel.runtime import Runtime, runtime
 
 Precision = Literal["float32", "bf16", "fp16"]
 
@@ -179,11 +179,11 @@ def track(accelerator: Accelerator, recipe: Config) -> None:
     accelerator.init_trackers("lexel", config=plain)
 
 
-def pick_place(device: str, precision: Precision, accelerator: Accelerator) -> Place:
+def pick_place(device: str, precision: Precision, accelerator: Accelerator) -> Runtime:
     """Where this process computes: its own device of a distributed run, else the one that was asked for."""
     if accelerator.num_processes > 1:
         device = str(accelerator.device)
-    return place(device, precision)
+    return runtime(device, precision)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -37,10 +37,10 @@ from lexel.losses import (
     l2,
 )
 from lexel.metrics.health import diagnose
-from lexel.place import Place
 from lexel.quantizers import QUANTIZERS
 from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.runtime import Runtime
 from lexel.tokenizer import Reconstruction, Tokenizer, TokenizerConfig
 from lexel.train.run import (
     Precision,
@@ -191,15 +191,17 @@ class Adversary:
     `parts` names what a checkpoint must hold of it.
     """
 
-    def __init__(self, train: TrainConfig, config: DiscriminatorConfig, place: Place, accelerator: Accelerator) -> None:
-        self.train, self.config, self.place, self.accelerator = train, config, place, accelerator
+    def __init__(
+        self, train: TrainConfig, config: DiscriminatorConfig, runtime: Runtime, accelerator: Accelerator
+    ) -> None:
+        self.train, self.config, self.runtime, self.accelerator = train, config, runtime, accelerator
         self.lr = config.lr or train.lr
-        self.discriminator = config.build().to(place.device)
+        self.discriminator = config.build().to(runtime.device)
         set_layout(self.discriminator, train.channels_last)
         # Its means move with every piece of a batch; over a whole step they forget what the recipe says.
-        self.lecam = LeCAM(config.lecam_decay ** (1 / train.accumulation)).to(place.device)
+        self.lecam = LeCAM(config.lecam_decay ** (1 / train.accumulation)).to(runtime.device)
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), self.lr, (train.betas[0], train.betas[1]))
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=train.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=train.precision == "fp16")
         self.shared = accelerator.prepare_model(self.discriminator, device_placement=False)
         self.parts: dict[str, Any] = {
             "discriminator": self.discriminator,
@@ -214,7 +216,7 @@ class Adversary:
         self.optimizer.zero_grad(set_to_none=True)
         for number, (real, fake) in enumerate(zip(pieces, made, strict=True)):
             with sharing(self.accelerator, self.shared, number == len(pieces) - 1):
-                with self.place.autocast():
+                with self.runtime.autocast():
                     logits_real, logits_fake = self.shared(real), self.shared(fake)
                     terms = {"discriminator": discriminator_loss(self.config.loss, logits_real, logits_fake)}
                     loss = terms["discriminator"]
@@ -238,21 +240,23 @@ class Learner:
     `parts` names all of it: a checkpoint holds exactly these, and nothing else is needed to go on.
     """
 
-    def __init__(self, recipe: TokenizerRecipe, tokenizer: Tokenizer, place: Place, accelerator: Accelerator) -> None:
+    def __init__(
+        self, recipe: TokenizerRecipe, tokenizer: Tokenizer, runtime: Runtime, accelerator: Accelerator
+    ) -> None:
         train = recipe.train
-        self.config, self.place, self.accelerator = train, place, accelerator
+        self.config, self.runtime, self.accelerator = train, runtime, accelerator
         self.weights = recipe.resolved().train.weights
-        self.tokenizer = tokenizer.to(place.device)
+        self.tokenizer = tokenizer.to(runtime.device)
         set_layout(self.tokenizer, train.channels_last)
         self.average = weight_average(self.tokenizer, train.average_decay, train.average_warm_up)
         self.learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(self.learning, train.lr, (train.betas[0], train.betas[1]))
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=train.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=train.precision == "fp16")
         self.means = RunningMeans()
-        self.lpips = LPIPS(train.lpips).to(place.device) if self.weights.get("lpips") else None
+        self.lpips = LPIPS(train.lpips).to(runtime.device) if self.weights.get("lpips") else None
         self.adversary = None
         if train.discriminator is not None and self.weights.get("adversarial"):
-            self.adversary = Adversary(train, train.discriminator, place, accelerator)
+            self.adversary = Adversary(train, train.discriminator, runtime, accelerator)
         self.parts: dict[str, Any] = {
             "model": self.tokenizer,
             "average": self.average,
@@ -290,7 +294,7 @@ class Learner:
         """
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         size = math.ceil(len(images) / self.config.accumulation)
-        pieces = [piece.to(self.place.device, memory_format=layout) for piece in images.split(size)]
+        pieces = [piece.to(self.runtime.device, memory_format=layout) for piece in images.split(size)]
         adversary = self.adversary if adversarial else None
 
         # One pass serves both networks. Only where the batch comes in pieces, whose graphs would fill the memory that
@@ -308,7 +312,7 @@ class Learner:
             for number, piece in enumerate(pieces):
                 with sharing(self.accelerator, self.shared, number == len(pieces) - 1):
                     reconstruction = self._reconstruct(piece) if ahead is None else ahead
-                    with self.place.autocast():
+                    with self.runtime.autocast():
                         terms = self._likeness(piece, reconstruction.images)
                         likeness = weighted_sum(terms, self.weights)
                         terms |= reconstruction.quantized.losses
@@ -326,7 +330,7 @@ class Learner:
         return {**seen, **means.tensors(), "gradient_norm": norm}
 
     def _reconstruct(self, images: Tensor) -> Reconstruction:
-        with self.place.autocast():
+        with self.runtime.autocast():
             return self.shared(images)
 
     @torch.no_grad()
@@ -334,7 +338,7 @@ class Learner:
         """The reconstruction, in evaluation mode so that a quantizer's statistics move only once a step."""
         training = [module for module in self.tokenizer.modules() if module.training]
         self.tokenizer.eval()
-        with self.place.autocast():
+        with self.runtime.autocast():
             made = self.tokenizer(images).images
         for module in training:
             module.training = True
@@ -409,7 +413,7 @@ def train_tokenizer(
     steps, unit = (config.steps, 1) if config.steps is not None else ((config.epochs or 0) * per_epoch, per_epoch)
 
     accelerator = start(device, config.trackers, Path(out), unused=0 in recipe.train.weights.values())
-    place = pick_place(device, config.precision, accelerator)
+    runtime = pick_place(device, config.precision, accelerator)
     rank, processes = accelerator.process_index, accelerator.num_processes
     if config.batch_size % (processes * config.accumulation):
         raise UsageError(
@@ -426,7 +430,7 @@ def train_tokenizer(
     tokenizer = Tokenizer(recipe.model)
     if recipe.init is not None:
         initialise(tokenizer, recipe.init, initial, load=state is None)
-    learner = Learner(recipe, tokenizer, place, accelerator)
+    learner = Learner(recipe, tokenizer, runtime, accelerator)
     average = learner.average.module
     assert isinstance(average, Tokenizer)
     first, seconds_before = 0, 0.0
@@ -463,7 +467,7 @@ def train_tokenizer(
             loss, norm, opponent, asked = share(
                 [seen["loss"], seen["gradient_norm"], seen.get("discriminator", 0.0), float(stop.signal is not None)],
                 accelerator,
-                place.device,
+                runtime.device,
             )
             refuse_nan(run, done, learner, {"loss": loss, "gradient_norm": norm, "discriminator": opponent}, seen)
 
@@ -476,7 +480,7 @@ def train_tokenizer(
                 progress(Progress(done, steps, speed, left, learner.means.peek()))
             if done % config.log_every == 0 or finished:
                 values = learner.means.take()
-                values = dict(zip(values, share(list(values.values()), accelerator, place.device), strict=True))
+                values = dict(zip(values, share(list(values.values()), accelerator, runtime.device), strict=True))
                 values |= {"lr": factor * config.lr, "images_per_second": speed}
                 if batches.unreadable:
                     values["unreadable"] = len(batches.unreadable)
@@ -489,7 +493,7 @@ def train_tokenizer(
                     validation,
                     transform,
                     max(1, config.batch_size // processes // config.accumulation),
-                    place,
+                    runtime,
                     accelerator,
                     config.validation_images,
                     learner.lpips,

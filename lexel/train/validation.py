@@ -11,7 +11,8 @@ from lexel.data.batches import OnError
 from lexel.losses import LPIPS
 from lexel.metrics.health import CodeHistogram, gradient_health
 from lexel.metrics.pixels import psnr
-from lexel.place import Place
+from lexel.runtime import Runtime
+from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 from lexel.train.run import share
 
@@ -33,7 +34,7 @@ def validate(
     images: ImageSet,
     transform: Transform,
     batch_size: int,
-    place: Place,
+    runtime: Runtime,
     accelerator: Accelerator,
     limit: int | None = None,
     lpips: LPIPS | None = None,
@@ -47,7 +48,7 @@ def validate(
         images: to measure on.
         transform: makes squares of them.
         batch_size: images a batch, of each process.
-        place: device and precision.
+        runtime: device and precision.
         accelerator: tells the processes.
         limit: measure on so many images only, evenly spaced.
         lpips: measures perceptual distance too.
@@ -55,17 +56,17 @@ def validate(
         on_error: "stop" raises for an unreadable picture instead of leaving it out.
     """
     if limit is not None and limit < len(images):
-        images = spread(images, limit)
+        images = images.subset(evenly_spaced(len(images), limit))
     quantizer = tokenizer.quantizer
-    histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), place.device)
+    histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), runtime.device)
     names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
     sums = [0.0] * len(names)  # each but the first: the mean of a batch times its images
     batches = ordered_batches(
         images, transform, batch_size, accelerator.process_index, accelerator.num_processes, workers, on_error=on_error
     )
     for batch in batches:
-        pictures = batch.images.to(place.device)
-        with place.autocast():
+        pictures = batch.images.to(runtime.device)
+        with runtime.autocast():
             z = tokenizer.latents(pictures)
             indices = quantizer.assign(z)
             z_q = quantizer.indices_to_codes(indices)
@@ -81,13 +82,13 @@ def validate(
         ]
         sums = [total + len(pictures) * float(mean) for total, mean in zip(sums, means, strict=True)]
     histogram.all_reduce()
-    count, *totals = share(sums, accelerator, place.device)
+    count, *totals = share(sums, accelerator, runtime.device)
     values: dict[str, float | None] = {name: total / count for name, total in zip(names[1:], totals, strict=True)}
 
     # A handful of pictures, the same in every process, for what needs gradients and for the eye.
-    few = spread(images, min(SHOWN, len(images)))
-    shown = next(iter(ordered_batches(few, transform, len(few)))).images.to(place.device)
-    with place.autocast():
+    few = images.subset(evenly_spaced(len(images), SHOWN))
+    shown = next(iter(ordered_batches(few, transform, len(few)))).images.to(runtime.device)
+    with runtime.autocast():
         health = gradient_health(tokenizer, shown)
         z = tokenizer.latents(shown)
         indices = quantizer.assign(z)
@@ -113,11 +114,6 @@ def validate(
     }
     plain = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
     return Measured(values, plain, batches.unreadable)
-
-
-def spread(images: ImageSet, count: int) -> ImageSet:
-    """So many pictures from all over a set: folders are sorted by class, and the first would be of one class."""
-    return images.subset([number * len(images) // count for number in range(count)])
 
 
 def _sample(rows: Tensor) -> Tensor:

@@ -4,28 +4,28 @@ import pytest
 import torch
 
 from lexel.errors import UsageError
-from lexel.place import PRECISIONS, place
+from lexel.runtime import PRECISIONS, runtime
 
 
 def test_half_precision_holds_inside_the_context_only():
     a = torch.ones(2, 2)
-    with place("cpu", "bf16").autocast():
+    with runtime("cpu", "bf16").autocast():
         assert (a @ a).dtype == torch.bfloat16
-    with place("cpu", "float32").autocast():
+    with runtime("cpu", "float32").autocast():
         assert (a @ a).dtype == torch.float32
     assert (a @ a).dtype == torch.float32
 
 
 def test_auto_is_a_device_of_this_machine():
-    assert torch.zeros(1, device=place().device).sum() == 0
+    assert torch.zeros(1, device=runtime().device).sum() == 0
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla", ""])
 def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
     with pytest.raises(UsageError, match=r"device .* cpu"):
-        place(device)
+        runtime(device)
 
 
 def test_an_unknown_precision_is_answered_with_the_known_ones():
     with pytest.raises(UsageError, match=f"unknown precision 'half'; choose from {', '.join(sorted(PRECISIONS))}"):
-        place("cpu", "half")
+        runtime("cpu", "half")

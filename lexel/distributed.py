@@ -1,0 +1,106 @@
+"""Processes of torch.distributed: ranks, sums, gathers, broadcasts. Each is the identity in a single process.
+
+Whether there are several processes is asked at every call, never remembered: a process group may come and go.
+"""
+
+import os
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+
+def processes() -> int:
+    """The number of processes (the world size); 1 outside torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process in [0, processes())."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def launched_rank() -> int:
+    """The rank that a launcher gave this process, known before it joins a process group; 0 without a launcher."""
+    return rank() if processes() > 1 else int(os.environ.get("RANK", "0"))
+
+
+def barrier() -> None:
+    """Waits until every process has come here."""
+    if processes() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def all_sum(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in place where the backend can reach them; no gradient."""
+    if processes() == 1:
+        return values
+    reachable = _reachable(values)
+    dist.all_reduce(reachable)
+    return values if reachable is values else values.copy_(reachable)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes; the gradient is that of the local values.
+
+    Data-parallel training averages gradients over processes, which makes it the gradient of the global mean.
+    """
+    if processes() == 1:
+        return values
+    mean = all_sum(values.detach().clone()) / processes()
+    return mean + (values - values.detach())
+
+
+@torch.no_grad()
+def all_rows(rows: Tensor) -> Tensor:
+    """The rows (N, ...) of every process in the order of their ranks; processes may give different numbers of rows."""
+    if processes() == 1:
+        return rows
+    counts = torch.zeros(processes(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    counts = all_sum(counts)
+    longest = int(counts.max())
+    padded = _reachable(rows.new_zeros(longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(processes())]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(rows.device)
+
+
+def gather(value: Value) -> list[Value]:
+    """The value that each process has, on all of them, in the order of ranks. Values are pickled."""
+    values: list[Any] = [value] * processes()
+    if processes() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Value) -> Value:
+    """The value that rank 0 has, on all processes. Values are pickled."""
+    if processes() == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def join(device: str) -> str:
+    """Initialises torch.distributed under a launcher if it is not yet; `auto` becomes the GPU of the local rank.
+
+    The backend is gloo: what is exchanged is small and lies in memory, whatever the device.
+    """
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group("gloo")
+    local = os.environ.get("LOCAL_RANK")
+    return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
+
+
+def _reachable(values: Tensor) -> Tensor:
+    """`values` where the backend can send from: NCCL moves what is on a GPU; gloo takes any contiguous tensor."""
+    if dist.get_backend() == "nccl" and values.device.type != "cuda":
+        return values.cuda()
+    return values.contiguous()

@@ -1,0 +1,102 @@
+"""Where and how code runs: device, precision, exact float32, cache folder, peak memory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lexel.errors import UsageError, unknown
+
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Runtime(NamedTuple):
+    """A device, and the half precision of its matrix products if any."""
+
+    device: torch.device
+    half: torch.dtype | None
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which models run; indices are decided in float32 inside it all the same."""
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
+
+def runtime(device: str = "auto", precision: str = "float32") -> Runtime:
+    """The device and precision for names from a command line.
+
+    Args:
+        device: `auto` (CUDA, then Apple's GPU, then the CPU), or a torch device such as `cpu` or `cuda:1`.
+        precision: a key of PRECISIONS.
+
+    Raises:
+        UsageError: this machine has no such device, or there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    here = [
+        "cpu",
+        *(["cuda"] if torch.cuda.is_available() else []),
+        *(["mps"] if torch.backends.mps.is_available() else []),
+    ]
+    if device == "auto":
+        device = next(kind for kind in ("cuda", "mps", "cpu") if kind in here)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"unknown device {device!r}; this machine has {', '.join(here)}") from None
+    if found.type not in here or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"no device {device!r} on this machine; it has {', '.join(here)}")
+    return Runtime(found, PRECISIONS[precision])
+
+
+@contextmanager
+def exact_float32(device_type: str) -> Iterator[None]:
+    """True float32 for what runs inside: no autocast, and no TF32, which CUDA's convolutions otherwise use."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        convolutions.fp32_precision, products.fp32_precision = before
+
+
+def cache_folder() -> Path:
+    """Where downloads, rendered drawings, converted weights and statistics are kept; it need not exist.
+
+    LEXEL_CACHE; else `lexel` in XDG_CACHE_HOME; else ~/.cache/lexel.
+    """
+    given = os.environ.get("LEXEL_CACHE")
+    if given:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lexel"
+
+
+class PeakMemory:
+    """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
+
+    PEAK = Path("/proc/self/status")
+    RESET = Path("/proc/self/clear_refs")
+
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.measurable = self.RESET.exists() and self.PEAK.exists()
+        if self.measurable:
+            try:
+                self.RESET.write_text("5")  # Linux: forget the process's peak so far
+            except OSError:  # not allowed here: no number is better than one of another run
+                self.measurable = False
+
+    def read(self, device: torch.device) -> int | None:
+        """Bytes; None where this system does not tell."""
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        if not self.measurable:
+            return None
+        lines = self.PEAK.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
