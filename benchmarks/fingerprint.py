@@ -3,6 +3,7 @@
 Digests hold on one machine with one version of PyTorch; compare two commits, not two machines.
 """
 
+import argparse
 import hashlib
 import tempfile
 from collections.abc import Iterable
@@ -15,7 +16,11 @@ from lexel.checkpoint import load_state
 from lexel.train import load_recipe, train
 
 
-def main() -> None:
+def options(parser: argparse.ArgumentParser) -> None:
+    """None: the recipes decide."""
+
+
+def run(arguments: argparse.Namespace) -> None:
     """Trains `tiny`, then `generator_tiny` on its tokens, on one CPU thread, and prints a digest of each."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

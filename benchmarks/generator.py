@@ -190,8 +190,7 @@ def quality(folder: str, images: int) -> None:
         print(f"wavefront, window {window}: {steps} steps instead of {config.tokens}, {bits(wave):.4f} bits a token")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks generator", description=__doc__.splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="B", choices=list(SIZES))
     parser.add_argument("--batches", default="1,8", help="images at once, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
@@ -200,15 +199,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64, help="with --generator")
     parser.add_argument("--threads", type=int, help="of PyTorch; its own choice by default")
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    if options.generator:
-        quality(options.generator, options.images)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.generator:
+        quality(arguments.generator, arguments.images)
         return
-    batches = [int(batch) for batch in options.batches.split(",")]
-    speed(options.size, batches, options.rounds, torch.device(options.device), CLOCKS[options.clock])
-
-
-if __name__ == "__main__":
-    main()
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    speed(arguments.size, batches, arguments.rounds, torch.device(arguments.device), CLOCKS[arguments.clock])

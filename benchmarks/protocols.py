@@ -1,6 +1,6 @@
 """How far the published protocols lie apart on the same pictures and the same tokenizer.
 
-    python -m benchmarks.protocols [--patches 1440] [--json FILE]
+    python -m benchmarks protocols [--patches 1440] [--json FILE]
 
 The tokenizer is as plain as can be, so that anyone can repeat the numbers: the mean of every 4 x 4 pixels as one of
 4,096 colours (16 levels of red, green and blue), enlarged again bilinearly. The pictures are the photographs that
@@ -61,12 +61,13 @@ class Patches(ImageSet):
         return array[top : top + PATCH, left : left + PATCH]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patches", type=int, default=1440, help="for the Fréchet distance; 0 leaves it out")
     parser.add_argument("--json", type=Path, help="writes the table there as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+
+
+def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     photos = open_images("photos")
     patches = Patches(photos, arguments.patches)
@@ -84,7 +85,3 @@ def main() -> None:
         print(name, {key: round(value, 4) for key, value in table[name].items()}, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

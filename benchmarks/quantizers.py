@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -11,28 +10,39 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, results
 
 TIMED = [name for name in [*peers.STEPS, *peers.ENCODERS] if name != "lexel, entropy, 16 rows"]
 WEIGHED = list(peers.STEPS)
 
 
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1024, 4096], help="numbers of latents, N")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 16384, 65536, 262144], help="codebook sizes, K")
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--gigabytes", type=float, default=12.0, help="methods that would need more are left out")
+    parser.add_argument("--repeats", type=int, help="rounds; by default 9 for small shapes down to 1 for the largest")
+    parser.add_argument("--parts", nargs="*", default=["time", "memory"], choices=["time", "memory"])
+    parser.add_argument("--out", type=Path, default=results.PAGE, help="figures go beside it as .json")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Measures what is asked for, keeps every figure in a JSON file and writes the table after each shape."""
     torch.set_num_threads(arguments.threads)
-    store = arguments.out.with_suffix(".json")
-    figures = json.loads(store.read_text()) if store.exists() else {}
+    figures = results.read(arguments.out)
     for size in arguments.sizes:
         for rows in arguments.rows:
             shape = f"{rows} x {size} x {arguments.dim}"
             entry = figures.setdefault(arguments.device, {}).setdefault(shape, {"ms": {}, "MiB": {}})
-            entry["commit"], entry["machine"] = commit(), machine(arguments.device, arguments.threads)
+            entry["commit"] = results.commit()
+            entry["machine"] = results.machine(arguments.device, arguments.threads)
             if "time" in arguments.parts:
                 entry["ms"].update(times(rows, size, arguments))
             if "memory" in arguments.parts:
                 entry["MiB"].update(memories(rows, size, arguments))
-            store.write_text(json.dumps(figures, indent=1) + "\n")
-            write(figures, arguments.out)
+            results.write(arguments.out, figures, "quantizers", section(figures))
             print(shape, json.dumps(entry["ms"]), json.dumps(entry["MiB"]), flush=True)
 
 
@@ -68,56 +78,16 @@ def memories(rows: int, size: int, arguments: argparse.Namespace) -> dict[str, f
         if peers.gigabytes(name, rows, size) > arguments.gigabytes:
             continue
         shape = [str(number) for number in (rows, size, arguments.dim)]
-        command = [sys.executable, "-m", "benchmarks", "memory", name, *shape, "--device", arguments.device]
+        command = [sys.executable, "-m", "benchmarks.memory", name, *shape, "--device", arguments.device]
         found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
 
-def peak(name: str, rows: int, size: int, dim: int, device: str) -> float:
-    """MiB beyond the inputs at the peak of one pass in this process."""
-    torch.set_num_threads(1)
-    small = peers.Case(64, 64, dim, device)
-    peers.work(name, small)()  # libraries load their parts on first use
-    case = peers.Case(rows, size, dim, device)
-    job = peers.work(name, case)
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    before = resident("VmRSS")
-    job()
-    return round((resident("VmHWM") - before) / 1024, 1)
-
-
-def resident(field: str) -> int:
-    """KiB, as the kernel counts them."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def machine(device: str, threads: int) -> str:
-    if device != "cpu":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = "x86"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.split(":")[1].strip()
-    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    count = "1 thread" if threads == 1 else f"{threads} threads"
-    return f"{name} ({platform.machine()}, {bf16} AVX512-BF16), {count}, torch {torch.__version__}"
-
-
-def write(figures: dict, out: Path) -> None:
-    """The table, between two markers, so that other sections of the page stay."""
+def section(figures: dict) -> list[str]:
+    """The lines of the page."""
     lines = []
     for device, shapes in figures.items():
-        if device == "step":
+        if device not in ("cpu", "cuda"):  # figures of other benchmarks
             continue
         machines = sorted({entry["machine"] for entry in shapes.values()})
         commits = sorted({entry["commit"] for entry in shapes.values()})
@@ -128,13 +98,8 @@ def write(figures: dict, out: Path) -> None:
         lines += table(shapes, "MiB", WEIGHED)
         lines.append("")
     if "cuda" not in figures:
-        lines += ["Device `cuda`: not measured; no GPU was at hand.", ""]
-    start, end = "<!-- quantizers -->", "<!-- end of quantizers -->"
-    text = out.read_text() if out.exists() else "# Results\n"
-    if start not in text:
-        text += f"\n{start}\n{end}\n"
-    head, rest = text.split(start)
-    out.write_text(head + start + "\n" + "\n".join(lines).rstrip() + "\n" + end + rest.split(end)[1])
+        lines += ["Device `cuda`: not measured; no GPU was at hand."]
+    return lines
 
 
 def table(shapes: dict, unit: str, names: list[str]) -> list[str]:

@@ -11,11 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import peers, quantizers
+from benchmarks import peers, results
 from lexel.quantizers import IBQ, VQ
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 SIDE, BATCH, DIM = 128, 4, 256
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=int, default=65536, help="codebook size, K")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=results.PAGE, help="figures go beside it as .json")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -30,16 +36,14 @@ def run(arguments: argparse.Namespace) -> None:
             if round_:  # the first is a warm-up
                 seconds[name].append(time.process_time() - start)
     medians = {name: round(statistics.median(values), 3) for name, values in seconds.items()}
-    store = arguments.out.with_suffix(".json")
-    figures = json.loads(store.read_text()) if store.exists() else {}
-    figures.setdefault("step", {})[str(arguments.size)] = {"s": medians, "commit": quantizers.commit()}
-    store.write_text(json.dumps(figures, indent=1) + "\n")
-    write(figures["step"], arguments.out)
+    figures = results.read(arguments.out)
+    figures.setdefault("step", {})[str(arguments.size)] = {"s": medians, "commit": results.commit()}
+    results.write(arguments.out, figures, "step", section(figures["step"]))
     print(json.dumps(medians))
 
 
-def write(figures: dict, out: Path) -> None:
-    """The section of the page, between its markers."""
+def section(figures: dict) -> list[str]:
+    """The lines of the page."""
     lines = [
         f"`python -m benchmarks step`: seconds of a whole training step (autoencoder of width 32, {SIDE} px,",
         f"batch {BATCH}, D = {DIM}, L1 and the quantizer's terms, Adam), one thread, medians.",
@@ -51,12 +55,7 @@ def write(figures: dict, out: Path) -> None:
         lines.append(
             f"| {size} | " + " | ".join(f"{value:.2f}" for value in entry["s"].values()) + f" | {entry['commit']} |"
         )
-    start, end = "<!-- step -->", "<!-- end of step -->"
-    text = out.read_text() if out.exists() else "# Results\n"
-    if start not in text:
-        text += f"\n{start}\n{end}\n"
-    head, rest = text.split(start)
-    out.write_text(head + start + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
+    return lines
 
 
 class Lookup(nn.Module):

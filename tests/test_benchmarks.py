@@ -1,0 +1,37 @@
+"""Benchmarks: one command for all of them, one way to keep their figures."""
+
+import argparse
+import importlib
+import json
+
+import pytest
+
+from benchmarks import results
+from benchmarks.__main__ import BENCHMARKS
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_declares_its_options_and_runs(name):
+    module = importlib.import_module(f"benchmarks.{name}")
+    module.options(argparse.ArgumentParser())
+    assert callable(module.run)
+
+
+def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("# Results\n\nbefore\n\n<!-- step -->\nold\n<!-- end of step -->\n\nafter\n")
+    results.write(page, {"step": 1}, "step", ["new"])
+    results.write(page, {"step": 1, "other": 2}, "other", ["added"])
+    text = page.read_text()
+    assert "before\n\n<!-- step -->\nnew\n<!-- end of step -->\n\nafter" in text
+    assert "<!-- other -->\nadded\n<!-- end of other -->" in text
+    assert "old" not in text
+    assert json.loads(page.with_suffix(".json").read_text()) == results.read(page) == {"step": 1, "other": 2}
+
+
+def test_the_published_figures_give_the_published_page():
+    page = results.PAGE.read_text(encoding="utf-8")
+    figures = results.read(results.PAGE)
+    for name, part in (("quantizers", figures), ("step", figures["step"])):
+        lines = importlib.import_module(f"benchmarks.{name}").section(part)
+        assert "\n".join(lines).strip() in page, name
