@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lexel.checkpoint import atomic
-from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, pad_to_multiple, to_uint8
+from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.runtime import Runtime
@@ -61,10 +61,8 @@ class Codec:
         workers: int = 0,
         native_pixels: int = NATIVE_PIXELS,
     ) -> None:
-        if transform is not None and transform.size % tokenizer.downsampling:
-            raise UsageError(
-                f"size must be a multiple of {tokenizer.downsampling} for this tokenizer, got {transform.size}"
-            )
+        if transform is not None:
+            tokenizer.grid(transform.size, transform.size)  # raises where the size does not fit
         self.tokenizer = tokenizer.to(runtime.device).eval()
         self.runtime = runtime
         self.transform = transform
@@ -76,7 +74,7 @@ class Codec:
         """Images (B, 3, H, W) of any size through the vocabulary and back, clamped to [-1, 1]."""
         height, width = images.shape[-2:]
         with self.runtime.autocast(), torch.no_grad():
-            padded = pad_to_multiple(images.to(self.runtime.device), self.tokenizer.downsampling)
+            padded = self.tokenizer.pad(images.to(self.runtime.device))
             return crop_back(self.tokenizer.decode(self.tokenizer.encode(padded)), height, width)
 
     def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
@@ -143,8 +141,7 @@ class Codec:
         """
         if self.transform is None:
             raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
-        tokenizer, side = self.tokenizer, self.transform.size // self.tokenizer.downsampling
-        books = getattr(tokenizer.quantizer, "books", None)
+        tokenizer, size = self.tokenizer, self.transform.size
 
         def indices(images: Tensor) -> Tensor:
             with self.runtime.autocast():
@@ -155,7 +152,7 @@ class Codec:
             open_images(source, split, self.transform.size),
             self.transform,
             indices,
-            grid=(side, side) if books is None else (books, side, side),
+            grid=tokenizer.token_spec(size, size).shape,
             codebook_size=tokenizer.codebook_size,
             fingerprint=tokenizer.fingerprint(),
             crops=crops,

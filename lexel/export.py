@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lexel import __version__
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError, unknown
+from lexel.quantizers import Quantizer
+from lexel.quantizers.gumbel import Gumbel
+from lexel.quantizers.lattice import Lattice
 from lexel.tokenizer import Tokenizer
 
 FORMATS = ("torch", "onnx")
@@ -43,7 +47,7 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
     if "onnx" in formats:
         _need_onnx()
     folder = Path(folder)
-    searcher = tokenizer.quantizer.searcher()
+    searcher = _searcher(tokenizer.quantizer)
     modules = {"encoder": _Encoder(tokenizer, searcher), "decoder": _Decoder(tokenizer, searcher)}
     written = []
     for name, module in modules.items() if formats else ():
@@ -56,13 +60,16 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
             with atomic(folder / f"{name}.onnx") as path:
                 _to_onnx(program, module, path)
             written.append(folder / f"{name}.onnx")
+    sizes = tokenizer.autoencoder.sizes
+    grid = "h, w" if tokenizer.autoencoder.axes == 2 else "N"
+    channels = tokenizer.config.autoencoder.channels
     facts = {
         "lexel": __version__,
         "fingerprint": tokenizer.fingerprint(),
         "codebook_size": tokenizer.codebook_size,
         "downsampling": tokenizer.downsampling,
-        "encoder": "images float32 (B, 3, H, W) in [-1, 1], sides multiples of downsampling, to int64 (B, h, w)",
-        "decoder": "indices int64 (B, h, w) to images float32 (B, 3, H, W) in [-1, 1]",
+        "encoder": f"images float32 (B, {channels}, H, W) in [-1, 1], {sizes}, to int64 (B, {grid})",
+        "decoder": f"indices int64 (B, {grid}) to images float32 (B, {channels}, H, W) in [-1, 1]",
     }
     with atomic(folder / "export.json") as path:
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -75,6 +82,44 @@ def _need_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"export to ONNX needs the package {error.name}; pip install 'lexel[export]'") from None
+
+
+class _Search(nn.Module):
+    """The largest of z.key + bias, by one matrix product: exporters cannot follow tiles that depend on the data.
+
+    Args:
+        codebook: (K, D), what an index stands for.
+        keys: (K, D), what latents are compared with.
+        bias: (K,)
+    """
+
+    def __init__(self, codebook: Tensor, keys: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.codebook = nn.Buffer(codebook.detach().float().cpu())
+        self.keys = nn.Buffer(keys.detach().float().cpu().T.contiguous())
+        self.bias = nn.Buffer(bias.detach().float().cpu())
+
+    def assign(self, z: Tensor) -> Tensor:
+        return (z.movedim(1, -1) @ self.keys + self.bias).argmax(-1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        return F.embedding(indices, self.codebook).movedim(-1, 1)
+
+
+def _searcher(quantizer: Quantizer) -> nn.Module:
+    """What finds and names codes in an exported program."""
+    if isinstance(getattr(quantizer, "lattice", None), Lattice):
+        return quantizer  # arithmetic on every channel, with nothing to search
+    if isinstance(quantizer, Gumbel):
+        return _Search(quantizer.codebook, quantizer.logits.weight, quantizer.logits.bias)
+    table = quantizer.bake()
+    codebook, similarity = table.codebook, table.similarity
+    if codebook.dim() != 2:
+        raise UsageError("residual and product quantizers, with several indices a position, cannot be exported")
+    keys = F.normalize(codebook, dim=1) if similarity == "cosine" else codebook
+    # |z - e|^2 orders codes as |e|^2 / 2 - z.e does.
+    bias = -0.5 * keys.square().sum(1) if similarity == "l2" else keys.new_zeros(len(keys))
+    return _Search(codebook, keys, bias)
 
 
 class _Encoder(nn.Module):
@@ -103,14 +148,19 @@ class _Decoder(nn.Module):
 def _program(module: nn.Module, tokenizer: Tokenizer) -> ExportedProgram:
     """The module's graph for any batch and size."""
     batch, rows, columns = Dim("batch"), Dim("rows", min=2, max=LARGEST_SIDE), Dim("columns", min=2, max=LARGEST_SIDE)
-    factor = tokenizer.downsampling
+    fixed, factor = tokenizer.autoencoder.fixed_size, tokenizer.downsampling
+    size = fixed or tokenizer.image_size((3, 4))
     example: Tensor
     if isinstance(module, _Encoder):
-        example = torch.zeros(2, 3, 3 * factor, 4 * factor)
-        dynamic = {"images": {0: batch, 2: factor * rows, 3: factor * columns}}
+        example = torch.zeros(2, tokenizer.config.autoencoder.channels, *size)
+        dynamic: dict[str, Any] = {"images": {0: batch}}
+        if fixed is None:
+            dynamic["images"] |= {2: factor * rows, 3: factor * columns}
     else:
-        example = torch.zeros(2, 3, 4, dtype=torch.int64)
-        dynamic = {"indices": {0: batch, 1: rows, 2: columns}}
+        example = torch.zeros(2, *tokenizer.grid(*size), dtype=torch.int64)
+        dynamic = {"indices": {0: batch}}
+        if fixed is None:
+            dynamic["indices"] |= {1: rows, 2: columns}
     with torch.no_grad():
         return torch.export.export(module.eval(), (example,), dynamic_shapes=dynamic)
 
@@ -173,11 +223,13 @@ class DiffusersVQModel(nn.Module):
         self.tokenizer = tokenizer
         self.unit_range = unit_range
         quantizer = tokenizer.quantizer
+        if tokenizer.downsampling is None:
+            raise UsageError("diffusers' pipelines need tokens on a map; this tokenizer's tokens are 1-D")
         self.config = VQModelConfig(
             latent_channels=quantizer.codebook_dim,
             num_vq_embeddings=quantizer.codebook_size,
             vq_embed_dim=quantizer.codebook_dim,
-            block_out_channels=(tokenizer.config.autoencoder.width,) * tokenizer.downsampling.bit_length(),
+            block_out_channels=(tokenizer.autoencoder.z_channels,) * tokenizer.downsampling.bit_length(),
             scaling_factor=scaling_factor,
         )
 

@@ -11,7 +11,6 @@ from lexel.config import RECIPES
 from lexel.errors import UsageError
 from lexel.generator import Generator
 from lexel.metrics.health import diagnose
-from lexel.quantizers import outline
 from lexel.run_folder import read_metrics
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
@@ -66,7 +65,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
         found = _of_generator(load_generator_run(folder)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
     found = _of_tokenizer(load_run(folder)) if saved else {"kind": "tokenizer"}
-    findings = diagnose(outline(recipe.model.quantizer), validation, train)
+    quantizer = recipe.model.quantizer
+    findings = diagnose(quantizer["kind"], quantizer["codebook_size"], validation, train)
     return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}
 
 

@@ -3,35 +3,42 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from lexel import __version__, autoencoder, checkpoint, quantizers
-from lexel.autoencoder import AutoencoderConfig
+from lexel import __version__, autoencoders, checkpoint, quantizers
+from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.quantizers import Quantized
+from lexel.token_spec import TokenSpec
 
 
 class TokenizerConfig(Config):
     """An autoencoder and the quantizer in its middle."""
 
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    # A table is read by its `kind`; `design` is accepted for it.
+    autoencoder: Annotated[SerializeAsAny[AutoencoderConfig], BeforeValidator(autoencoders.parse)] = VQGANConfig()
     quantizer: dict[str, Any] = {"kind": "ibq", "codebook_size": 16384, "codebook_dim": 256}  # kind and its options
-    projections: bool = True  # 1x1 convolutions between autoencoder and codes; without them the widths must agree
+    projections: bool = True  # layers between autoencoder and codes; without them the widths must agree
 
 
 class Reconstruction(NamedTuple):
     """What a tokenizer makes of images, with gradients."""
 
-    images: Tensor  # (B, 3, H, W), not clamped
+    images: Tensor  # (B, C, H, W), not clamped
     quantized: Quantized
 
 
 class Tokenizer(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] to indices (B, h, w), and back. H and W are any multiples of `downsampling`.
+    """Images (B, C, H, W) in [-1, 1] to indices (B, *grid), and back; `grid` says which sizes fit.
+
+    Args:
+        config: the autoencoder and the quantizer.
 
     Raises:
         UsageError: the configuration is inconsistent.
@@ -47,25 +54,73 @@ class Tokenizer(nn.Module):
         if "kind" not in options:
             raise UsageError(f"the quantizer needs a kind; choose from {', '.join(sorted(quantizers.QUANTIZERS))}")
         # The network first: a seed then gives it the same start under every quantizer.
-        self.encoder, self.decoder = autoencoder.build(self.config.autoencoder)
+        network = autoencoders.build(self.config.autoencoder)
+        self.encoder, self.decoder = network.encoder, network.decoder
+        self.__dict__["autoencoder"] = network  # no submodule: its weights already have names, encoder and decoder
         self.quantizer = quantizers.build(options.pop("kind"), options)
-        z_channels, dim = self.config.autoencoder.z_channels, self.quantizer.codebook_dim
+        z_channels, dim = network.z_channels, self.quantizer.codebook_dim
         if not self.config.projections and z_channels != dim:
             raise UsageError(f"without projections z_channels must be the codes' dimension {dim}, got {z_channels}")
-        self.to_codes = nn.Conv2d(z_channels, dim, 1) if self.config.projections else nn.Identity()
-        self.from_codes = nn.Conv2d(dim, z_channels, 1) if self.config.projections else nn.Identity()
+        self.to_codes = network.projection(z_channels, dim) if self.config.projections else nn.Identity()
+        self.from_codes = network.projection(dim, z_channels) if self.config.projections else nn.Identity()
+
+    autoencoder: Autoencoder
 
     @property
     def codebook_size(self) -> int:
         return self.quantizer.codebook_size
 
     @property
-    def downsampling(self) -> int:
-        """How many pixels of a side one index stands for."""
-        return self.config.autoencoder.downsampling
+    def downsampling(self) -> int | None:
+        """How many pixels of a side one index stands for; None where indices have no place in the image."""
+        return self.autoencoder.downsampling
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, where the adaptive weight of the adversarial loss is taken."""
+        return self.autoencoder.last_layer
+
+    def grid(self, height: int, width: int) -> tuple[int, ...]:
+        """The grid of indices of an image of height x width pixels: (h, w), or (N,) for 1-D tokens.
+
+        Raises:
+            UsageError: images of this size do not fit; says which do.
+        """
+        return self.autoencoder.grid(height, width)
+
+    def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width in pixels of the image of a grid of indices.
+
+        Raises:
+            UsageError: no image has this grid.
+        """
+        return self.autoencoder.image_size(grid)
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """The smallest size, at least height x width, that fits: what pictures are padded to.
+
+        Raises:
+            UsageError: pictures of this size cannot be padded to one that fits.
+        """
+        return self.autoencoder.fitting_size(height, width)
+
+    def pad(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) made larger to `fitting_size` by repeating the last row and column."""
+        height, width = images.shape[-2:]
+        fitting = self.fitting_size(height, width)
+        return F.pad(images, (0, fitting[1] - width, 0, fitting[0] - height), mode="replicate")
+
+    def token_spec(self, height: int, width: int) -> TokenSpec:
+        """How the tokens of an image of height x width pixels lie.
+
+        Raises:
+            UsageError: images of this size do not fit.
+        """
+        books = getattr(self.quantizer, "books", None)
+        return TokenSpec((self.grid(height, width),), self.codebook_size, books)
 
     def latents(self, images: Tensor) -> Tensor:
-        """The encoder's result before quantization: (B, D, h, w), at least float32."""
+        """The encoder's result before quantization: (B, D, *grid), at least float32."""
         z = self.encoder(images.to(self._dtype))
         # Neighbouring codes differ by little: autocast must not round what decides between them.
         with torch.autocast(z.device.type, enabled=False):
@@ -73,23 +128,22 @@ class Tokenizer(nn.Module):
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode_codes(self, z_q: Tensor) -> Tensor:
-        """Images (B, 3, H, W), not clamped, from quantized latents (B, D, h, w); differentiable."""
+        """Images (B, C, H, W), not clamped, from quantized latents (B, D, *grid); differentiable."""
         images = self.decoder(self.from_codes(z_q.to(self._dtype)))
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def forward(self, images: Tensor) -> Reconstruction:
-        """Images (B, 3, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
+        """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
         self._check_images(images)
         quantized = self.quantizer(self.latents(images))
         return Reconstruction(self.decode_codes(quantized.z_q), quantized)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """The index of every latent: int64 (B, h, w), or (B, Q, h, w) for quantizers with Q books.
+        """The index of every latent: int64 (B, *grid), or (B, Q, *grid) for quantizers with Q books.
 
         Raises:
-            UsageError: images are not float (B, 3, H, W) with sides divisible by `downsampling`, or clearly not
-                in [-1, 1].
+            UsageError: images are not float (B, C, H, W) of a size that `grid` takes, or clearly not in [-1, 1].
         """
         self._check_images(images)
         largest = images.abs().max().item() if images.numel() else 0.0
@@ -100,17 +154,20 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor) -> Tensor:
-        """Images (B, 3, H, W) clamped to [-1, 1] from indices (B, h, w).
+        """Images (B, C, H, W) clamped to [-1, 1] from indices (B, *grid), or (B, Q, *grid) for Q books.
 
         Raises:
-            UsageError: indices are not integers of that shape in [0, codebook_size).
+            UsageError: indices are not integers of such a shape in [0, codebook_size).
         """
-        books = getattr(self.quantizer, "books", None)  # residual and product quantizers have several
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
-        shape = "(B, h, w)" if books is None else f"(B, {books}, h, w)"
-        if indices.dim() != (3 if books is None else 4) or (books is not None and indices.shape[1] != books):
+        books = getattr(self.quantizer, "books", None)  # residual and product quantizers have several
+        axes = self.autoencoder.axes
+        if indices.dim() != 1 + axes + (books is not None) or (books is not None and indices.shape[1] != books):
+            grid = "h, w" if axes == 2 else "N"
+            shape = f"(B, {grid})" if books is None else f"(B, {books}, {grid})"
             raise UsageError(f"indices must be {shape}, got {tuple(indices.shape)}")
+        self.autoencoder.image_size(tuple(indices.shape[-axes:]))  # raises where no image has this grid
         indices = indices.long()
         if indices.numel():
             low, high = (int(bound) for bound in indices.aminmax())
@@ -125,13 +182,14 @@ class Tokenizer(nn.Module):
 
         Args:
             folder: made if it does not exist.
-            provenance: where the weights come from (recipe, step, source file), kept in `config.json`.
+            provenance: where the weights come from (recipe, step, source file), kept in `config.json`; this
+                tokenizer's own if not given.
         """
         config = {
             "model": "tokenizer",
             "lexel": __version__,
             **self.config.model_dump(mode="json"),
-            "provenance": dict(provenance or {}),
+            "provenance": dict(self.provenance if provenance is None else provenance),
         }
         checkpoint.save_folder(folder, config, self.state_dict())
 
@@ -170,20 +228,22 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """Names these weights in token sets and result files: the same for equal weights, whatever their history."""
-        return checkpoint.fingerprint(self.config.model_dump(mode="json"), self.state_dict())
+        table = self.config.model_dump(mode="json") | {"autoencoder": self.config.autoencoder.identity()}
+        return checkpoint.fingerprint(table, self.state_dict())
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
     def _check_images(self, images: Tensor) -> None:
-        factor = self.downsampling
-        if images.dim() != 4 or images.shape[1] != 3 or not images.shape[2] or not images.shape[3]:
-            raise UsageError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        if images.shape[2] % factor or images.shape[3] % factor:
-            raise UsageError(
-                f"images must be (B, 3, H, W) with H and W multiples of {factor}, got {tuple(images.shape)}"
-            )
+        channels = self.config.autoencoder.channels
+        if images.dim() != 4 or images.shape[1] != channels or not images.shape[2] or not images.shape[3]:
+            raise UsageError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
+        try:
+            self.autoencoder.grid(images.shape[2], images.shape[3])
+        except UsageError:
+            sizes = self.autoencoder.sizes
+            raise UsageError(f"images must be (B, {channels}, H, W) with {sizes}, got {tuple(images.shape)}") from None
         if not images.dtype.is_floating_point:
             raise UsageError(
                 f"images must be floating-point in [-1, 1], got {images.dtype}; bytes become x / 127.5 - 1"

@@ -406,7 +406,7 @@ def test_mistakes_about_real_folders_are_told_in_one_line(run, capsys, tmp_path)
             ["reconstruct", run, "photos", "--out", tmp_path / "x", "--size", "big"],
             "neither a number of pixels nor 'native'",
         ),
-        (["reconstruct", run, "photos", "--out", tmp_path / "x", "--size", "15"], "size must be a multiple of 2"),
+        (["reconstruct", run, "photos", "--out", tmp_path / "x", "--size", "15"], "images need H and W multiples of 2"),
         (["reconstruct", run, "photos", "--out", tmp_path / "x", "--precision", "half"], "unknown precision 'half'"),
         (["decode", run, tmp_path / "empty", "--out", tmp_path / "x"], "holds no tokens"),
         (["sample", run, "--classes", "0", "--out", tmp_path / "x.png"], ""),

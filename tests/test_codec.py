@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel.autoencoder import AutoencoderConfig
+from lexel.autoencoders import VQGANConfig
 from lexel.codec import Codec, write_pngs
 from lexel.data import TRANSFORMS
 from lexel.data.tokens import TokenSet
@@ -14,7 +14,7 @@ from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 TINY = TokenizerConfig(
-    autoencoder=AutoencoderConfig(
+    autoencoder=VQGANConfig(
         width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
     ),
     quantizer={"kind": "ibq", "codebook_size": 16, "codebook_dim": 4},
@@ -110,7 +110,7 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer, folder, tmp_path):
 
 
 def test_a_size_that_is_no_multiple_of_the_factor_is_refused(tokenizer):
-    with pytest.raises(UsageError, match="size must be a multiple of 2 for this tokenizer, got 9"):
+    with pytest.raises(UsageError, match="H and W multiples of 2, got 9 x 9"):
         codec(tokenizer, 9)
 
 

@@ -173,7 +173,8 @@ def test_a_full_size_published_checkpoint_is_accounted_for_to_the_last_tensor(pa
     assert set(live.origins.values()) | live.left_out.keys() == tensors.keys()
     config = conversion.model.config
     assert config.autoencoder.model_dump() == {
-        "design": "vqgan",
+        "kind": "vqgan",
+        "channels": 3,
         "width": 128,
         "multipliers": [1, 1, 2, 2, 4],
         "residual_blocks": 4,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel.autoencoder import AutoencoderConfig
 from lexel.checkpoint import save_folder
 from lexel.convert import load
 from lexel.errors import UsageError
@@ -23,9 +22,8 @@ SIZES = [(1, 8, 4), (3, 4, 12)]  # batch, height, width
 def tokenizer(kind: str = "ibq", design: str = "vqgan", **options: object) -> Tokenizer:
     torch.manual_seed(0)
     attention = {"attention_levels": [1]} if design == "vqgan" else {"attention_levels": [], "middle_attention": False}
-    autoencoder = AutoencoderConfig(
-        design=design, width=8, multipliers=[1, 2], residual_blocks=1, z_channels=6, groups=4, **attention
-    )
+    sizes = {"width": 8, "multipliers": [1, 2], "residual_blocks": 1, "z_channels": 6, "groups": 4}
+    autoencoder = {"kind": design, **sizes, **attention}
     quantizer = {"kind": kind, "codebook_size": 16, "codebook_dim": 4, **options}
     return Tokenizer(TokenizerConfig(autoencoder=autoencoder, quantizer=quantizer)).eval()
 

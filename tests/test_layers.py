@@ -13,8 +13,8 @@ PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"},
     {"kernels", "networks"},
-    {"quantizers", "autoencoder", "transformer", "losses", "metrics", "data"},
-    {"tokenizer", "sampling", "decoding"},
+    {"quantizers", "autoencoders", "transformer", "losses", "metrics", "data"},
+    {"tokenizer", "autoencoder", "sampling", "decoding"},
     {"generator"},
     {"train", "convert", "evaluate", "export", "codec", "samples", "bank"},
     {"report", "inspection", "publish"},

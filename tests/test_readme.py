@@ -8,7 +8,7 @@ import pytest
 import torch
 import typer
 
-from lexel.autoencoder import AutoencoderConfig
+from lexel.autoencoders import VQGANConfig
 from lexel.cli import app
 from lexel.config import find_recipe
 from lexel.tokenizer import Tokenizer, TokenizerConfig
@@ -33,7 +33,7 @@ def commands() -> list[tuple[str, str]]:
 def test_the_readmes_code_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = {"width": 8, "multipliers": [1, 1, 1], "residual_blocks": 1, "attention_levels": [], "z_channels": 4}
-    network = AutoencoderConfig(**sizes, groups=4)
+    network = VQGANConfig(**sizes, groups=4)
     quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
     Tokenizer(TokenizerConfig(autoencoder=network, quantizer=quantizer)).save_pretrained("runs/demo/tokenizer")
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)

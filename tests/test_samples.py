@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from lexel import samples
-from lexel.autoencoder import AutoencoderConfig
+from lexel.autoencoders import VQGANConfig
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.errors import UsageError
 from lexel.generator import Generator, GeneratorConfig
@@ -31,7 +31,7 @@ def generator():
         "groups": 4,
     }
     quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
-    tokenizer = Tokenizer(TokenizerConfig(autoencoder=AutoencoderConfig(**sizes), quantizer=quantizer)).eval()
+    tokenizer = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)).eval()
     network = TransformerConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
     generator = Generator(GeneratorConfig(transformer=network))
     torch.nn.init.normal_(generator.transformer.head.weight, std=0.3)  # or all tokens would be equally likely

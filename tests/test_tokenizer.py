@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import lexel
-from lexel.autoencoder import AutoencoderConfig
-from lexel.checkpoint import load_folder, save_folder
+from lexel.autoencoders import VQGANConfig
+from lexel.checkpoint import fingerprint, load_folder, save_folder
 from lexel.convert import convert
 from lexel.errors import UsageError
 from lexel.quantizers import QUANTIZERS
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
-SMALL = AutoencoderConfig(width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[1], z_channels=8, groups=4)
+SMALL = VQGANConfig(width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[1], z_channels=8, groups=4)
 
 
 def tokenizer(kind: str = "ibq", **options: object) -> Tokenizer:
@@ -30,7 +30,7 @@ def images() -> torch.Tensor:
 def test_the_published_tokenizers_have_the_published_parameters(codes, blocks, base):
     """107.05M, 108.88M, 110.98M and 173.90M with four blocks a level; 89.60M to 156.44M with three."""
     config = TokenizerConfig(
-        autoencoder=AutoencoderConfig(residual_blocks=blocks),
+        autoencoder=VQGANConfig(residual_blocks=blocks),
         quantizer={"kind": "ibq", "codebook_size": codes, "codebook_dim": 256},
     )
     with torch.device("meta"):
@@ -140,6 +140,56 @@ def test_the_fingerprint_names_the_weights_and_not_their_history(tmp_path):
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-6
     assert model.fingerprint() != before
+
+
+def test_a_tokenizer_that_is_saved_again_keeps_where_its_weights_come_from(tmp_path):
+    tokenizer().save_pretrained(tmp_path / "first", provenance={"size": 32, "step": 40})
+    Tokenizer.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    assert Tokenizer.from_pretrained(tmp_path / "second").provenance == {"size": 32, "step": 40}
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "magvit2", "simvq"])
+def test_folders_and_fingerprints_of_version_0_1_hold(kind, tmp_path):
+    """Until 0.1 one table served three designs, all options of `vqgan` written out; fingerprints were taken of it."""
+    torch.manual_seed(0)
+    sizes = {"width": 8, "multipliers": [1, 2], "residual_blocks": 1, "z_channels": 8, "groups": 4}
+    options = {"attention_levels": [], "middle_attention": False, "patch": 1, "downsamplings": None}
+    old = {
+        "autoencoder": {"design": kind, **sizes, **options},
+        "quantizer": {"kind": "vq", "codebook_size": 16, "codebook_dim": 4},
+        "projections": True,
+    }
+    extra = {name: options[name] for name in ("attention_levels", "middle_attention")} if kind == "vqgan" else {}
+    model = Tokenizer(TokenizerConfig.model_validate(old | {"autoencoder": {"kind": kind, **sizes, **extra}}))
+    save_folder(tmp_path, {"model": "tokenizer", "lexel": "0.1.0", **old, "provenance": {}}, model.state_dict())
+    loaded = Tokenizer.from_pretrained(tmp_path)
+    assert loaded.fingerprint() == model.fingerprint() == fingerprint(old, model.state_dict())
+
+
+def test_images_of_other_channels_go_through_a_tokenizer_for_them():
+    config = TokenizerConfig(
+        autoencoder=SMALL.model_copy(update={"channels": 1}),
+        quantizer={"kind": "vq", "codebook_size": 16, "codebook_dim": 4},
+    )
+    model = Tokenizer(config).eval()
+    grey = torch.rand(2, 1, 8, 12) * 2 - 1
+    assert model.decode(model.encode(grey)).shape == grey.shape
+    with pytest.raises(UsageError, match=r"must be \(B, 1, H, W\), got \(1, 3, 8, 8\)"):
+        model.encode(torch.zeros(1, 3, 8, 8))
+    assert (
+        model.fingerprint() != Tokenizer(TokenizerConfig(autoencoder=SMALL, quantizer=config.quantizer)).fingerprint()
+    )
+
+
+def test_the_tokenizer_says_how_tokens_lie_and_which_sizes_fit(images):
+    model = tokenizer("residual")
+    spec = model.token_spec(8, 12)
+    assert (spec.grids, spec.codebook_size, spec.books) == (((4, 6),), 16, model.quantizer.books)
+    assert model.encode(images).shape[1:] == spec.shape
+    assert model.image_size(model.grid(8, 12)) == (8, 12)
+    assert model.pad(torch.zeros(1, 3, 7, 9)).shape == (1, 3, 8, 10)
+    with pytest.raises(UsageError, match="H and W multiples of 2, got 7 x 8"):
+        model.grid(7, 8)
 
 
 def test_loading_takes_the_tensors_over_instead_of_copying_them(tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from lexel.autoencoder import AutoencoderConfig
+from lexel.autoencoders import VQGANConfig
 from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
@@ -232,7 +232,7 @@ def test_savings_learn_the_same(tokens, tmp_path, options):
 
 def test_images_become_tokens_on_the_way(tmp_path):
     torch.manual_seed(0)
-    autoencoder = AutoencoderConfig(
+    autoencoder = VQGANConfig(
         width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
     )
     tokenizer = Tokenizer(
@@ -359,7 +359,7 @@ def test_tokens_that_do_not_fit_are_refused_with_what_would_fit(tokens, tmp_path
 def test_tokens_of_another_tokenizer_are_refused(tokens, tmp_path):
     other = Tokenizer(
         TokenizerConfig(
-            autoencoder=AutoencoderConfig(
+            autoencoder=VQGANConfig(
                 width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
             ),
             quantizer={"kind": "vq", "codebook_size": 12, "codebook_dim": 4},

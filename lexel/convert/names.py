@@ -141,7 +141,7 @@ def pick_weights(tensors: Mapping[str, Tensor], weights: str | None, untrained: 
     return Picked(picked, left_out, AVERAGES)
 
 
-def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, design: str = "vqgan") -> dict[str, Any]:
+def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, kind: str = "vqgan") -> dict[str, Any]:
     """The table of an AutoencoderConfig from tensors under our names.
 
     Group counts leave no trace in the tensors: the published 32 is assumed and can be overridden.
@@ -156,7 +156,7 @@ def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, design: str = 
         raise UsageError(f"{source} has levels of {widths} channels, which are no multiples of the first, {width}")
     attention = [level for level in range(levels) if f"encoder.levels.{level}.attentions.0.out.bias" in tensors]
     return {
-        "design": design,
+        "kind": kind,
         "width": width,
         "multipliers": [level_width // width for level_width in widths],
         "residual_blocks": count(tensors, r"encoder\.levels\.0\.blocks\.(\d+)\..*"),

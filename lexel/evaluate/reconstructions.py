@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lexel import checkpoint
-from lexel.data import ImageSet, crop_back, pad_to_multiple
+from lexel.data import ImageSet, crop_back
 from lexel.distributed import all_sum, broadcast, join, rank
 from lexel.evaluate.features import GROUPS, Plan, described, look, network_for, reference_choices
 from lexel.evaluate.results import as_result, wanted_of
@@ -121,7 +121,7 @@ def evaluate_tokenizer(
             originals = pictures.to(where.device)
             with where.autocast():
                 # Whole pictures are padded; a square that does not fit is refused by the tokenizer.
-                padded = pad_to_multiple(originals, tokenizer.downsampling) if size == "native" else originals
+                padded = tokenizer.pad(originals) if size == "native" else originals
                 indices = tokenizer.encode(padded)
                 made = crop_back(tokenizer.decode(indices).float(), *originals.shape[-2:])
             _compare(states, chosen, perceptual, originals, made)

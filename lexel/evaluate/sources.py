@@ -111,7 +111,7 @@ class Tokens(Source):
         tokens.require(fingerprint)
         self._tokens, self._tokenizer, self._where = tokens, tokenizer.to(where.device), where
         self._count = min(len(tokens), limit or len(tokens))
-        self.size = (tokens.grid[-2] * tokenizer.downsampling, tokens.grid[-1] * tokenizer.downsampling)
+        self.size = tokenizer.image_size(tokens.grid[-tokenizer.autoencoder.axes :])
 
     def __len__(self) -> int:
         return self._count

@@ -34,8 +34,6 @@ class Affine(ProjectedVQ):
         gradient: "straight_through" or "rotation".
     """
 
-    batch_dependent = True
-
     def __init__(
         self,
         codebook_size: int,

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,15 +104,25 @@ def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int 
 
 
 def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
-    """Pictures (N, H, W, 3) above their codes (N, h, w): every code has a colour of its own."""
+    """Pictures (N, H, W, 3) above their codes: every code has a colour of its own.
+
+    Codes are (N, h, w), (N, Q, h, w) of which the first of each place is shown, or (N, T), laid out row by row.
+    """
     if indices.ndim > 3:  # residual and product: the first code of each place
         indices = indices[:, 0]
+    distinct = ", ".join(str(len(np.unique(grid))) for grid in indices)
+    length = indices.shape[1]
+    if indices.ndim == 2:  # 1-D tokens, in a square; places after the last token repeat it
+        side = math.isqrt(length - 1) + 1
+        indices = indices[:, np.minimum(np.arange(side * -(-length // side)), length - 1)].reshape(
+            len(indices), -1, side
+        )
     # Golden-ratio steps spread neighbouring numbers over the colour circle.
     hue = (indices * 0.61803398875) % 1.0
     colours = matplotlib.colors.hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.55), np.full_like(hue, 0.92)], axis=-1))
-    factor = originals.shape[1] // indices.shape[1]
-    maps = (colours * 255).round().astype(np.uint8).repeat(factor, axis=1).repeat(factor, axis=2)
-    distinct = ", ".join(str(len(np.unique(grid))) for grid in indices)
+    height, width = originals.shape[1:3]
+    rows, columns = np.arange(height) * indices.shape[1] // height, np.arange(width) * indices.shape[2] // width
+    maps = (colours * 255).round().astype(np.uint8)[:, rows][:, :, columns]
     return picture_rows([originals, maps], f"Which code stands where (one colour a code); distinct codes: {distinct}.")
 
 

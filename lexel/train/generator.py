@@ -211,10 +211,10 @@ class Source:
         self.images, self.image_validation = open_data(data.images)
         self.transform, self.workers = data.images.make_transform(), data.images.workers
         self.on_error: OnError = data.images.on_error or "replace"
-        side = data.images.size // self.tokenizer.downsampling
+        shape = self.tokenizer.token_spec(data.images.size, data.images.size).shape
         labelled = self.images.labels is not None
         classes = list(self.images.classes) if labelled else None
-        _check_fits(model, (side, side), self.tokenizer.codebook_size, classes, data.images.source)
+        _check_fits(model, shape, self.tokenizer.codebook_size, classes, data.images.source)
         self.length, self.fingerprint, self.class_names = len(self.images), self.tokenizer.fingerprint(), classes
 
     def batches(self, config: GeneratorTrainConfig, first: int, rank: int, processes: int) -> Iterator[TokenBatch]:

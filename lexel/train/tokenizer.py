@@ -37,7 +37,7 @@ from lexel.losses import (
     l2,
 )
 from lexel.metrics.health import diagnose
-from lexel.quantizers import QUANTIZERS, outline
+from lexel.quantizers import QUANTIZERS
 from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import Runtime
@@ -162,9 +162,11 @@ class TokenizerRecipe(Config):
     @model_validator(mode="after")
     def _buildable(self) -> "TokenizerRecipe":
         with torch.device("meta"):
-            downsampling = Tokenizer(self.model).downsampling  # a UsageError is a ValueError: it is told as one
-        if self.data.size % downsampling:
-            raise ValueError(f"data.size = {self.data.size} is not divisible by the downsampling factor {downsampling}")
+            tokenizer = Tokenizer(self.model)  # a UsageError is a ValueError: it is told as one
+        try:
+            tokenizer.grid(self.data.size, self.data.size)
+        except UsageError as error:
+            raise ValueError(f"data.size = {self.data.size} does not fit the autoencoder: {error}") from None
         return self
 
     def resolved(self) -> "TokenizerRecipe":
@@ -354,7 +356,7 @@ class Learner:
         weight = torch.tensor(self.weights["adversarial"], device=likeness.device)
         if self.config.discriminator is None or not self.config.discriminator.adaptive:
             return weight
-        pull = adaptive_weight(likeness, adversarial, self.tokenizer.get_parameter("decoder.conv_out.weight"))
+        pull = adaptive_weight(likeness, adversarial, self.tokenizer.last_layer)
         return weight * self.accelerator.reduce(pull, "mean")  # one weight for all processes
 
 
@@ -600,7 +602,8 @@ def refuse_collapse(
             f"stopped at step {step}: the averaged weights give no images (l1 {line['l1']}). {_kept(run)}"
         )
     if collapsed:
-        finding = diagnose(outline(recipe.model.quantizer), recent)[0]
+        quantizer = recipe.model.quantizer
+        finding = diagnose(quantizer["kind"], quantizer["codebook_size"], recent)[0]
         raise TrainingStopped(
             f"stopped at step {step}: the codebook collapsed, perplexity below {COLLAPSED} in {patience} validations "
             f"({finding.seen}). {_kept(run)} Likely cause: {finding.cause}. Try: {finding.change}"

@@ -1,0 +1,106 @@
+"""The contract every autoencoder keeps: images to latents on a grid, and back."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from lexel.config import Config
+from lexel.errors import UsageError
+
+
+class AutoencoderConfig(Config):
+    """The options of one kind of autoencoder; every kind has a subclass of its own, discriminated by `kind`."""
+
+    kind: str
+    channels: int = Field(default=3, ge=1)  # of the images
+
+    def identity(self) -> dict[str, Any]:
+        """The table that fingerprints are taken of: options that came later count where they are not the default."""
+        table = self.model_dump(mode="json")
+        return {name: value for name, value in table.items() if name != "channels" or value != 3}
+
+
+class Autoencoder(nn.Module):
+    """Images (B, channels, H, W) in [-1, 1] to latents (B, z_channels, *grid), and back.
+
+    A kind sets `encoder`, `decoder` and `z_channels` and says how a grid follows from a size. Its weights all lie in
+    the encoder and the decoder: a `Tokenizer` takes the two over under these names.
+
+    Args:
+        config: an instance of `config_class`.
+    """
+
+    config_class: ClassVar[type[AutoencoderConfig]]
+    axes: ClassVar[int] = 2  # of the grid: 2 for maps, 1 for sequences
+
+    encoder: nn.Module  # images (B, channels, H, W) to (B, z_channels, *grid)
+    decoder: nn.Module  # (B, z_channels, *grid) to images (B, channels, H, W), not clamped
+    z_channels: int
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width of the only images that fit; None where every multiple of `downsampling` does."""
+        return None
+
+    @property
+    def downsampling(self) -> int | None:
+        """Pixels of a side for one latent; None where latents have no place in the image."""
+        raise NotImplementedError
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The decoder's last weight, where the adaptive weight of the adversarial loss is taken."""
+        raise NotImplementedError
+
+    @property
+    def sizes(self) -> str:
+        """The sizes that fit, in words, for errors."""
+        return f"H and W multiples of {self.downsampling}"
+
+    def grid(self, height: int, width: int) -> tuple[int, ...]:
+        """The grid of latents of an image of height x width pixels.
+
+        Raises:
+            UsageError: images of this size do not fit.
+        """
+        factor = self._factor
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise UsageError(f"images need {self.sizes}, got {height} x {width}")
+        return height // factor, width // factor
+
+    def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width in pixels of the image of a grid of latents; the inverse of `grid`.
+
+        Raises:
+            UsageError: no image has this grid.
+        """
+        factor = self._factor
+        if len(grid) != 2 or min(grid) < 1:
+            raise UsageError(f"the grid of a {self.config.kind} autoencoder is (h, w), got {tuple(grid)}")
+        return grid[0] * factor, grid[1] * factor
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """The smallest size, at least height x width, that the autoencoder takes: pictures are padded to it.
+
+        Raises:
+            UsageError: pictures of this size cannot be padded to one that fits.
+        """
+        factor = self._factor
+        return -(-height // factor) * factor, -(-width // factor) * factor
+
+    @property
+    def _factor(self) -> int:
+        factor = self.downsampling
+        if factor is None:
+            raise NotImplementedError(f"{type(self).__name__} has no downsampling and must say what its grid is")
+        return factor
+
+    def projection(self, channels_in: int, channels_out: int) -> nn.Module:
+        """The layer between latents and codes, (B, channels_in, *grid) to (B, channels_out, *grid)."""
+        layer = nn.Conv2d if self.axes == 2 else nn.Conv1d
+        return layer(channels_in, channels_out, 1)
