@@ -1,10 +1,13 @@
 """The encoder and decoder: published sizes, shapes, and the laws of their parts."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lexel.autoencoders import MagvitConfig, VQGANConfig, build, parse
 from lexel.autoencoders.convolutional import Attention, DepthToSpace, Downsample, Upsample
@@ -108,6 +111,42 @@ def test_attention_is_softmax_of_scaled_products_over_all_positions():
     mixed = torch.einsum("bij,bcj->bci", weights, value)
     out = torch.einsum("dc,bci->bdi", attention.out.weight[..., 0, 0], mixed) + attention.out.bias[:, None]
     torch.testing.assert_close(attention(x), x + out.view_as(x), rtol=1e-12, atol=1e-12)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements that any operation's result has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_attention_over_n_positions_holds_no_n_by_n_matrix_forward_or_backward(layout):
+    torch.manual_seed(0)
+    attention = Attention(8, 4).to(memory_format=layout)
+    x = torch.randn(2, 8, 24, 20).to(memory_format=layout).requires_grad_(True)
+    with Largest() as largest:
+        attention(x).sum().backward()
+    assert largest.elements <= 2 * x.numel() < 2 * (24 * 20) ** 2
+
+
+def test_attention_in_float32_is_as_near_to_float64_as_float32_is():
+    torch.manual_seed(0)
+    attention = Attention(16, 4)
+    x = torch.randn(2, 16, 12, 10, requires_grad=True)
+    exact = copy.deepcopy(attention).double()
+    x64 = x.detach().double().requires_grad_(True)
+    result, expected = attention(x), exact(x64)
+    (result * torch.linspace(-1, 1, result.numel()).view_as(result)).sum().backward()
+    (expected * torch.linspace(-1, 1, result.numel()).double().view_as(result)).sum().backward()
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), x64.grad, rtol=0, atol=1e-5)
 
 
 def test_the_adaptive_norm_scales_by_the_unbiased_deviation_and_shifts_by_the_mean():

@@ -128,12 +128,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(x)
-        # (B, 1, h w, C): one head; the scale is 1 / sqrt(C)
+        # (B, 1, h w, C): one head; the scale is 1 / sqrt(C). Fused kernels, which keep no (h w, h w) matrix, want
+        # channels that lie side by side.
         query, key, value = (
-            project(y).flatten(2).transpose(1, 2).unsqueeze(1) for project in (self.query, self.key, self.value)
+            project(y).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
+            for project in (self.query, self.key, self.value)
         )
-        mixed = F.scaled_dot_product_attention(query, key, value)
-        return x + self.out(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return x + self.out(attended.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 class Downsample(nn.Conv2d):
