@@ -13,7 +13,7 @@ from PIL import Image
 from lexel.data import TRANSFORMS, ArrayImages, UnreadableImage, open_images, ordered_batches, training_batches
 from lexel.data.batches import Positions, permutation
 from lexel.data.config import DataConfig, open_data
-from lexel.data.images import Remembered
+from lexel.data.images import CachedImages
 from lexel.errors import UsageError
 
 
@@ -219,16 +219,16 @@ def test_numbers_that_do_not_fit_are_refused():
         training_batches(images.subset([]), CROP, 2, seed=0)
 
 
-def test_remembered_pictures_are_the_same_and_stay_in_their_room(folder):
+def test_cached_pictures_are_the_same_and_stay_in_their_room(folder):
     images = open_images(folder)
-    remembered = Remembered(images, limit=2 * 12 * 14 * 3)
-    first = [remembered.read(number) for number in (0, 1, 4)]
+    cached = CachedImages(images, limit=2 * 12 * 14 * 3)
+    first = [cached.read(number) for number in (0, 1, 4)]
     for number in (0, 1, 4):
         (folder / f"{number}.png").unlink()
-    assert remembered.read(0) is first[0]
-    assert remembered.read(1) is first[1]
+    assert cached.read(0) is first[0]
+    assert cached.read(1) is first[1]
     with pytest.raises(UnreadableImage):
-        remembered.read(4)
+        cached.read(4)
 
 
 def test_a_recipes_section_opens_both_sets(folder):
@@ -266,7 +266,8 @@ def test_a_folder_with_splits_uses_them(folder, tmp_path):
     assert training.classes == validation.classes == ["a"]
     training, validation = open_data(DataConfig(source=source, size=12, validation=0.5))  # val stays out of both
     assert sorted(training.names + validation.names) == ["a/0.png", "a/1.png", "a/4.png", "a/5.png"]
-    training, validation = open_data(DataConfig(source=source, size=12, validation=str(folder)))
+    with pytest.warns(UserWarning, match="no classes are used"):
+        training, validation = open_data(DataConfig(source=source, size=12, validation=str(folder)))
     assert len(training) == 4
     with pytest.raises(UsageError, match="no split 'test'"):
         open_data(DataConfig(source=source, size=12, validation="test"))

@@ -11,7 +11,18 @@ import lexel
 
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
-    {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"},
+    {
+        "errors",
+        "config",
+        "checkpoint",
+        "distributed",
+        "registry",
+        "regular",
+        "runtime",
+        "spacing",
+        "token_spec",
+        "run_folder",
+    },
     {"kernels", "networks"},
     {"quantizers", "autoencoders", "transformer", "losses", "metrics", "data"},
     {"tokenizer", "autoencoder", "sampling", "decoding"},

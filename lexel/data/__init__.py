@@ -3,16 +3,22 @@
 from lexel.data.arrays import crop_back, pad_to_multiple, to_images, to_uint8
 from lexel.data.batches import Batch, ordered_batches, training_batches
 from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
-from lexel.data.images import ArrayImages, FileImages, ImageSet, open_images
+from lexel.data.folder import NoSplit
+from lexel.data.images import ArrayImages, FileImages, ImageSet
+from lexel.data.options import OpenOptions
+from lexel.data.sources import SOURCES, open_images
 from lexel.data.transforms import TRANSFORMS, Transform
 
 __all__ = [
     "PIXEL_LIMIT",
+    "SOURCES",
     "TRANSFORMS",
     "ArrayImages",
     "Batch",
     "FileImages",
     "ImageSet",
+    "NoSplit",
+    "OpenOptions",
     "Transform",
     "UnreadableImage",
     "crop_back",

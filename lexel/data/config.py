@@ -1,15 +1,16 @@
 """The `data` section of a recipe: which pictures to learn from, which to measure on, how to make squares of them."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Literal
 from warnings import warn
 
 from pydantic import Field, field_validator
 
 from lexel.config import Config
-from lexel.data.embedded import EMBEDDED, WITH_SPLITS
-from lexel.data.images import SPLITS, ImageSet, Remembered, open_images, split_folder
+from lexel.data.files import PIXEL_LIMIT
+from lexel.data.folder import SPLITS, NoSplit
+from lexel.data.images import CachedImages, ImageSet
+from lexel.data.sources import open_images
 from lexel.data.transforms import TRANSFORMS, Transform
 
 HELD_OUT = 0.05  # of a folder that has no validation part of its own
@@ -27,9 +28,9 @@ class DataConfig(Config):
     transform: str = "published"  # a key of TRANSFORMS
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read pictures; 0 reads them in the training process
     memory: Annotated[float, Field(ge=0)] = 1.0  # GiB of decoded pictures to keep; only without workers
-    on_error: Literal["stop"] | None = (
-        None  # "stop" ends the run at an unreadable picture; else another takes its place
-    )
+    # "stop" ends the run at an unreadable picture; else another takes its place.
+    on_error: Literal["stop"] | None = None
+    pixel_limit: Annotated[int, Field(ge=1)] = PIXEL_LIMIT  # pictures with more pixels are unreadable
 
     @field_validator("transform")
     @classmethod
@@ -56,35 +57,37 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         UsageError: see `open_images`.
     """
 
-    def opened(source: str, split: str | None) -> ImageSet:
-        return open_images(source, split, config.size, progress=progress)
+    def opened(source: str, split: str | None = None) -> ImageSet:
+        return open_images(source, split, config.size, progress=progress, pixel_limit=config.pixel_limit)
 
-    source, validation = config.source, config.validation
-    if validation is None and _has_split(source, "train") and _has_split(source, "validation"):
-        validation = "validation"
+    def training_part() -> ImageSet:
+        try:
+            return opened(config.source, "train")
+        except NoSplit:
+            return opened(config.source)
+
+    validation = config.validation
+    if validation is None:
+        try:
+            measuring = opened(config.source, "validation")
+            training = opened(config.source, "train")
+            return _cached(config, training, measuring)
+        except NoSplit:
+            validation = HELD_OUT
     if isinstance(validation, str):
         if validation in SPLITS:
-            training, measuring = opened(source, "train"), opened(source, validation)
-        else:
-            training, measuring = (
-                opened(source, "train" if _has_split(source, "train") else None),
-                opened(validation, None),
-            )
-    else:
-        everything = opened(source, "train" if _has_split(source, "train") else None)
-        if len(everything) == 1:
-            warn(f"{source} holds a single image: it is learned from and measured on", stacklevel=2)
-            training = measuring = everything
-        else:
-            training, measuring = everything.hold_out(HELD_OUT if validation is None else validation)
+            return _cached(config, opened(config.source, "train"), opened(config.source, validation))
+        return _cached(config, training_part(), opened(validation))
+    everything = training_part()
+    if len(everything) == 1:
+        warn(f"{config.source} holds a single image: it is learned from and measured on", stacklevel=2)
+        return _cached(config, everything, everything)
+    return _cached(config, *everything.hold_out(validation))
+
+
+def _cached(config: DataConfig, training: ImageSet, measuring: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Both sets, each with its decoded pictures in memory where they are read in this process."""
     if config.workers == 0 and config.memory > 0:
         limit = int(config.memory * 2**30)
-        training, measuring = Remembered(training, limit), Remembered(measuring, limit)
+        return CachedImages(training, limit), CachedImages(measuring, limit)
     return training, measuring
-
-
-def _has_split(source: str, split: str) -> bool:
-    if source in EMBEDDED:
-        return source in WITH_SPLITS and split != "test"
-    folder = Path(source).expanduser()
-    return folder.is_dir() and split_folder(folder, split) is not None

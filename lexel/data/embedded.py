@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 from PIL import Image
 
 from lexel.checkpoint import atomic_write
+from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, FileImages, ImageSet
+from lexel.data.options import OpenOptions, Progress
 from lexel.errors import UsageError
 from lexel.runtime import cache_folder
-
-Progress = Callable[[int, int], None] | None
 
 OPENMOJI_ATTRIBUTION = "OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
 EXTRAS = "Extras"  # the class of drawings that no emoji list knows: OpenMoji's own, brands, letters, skin colours
@@ -58,7 +57,7 @@ PHOTOS = (  # package, folder in it, pattern of the file names
 )
 
 
-def openmoji(split: str | None, size: int | None, progress: Progress, labels: str = "category") -> ImageSet:
+def openmoji(location: str, options: OpenOptions, labels: str = "category") -> ImageSet:
     """OpenMoji's drawings on white at `size` pixels (default 64), with labels.
 
     They are rendered once and kept as one array in the cache folder (LEXEL_CACHE, or lexel in the user's cache).
@@ -67,29 +66,37 @@ def openmoji(split: str | None, size: int | None, progress: Progress, labels: st
     Args:
         labels: which grouping gives the classes, "category" (9 and Extras) or "subcategory" (99 and Extras).
     """
+    split, size = options.split, 64 if options.size is None else options.size
     if split == "test":
-        raise UsageError("openmoji has no split 'test'; choose from train, validation")
-    size = 64 if size is None else size
+        raise NoSplit("openmoji has no split 'test'; choose from train, validation")
     if not 1 <= size <= 2048:
         raise UsageError(f"openmoji can be rendered at 1 to 2048 pixels, got {size}")
     names = sorted(path.stem for path in _drawings().glob("*.svg"))
     classes, numbers = _openmoji_labels(names, labels)
-    images = ArrayImages(_rendered(names, size, progress), names, numbers, classes, OPENMOJI_ATTRIBUTION)
+    images = ArrayImages(
+        _rendered(names, size, options.progress),
+        names,
+        numbers,
+        classes,
+        OPENMOJI_ATTRIBUTION,
+        options.channels,
+        options.depth,
+    )
     if split is None:
         return images
     held_out = split == "validation"
     return images.subset([number for number, name in enumerate(names) if is_validation(name) == held_out])
 
 
-def openmoji_subcategories(split: str | None, size: int | None, progress: Progress) -> ImageSet:
+def openmoji_subcategories(location: str, options: OpenOptions) -> ImageSet:
     """OpenMoji with its finer classes."""
-    return openmoji(split, size, progress, labels="subcategory")
+    return openmoji(location, options, labels="subcategory")
 
 
-def photos(split: str | None, size: int | None, progress: Progress) -> ImageSet:
+def photos(location: str, options: OpenOptions) -> ImageSet:
     """Photographs of several sizes that scikit-image and foolbox carry: those of the packages that are installed."""
-    if split is not None:
-        raise UsageError(f"photos has no split {split!r}; leave it out")
+    if options.split is not None:
+        raise NoSplit(f"photos has no split {options.split!r}; leave it out")
     paths: list[Path] = []
     for package, folder, pattern in PHOTOS:
         place = _find(package)
@@ -102,17 +109,21 @@ def photos(split: str | None, size: int | None, progress: Progress) -> ImageSet:
         [path.name for path in paths],
         files=[str(path) for path in paths],
         attribution="Photographs from scikit-image (scikit-image.org) and foolbox (ImageNet)",
+        pixel_limit=options.pixel_limit,
+        channels=options.channels,
+        depth=options.depth,
     )
 
 
-def photo_crops(split: str | None, size: int | None, progress: Progress) -> ImageSet:
+def photo_crops(location: str, options: OpenOptions) -> ImageSet:
     """Squares of 64 pixels, side by side, from every one of `photos`, made at most 512 pixels high or wide before.
 
     Every sixth photograph is held out, whole, so that no square of it is learned from.
     """
+    split = options.split
     if split == "test":
-        raise UsageError("photo-crops has no split 'test'; choose from train, validation")
-    whole = photos(None, None, progress)
+        raise NoSplit("photo-crops has no split 'test'; choose from train, validation")
+    whole = photos("", OpenOptions())
     squares, names = [], []
     for number, name in enumerate(whole.names):
         if split is not None and (number % 6 == 4) != (split == "validation"):
@@ -128,16 +139,13 @@ def photo_crops(split: str | None, size: int | None, progress: Progress) -> Imag
             for left in range(0, pixels.shape[1] - CROP + 1, CROP):
                 squares.append(pixels[top : top + CROP, left : left + CROP])
                 names.append(f"{name}/{top}-{left}")
-    return ArrayImages(np.stack(squares), names, attribution=whole.attribution)
-
-
-EMBEDDED: dict[str, Callable[[str | None, int | None, Progress], ImageSet]] = {
-    "openmoji": openmoji,
-    "openmoji-subcategories": openmoji_subcategories,
-    "photos": photos,
-    "photo-crops": photo_crops,
-}
-WITH_SPLITS = ("openmoji", "openmoji-subcategories", "photo-crops")  # sets with a validation part of their own
+    return ArrayImages(
+        np.stack(squares),
+        names,
+        attribution=whole.attribution,
+        channels=options.channels,
+        depth=options.depth,
+    )
 
 
 def family(name: str) -> str:

@@ -1,17 +1,27 @@
-"""Image files of any common kind as uint8 RGB arrays, or a clear word on why not."""
+"""Image files of any common kind as arrays of pixels, or an error that says why not."""
 
-import os
+import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
+from lexel.data.depth import (
+    CHANNELS,
+    bits_per_sample,
+    check_layout,
+    colour_samples,
+    grey_samples,
+    to_channels,
+    to_depth,
+)
 from lexel.errors import UsageError
+from lexel.regular import open_regular
 
 # Found by their names, read by their contents: a PNG called .jpg is read as the PNG it is. HEIC cannot be read here,
 # but it must be named as unreadable, not overlooked: it is what many phones write.
@@ -25,22 +35,6 @@ if find_spec("PIL.AvifImagePlugin") is not None:  # Pillow 11.3 and later
 
 PIXEL_LIMIT = 150_000_000  # 450 MB decoded; a larger picture is more likely a bomb than a photograph
 
-# What Pillow's decoders raise on damaged files: they are many, and each has its own ideas.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    ZeroDivisionError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-
 # EXIF orientation: the operation that puts the picture upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,6 +46,39 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION_TAG = 0x0112
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# Chunks of a PNG that are kept beside the critical ones: transparency and orientation, the latter also as text.
+PNG_KEPT = (b"tRNS", b"eXIf")
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+EXIF_TEXT = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0")
+TEXT_LIMIT = 2**20  # bytes; Pillow refuses pictures with longer ones
+
+# First bytes of kinds that are read here, and of others that carry the names of pictures.
+READ = (
+    (b"\xff\xd8\xff", 0, "JPEG"),
+    (PNG, 0, "PNG"),
+    (b"WEBP", 8, "WebP"),
+    (b"BM", 0, "BMP"),
+    (b"II*\0", 0, "TIFF"),
+    (b"MM\0*", 0, "TIFF"),
+    (b"II+\0", 0, "TIFF"),
+    (b"MM\0+", 0, "TIFF"),
+    (b"GIF8", 0, "GIF"),
+    (b"ftypavi", 4, "AVIF"),
+)
+OTHERS = (
+    (b"version https://git-lfs", "it is a pointer of Git LFS, not the picture; run git lfs pull"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL is not supported; convert it to JPEG or PNG"),
+    (b"\xff\x0a", "JPEG XL is not supported; convert it to JPEG or PNG"),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000 is not supported; convert it to JPEG or PNG"),
+    (b"8BPS", "Photoshop's format is not supported; convert it to JPEG or PNG"),
+    (b"%PDF", "it is a PDF; convert it to JPEG or PNG"),
+    (b"\x93NUMPY", "it is a NumPy array; open an .npz file as npz:FILE"),
+    (b"PK\x03\x04", "it is a zip archive; unpack it"),
+    (b"<", "it is HTML, SVG or XML, not a picture of pixels"),
+)
+HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 class UnreadableImage(UsageError):
@@ -66,50 +93,15 @@ class UnreadableImage(UsageError):
         return type(self), (self.name, self.reason)
 
 
-def find_images(folder: str | Path) -> list[str]:
-    """Paths of the image files below a folder, relative to it, with forward slashes, in an order that never changes.
-
-    Hidden files and folders are left out; links to files and folders are followed, each folder once.
-    """
-    folder = Path(folder)
-    return sorted(path.relative_to(folder).as_posix() for path in _walk(folder, set()))
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:  # a link that leads back to where we have been
-        return
-    seen.add((status.st_dev, status.st_ino))
-    try:
-        # Real folders come before links to folders, so that a picture goes by its real path where it has one.
-        entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
-    except PermissionError as error:
-        raise UsageError(f"{folder} cannot be opened: {error.strerror}") from None
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if _is_folder(entry):
-            yield from _walk(Path(entry.path), seen)
-        elif Path(entry.name).suffix.lower() in EXTENSIONS and _may_be_file(entry):
-            yield Path(entry.path)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that points at itself
-        return False
-
-
-def _may_be_file(entry: os.DirEntry[str]) -> bool:
-    """False for pipes and devices, which could block for ever; a broken link is a picture that cannot be read."""
-    try:
-        return entry.is_file() or not Path(entry.path).exists()
-    except OSError:
-        return True
-
-
-def read_image(path: str | Path, name: str | None = None, pixel_limit: int = PIXEL_LIMIT) -> np.ndarray:
+def read_image(
+    path: str | Path,
+    name: str | None = None,
+    pixel_limit: int = PIXEL_LIMIT,
+    *,
+    channels: int = 3,
+    depth: int = 8,
+    shorter_side: int | None = None,
+) -> np.ndarray:
     """The picture in a file, upright and in colour: uint8 (H, W, 3).
 
     Turned as its EXIF orientation says; transparency lies on white; 16-bit values v become round(v / 257); the first
@@ -119,79 +111,190 @@ def read_image(path: str | Path, name: str | None = None, pixel_limit: int = PIX
         path: the file.
         name: what to call it in an error; the path itself by default.
         pixel_limit: a picture with more pixels than this is refused before it is decoded.
+        channels: 3 for RGB, 1 for grey, 4 for RGB and alpha.
+        depth: 8 bits a channel, or 16 (uint16): files with 8 then give v * 257.
+        shorter_side: pixels that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if neither side falls
+            below it. Faster, and not the same pixels.
 
     Raises:
-        UnreadableImage: the file is missing, damaged, cut short, too large or of a kind that cannot be read.
+        UnreadableImage: the file is missing, no regular file, damaged, cut short, too large or of a kind that cannot
+            be read.
     """
     name = str(path) if name is None else name
     try:
+        with open_regular(path) as file:
+            return decode_image(file, name, pixel_limit, channels=channels, depth=depth, shorter_side=shorter_side)
+    except OSError as error:
+        raise UnreadableImage(name, _in_words(error)) from None
+
+
+def decode_image(
+    file: IO[bytes],
+    name: str,
+    pixel_limit: int = PIXEL_LIMIT,
+    *,
+    channels: int = 3,
+    depth: int = 8,
+    shorter_side: int | None = None,
+) -> np.ndarray:
+    """The picture in an open file or a buffer; see `read_image`."""
+    start = file.read(32)
+    try:
+        if start.startswith(PNG):
+            file = io.BytesIO(without_metadata(start + file.read()))
+        file.seek(0)
         # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
-        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
+        with warnings.catch_warnings(action="ignore"), _open(file) as image:
             width, height = image.size
             if width * height > pixel_limit:
                 raise UnreadableImage(
-                    name, f"{width} x {height} pixels are more than the limit of {pixel_limit:,}; raise pixel_limit"
+                    name,
+                    f"{width} x {height} pixels are more than the limit of {pixel_limit:,}; make it smaller, or raise "
+                    "the limit (--pixel-limit; data.pixel_limit in a recipe)",
                 )
-            image.load()
-            orientation = _orientation(image)
-            rgb = _as_rgb(image)
+            return _pixels(image, file, channels, depth, shorter_side)
     except UnreadableImage:
         raise
-    except FileNotFoundError:
-        raise UnreadableImage(name, "no such file") from None
     except Image.UnidentifiedImageError:
-        raise UnreadableImage(name, _why_unknown(Path(path))) from None
-    except DAMAGE as error:
+        raise UnreadableImage(name, _why_unknown(start)) from None
+    except MemoryError:
+        raise UnreadableImage(name, "there is not enough memory to decode it") from None
+    except Exception as error:  # decoders raise what they like on damaged files, RuntimeError and SyntaxError too
         raise UnreadableImage(name, _in_words(error)) from None
-    if orientation in UPRIGHT:
-        rgb = rgb.transpose(UPRIGHT[orientation])
-    return np.array(rgb)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(file: IO[bytes]) -> Image.Image:
     # The header is read without Pillow's own limit on pixels, a warning: ours is checked right after, an error.
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(file, formats=FORMATS)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _pixels(image: Image.Image, file: IO[bytes], channels: int, depth: int, shorter_side: int | None) -> np.ndarray:
+    check_layout(image)
+    if shorter_side is not None and image.format == "JPEG":
+        image.draft(None, (shorter_side, shorter_side))
+    transparent = image.info.get("transparency")
+    samples = colour_samples(image, file, FORMATS)
+    if samples is None:
+        image.load()
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            samples = grey_samples(image)[..., None]
+        elif image.mode in ("I", "F"):
+            bits = bits_per_sample(image)
+            raise ValueError(
+                f"{bits}-bit signed or floating-point pixels (mode {image.mode}) do not say which value is white; "
+                "save it with 8 or 16 bits"
+            )
+    orientation = _orientation(image)  # after loading, which turns TIFF files already
+    if samples is not None and transparent is not None and image.format == "PNG":  # one colour of 16 bits
+        opaque = (samples != np.array(transparent, np.uint16)).any(-1, keepdims=True)
+        samples = np.concatenate([to_channels(samples, 3), opaque.astype(np.uint16) * np.uint16(65535)], -1)
+    if samples is None or image.mode == "CMYK":
+        if samples is not None:
+            image = Image.fromarray(to_depth(samples, 8), "CMYK")
+        return to_depth(_upright(_converted(image, channels), orientation), depth)
+    if depth == 8 and samples.shape[-1] == 4 and channels != 4:  # as for files of 8 bits
+        image = _converted(Image.fromarray(to_depth(samples, 8), "RGBA"), channels)
+        return _upright(image, orientation)
+    return _turned(to_depth(to_channels(samples, channels), depth), orientation)
+
+
+def _converted(image: Image.Image, channels: int) -> Image.Image:
+    """An image of 8 bits with so many channels; transparency lies on white where there is no alpha."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    mode = CHANNELS[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _upright(image: Image.Image, orientation: int) -> np.ndarray:
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+    array = np.array(image)
+    return array if array.ndim == 3 else array[..., None]
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels (H, W, C) turned upright."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
 
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none; viewers ignore EXIF data that is damaged, and so do we."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except DAMAGE:
+    except Exception:  # as for decoders: whatever is raised, it is about metadata
         return 1
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # 16 bits of grey
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"32-bit pixels (mode {image.mode}) do not say which value is white; save it with 8 or 16 bits"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def without_metadata(data: bytes) -> bytes:
+    """A PNG without the chunks that no pixel needs: texts, profiles, dates, whose damage or length would refuse it.
+
+    Transparency stays, and EXIF data, since it holds the orientation. What comes after a chunk that is cut short stays
+    as it is.
+    """
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        kind, end = data[place + 4 : place + 8], place + 12 + length
+        if end > len(data):
+            break
+        body = data[place + 8 : end - 4]
+        if kind[:1].isupper() or kind in PNG_KEPT or (kind in PNG_TEXT and _is_exif(kind, body)):
+            kept.append(data[place:end])
+        place = end
+    return b"".join([*kept, data[place:]])
 
 
-def _why_unknown(path: Path) -> str:
+def _is_exif(kind: bytes, body: bytes) -> bool:
+    """Whether a PNG's text holds EXIF data, not too long for Pillow."""
+    if not body.startswith(EXIF_TEXT) or len(body) > TEXT_LIMIT:
+        return False
+    if kind == b"tEXt":
+        return True
+    packed = body[body.index(b"\0") + 2 :] if kind == b"zTXt" else body[body.index(b"\0") + 5 :]
+    if kind == b"iTXt" and body[body.index(b"\0") + 1 : body.index(b"\0") + 2] != b"\1":
+        return True
     try:
-        with path.open("rb") as file:
-            start = file.read(32)
-    except OSError as error:
-        return _in_words(error)
+        return len(zlib.decompressobj().decompress(packed, TEXT_LIMIT)) < TEXT_LIMIT
+    except zlib.error:
+        return False
+
+
+def _why_unknown(start: bytes) -> str:
+    """The reason for a file that Pillow does not recognise, by its first bytes."""
     if not start:
         return "the file is empty"
-    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+    if not start.strip(b"\0"):
+        return "the file begins with zero bytes: it was not written to its end"
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC:
         return "HEIC is not supported; convert it to JPEG or PNG"
+    for magic, place, kind in READ:
+        if start[place:].startswith(magic):
+            if kind == "AVIF" and "AVIF" not in FORMATS:
+                return "AVIF needs Pillow 11.3 or later"
+            return f"it is a {kind} file that is damaged, cut short or of a layout that cannot be read"
+    for magic, reason in OTHERS:
+        if start.lstrip().startswith(magic):
+            return reason
     return "it is no image of a known kind (JPEG, PNG, WebP, BMP, TIFF, GIF)"
 
 
 def _in_words(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
     return " ".join(text.split())

@@ -1,33 +1,37 @@
-"""Sets of images: folders, single files, and the embedded ones, all behind the same few names."""
+"""Sets of images: numbered, named, read one by one, whatever they lie in."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lexel.data.files import EXTENSIONS, PIXEL_LIMIT, UnreadableImage, find_images, read_image
+from lexel.data.depth import to_channels, to_depth
+from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
+from lexel.data.listing import Names
 from lexel.errors import UsageError
-
-# How a folder may call its parts; the first of each row is the name used here.
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "dev"),
-    "test": ("test", "testing"),
-}
-SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
 
 
 class ImageSet:
-    """Numbered pictures with names, and labels where there are any.
+    """Numbered pictures with names, and labels and captions where there are any.
 
     Attributes:
         names: one per picture, unique.
         labels: the class number of each picture, or None.
         classes: the name of each class; empty without labels.
         attribution: what must be shown beside these pictures, or None.
+        captions: a text for each picture, or None.
+        channels: of the arrays that `read` gives: 3 for RGB.
+        depth: bits a channel: 8 (uint8) or 16 (uint16).
+        left_out: what was found but does not belong to the set, and why: folders without rights, named pipes, damaged
+            shards. Pictures that turn out to be unreadable are not in it.
     """
+
+    channels: int = 3
+    depth: int = 8
+    captions: Sequence[str] | None = None
 
     def __init__(
         self,
@@ -36,25 +40,49 @@ class ImageSet:
         classes: Sequence[str] = (),
         attribution: str | None = None,
     ) -> None:
-        self.names = list(names)
+        self.names: Sequence[str] = names if isinstance(names, Names) else Names(names)
         self.labels = None if labels is None else list(labels)
         self.classes = list(classes)
         self.attribution = attribution
+        self.left_out: dict[str, str] = {}
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, number: int) -> np.ndarray:
-        """Picture `number`: uint8 (H, W, 3). Not to be written to.
+        """Picture `number`: uint8 or uint16 (H, W, channels). Not to be written to.
 
         Raises:
             UnreadableImage: the picture is damaged.
         """
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """A SHA-256 that changes when a picture is changed, added, removed or renamed.
+
+        Quick where that can be known without reading all pixels: files are known by their names, sizes and dates.
+        """
+        hasher = hashlib.sha256(json.dumps(list(self.names)).encode())
+        for number in range(len(self)):
+            try:
+                hasher.update(np.ascontiguousarray(self.read(number)).data)
+            except UnreadableImage as error:
+                hasher.update(error.reason.encode())
+        return hasher.hexdigest()
+
     def subset(self, numbers: Sequence[int]) -> "ImageSet":
         """The pictures with these numbers, in this order."""
         return Subset(self, numbers)
+
+    def with_classes(self, classes: Sequence[str]) -> "ImageSet":
+        """The same pictures, their labels numbered as in `classes`, by the names of the classes.
+
+        Raises:
+            UsageError: a picture has a class that is not among them, or there are no labels.
+        """
+        if self.labels is None:
+            raise UsageError("the images have no classes")
+        return Relabelled(self, renumbered(self.labels, self.classes, classes), classes)
 
     def hold_out(self, fraction: float) -> tuple["ImageSet", "ImageSet"]:
         """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names.
@@ -90,6 +118,22 @@ def hold_out_order(names: Sequence[str], fraction: float) -> tuple[list[int], in
     return sorted(range(len(names)), key=digests.__getitem__), count
 
 
+def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]) -> list[int]:
+    """Labels that number the classes `own`, as labels that number `classes`: the same names.
+
+    Raises:
+        UsageError: a label's class is not among `classes`; its name is said.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    unknown = sorted({own[label] for label in set(labels)} - numbers.keys())
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        known = ", ".join(list(classes)[:10]) + (", ..." if len(classes) > 10 else "")
+        raise UsageError(f"unknown class {', '.join(map(repr, unknown[:3]))}{more}; the classes are {known}")
+    table = [numbers.get(name, -1) for name in own]
+    return [table[label] for label in labels]
+
+
 class FileImages(ImageSet):
     """Pictures in files, decoded when read.
 
@@ -97,7 +141,8 @@ class FileImages(ImageSet):
         folder: what the files are relative to.
         names, labels, classes, attribution: as in ImageSet.
         files: the paths of the pictures; by default their names are their paths.
-        pixel_limit: pictures with more pixels than this are unreadable.
+        pixel_limit: pictures with more pixels are unreadable.
+        channels, depth: as in `read_image`.
     """
 
     def __init__(
@@ -109,22 +154,35 @@ class FileImages(ImageSet):
         attribution: str | None = None,
         files: Sequence[str] | None = None,
         pixel_limit: int = PIXEL_LIMIT,
+        channels: int = 3,
+        depth: int = 8,
     ) -> None:
         super().__init__(names, labels, classes, attribution)
         self.folder = folder
-        self.files = self.names if files is None else list(files)
+        self.files = self.names if files is None else Names(files)
         self.pixel_limit = pixel_limit
+        self.channels, self.depth = channels, depth
 
     def read(self, number: int) -> np.ndarray:
-        return read_image(self.folder / self.files[number], self.names[number], self.pixel_limit)
+        return read_image(
+            self.folder / self.files[number],
+            self.names[number],
+            self.pixel_limit,
+            channels=self.channels,
+            depth=self.depth,
+        )
+
+    def fingerprint(self) -> str:
+        return digest([list(self.names), [_size_and_date(self.folder / file) for file in self.files]])
 
 
 class ArrayImages(ImageSet):
-    """Pictures in one uint8 array (N, H, W, 3), which may be an .npy file mapped into memory.
+    """Pictures in one array (N, H, W, C) of uint8 or uint16, which may be an .npy file mapped into memory.
 
     Args:
-        array: the pictures.
+        array: the pictures; its channels and bits are those of the set.
         names, labels, classes, attribution: as in ImageSet.
+        channels, depth: what `read` gives where it is not what the array holds.
     """
 
     def __init__(
@@ -134,12 +192,18 @@ class ArrayImages(ImageSet):
         labels: Sequence[int] | None = None,
         classes: Sequence[str] = (),
         attribution: str | None = None,
+        channels: int | None = None,
+        depth: int | None = None,
     ) -> None:
         super().__init__(names, labels, classes, attribution)
+        if array.ndim != 4 or array.dtype not in (np.uint8, np.uint16):
+            raise UsageError(f"images must be uint8 or uint16 (N, H, W, C), got {array.dtype} {array.shape}")
         self.array = array
+        self.channels = array.shape[-1] if channels is None else channels
+        self.depth = 8 * array.dtype.itemsize if depth is None else depth
 
     def read(self, number: int) -> np.ndarray:
-        return np.asarray(self.array[number])
+        return to_depth(to_channels(np.asarray(self.array[number]), self.channels), self.depth)
 
     def __getstate__(self) -> dict[str, Any]:  # a mapped file goes to another process as its path, not as a copy
         mapped = self.array.filename if isinstance(self.array, np.memmap) else None
@@ -151,20 +215,49 @@ class ArrayImages(ImageSet):
             self.array = np.load(self.array, mmap_mode="r")
 
 
-class Subset(ImageSet):
+class Wrapped(ImageSet):
+    """Another set, seen in another way; base of the classes below."""
+
+    def __init__(self, images: ImageSet, names: Sequence[str], labels: Sequence[int] | None) -> None:
+        super().__init__(names, labels, images.classes, images.attribution)
+        self.images = images
+        self.captions = images.captions
+        self.channels, self.depth = images.channels, images.depth
+        self.left_out = images.left_out
+
+    def read(self, number: int) -> np.ndarray:
+        return self.images.read(number)
+
+    def fingerprint(self) -> str:
+        return self.images.fingerprint()
+
+
+class Subset(Wrapped):
     """Some pictures of another set."""
 
     def __init__(self, images: ImageSet, numbers: Sequence[int]) -> None:
         labels = None if images.labels is None else [images.labels[number] for number in numbers]
-        super().__init__([images.names[number] for number in numbers], labels, images.classes, images.attribution)
-        self.images = images
+        super().__init__(images, [images.names[number] for number in numbers], labels)
+        if images.captions is not None:
+            self.captions = [images.captions[number] for number in numbers]
         self.numbers = list(numbers)
 
     def read(self, number: int) -> np.ndarray:
         return self.images.read(self.numbers[number])
 
+    def fingerprint(self) -> str:
+        return digest([self.images.fingerprint(), self.numbers])
 
-class Remembered(ImageSet):
+
+class Relabelled(Wrapped):
+    """Another set under other class numbers."""
+
+    def __init__(self, images: ImageSet, labels: Sequence[int], classes: Sequence[str]) -> None:
+        super().__init__(images, images.names, labels)
+        self.classes = list(classes)
+
+
+class CachedImages(Wrapped):
     """Another set, whose pictures are kept in memory once they were read, up to a limit.
 
     Args:
@@ -173,8 +266,7 @@ class Remembered(ImageSet):
     """
 
     def __init__(self, images: ImageSet, limit: int) -> None:
-        super().__init__(images.names, images.labels, images.classes, images.attribution)
-        self.images = images
+        super().__init__(images, images.names, images.labels)
         self._room = limit
         self._kept: dict[int, np.ndarray] = {}
 
@@ -188,72 +280,15 @@ class Remembered(ImageSet):
         return picture
 
 
-def open_images(
-    source: str | Path,
-    split: str | None = None,
-    size: int | None = None,
-    *,
-    progress: Callable[[int, int], None] | None = None,
-    pixel_limit: int = PIXEL_LIMIT,
-) -> ImageSet:
-    """The pictures of a folder, a file, or an embedded set.
-
-    A folder may hold its pictures in any nesting. Where all of them lie in subfolders, the first level names their
-    classes, numbered in sorted order. Hidden files are left out, and files that are no pictures.
-
-    Args:
-        source: a path, or the name of an embedded set: `openmoji`, `openmoji-subcategories`, `photos`,
-            `photo-crops`.
-        split: "train", "validation" or "test". A folder has the splits it has subfolders for (train; validation, val
-            or valid; test); openmoji and photo-crops have train and validation. None takes everything.
-        size: pixels a side at which drawings are rendered (default 64); pictures in files keep their own size.
-        progress: called with (done, total) while drawings are rendered for the first time.
-        pixel_limit: pictures with more pixels than this are unreadable.
-
-    Raises:
-        UsageError: there is no such thing, no picture in it, no such split, or a package is missing.
-    """
-    from lexel.data.embedded import EMBEDDED  # here, since the embedded sets stand on the classes above
-
-    if split is not None and split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    if isinstance(source, str) and source in EMBEDDED:
-        return EMBEDDED[source](split, size, progress)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _open_folder(path, split, pixel_limit)
-    if not path.exists():
-        embedded = ", ".join(sorted(EMBEDDED))
-        raise UsageError(f"there is no file or folder {str(source)!r}; give a path, or an embedded set: {embedded}")
-    if path.suffix.lower() not in EXTENSIONS:
-        raise UsageError(f"{path} is no image; give a folder or one of {', '.join(sorted(EXTENSIONS))}")
-    if split is not None:
-        raise UsageError(f"{path} is a single file and has no split {split!r}")
-    return FileImages(path.parent, [path.name], pixel_limit=pixel_limit)
+def digest(value: Any) -> str:
+    """The SHA-256 of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def split_folder(folder: Path, split: str) -> Path | None:
-    """The subfolder that holds a split, or None."""
-    return next((folder / name for name in SPLITS[split] if (folder / name).is_dir()), None)
-
-
-def _open_folder(folder: Path, split: str | None, pixel_limit: int) -> ImageSet:
-    if split is not None:
-        part = split_folder(folder, split)
-        if part is None:
-            raise UsageError(
-                f"{folder} has no split {split!r}: it has no subfolder called {' or '.join(SPLITS[split])}"
-            )
-        folder = part
-    names = find_images(folder)
-    if not names:
-        raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    # The folder that names a picture's class: the first level below the folder, or below train/ and val/ in it.
-    parents = [name.split("/")[:-1] for name in names]
-    if all(len(parent) > 0 and parent[0] in SPLIT_NAMES for parent in parents):
-        parents = [parent[1:] for parent in parents]
-    if not all(parents):  # a picture outside all subfolders: these are no classes
-        return FileImages(folder, names, pixel_limit=pixel_limit)
-    classes = sorted({parent[0] for parent in parents})
-    numbers = {name: number for number, name in enumerate(classes)}
-    return FileImages(folder, names, [numbers[parent[0]] for parent in parents], classes, pixel_limit=pixel_limit)
+def _size_and_date(path: Path) -> tuple[int, int] | None:
+    """Size and date of a file; None for a link that leads nowhere."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns

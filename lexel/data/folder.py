@@ -1,0 +1,141 @@
+"""Image sets in folders and single files: classes by subfolders, splits by their names."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+from warnings import warn
+
+from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
+from lexel.data.images import FileImages, ImageSet
+from lexel.data.listing import find_images, holds_images, is_folder
+from lexel.errors import UsageError
+
+# How a folder may call its parts; the first of each row is the name used here.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
+
+
+class NoSplit(UsageError):
+    """A source has no such split."""
+
+
+class Layout(NamedTuple):
+    """What the subfolders of a folder are."""
+
+    splits: dict[str, str]  # split to the name of its subfolder; empty where subfolders are classes
+    others: list[str]  # subfolders with pictures that are no splits
+
+
+def layout(folder: Path) -> Layout:
+    """Which splits a folder has: one rule for training, encoding and measuring.
+
+    Subfolders named like splits are splits if no other subfolder holds pictures, or if there are at least two of them,
+    train and another. Else they are classes that happen to be called so.
+
+    Raises:
+        UsageError: the folder cannot be opened.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            subfolders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry))
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be opened: {error.strerror}") from None
+    splits: dict[str, str] = {}
+    for split, names in SPLITS.items():
+        for name in names:
+            if name in subfolders:
+                splits.setdefault(split, name)
+    if not splits:
+        return Layout({}, [])
+    others = [name for name in subfolders if name not in splits.values() and holds_images(folder / name)]
+    if others and not ("train" in splits and len(splits) > 1):
+        return Layout({}, others)
+    return Layout(splits, others)
+
+
+def open_folder(
+    folder: Path,
+    split: str | None = None,
+    pixel_limit: int = PIXEL_LIMIT,
+    channels: int = 3,
+    depth: int = 8,
+) -> ImageSet:
+    """The pictures of a folder, in any nesting.
+
+    Where all of them lie in subfolders, the first level names their classes, numbered in sorted order; below a split
+    the level after it does. What is left out, and why no classes are used, is said in a warning.
+
+    Raises:
+        NoSplit: there is no such split.
+        UsageError: there is no picture.
+    """
+    found = layout(folder)
+    top, below_splits = folder, split is None and bool(found.splits)
+    if split is not None:
+        if split not in found.splits:
+            raise NoSplit(f"{folder} has no split {split!r}: {_why_no_split(folder, split, found)}")
+        folder = folder / found.splits[split]
+    left_out: dict[str, str] = {}
+    names = find_images(folder, left_out)
+    beside = list(found.others) if found.splits else []
+    if below_splits:
+        inside = tuple(f"{name}/" for name in found.splits.values())
+        beside += [name for name in names if "/" not in name]
+        names = [name for name in names if name.startswith(inside)]
+    if beside:
+        warn(f"{top} has the splits {', '.join(found.splits.values())}; left out: {_some(beside)}", stacklevel=4)
+    if left_out:
+        reasons = _some([f"{name} ({why})" for name, why in left_out.items()])
+        warn(f"left out {len(left_out):,} entries of {folder}: {reasons}", stacklevel=4)
+    if not names:
+        raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
+    labels, classes = _classes(folder, names, 1 if below_splits else 0)
+    images = FileImages(folder, names, labels, classes, pixel_limit=pixel_limit, channels=channels, depth=depth)
+    images.left_out = left_out
+    return images
+
+
+def open_file(path: Path, pixel_limit: int = PIXEL_LIMIT, channels: int = 3, depth: int = 8) -> ImageSet:
+    """A set of one picture."""
+    return FileImages(path.parent, [path.name], pixel_limit=pixel_limit, channels=channels, depth=depth)
+
+
+def _why_no_split(folder: Path, split: str, found: Layout) -> str:
+    name = next((name for name in SPLITS[split] if (folder / name).is_dir()), None)
+    if name is None:
+        return f"it has no subfolder called {' or '.join(SPLITS[split])}"
+    return f"{name} is a class beside {_some(found.others)}; give {folder / name} for that folder alone"
+
+
+def _classes(folder: Path, names: list[str], level: int) -> tuple[list[int] | None, list[str]]:
+    """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level."""
+    parents = [name.split("/", level + 1)[level] if name.count("/") > level else "" for name in names]
+    classes = sorted({parent for parent in parents if parent})
+    if "" in parents:
+        strays = [name for name, parent in zip(names, parents, strict=True) if not parent]
+        if classes:
+            warn(
+                f"no classes are used: {len(strays):,} of {len(names):,} images of {folder} lie beside the folders "
+                f"{_some(classes)}, not in them: {_some(strays)}",
+                stacklevel=5,
+            )
+        return None, []
+    called = [name for name in classes if name in SPLIT_NAMES]
+    if level == 0 and called:
+        others = _some([name for name in classes if name not in SPLIT_NAMES])
+        warn(
+            f"{_some(called)} is a class of {folder}, not a split, since it lies beside {others}; give "
+            f"{folder / called[0]} for that folder alone",
+            stacklevel=5,
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[parent] for parent in parents], classes
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,168 @@
+"""Names of the image files below a folder: as fast as the walk itself, and what was left out."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from lexel.data.files import EXTENSIONS
+from lexel.errors import UsageError
+from lexel.regular import kind
+
+_ENDINGS = frozenset(extension.removeprefix(".") for extension in EXTENSIONS)
+
+
+class Names(Sequence[str]):
+    """Many strings in one buffer of bytes: 8 bytes each beside their letters, where a list of str takes 57.
+
+    Equal to a list of the same strings; `+` gives a list. Names of files that are no UTF-8 keep their bytes as Python
+    does (`os.fsdecode`).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        parts = [name.encode("utf-8", "surrogatepass") for name in names]
+        self._bytes = b"".join(parts)
+        self._ends = np.cumsum(np.fromiter((len(part) for part in parts), np.int64, len(parts)))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[str]: ...
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # an IndexError or a number of the set
+        first = int(self._ends[number - 1]) if number else 0
+        return self._bytes[first : int(self._ends[number])].decode("utf-8", "surrogatepass")
+
+    def __iter__(self) -> Iterator[str]:
+        first = 0
+        for end in self._ends.tolist():
+            yield self._bytes[first:end].decode("utf-8", "surrogatepass")
+            first = end
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Names):
+            return self._bytes == other._bytes and np.array_equal(self._ends, other._ends)
+        return isinstance(other, list | tuple) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __add__(self, other: Sequence[str]) -> list[str]:
+        return [*self, *other]
+
+    def __radd__(self, other: Sequence[str]) -> list[str]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return repr(list(self)) if len(self) <= 20 else f"<{len(self):,} names: {self[0]!r}, ...>"
+
+
+def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> list[str]:
+    """Paths of the image files below a folder, relative to it, with forward slashes, in an order that never changes.
+
+    Hidden files and folders are left out; links to files and folders are followed, each folder once.
+
+    Args:
+        folder: where to look.
+        left_out: filled with the subfolders that cannot be opened and with pipes, sockets and devices that are named
+            like images, each with the reason.
+
+    Raises:
+        UsageError: the folder itself cannot be opened.
+    """
+    left_out = {} if left_out is None else left_out
+    names: list[str] = []
+    top = os.fspath(folder)
+    try:
+        status = Path(top).stat()
+        with os.scandir(top):
+            pass
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be opened: {error.strerror}") from None
+    _walk(top, "", {(status.st_dev, status.st_ino)}, names, left_out)
+    names.sort()
+    return names
+
+
+def holds_images(folder: str | Path) -> bool:
+    """Whether there is an image file anywhere below a folder; ends at the first one."""
+    pending, seen = [os.fspath(folder)], set()
+    while pending:
+        path = pending.pop()
+        try:
+            status = Path(path).stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if is_folder(entry):
+                        pending.append(entry.path)
+                    elif _is_named_like_an_image(entry.name):
+                        return True
+        except OSError:  # `find_images` names the folder
+            continue
+    return False
+
+
+def _walk(path: str, prefix: str, seen: set[tuple[int, int]], names: list[str], left_out: dict[str, str]) -> None:
+    """Adds the names below one folder; `prefix` is its path relative to the top, with a slash."""
+    try:
+        with os.scandir(path) as scanned:
+            entries = [entry for entry in scanned if not entry.name.startswith(".")]
+    except OSError as error:
+        left_out[prefix.rstrip("/")] = error.strerror or "it cannot be opened"
+        return
+    # Real folders come before links to folders, so that a picture goes by its real path where it has one.
+    folders = []
+    for entry in entries:
+        if is_folder(entry):
+            folders.append(entry)
+        elif _is_named_like_an_image(entry.name):
+            special = _special(entry)
+            if special is None:
+                names.append(prefix + entry.name)
+            else:
+                left_out[prefix + entry.name] = f"it is {special}, not a regular file"
+    for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
+        try:
+            status = Path(entry.path).stat()  # an entry's own stat has no device on Windows
+        except OSError as error:
+            left_out[prefix + entry.name] = error.strerror or "it cannot be opened"
+            continue
+        if (status.st_dev, status.st_ino) not in seen:  # else a link that leads back to where we have been
+            seen.add((status.st_dev, status.st_ino))
+            _walk(entry.path, f"{prefix}{entry.name}/", seen, names, left_out)
+
+
+def _is_named_like_an_image(name: str) -> bool:
+    stem, dot, ending = name.rpartition(".")
+    return bool(stem and dot) and ending.lower() in _ENDINGS
+
+
+def is_folder(entry: "os.DirEntry[Any]") -> bool:
+    """Whether an entry is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that points at itself
+        return False
+
+
+def _special(entry: "os.DirEntry[Any]") -> str | None:
+    """ "a named pipe", "a device", ...; None for files, and for broken links: pictures that cannot be read."""
+    try:
+        if entry.is_file():
+            return None
+        mode = Path(entry.path).stat().st_mode
+    except OSError:
+        return None
+    return None if stat.S_ISREG(mode) else kind(mode)

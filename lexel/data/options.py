@@ -1,0 +1,29 @@
+"""What the caller of a source asks for, whichever source it is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lexel.data.files import PIXEL_LIMIT
+
+Progress = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How to open a source.
+
+    Attributes:
+        split: "train", "validation", "test", or None for everything.
+        size: pixels a side at which drawings are rendered; pictures in files keep their own size.
+        channels: of the arrays: 3 for RGB, 1 for grey, 4 for RGB and alpha; more where the source holds so many.
+        depth: bits a channel, 8 or 16.
+        pixel_limit: pictures with more pixels are unreadable.
+        progress: called with (done, total) while something is made that is kept: drawings, an index of shards.
+    """
+
+    split: str | None = None
+    size: int | None = None
+    channels: int = 3
+    depth: int = 8
+    pixel_limit: int = PIXEL_LIMIT
+    progress: Progress = None

@@ -1,0 +1,42 @@
+"""Opening files that other people name: only regular files, so that a named pipe or a device cannot hang a program."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a regular file for reading bytes; never waits for anything.
+
+    Raises:
+        OSError: as `open` does; and for anything but a regular file, with `strerror` saying what it is.
+    """
+    check_regular(path, Path(path).stat())  # first, since opening alone does things to some devices
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        check_regular(path, os.fstat(descriptor))  # it may be another file by now
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: str | Path, status: os.stat_result) -> None:
+    """Raises an OSError that says what a path is if it is no regular file."""
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"it is {kind(status.st_mode)}, not a regular file", os.fspath(path))
+
+
+def kind(mode: int) -> str:
+    """What a file is, by its mode: "a named pipe"."""
+    return next((name for test, name in KINDS if test(mode)), "a special file")
