@@ -10,26 +10,21 @@ import pytest
 import lexel
 
 PACKAGE = Path(lexel.__file__).parent
-LAYERS = [
-    {
-        "errors",
-        "config",
-        "checkpoint",
-        "distributed",
-        "registry",
-        "regular",
-        "runtime",
-        "spacing",
-        "token_spec",
-        "run_folder",
-    },
+LAYERS = [  # a name that a change still to come will use may stand here before its file does
+    {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
+    | {"arrays", "regular"},
     {"kernels", "networks"},
     {"quantizers", "autoencoders", "transformer", "losses", "metrics", "data"},
     {"tokenizer", "autoencoder", "sampling", "decoding"},
-    {"generator"},
-    {"train", "convert", "evaluate", "export", "codec", "samples", "bank"},
-    {"report", "inspection", "publish"},
-    {"compare", "demo"},
+    {"generator", "generators"},
+    {"convert"},
+    {"loading"},
+    {"evaluate", "export", "codec", "samples", "bank"},
+    {"report"},
+    {"train"},
+    {"inspection"},
+    {"publish"},
+    {"compare", "demo", "studio"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -45,8 +40,8 @@ def home(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level parts of lexel that a file imports, wherever the import stands, but for type checking."""
+def imports(path: Path) -> set[str]:
+    """Modules of lexel that a file imports, wherever the import stands, but for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
@@ -58,19 +53,60 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lexel."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "lexel":
-            names |= {alias.name for alias in node.names if alias.name in RANK}
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lexel":
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if submodule in FILES else node.module)
         elif isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("lexel.")}
+            names |= {alias.name for alias in node.names if alias.name.startswith("lexel.")}
     return names
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {dotted(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """Groups of modules that import each other, directly or through others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        seen: set[str] = set()
+        open_ = [start]
+        while open_:
+            for name in graph[open_.pop()] - seen:
+                seen.add(name)
+                open_.append(name)
+        reached[start] = seen
+    groups = {
+        frozenset(other for other in graph if other in reached[name] and name in reached[other])
+        for name in graph
+        if name in reached[name]
+    }
+    return sorted(({*group} for group in groups), key=sorted)
+
+
+def test_files_do_not_import_in_circles():
+    graph = {name: {other for other in imports(path) if other in FILES} for name, path in FILES.items()}
+    assert [circle for circle in circles(graph) if not any(circle <= known for known in KNOWN_CIRCLES)] == []
+
+
+KNOWN_CIRCLES = [  # to be removed
+    {"lexel.quantizers.base", "lexel.quantizers.table"},
+    {f"lexel.quantizers{name}" for name in ("", ".stacked", ".product", ".residual", ".base", ".table")},
+]
+
+
+def test_a_circle_is_found_however_long_it_is():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}, "e": set()}) == [{"a", "b", "c"}]
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_module_imports_only_from_layers_to_its_left(path):
     own = home(path)
-    for name in imported(path) - {own}:
+    for name in {name.split(".")[1] for name in imports(path) if "." in name} - {own}:
         assert RANK[name] < RANK[own] or (RANK[name] == 0 and RANK[own] == 0), f"{own} imports {name}"
 
 

@@ -5,9 +5,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from fuzz import counts, survives
 
 from lexel.errors import UsageError
 from lexel.metrics import Moments, NpzImages, NpzWriter, ReferenceStatistics, read_statistics, write_statistics
+
+NETWORK = {"name": "random", "fingerprint": "0" * 64, "dims": 5, "resize": "clean", "logit_bias": True}
 
 
 def moments(dim: int, n: int | None = 50) -> Moments:
@@ -21,7 +24,7 @@ def pictures(n: int = 11) -> np.ndarray:
 
 def test_statistics_come_back_as_they_were(tmp_path):
     features = torch.randn(7, 5)
-    written = ReferenceStatistics(moments(5), moments(3), features, {"network": "random"})
+    written = ReferenceStatistics(moments(5), moments(3), features, {"network": NETWORK})
     write_statistics(tmp_path / "a.npz", written)
     read = read_statistics(tmp_path / "a.npz")
     for one, other in ((read.pooled, written.pooled), (read.spatial, written.spatial)):
@@ -29,7 +32,7 @@ def test_statistics_come_back_as_they_were(tmp_path):
         assert torch.equal(one.covariance, other.covariance)
         assert one.n == 50
     assert torch.equal(read.features, features)
-    assert read.about == {"network": "random"}
+    assert read.about == {"network": NETWORK}
 
 
 def test_others_read_our_file_by_its_keys(tmp_path):
@@ -128,11 +131,11 @@ def test_what_is_no_such_file_is_refused_with_what_it_holds(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     for call, message in (
         (lambda: read_statistics(tmp_path / "other.npz"), "holds labels, not mu, sigma"),
-        (lambda: read_statistics(tmp_path / "wrong.npz"), "not moments"),
+        (lambda: read_statistics(tmp_path / "wrong.npz"), r"sigma is float64 \(2, 2\); floating \(3, 3\) is needed"),
         (lambda: read_statistics(tmp_path / "text.npz"), "cannot be read"),
         (lambda: read_statistics(tmp_path / "none.npz"), "is not a file"),
         (lambda: NpzImages(tmp_path / "other.npz"), "has labels, not arr_0"),
-        (lambda: NpzImages(tmp_path / "float.npz"), "images are uint8"),
+        (lambda: NpzImages(tmp_path / "float.npz"), r"uint8 \(N, H, W, 3\) is needed"),
         (lambda: write_statistics(tmp_path / "a.pt", ReferenceStatistics(moments(2))), r"written as \.npz"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -143,3 +146,59 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
     np.savez(tmp_path / "evil.npz", mu=np.array([object()]), sigma=np.zeros((1, 1)))
     with pytest.raises(UsageError, match="damaged"):
         read_statistics(tmp_path / "evil.npz")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        "[]",
+        "{",
+        '{"network": "random"}',
+        '{"network": {"name": 3, "fingerprint": "0", "resize": "clean"}}',
+        '{"network": {}}',
+        '{"choices": []}',
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(tmp_path, about):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(3), sigma=np.eye(3), about=np.array(about))
+    with pytest.raises(UsageError, match=r"a\.npz is damaged: about"):
+        read_statistics(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"mu": np.full(3, np.nan)},
+        {"n": np.int64(1)},
+        {"n": np.float64(50)},
+        {"features": np.zeros((4, 2))},
+        {"mu_s": np.zeros(2), "sigma_s": np.zeros((3, 3))},
+        {"mu": np.zeros(3, np.int64)},
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(tmp_path, arrays):
+    np.savez(tmp_path / "a.npz", **{"mu": np.zeros(3), "sigma": np.eye(3)} | arrays)
+    with pytest.raises(UsageError, match=r"a\.npz"):
+        read_statistics(tmp_path / "a.npz")
+
+
+@counts
+def test_damaged_statistics_are_read_right_or_refused_in_one_line(tmp_path, count):
+    written = ReferenceStatistics(moments(5), moments(3), torch.randn(7, 5), {"network": NETWORK, "choices": {}})
+    write_statistics(tmp_path / "a.npz", written)
+
+    def check(read: ReferenceStatistics) -> None:
+        assert torch.equal(read.pooled.covariance, written.pooled.covariance)
+
+    survives(read_statistics, tmp_path / "a.npz", 2, count, check)
+
+
+@counts
+def test_damaged_image_sets_are_read_right_or_refused_in_one_line(tmp_path, count):
+    np.savez_compressed(tmp_path / "a.npz", arr_0=pictures())
+
+    def read(path) -> np.ndarray:
+        samples = NpzImages(path)
+        return np.concatenate([images for _, images in samples.batches(range(len(samples)), 4)])
+
+    survives(read, tmp_path / "a.npz", 3, count, lambda images: np.testing.assert_array_equal(images, pictures()))

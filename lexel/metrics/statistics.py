@@ -5,19 +5,23 @@ so that those tools read our files, and beside them `n`, `features` and `about` 
 """
 
 import json
-import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lexel.arrays import ONLY, ArrayFile, NpzWriter, open_arrays
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
 from lexel.metrics.moments import Moments
+
+# What `about` may hold and a comparison reads, by type; other entries are left alone.
+_ABOUT = {"network": dict, "choices": dict, "statistics": str, "data": str}
+_NETWORK = {"name": str, "fingerprint": str, "resize": str}
 
 
 @dataclass(frozen=True)
@@ -36,34 +40,55 @@ def read_statistics(path: str | Path) -> ReferenceStatistics:
     Raises:
         UsageError: the file is missing, damaged, or holds no mean and covariance.
     """
-    path = Path(path)
-    with _opened(path) as archive:
-        arrays = set(archive.files)
-        if not {"mu", "sigma"} <= arrays:
-            raise UsageError(
-                f"{path} has no statistics: it holds {', '.join(sorted(arrays)) or 'nothing'}, not mu, sigma"
-            )
+    with open_arrays(path) as arrays:
+        pooled = _moments(arrays, "mu", "sigma")
+        if pooled is None:
+            held = ", ".join(sorted(arrays.names)) or "nothing"
+            raise UsageError(f"{path} has no statistics: it holds {held}, not mu, sigma")
+        features = None
+        if "features" in arrays:
+            features = _tensor(arrays, "features", f"M {len(pooled.mean)}", np.floating).float()
+        about = _about(str(arrays.read("about", "", np.str_)), arrays.path) if "about" in arrays else {}
+        return ReferenceStatistics(pooled, _moments(arrays, "mu_s", "sigma_s"), features, about)
 
-        def read(key: str) -> Tensor | None:
-            return torch.from_numpy(np.ascontiguousarray(archive[key])) if key in arrays else None
 
-        def moments(mean: str, covariance: str) -> Moments | None:
-            mu, sigma, n = read(mean), read(covariance), read("n")
-            if mu is None or sigma is None:
-                return None
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise UsageError(
-                    f"{path}: {mean} is {tuple(mu.shape)} and {covariance} {tuple(sigma.shape)}; not moments"
-                )
-            return Moments(mu.double(), sigma.double(), None if n is None else int(n))
+def _moments(arrays: ArrayFile, mean: str, covariance: str) -> Moments | None:
+    if mean not in arrays or covariance not in arrays:
+        return None
+    mu = _tensor(arrays, mean, "D", np.floating)
+    sigma = _tensor(arrays, covariance, f"{len(mu)} {len(mu)}", np.floating)
+    n = int(arrays.read("n", "", np.integer)) if "n" in arrays else None
+    if n is not None and n < 2:
+        raise UsageError(f"{arrays.path} is damaged: its statistics are of {n} images")
+    return Moments(mu.double(), sigma.double(), n)
 
-        try:
-            pooled = moments("mu", "sigma")
-            assert pooled is not None
-            about = json.loads(str(archive["about"])) if "about" in arrays else {}
-            return ReferenceStatistics(pooled, moments("mu_s", "sigma_s"), read("features"), about)
-        except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-            raise error if isinstance(error, UsageError) else UsageError(f"{path} is damaged: {error}") from None
+
+def _tensor(arrays: ArrayFile, name: str, shape: str, kind: Any) -> Tensor:
+    values = torch.from_numpy(arrays.read(name, shape, kind))
+    if not values.isfinite().all():
+        raise UsageError(f"{arrays.path} is damaged: {name} holds values that are not finite")
+    return values
+
+
+def _about(text: str, path: Path) -> dict[str, Any]:
+    """What a file says of itself, checked as far as it is compared with anything."""
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is damaged: about is no JSON: {error}") from None
+    fields: list[tuple[Any, Mapping[str, type]]] = [(about, _ABOUT)]
+    if isinstance(about, dict) and isinstance(about.get("network"), dict):
+        missing = _NETWORK.keys() - about["network"].keys()
+        if missing:
+            raise UsageError(f"{path} is damaged: about.network has no {', '.join(sorted(missing))}")
+        fields.append((about["network"], _NETWORK))
+    for table, types in fields:
+        if not isinstance(table, dict):
+            raise UsageError(f"{path} is damaged: about is no JSON object")
+        for name, kind in types.items():
+            if name in table and not isinstance(table[name], kind):
+                raise UsageError(f"{path} is damaged: about.{name} is {str(table[name])[:40]!r}, not a {kind.__name__}")
+    return about
 
 
 def arrays_in(path: str | Path) -> set[str]:
@@ -72,8 +97,8 @@ def arrays_in(path: str | Path) -> set[str]:
     Raises:
         UsageError: there is no such file, or it is no .npz.
     """
-    with _opened(Path(path)) as archive:
-        return set(archive.files)
+    with open_arrays(path) as arrays:
+        return set(arrays.names)
 
 
 def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
@@ -94,140 +119,44 @@ def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
 
 
 class NpzImages:
-    """The uint8 images (N, H, W, 3) in an .npz file, read a few at a time: 50,000 of 256 px are 9.8 GB.
-
-    An uncompressed member is mapped, a compressed one is read as a stream, which only goes forward.
+    """The uint8 images (N, H, W, 3) in an .npz (or .npy) file, read a few at a time: 50,000 of 256 px are 9.8 GB.
 
     Args:
-        path: the .npz file.
+        path: the file.
         key: the array in it; `arr_0` is ADM's.
 
     Raises:
         UsageError: the file is missing or damaged, or the array is missing or no such images.
     """
 
-    def __init__(self, path: str | Path, key: str = "arr_0") -> None:
+    def __init__(self, path: str | Path, key: str = ONLY) -> None:
         self.path, self.key = Path(path), key
-        with _opened(self.path) as archive:
-            if key not in archive.files:
-                held = ", ".join(sorted(archive.files)) or "nothing"
+        with open_arrays(path) as arrays:
+            if key not in arrays:
+                held = ", ".join(sorted(arrays.names)) or "nothing"
                 raise UsageError(f"{path} holds no images: it has {held}, not {key}")
-        with zipfile.ZipFile(self.path) as archive:
-            member = archive.getinfo(f"{key}.npy")
-            self._mapped = member.compress_type == zipfile.ZIP_STORED
-            with archive.open(member) as stream:
-                self.shape = _header(stream, self.path)
+            self.shape = arrays.header(key, "N H W 3", np.uint8).shape
+        if min(self.shape[1:3]) < 1:
+            raise UsageError(f"{path} holds images without pixels: {self.shape}")
 
     def __len__(self) -> int:
         return self.shape[0]
 
-    def batches(self, numbers: Iterable[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (numbers int64 (B,), images uint8 (B, H, W, 3)) for ascending image numbers.
 
         Raises:
-            UsageError: the data ends before the header says.
+            UsageError: the data is damaged, or ends before the header says.
         """
-        rows = self._from_map(numbers) if self._mapped else self._from_stream(numbers)
-        chunk: list[tuple[int, np.ndarray]] = []
-        for row in rows:
-            chunk.append(row)
-            if len(chunk) == batch_size:
-                yield _stacked(chunk)
-                chunk = []
-        if chunk:
-            yield _stacked(chunk)
-
-    def _from_map(self, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as file:
-            # The local header repeats the name and has its own extra field, whose length stands at byte 28.
-            offset = archive.getinfo(f"{self.key}.npy").header_offset
-            file.seek(offset + 26)
-            name, extra = np.frombuffer(file.read(4), "<u2").tolist()
-            file.seek(offset + 30 + name + extra)
-            _header(file, self.path)
-            start = file.tell()
-        if self.path.stat().st_size < start + int(np.prod(self.shape)):
-            raise UsageError(f"{self.path} is truncated: {self.key} should hold {self.shape[0]} images")
-        images = np.memmap(self.path, np.uint8, "r", start, self.shape)
-        for number in numbers:
-            yield number, images[number]
-
-    def _from_stream(self, numbers: Iterable[int]) -> Iterator[tuple[int, np.ndarray]]:
-        size = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as stream:
-            _header(stream, self.path)
-            position = 0
-            for number in numbers:
-                while position <= number:
-                    data = stream.read(size)
-                    position += 1
-                if len(data) != size:
-                    raise UsageError(f"{self.path} is truncated: image {number} of {self.shape[0]} is not whole")
-                yield number, np.frombuffer(data, np.uint8).reshape(self.shape[1:])
+        with open_arrays(self.path) as arrays:
+            chunk: list[np.ndarray] = []
+            for position, row in enumerate(arrays.rows(numbers, self.key, "N H W 3", np.uint8)):
+                chunk.append(row)
+                if len(chunk) == batch_size or position + 1 == len(numbers):
+                    first = position + 1 - len(chunk)
+                    chosen = torch.tensor(list(numbers[first : position + 1]))
+                    yield chosen, torch.from_numpy(np.stack(chunk))
+                    chunk = []
 
 
-class NpzWriter:
-    """Writes images into an .npz file of ADM's layout as they come; the file appears when all are there.
-
-    Args:
-        path: the .npz file.
-        shape: (N, H, W, 3), as the header needs it beforehand.
-        key: the array's name.
-    """
-
-    def __init__(self, path: str | Path, shape: tuple[int, int, int, int], key: str = "arr_0") -> None:
-        self.path, self.shape, self.key = Path(path), shape, key
-        self._written = 0
-
-    def __enter__(self) -> Self:
-        self._atomic = atomic(self.path)
-        self._archive = zipfile.ZipFile(self._atomic.__enter__(), "w", zipfile.ZIP_STORED)
-        self._member = self._archive.open(zipfile.ZipInfo(f"{self.key}.npy"), "w", force_zip64=True)
-        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(self._member, header)
-        return self
-
-    def add(self, images: np.ndarray) -> None:
-        """Appends uint8 images (B, H, W, 3)."""
-        if images.dtype != np.uint8 or images.shape[1:] != self.shape[1:]:
-            raise UsageError(f"images must be uint8 (B, {str(self.shape[1:])[1:]}, got {images.dtype} {images.shape}")
-        self._member.write(np.ascontiguousarray(images).data)
-        self._written += len(images)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._member.close()
-        self._archive.close()
-        if kind is None and self._written != self.shape[0]:
-            short = UsageError(f"{self.path} was to hold {self.shape[0]} images, got {self._written}")
-            self._atomic.__exit__(UsageError, short, None)
-            raise short
-        self._atomic.__exit__(kind, error, trace)
-
-
-def _opened(path: Path) -> np.lib.npyio.NpzFile:
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file; give an .npz file")
-    try:
-        opened = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise UsageError(f"{path} cannot be read as .npz: {error}") from None
-    if not isinstance(opened, np.lib.npyio.NpzFile):
-        raise UsageError(f"{path} is a single array; an .npz file was expected")
-    return opened
-
-
-def _header(stream: IO[bytes], path: Path) -> tuple[int, ...]:
-    """The shape in a .npy header, read so that the stream stands at the data."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = reader(stream)
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from None
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-        raise UsageError(f"{path} holds {dtype} {shape}; images are uint8 (N, H, W, 3)")
-    return shape
-
-
-def _stacked(chunk: list[tuple[int, np.ndarray]]) -> tuple[Tensor, Tensor]:
-    return torch.tensor([number for number, _ in chunk]), torch.from_numpy(np.stack([image for _, image in chunk]))
+__all__ = ["NpzImages", "NpzWriter", "ReferenceStatistics", "arrays_in", "read_statistics", "write_statistics"]

@@ -1,0 +1,120 @@
+"""Damaged copies of files, always the same ones: what every reader must answer with a right result or a UsageError."""
+
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lexel.errors import UsageError
+
+# `def test_...(count, tmp_path)` with this mark runs 300 mutations, and 20,000 with `-m slow`.
+counts = pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+
+# What stands in a text where a number, a word or a value is expected.
+WORDS = (
+    *(b"nan", b"NaN", b"inf", b"-Infinity", b"1e400", b"-1", b"0", b"1.5", b"99999999999999999999", b"true", b"null"),
+    *(b'""', b'"32"', b"[]", b"{}", b"[1, 2]", b'{"a": 1}', b"'", b'"', b"\\ud800", b"\xff", b"\x00", b"(" * 300),
+)
+NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 2**63 - 1, 2**64 - 1)
+
+
+def mutations(data: bytes, seed: int, count: int) -> Iterator[bytes]:
+    """Gives `count` damaged copies of `data`: one to four faults each, a function of the seed alone."""
+    for number in range(count):
+        draw = random.Random(f"{seed} {number}")
+        damaged = bytearray(data)
+        for _ in range(draw.choice((1, 1, 1, 2, 4))):
+            draw.choice(FAULTS)(damaged, draw)
+        yield bytes(damaged)
+
+
+def survives(
+    read: Callable[[Path], Any], path: Path, seed: int, count: int, check: Callable[[Any], None] | None = None
+) -> int:
+    """Reads damaged copies of the file at `path`, in its place: anything raised but a UsageError fails the test.
+
+    Args:
+        read: the reader; it gets the path.
+        path: a whole file; it is whole again at the end.
+        seed, count: of `mutations`.
+        check: asserts that what was read is right.
+
+    Returns:
+        How many copies were read without an error.
+    """
+    data, readable = path.read_bytes(), 0
+    try:
+        for number, damaged in enumerate(mutations(data, seed, count)):
+            path.write_bytes(damaged)
+            message = "one line"
+            try:
+                result = read(path)
+                readable += 1
+                if check is not None:
+                    check(result)
+            except UsageError as error:
+                message = str(error)
+            except Exception as error:
+                raise AssertionError(f"mutation {number} of seed {seed}: {type(error).__name__}: {error}") from error
+            assert message, f"mutation {number} of seed {seed}: the error says nothing"
+            assert "\n" not in message, f"mutation {number} of seed {seed}: more than one line: {message}"
+    finally:
+        path.write_bytes(data)
+    return readable
+
+
+def _flip(data: bytearray, draw: random.Random) -> None:
+    if data:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+
+
+def _overwrite(data: bytearray, draw: random.Random) -> None:
+    if data:
+        data[draw.randrange(len(data))] = draw.choice((0, 1, 0x7F, 0x80, 0xFE, 0xFF, draw.randrange(256)))
+
+
+def _number(data: bytearray, draw: random.Random) -> None:
+    width = draw.choice((1, 2, 4, 8))
+    value = draw.choice(NUMBERS) & (256**width - 1)
+    at = draw.randrange(len(data) + 1)
+    data[at : at + width] = value.to_bytes(width, draw.choice(("little", "big")))
+
+
+def _cut(data: bytearray, draw: random.Random) -> None:
+    del data[draw.randrange(len(data) + 1) :]
+
+
+def _remove(data: bytearray, draw: random.Random) -> None:
+    at = draw.randrange(len(data) + 1)
+    del data[at : at + draw.choice((1, 2, 8, 100))]
+
+
+def _insert(data: bytearray, draw: random.Random) -> None:
+    at = draw.randrange(len(data) + 1)
+    data[at:at] = draw.randbytes(draw.choice((1, 2, 8, 100)))
+
+
+def _repeat(data: bytearray, draw: random.Random) -> None:
+    at = draw.randrange(len(data) + 1)
+    data[at:at] = data[at : at + draw.choice((1, 8, 100))]
+
+
+def _zeros(data: bytearray, draw: random.Random) -> None:
+    at, length = draw.randrange(len(data) + 1), draw.choice((1, 8, 100, 4096))
+    data[at : at + length] = bytes(len(data[at : at + length]))
+
+
+def _word(data: bytearray, draw: random.Random) -> None:
+    """Puts a word in the place of a number or a word of a text."""
+    places = list(
+        re.finditer(rb"-?\d+(\.\d+)?|\"[^\"\n]{0,40}\"|'[^'\n]{0,40}'|true|false|null", bytes(data[:200_000]))
+    )
+    if places:
+        place = draw.choice(places)
+        data[place.start() : place.end()] = draw.choice(WORDS)
+
+
+FAULTS = (_flip, _flip, _overwrite, _number, _cut, _remove, _insert, _repeat, _zeros, _word, _word)
