@@ -11,7 +11,6 @@ from PIL import Image
 
 from lexel.compare import Variant, compare, expand, read_variants, summarise, table
 from lexel.compare import run as comparing
-from lexel.compare.run import PeakMemory
 from lexel.compare.summary import mean_and_deviation
 from lexel.config import check, load
 from lexel.errors import UsageError
@@ -218,15 +217,3 @@ def test_the_table_shows_means_and_the_spread_over_seeds():
         ],
         ["vq", "1,024", "8", "10", "21.00 ± 1.00", "0.50 ± 0.00", "-", "-", "-"],
     ]
-
-
-def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
-    memory = PeakMemory()
-    if not memory.measurable:
-        pytest.skip("this system does not tell a process's peak memory")
-    cpu = torch.device("cpu")
-    before = memory.read(cpu)
-    torch.ones(2**25).sum()  # 128 MiB
-    peak = memory.read(cpu)
-    assert peak - before > 2**26
-    assert PeakMemory().read(cpu) < peak - 2**26

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lexel.errors import UsageError
-from lexel.runtime import PRECISIONS, runtime
+from lexel.runtime import PRECISIONS, PeakMemory, runtime
 
 
 def test_half_precision_holds_inside_the_context_only():
@@ -29,3 +29,15 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(device):
 def test_an_unknown_precision_is_answered_with_the_known_ones():
     with pytest.raises(UsageError, match=f"unknown precision 'half'; choose from {', '.join(sorted(PRECISIONS))}"):
         runtime("cpu", "half")
+
+
+def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
+    memory = PeakMemory()
+    if not memory.measurable:
+        pytest.skip("this system does not tell a process's peak memory")
+    cpu = torch.device("cpu")
+    before = memory.read(cpu)
+    torch.ones(2**25).sum()  # 128 MiB
+    peak = memory.read(cpu)
+    assert peak - before > 2**26
+    assert PeakMemory().read(cpu) < peak - 2**26

@@ -1,13 +1,14 @@
 """Pages that people look at: one self-contained HTML file a run, no network, readable on a phone.
 
 `write_report(run)` reads a run folder and nothing else. Its figures (`line_chart`, `picture_rows`, `code_map`,
-`latent_map`) and `write_page` serve the demo's and the comparison's pages too.
+`latent_map`, ...) and `write_page` serve the demo's and the comparison's pages too.
 """
 
 from lexel.report.figures import (
     Figure,
     code_histogram,
     code_map,
+    labelled_rows,
     latent_map,
     line_chart,
     picture_rows,
@@ -23,6 +24,7 @@ __all__ = [
     "code_histogram",
     "code_map",
     "generator_figures",
+    "labelled_rows",
     "latent_map",
     "line_chart",
     "picture_rows",

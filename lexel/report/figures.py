@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import matplotlib
@@ -101,6 +102,17 @@ def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int 
     """Rows of equally many pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
     scale = max(1, -(-smallest // min(rows[0].shape[1:3])))
     return Figure(_img(picture_grid(np.concatenate(rows), columns=len(rows[0]), scale=scale)), caption)
+
+
+def labelled_rows(rows: Mapping[str, NDArray[Any]], caption: str = "") -> Figure:
+    """Rows of pictures (N, H, W, 3) uint8, each with its name at the left; all need not have the same N."""
+    widest = max(len(pictures) for pictures in rows.values())
+    lines = []
+    for name, pictures in rows.items():
+        blank = np.full((widest - len(pictures), *pictures.shape[1:]), 255, dtype=np.uint8)
+        image = picture_rows([np.concatenate([pictures, blank])]).html
+        lines.append(f'<div class="row"><span>{escape(name)}</span>{image}</div>')
+    return Figure("".join(lines), caption)
 
 
 def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:

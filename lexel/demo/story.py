@@ -1,0 +1,170 @@
+"""Trains, measures and generates; `demo` is the order in which things happen."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lexel import config
+from lexel.codec import Codec
+from lexel.data.config import open_data
+from lexel.demo import page
+from lexel.demo.second_core import SecondCore
+from lexel.evaluate import read_result
+from lexel.report import write_report
+from lexel.run_folder import TrainingStopped
+from lexel.runtime import runtime
+from lexel.train.generator import GeneratorRecipe, load_generator_run, train_generator
+from lexel.train.run import Progress
+from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
+
+METRICS = ("psnr", "ssim", "lpips", "usage")
+
+ProgressCallback = Callable[[str, int, int, str], None]  # stage, done, total, note
+
+
+class DemoResult(NamedTuple):
+    """Where the demo's page is, and the numbers on it."""
+
+    page: Path
+    table: list[list[str]]  # the first row is the head
+
+
+class Folders(NamedTuple):
+    """What the demo leaves behind."""
+
+    vq: Path
+    tokenizer: Path  # IBQ
+    training_tokens: Path
+    validation_tokens: Path
+    generator: Path
+
+
+def demo(
+    out: str | Path,
+    steps: int | None = None,
+    progress: ProgressCallback | None = None,
+    device: str = "cpu",
+    precision: str = "float32",
+) -> DemoResult:
+    """Trains VQ and IBQ side by side on OpenMoji, then a small generator over IBQ's tokens, and writes a page.
+
+    Two processes share the work, one thread each, so that the figures do not depend on the number of cores. The same
+    call again goes on where it was stopped.
+
+    Args:
+        out: the folder to write to.
+        steps: of each training, to try it out; the recipes' by default.
+        progress: called with the stage, how far it is, of how much, and a note.
+        device, precision: where and how the networks are trained and used; the figures in the documents are the
+            default's.
+
+    Raises:
+        TrainingStopped: a signal ended a training; what was learned is saved.
+    """
+    out = Path(out)
+    folders = Folders(out / "vq", out / "tokenizer", out / "tokens/train", out / "tokens/validation", out / "generator")
+    changes = [f"train.precision={precision}"]
+    if steps is not None:
+        changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
+    recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, changes)
+    images = open_data(recipe.data, _counted(progress, "drawings"))  # rendered once, before two processes ask for them
+    with SecondCore() as beside, _one_thread():
+        overrides = [word for change in changes for word in ("--set", change)]
+        vq = beside.start(
+            "train", "openmoji", "--out", str(folders.vq), "--device", device, *overrides, "--set",
+            "model.quantizer.kind=vq",
+        )  # fmt: skip
+        _train_tokenizer(recipe, folders.tokenizer, device, _told(progress, "IBQ and VQ"))
+        _report(progress, "waiting for VQ")
+        vq.result()
+        measured = [
+            beside.start(
+                "evaluate", str(folder), "--data", recipe.data.source, "--split", "validation", "--device", device,
+                "--precision", precision, "--json", str(folder / "evaluation.json"),
+                *(word for metric in METRICS for word in ("--metric", metric)),
+            )
+            for folder in (folders.vq, folders.tokenizer)
+        ]  # fmt: skip
+        codec = Codec(
+            load_run(folders.tokenizer), runtime(device, precision), recipe.data.make_transform(), batch_size=64
+        )
+        for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
+            codec.encode(recipe.data.source, folder, split, progress=_counted(progress, "tokens"))
+        _train_generator(folders, changes, device, _told(progress, "generator"))
+        _report(progress, "measuring")
+        for result in measured:
+            result.result()
+    generator = load_generator_run(folders.generator).to(codec.runtime.device)
+    tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counted(progress, "drawing"))
+    results = {
+        name: read_result(folder / "evaluation.json")
+        for name, folder in (("VQ", folders.vq), ("IBQ", folders.tokenizer))
+    }
+    _report(progress, "page")
+    story = page.Story(
+        runs={"VQ": folders.vq, "IBQ": folders.tokenizer},
+        results=results,
+        generator=folders.generator,
+        classes=generator.config.class_names or [],
+        samples=codec.pictures(tokens),
+        codecs={"VQ": Codec(load_run(folders.vq), codec.runtime, None), "IBQ": codec},
+        training=images[0],
+        held_out=images[1],
+        transform=recipe.data.make_transform(),
+    )
+    return DemoResult(page.write(out, story), page.table(results, story.runs))
+
+
+def _train_tokenizer(
+    recipe: TokenizerRecipe, folder: Path, device: str, progress: Callable[[Progress], None] | None
+) -> None:
+    trained = train_tokenizer(recipe, folder, device=device, progress=progress)
+    _check_finished(trained.finished)
+    write_report(folder)
+
+
+def _train_generator(
+    folders: Folders, changes: list[str], device: str, progress: Callable[[Progress], None] | None
+) -> None:
+    data = [
+        f"data.tokens='{folders.training_tokens}'",
+        f"data.validation='{folders.validation_tokens}'",
+        f"data.tokenizer='{folders.tokenizer}'",
+    ]
+    recipe = config.load(config.find_recipe("generator_openmoji"), GeneratorRecipe, [*changes, *data])
+    trained = train_generator(recipe, folders.generator, device=device, progress=progress)
+    _check_finished(trained.finished)
+    write_report(folders.generator)
+
+
+def _check_finished(finished: bool) -> None:
+    if not finished:
+        raise TrainingStopped("stopped before the end; all that was learned is saved, and the same command goes on")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _report(progress: ProgressCallback | None, stage: str) -> None:
+    if progress is not None:
+        progress(stage, 0, 1, "")
+
+
+def _told(progress: ProgressCallback | None, stage: str) -> Callable[[Progress], None] | None:
+    if progress is None:
+        return None
+    return lambda now: progress(stage, now.step, now.steps, f"{now.images_per_second:.0f} images/s")
+
+
+def _counted(progress: ProgressCallback | None, stage: str) -> Callable[[int, int | None], None] | None:
+    return None if progress is None else lambda done, total: progress(stage, done, total or done, "")
