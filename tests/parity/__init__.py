@@ -1,0 +1,18 @@
+"""Parity with the published implementations: fixtures of `shared/parity/families`, checked through the importers.
+
+    python -m tests.parity FILE...
+
+A family is one module here, with a function `check(fixture)`, and one line in CHECKERS.
+"""
+
+from collections.abc import Callable
+
+from tests.parity.fixture import Fixture
+
+CHECKERS: dict[str, Callable[[Fixture], None]] = {}  # by how the file's `family` begins
+
+
+def checker(fixture: Fixture) -> Callable[[Fixture], None] | None:
+    """The check for a file's family: the longest name in CHECKERS that its `family` begins with."""
+    fitting = [name for name in CHECKERS if fixture.family.startswith(name)]
+    return CHECKERS[max(fitting, key=len)] if fitting else None

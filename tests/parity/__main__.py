@@ -1,0 +1,31 @@
+"""`python -m tests.parity FILE...`: one line a file; exit code 0 only if every comparison holds."""
+
+import sys
+
+import torch
+
+from tests.parity import CHECKERS, checker
+from tests.parity.fixture import Fixture
+
+
+def main(paths: list[str]) -> int:
+    if not paths:
+        print(f"usage: python -m tests.parity FILE...\nfamilies: {', '.join(sorted(CHECKERS))}")
+        return 2
+    torch.set_num_threads(1)
+    failed = False
+    for path in paths:
+        fixture = Fixture.open(path)
+        check = checker(fixture)
+        if check is None:
+            print(f"{fixture.path.name}: FAILED: no checker for the family {fixture.family!r}")
+            failed = True
+            continue
+        check(fixture)
+        print(fixture)
+        failed |= bool(fixture.faults) or not fixture.compared
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""A fixture of a published implementation, and what was compared with it."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lexel
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of the published tensor
+
+
+@dataclass
+class Worst:
+    """The largest error of a precision, and where it was."""
+
+    error: float = 0.0
+    where: str = "-"
+
+
+@dataclass
+class Fixture:
+    """One file: the published configuration, weights, inputs and results; and the comparisons made with it."""
+
+    path: Path
+    content: dict[str, Any]
+    compared: dict[str, None] = field(default_factory=dict)  # names in the order they were first compared
+    worst: dict[torch.dtype, Worst] = field(default_factory=dict)
+    tokens: bool | None = None  # whether all tokens were equal; None where a file has none
+    faults: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Fixture":
+        return cls(Path(path), torch.load(path, weights_only=True))
+
+    @property
+    def family(self) -> str:
+        return str(self.content["family"])
+
+    def runs(self, part: str | None = None) -> Iterator["Run"]:
+        """The file, or a part of it with results of its own, in float64 and in float32."""
+        content = self.content if part is None else {**self.content, **self.content[part]}
+        prefix = "" if part is None else f"{part} "
+        for dtype in TOLERANCES:
+            yield Run(self, content, dtype, prefix)
+
+    def __str__(self) -> str:
+        """The line that the command prints."""
+        errors = ", ".join(f"{str(dtype)[6:]} {worst.error:.1e} ({worst.where})" for dtype, worst in self.worst.items())
+        tokens = {None: "no tokens", True: "tokens equal", False: "TOKENS DIFFER"}[self.tokens]
+        verdict = "FAILED: " + "; ".join(self.faults[:3]) if self.faults else "ok"
+        return f"{self.path.name}: {', '.join(self.compared)}: {errors or 'nothing compared'}; {tokens}; {verdict}"
+
+
+@dataclass
+class Run:
+    """A fixture at one precision."""
+
+    fixture: Fixture
+    content: Mapping[str, Any]
+    dtype: torch.dtype
+    prefix: str = ""
+
+    @property
+    def expected(self) -> Mapping[str, Any]:
+        """The published results of this precision; float32 ones are float64's where a file has no others."""
+        if self.dtype == torch.float32 and "f32" in self.content:
+            return {**self.content["f64"], **self.content["f32"]}
+        return self.content["f64"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        """An input, in this precision."""
+        return self.cast(self.content["inputs"][name])
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+
+    def load(self, family: str, overrides: Mapping[str, Any] | None = None, **parts: Any) -> Any:
+        """The model that the public importer makes of the file, in this precision.
+
+        Args:
+            family: a name in `lexel.convert.FAMILIES`.
+            overrides: options that the published layout does not tell.
+            parts: `state_dict` or `config` in place of the fixture's own.
+        """
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "published.pt"
+            state = parts.get("state_dict", self.content.get("state_dict"))
+            torch.save({"state_dict": state, "config": parts.get("config", self.content.get("config", {}))}, path)
+            model = lexel.load(path, family=family, overrides=dict(overrides or {}))
+            return model.to(self.dtype) if isinstance(model, nn.Module) else model
+
+    def close(self, name: str, ours: Tensor, theirs: Tensor | None = None, tolerance: float | None = None) -> None:
+        """Compares numbers: the largest difference as a share of the largest published number."""
+        theirs = self.expected[name] if theirs is None else theirs
+        self.fixture.compared[self.prefix + name] = None
+        if ours.numel() != theirs.numel():
+            self.fixture.faults.append(f"{name} is {tuple(ours.shape)}, published {tuple(theirs.shape)}")
+            return
+        ours, theirs = ours.detach().double().reshape(theirs.shape), theirs.double()
+        difference = (ours - theirs).abs().max().item() if theirs.numel() else 0.0
+        largest = theirs.abs().max().item() if theirs.numel() else 0.0
+        error = difference / largest if largest else difference
+        worst = self.fixture.worst.setdefault(self.dtype, Worst())
+        if not error <= worst.error:  # NaN included
+            worst.error, worst.where = error, self.prefix + name
+        allowed = TOLERANCES[self.dtype] if tolerance is None or self.dtype == torch.float64 else tolerance
+        if not error <= allowed:
+            self.fixture.faults.append(f"{self.prefix}{name} differs by {error:.1e} in {str(self.dtype)[6:]}")
+
+    def same(self, name: str, ours: Tensor, theirs: Tensor | None = None) -> None:
+        """Compares integers, which must be equal."""
+        theirs = self.expected[name] if theirs is None else theirs
+        self.fixture.compared[self.prefix + name] = None
+        equal = ours.numel() == theirs.numel() and torch.equal(ours.reshape(theirs.shape).long(), theirs.long())
+        self.fixture.tokens = equal and self.fixture.tokens is not False
+        if not equal:
+            self.fixture.faults.append(f"{self.prefix}{name} differ in {str(self.dtype)[6:]}")
+
+    def gradients(self, total: Tensor, ours: Mapping[str, Tensor], name: str = "grads") -> None:
+        """Compares the gradients of a scalar; `ours` are parameters and inputs by their published names.
+
+        Every published gradient must be among `ours`; a value may be a function of gradients instead of a tensor.
+        """
+        theirs = self.expected[name]
+        missing = theirs.keys() - ours.keys()
+        if missing:
+            self.fixture.faults.append(f"no parameter for the published gradient of {sorted(missing)[0]}")
+        names = [key for key in theirs if key in ours]
+        found = torch.autograd.grad(total, [ours[key] for key in names], retain_graph=True, allow_unused=True)
+        for key, gradient in zip(names, found, strict=True):
+            self.close(f"{name}:{key}", torch.zeros_like(theirs[key]) if gradient is None else gradient, theirs[key])
