@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lexel.data import NoSplit, UnreadableImage, open_images, read_image
+from lexel.data import ArrayImages, NoSplit, UnreadableImage, open_images, read_image
 from lexel.data.config import DataConfig, open_data
 from lexel.data.folder import layout
+from lexel.data.images import CachedImages
 from lexel.data.listing import Names, find_images
 from lexel.errors import UsageError
 
@@ -233,3 +234,18 @@ def test_listing_equals_a_plain_walk(tmp_path):
         if path.is_file() and path.name[0] != "."
     )
     assert find_images(tmp_path) == expected
+
+
+def test_a_set_knows_its_fingerprint_through_caches_and_parts(tmp_path):
+    made(tmp_path, *(f"{number}.png" for number in range(4)))
+    images = open_images(tmp_path)
+    before = images.fingerprint()
+    assert open_images(str(tmp_path)).fingerprint() == before
+    assert CachedImages(images, 10**6).fingerprint() == before
+    part = images.subset([0, 2])
+    assert CachedImages(part, 10**6).fingerprint() == part.fingerprint() != before
+    PICTURE.resize((5, 5)).save(tmp_path / "1.png")
+    assert open_images(tmp_path).fingerprint() != before
+    array = ArrayImages(np.zeros((2, 3, 3, 3), np.uint8), ["a", "b"])
+    assert array.fingerprint() != ArrayImages(np.ones((2, 3, 3, 3), np.uint8), ["a", "b"]).fingerprint()
+    assert array.fingerprint() != ArrayImages(np.zeros((2, 3, 3, 3), np.uint8), ["a", "c"]).fingerprint()

@@ -1,11 +1,9 @@
 """Where images come from: folders and sets, .npz files, token sets. All of them numbered, read in ascending order."""
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from lexel.data import (
     TRANSFORMS,
-    FileImages,
     ImageSet,
     Transform,
     UnreadableImage,
@@ -21,7 +18,7 @@ from lexel.data import (
     ordered_batches,
     to_images,
 )
-from lexel.data.images import Subset
+from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
 from lexel.errors import UsageError, unknown
 from lexel.metrics import NpzImages, Protocol
@@ -78,7 +75,7 @@ class Pictures(Source):
         self.unreadable.update(batches.unreadable)
 
     def listing(self) -> str:
-        return listing_of(self._images)
+        return self._images.fingerprint()
 
 
 class Archive(Source):
@@ -127,7 +124,7 @@ class Tokens(Source):
 
     def listing(self) -> str:
         histogram = self._tokens.histogram().tolist()
-        return digest([self._tokens.fingerprint, self._tokens.names, self._count, histogram])
+        return digest([self._tokens.fingerprint, list(self._tokens.names), self._count, histogram])
 
 
 class AsItIs(Transform):
@@ -192,35 +189,6 @@ def chosen_numbers(count: int, limit: int | None) -> Sequence[int]:
     if limit is not None and limit < min(2, count):
         raise UsageError(f"limit must be at least 2 images, got {limit}")
     return evenly_spaced(count, limit)
-
-
-def listing_of(images: ImageSet) -> str:
-    """A fingerprint of a set that changes when a file is changed, added, removed or renamed."""
-    if isinstance(images, Subset):
-        return digest([listing_of(images.images), list(images.numbers)])
-    if isinstance(images, FileImages):
-        return digest([images.names, [_status(images.folder / file) for file in images.files]])
-    hasher = hashlib.sha256(json.dumps(images.names).encode())
-    for number in range(len(images)):  # other sets lie in memory or in a mapped file
-        try:
-            hasher.update(np.ascontiguousarray(images.read(number)).data)
-        except UnreadableImage as error:
-            hasher.update(error.reason.encode())
-    return hasher.hexdigest()
-
-
-def _status(path: Path) -> tuple[int, int] | None:
-    """Size and date of a file; None for a link that leads nowhere."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def resized(protocol: Protocol, size: int | Literal["native"] | None) -> Protocol:
