@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from lexel.data import UnreadableImage, open_images, read_image
+from lexel.data.images import CachedImages
 from lexel.errors import UsageError
 
 # Four corners of different colours: every turn and mirror image of it is another picture.
@@ -62,6 +63,22 @@ def test_pictures_stand_upright_whatever_their_orientation(tmp_path, suffix, ori
     exif[0x0112] = orientation
     array = read_image(saved(tmp_path / f"a{suffix}", exif=exif))
     assert close(array, TURNS[orientation](CORNERS))
+
+
+def test_stored_pixels_are_neither_turned_nor_laid_on_white(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = saved(tmp_path / "a.png", exif=exif)
+    assert close(read_image(turned, stored=True), CORNERS)
+    rgba = np.dstack([CORNERS, np.full(CORNERS.shape[:2], 100, np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "b.png")
+    assert close(read_image(tmp_path / "b.png", stored=True), CORNERS)
+    assert not close(read_image(tmp_path / "b.png"), CORNERS)
+    images = open_images(tmp_path)
+    for one in (images, images.subset([0, 1]), CachedImages(images, 10**6), CachedImages(images.subset([0]), 10**6)):
+        assert close(one.as_stored().read(0), CORNERS)
+        assert close(one.read(0), TURNS[6](CORNERS))
+    assert images.as_stored().fingerprint() == images.fingerprint()
 
 
 def test_damaged_exif_does_not_hide_the_picture(tmp_path):

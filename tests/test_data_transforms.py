@@ -197,3 +197,17 @@ def test_a_picture_smaller_than_the_padding_cannot_be_reflected():
     with pytest.raises(UsageError, match="use 'edge'"):
         pad_to_multiple(torch.zeros(1, 3, 3, 16), 16, "reflect")
     assert pad_to_multiple(torch.zeros(1, 3, 3, 16), 16).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize("height, width", [(20, 20), (20, 23), (21, 19), (9, 30), (8, 7), (15, 16)])
+def test_center_crop_is_torchvisions(height, width):
+    """Its offset is round((side - size) / 2), ties to even; what is missing is black, the odd pixel at the end."""
+    array, size = noise(height, width), 16
+    square = TRANSFORMS["center_crop"](size)(array)
+    for row in range(size):
+        for column in range(size):
+            at = []
+            for position, side in ((row, height), (column, width)):
+                at.append(position + round((side - size) / 2) if side >= size else position - (size - side) // 2)
+            inside = 0 <= at[0] < height and 0 <= at[1] < width
+            assert square[row, column].tolist() == (array[at[0], at[1]].tolist() if inside else [0, 0, 0])

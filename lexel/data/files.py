@@ -101,6 +101,7 @@ def read_image(
     channels: int = 3,
     depth: int = 8,
     shorter_side: int | None = None,
+    stored: bool = False,
 ) -> np.ndarray:
     """The picture in a file, upright and in colour: uint8 (H, W, 3).
 
@@ -115,6 +116,7 @@ def read_image(
         depth: 8 bits a channel, or 16 (uint16): files with 8 then give v * 257.
         shorter_side: pixels that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if neither side falls
             below it. Faster, and not the same pixels.
+        stored: the pixels as they are stored, neither turned nor laid on white: what published loaders read.
 
     Raises:
         UnreadableImage: the file is missing, no regular file, damaged, cut short, too large or of a kind that cannot
@@ -123,7 +125,9 @@ def read_image(
     name = str(path) if name is None else name
     try:
         with open_regular(path) as file:
-            return decode_image(file, name, pixel_limit, channels=channels, depth=depth, shorter_side=shorter_side)
+            return decode_image(
+                file, name, pixel_limit, channels=channels, depth=depth, shorter_side=shorter_side, stored=stored
+            )
     except OSError as error:
         raise UnreadableImage(name, _in_words(error)) from None
 
@@ -136,6 +140,7 @@ def decode_image(
     channels: int = 3,
     depth: int = 8,
     shorter_side: int | None = None,
+    stored: bool = False,
 ) -> np.ndarray:
     """The picture in an open file or a buffer; see `read_image`."""
     start = file.read(32)
@@ -152,7 +157,7 @@ def decode_image(
                     f"{width} x {height} pixels are more than the limit of {pixel_limit:,}; make it smaller, or raise "
                     "the limit (--pixel-limit; data.pixel_limit in a recipe)",
                 )
-            return _pixels(image, file, channels, depth, shorter_side)
+            return _pixels(image, file, channels, depth, shorter_side, stored)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -172,7 +177,9 @@ def _open(file: IO[bytes]) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _pixels(image: Image.Image, file: IO[bytes], channels: int, depth: int, shorter_side: int | None) -> np.ndarray:
+def _pixels(
+    image: Image.Image, file: IO[bytes], channels: int, depth: int, shorter_side: int | None, stored: bool
+) -> np.ndarray:
     check_layout(image)
     if shorter_side is not None and image.format == "JPEG":
         image.draft(None, (shorter_side, shorter_side))
@@ -188,25 +195,27 @@ def _pixels(image: Image.Image, file: IO[bytes], channels: int, depth: int, shor
                 f"{bits}-bit signed or floating-point pixels (mode {image.mode}) do not say which value is white; "
                 "save it with 8 or 16 bits"
             )
-    orientation = _orientation(image)  # after loading, which turns TIFF files already
+    orientation = 1 if stored else _orientation(image)  # after loading, which turns TIFF files already
     if samples is not None and transparent is not None and image.format == "PNG":  # one colour of 16 bits
         opaque = (samples != np.array(transparent, np.uint16)).any(-1, keepdims=True)
         samples = np.concatenate([to_channels(samples, 3), opaque.astype(np.uint16) * np.uint16(65535)], -1)
     if samples is None or image.mode == "CMYK":
         if samples is not None:
             image = Image.fromarray(to_depth(samples, 8), "CMYK")
-        return to_depth(_upright(_converted(image, channels), orientation), depth)
+        return to_depth(_upright(_converted(image, channels, stored), orientation), depth)
     if depth == 8 and samples.shape[-1] == 4 and channels != 4:  # as for files of 8 bits
-        image = _converted(Image.fromarray(to_depth(samples, 8), "RGBA"), channels)
+        image = _converted(Image.fromarray(to_depth(samples, 8), "RGBA"), channels, stored)
         return _upright(image, orientation)
     return _turned(to_depth(to_channels(samples, channels), depth), orientation)
 
 
-def _converted(image: Image.Image, channels: int) -> Image.Image:
-    """An image of 8 bits with so many channels; transparency lies on white where there is no alpha."""
+def _converted(image: Image.Image, channels: int, stored: bool) -> Image.Image:
+    """An image of 8 bits with so many channels; without alpha, transparency lies on white unless it is `stored`."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if channels != 4:
+        if channels != 4 and stored:
+            image = image.convert("RGB")
+        elif channels != 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")

@@ -1,5 +1,6 @@
 """Sets of images: numbered, named, read one by one, whatever they lie in."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -69,6 +70,13 @@ class ImageSet:
             except UnreadableImage as error:
                 hasher.update(error.reason.encode())
         return hasher.hexdigest()
+
+    def as_stored(self) -> "ImageSet":
+        """The same pictures with their pixels as stored in their files: neither turned by EXIF nor laid on white.
+
+        What published evaluations read. Sets that have no such choice are the same.
+        """
+        return self
 
     def subset(self, numbers: Sequence[int]) -> "ImageSet":
         """The pictures with these numbers, in this order."""
@@ -162,6 +170,12 @@ class FileImages(ImageSet):
         self.files = self.names if files is None else Names(files)
         self.pixel_limit = pixel_limit
         self.channels, self.depth = channels, depth
+        self._stored = False
+
+    def as_stored(self) -> "ImageSet":
+        other = copy.copy(self)
+        other._stored = True
+        return other
 
     def read(self, number: int) -> np.ndarray:
         return read_image(
@@ -170,6 +184,7 @@ class FileImages(ImageSet):
             self.pixel_limit,
             channels=self.channels,
             depth=self.depth,
+            stored=self._stored,
         )
 
     def fingerprint(self) -> str:
@@ -228,6 +243,14 @@ class Wrapped(ImageSet):
     def read(self, number: int) -> np.ndarray:
         return self.images.read(number)
 
+    def as_stored(self) -> ImageSet:
+        inner = self.images.as_stored()
+        if inner is self.images:
+            return self
+        other = copy.copy(self)
+        other.images = inner
+        return other
+
     def fingerprint(self) -> str:
         return self.images.fingerprint()
 
@@ -269,6 +292,10 @@ class CachedImages(Wrapped):
         super().__init__(images, images.names, images.labels)
         self._room = limit
         self._kept: dict[int, np.ndarray] = {}
+
+    def as_stored(self) -> ImageSet:
+        inner = self.images.as_stored()  # what is kept here are other pixels
+        return self if inner is self.images else inner
 
     def read(self, number: int) -> np.ndarray:
         picture = self._kept.get(number)

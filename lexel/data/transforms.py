@@ -118,6 +118,28 @@ class Crop(Transform):
         return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
 
 
+class CenterCrop(Transform):
+    """torchvision's CenterCrop (FVQ's evaluation): the centre rounded to even, smaller pictures padded with black.
+
+    With a generator: a crop anywhere, of the padded picture.
+    """
+
+    description = "torchvision's centre crop at the native resolution, padded with black (FVQ's evaluation)"
+
+    def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
+        height, width = array.shape[:2]
+        above, left = max(self.size - height, 0) // 2, max(self.size - width, 0) // 2
+        if min(height, width) < self.size:
+            below, right = max(self.size - height, 0) - above, max(self.size - width, 0) - left
+            array = np.pad(array, ((above, below), (left, right), (0, 0)))
+            height, width = array.shape[:2]
+        if generator is None:
+            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+        else:
+            top, left = self._place(height, width, generator)
+        return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
+
+
 class RandomResized(Transform):
     """A random part of 20 to 100 % of the picture's area, shape 3:4 to 4:3, by antialiased bicubic, mirrored or not.
 
@@ -173,6 +195,7 @@ TRANSFORMS: dict[str, Callable[[int], Transform]] = {
     "adm": Adm,
     "titok": TiTok,
     "crop": Crop,
+    "center_crop": CenterCrop,
     "random_resized": RandomResized,
     "stretch": Stretch,
     "pad": Pad,
