@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexel.decoding import Decoder
-from lexel.generator import Generator, GeneratorConfig
-from lexel.sampling import draw, guide, uniforms
+from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
+from lexel.generators.next_token.blocks import apply_rope
+from lexel.generators.next_token.config import SIZES
+from lexel.generators.next_token.decoding import Decoder
+from lexel.generators.next_token.network import Transformer
+from lexel.generators.sampling import guide, sample_index, uniform_stream
 from lexel.train.generator import load_generator_run
-from lexel.transformer import SIZES, ClassConditional, TransformerConfig, rotate
 
 TOKENS = 256
 POSITIONS = (16, 80, 144, 208, 250)  # where the decode step is timed: short and long caches
@@ -39,7 +41,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 class Plain:
     """One decode step the plain way."""
 
-    def __init__(self, model: ClassConditional, labels: Tensor) -> None:
+    def __init__(self, model: Transformer, labels: Tensor) -> None:
         config, device = model.config, labels.device
         self.model, self.slots = model, -(-(TOKENS + 1) // 8) * 8
         self.condition = model.classes(labels)[:, None]
@@ -58,7 +60,7 @@ class Plain:
             gamma1, gamma2, scale1, scale2, shift1, shift2 = block.modulation(F.silu(self.condition)).chunk(6, -1)
             y = block.attention_norm(x) * (1 + scale1) + shift1
             q, k, v = block.attention.qkv(y).unflatten(-1, (3, block.attention.heads, -1)).unbind(-3)
-            q, k = rotate(q, self.table[place]), rotate(k, self.table[place])
+            q, k = apply_rope(q, self.table[place]), apply_rope(k, self.table[place])
             keys[:, :, place], values[:, :, place] = k.transpose(1, 2), v.transpose(1, 2)
             mixed = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=self.mask[place])
             x = x + gamma1 * block.attention.out(mixed.transpose(1, 2).flatten(-2))
@@ -74,21 +76,21 @@ class Fast:
 
     def __init__(self, decoder: Decoder, labels: Tensor, clock: Callable[[], float]) -> None:
         self.decoder = decoder
-        decoder.begin(labels, TOKENS)
+        decoder.start(labels, TOKENS)
         _wait(labels.device)
         begun = clock()
-        self.sequences = decoder.begin(labels, TOKENS)
+        self.cache = decoder.start(labels, TOKENS)
         _wait(labels.device)
         self.once = (clock() - begun) / TOKENS
         self.tokens = torch.zeros(len(labels), TOKENS, dtype=torch.long, device=labels.device)
-        self.random = uniforms(0, range(len(labels) // 2), TOKENS).to(labels.device)
+        self.random = uniform_stream(0, range(len(labels) // 2), TOKENS).to(labels.device)
 
     def step(self, tokens: Tensor, position: int, scale: float) -> Tensor:
         self.tokens[:, position - 1] = tokens
-        hidden = self.decoder.extend(self.sequences, self.tokens, position, position + 1)
-        logits = self.decoder.logits(self.sequences, hidden)
+        hidden = self.decoder.decode(self.cache, self.tokens, position, position + 1)
+        logits = self.decoder.logits(self.cache, hidden)
         half = len(logits) // 2
-        return draw(guide(logits[:half], logits[half:], scale), self.random[:, position])
+        return sample_index(guide(logits[:half], logits[half:], scale), self.random[:, position])
 
 
 def _wait(device: torch.device) -> None:
@@ -109,9 +111,9 @@ def _milliseconds(
 def speed(size: str, batches: list[int], rounds: int, device: torch.device, clock: Callable[[], float]) -> None:
     """Prints a table of decode steps, for each batch and way."""
     torch.manual_seed(0)
-    generator = Generator(GeneratorConfig(transformer=TransformerConfig(**SIZES[size]))).eval().to(device)
+    generator = Generator(GeneratorConfig(transformer=NextTokenConfig(**SIZES[size]))).eval().to(device)
     model = generator.transformer
-    assert isinstance(model, ClassConditional)
+    assert isinstance(model, Transformer)
     torch.nn.init.normal_(model.head.weight, std=0.02)  # a fresh head of zeros would make every draw the same
     half = torch.bfloat16
     kinds: dict[str, tuple[str, torch.dtype | None]] = {"float32": ("plain", None)}
@@ -153,7 +155,7 @@ def speed(size: str, batches: list[int], rounds: int, device: torch.device, cloc
         _floor(model, device)
 
 
-def _floor(model: ClassConditional, device: torch.device) -> None:
+def _floor(model: Transformer, device: torch.device) -> None:
     """Prints how long the weights of one step take to stream in bf16, modulation left out."""
     modulation = sum(block.modulation.weight.numel() + block.modulation.bias.numel() for block in model.blocks)
     modulation += model.modulation.weight.numel() + model.modulation.bias.numel()

@@ -7,13 +7,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from lexel.convert import load
     from lexel.errors import UsageError
-    from lexel.generator import Generator
+    from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
 
 # Names are imported when first used: `lexel --help` must not wait for torch.
 _HOMES = {
     "Tokenizer": "lexel.tokenizer",
-    "Generator": "lexel.generator",
+    "Generator": "lexel.generators",
     "load": "lexel.convert",
     "UsageError": "lexel.errors",
 }

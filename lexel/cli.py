@@ -16,7 +16,7 @@ from lexel.errors import UsageError
 
 if TYPE_CHECKING:
     from lexel.data import Transform
-    from lexel.generator import Generator
+    from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
     from lexel.train.run import Progress
 
@@ -550,7 +550,7 @@ def sample(
         Path | None, typer.Option(help="Tokens to keep, .npy (N, h, w), -1 where to sample: completes, fills in.")
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where the generator's folder has none.")] = None,
-    implementation: Annotated[str, typer.Option(help="auto, plain, packed, int8, ...")] = "auto",
+    implementation: Annotated[str | None, typer.Option(help="auto, plain, packed, int8, ... (next_token)")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at once. Default: what fits, 64 at most.")
     ] = None,
@@ -591,6 +591,9 @@ def sample(
         )
     print(f"{len(labels)} images in {out}")
     if implementation == "int8":
+        from lexel.generators import NextToken
+
+        assert isinstance(generator, NextToken)  # no other family takes the option
         few = generator.sample(labels[:2], scales, cfg_schedule, temperatures, seed=seed, implementation="int8")
         print(f"int8 adds {generator.extra_bits(few, labels[:2], 'int8'):+.4f} bits a token (on {len(few)} images)")
 

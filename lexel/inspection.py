@@ -9,7 +9,7 @@ from torch import nn
 from lexel import convert
 from lexel.config import RECIPES
 from lexel.errors import UsageError
-from lexel.generator import Generator
+from lexel.generators import Generator
 from lexel.metrics.health import diagnose
 from lexel.run_folder import read_metrics
 from lexel.tokenizer import Tokenizer

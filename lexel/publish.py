@@ -11,7 +11,7 @@ from PIL import Image
 
 from lexel import checkpoint, convert
 from lexel.evaluate import read_result
-from lexel.generator import Generator
+from lexel.generators import Generator
 
 PICTURES = 8  # in a row of the sample strip
 STRIPS = {  # rows of the strip, by what they show
@@ -148,11 +148,12 @@ def _facts(model: Any, generates: bool) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts: dict[str, Any] = {"parameters": f"{parameters:,}", "fingerprint": model.fingerprint()[:16]}
     if generates:
-        shape = model.config.transformer
+        network = model.config.transformer
         return {
             **facts,
-            "tokens": f"{shape.rows} x {shape.columns} of {shape.codebook_size:,}",
-            "classes": shape.classes,
+            "family": network.kind,
+            "tokens": f"{' x '.join(map(str, network.shape))} of {network.codebook_size:,}",
+            "condition": network.condition_in_words(),
         }
     return {
         **facts,

@@ -11,7 +11,7 @@ from PIL import Image
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, to_uint8
 from lexel.errors import UsageError
-from lexel.generator import Generator
+from lexel.generators import Generator
 from lexel.metrics.statistics import NpzWriter
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer

@@ -11,10 +11,9 @@ from lexel.checkpoint import save_folder
 from lexel.convert import load
 from lexel.errors import UsageError
 from lexel.export import DiffusersVQModel, export
-from lexel.generator import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.publish import push_to_hub, stage
 from lexel.tokenizer import Tokenizer, TokenizerConfig
-from lexel.transformer import TransformerConfig
 
 SIZES = [(1, 8, 4), (3, 4, 12)]  # batch, height, width
 
@@ -234,7 +233,7 @@ def test_the_card_tells_the_recipe_the_results_and_the_use(run, tmp_path):
 
 
 def test_a_model_without_a_run_has_a_card_too(tmp_path):
-    model = Generator(GeneratorConfig(transformer=TransformerConfig(width=32, layers=1, heads=2, codebook_size=16)))
+    model = Generator(GeneratorConfig(transformer=NextTokenConfig(width=32, layers=1, heads=2, codebook_size=16)))
     model.save_pretrained(tmp_path / "model")
     stage(tmp_path / "model", tmp_path / "staged")
     text = (tmp_path / "staged" / "README.md").read_text()
@@ -245,7 +244,7 @@ def test_a_model_without_a_run_has_a_card_too(tmp_path):
 
 
 def test_a_generators_card_shows_its_samples(tmp_path):
-    model = Generator(GeneratorConfig(transformer=TransformerConfig(width=32, layers=1, heads=2, codebook_size=16)))
+    model = Generator(GeneratorConfig(transformer=NextTokenConfig(width=32, layers=1, heads=2, codebook_size=16)))
     model.save_pretrained(tmp_path / "run")
     samples = torch.arange(3, dtype=torch.uint8)[:, None, None, None].expand(3, 4, 4, 3).contiguous()
     save_folder(tmp_path / "elsewhere", {}, {"samples": samples})

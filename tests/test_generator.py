@@ -12,19 +12,18 @@ import torch
 from test_transformer import PAIRS, START, TINY, published, shake
 from torch import Tensor
 
-import lexel.generator
-from lexel import decoding
-from lexel.decoding import Decoder
 from lexel.errors import UsageError
-from lexel.generator import FREE, Generator, GeneratorConfig
-from lexel.sampling import draw, filter_logits, guide, uniforms
-from lexel.transformer import TransformerConfig, join_tokens, split_tokens
+from lexel.generators import FREE, Generator, GeneratorConfig, NextToken, NextTokenConfig, base, batch
+from lexel.generators.next_token import decoding, linears, walk
+from lexel.generators.next_token.decoding import Decoder
+from lexel.generators.next_token.heads import join_tokens, split_tokens
+from lexel.generators.sampling import filter_logits, guide, sample_index, uniform_stream
 
 LABELS = [0, 1, 2, 3, 1]
 HOT = {"cfg_scale": 2.0, "temperature": 1.3, "top_k": 25, "top_p": 0.95, "min_p": 0.001}
 
 
-def make(config: TransformerConfig = TINY, dtype: torch.dtype = torch.float64) -> Generator:
+def make(config: NextTokenConfig = TINY, dtype: torch.dtype = torch.float64) -> Generator:
     generator = Generator(GeneratorConfig(transformer=config))
     shake(generator)
     return generator.to(dtype)
@@ -42,7 +41,7 @@ def sample_without_cache(
 ) -> Tensor:
     """The plain way: the whole network over everything so far for every token, with and without the class."""
     config, vocabularies = generator.config.transformer, generator.transformer.vocabularies
-    random = uniforms(seed, range(len(labels)), config.tokens * len(vocabularies))
+    random = uniform_stream(seed, range(len(labels)), config.tokens * len(vocabularies))
     random = random.view(len(labels), config.tokens, -1)
     tokens = torch.zeros(len(labels), config.tokens, dtype=torch.long)
     null = torch.full((len(labels),), config.classes)
@@ -52,7 +51,7 @@ def sample_without_cache(
             conditional = generator(tokens, torch.tensor(labels)).logits[part][:, position]
             unconditional = generator(tokens, null).logits[part][:, position]
             logits = filter_logits(guide(conditional, unconditional, scale), **filters)
-            parts[part] = draw(logits, random[:, position, part])
+            parts[part] = sample_index(logits, random[:, position, part])
             tokens[:, position] = join_tokens(parts, vocabularies)  # the second sub-token sees the first
     return tokens.view(len(labels), config.rows, config.columns)
 
@@ -65,9 +64,9 @@ def test_cached_logits_are_the_published_ones(parity, implementation):
     generator, fixture = from_fixture(parity)
     indices, labels = fixture["teacher"]["idx"], fixture["teacher"]["cls"][:, 0]
     decoder = Decoder(generator.transformer, implementation)
-    sequences = decoder.begin(labels, 16)
+    sequences = decoder.start(labels, 16)
     for position in range(16):
-        hidden = decoder.extend(sequences, indices, position, position + 1)
+        hidden = decoder.decode(sequences, indices, position, position + 1)
         logits = decoder.logits(sequences, hidden)
         torch.testing.assert_close(logits, fixture["cached_logits"][:, position], rtol=1e-5, atol=1e-5)
 
@@ -85,7 +84,7 @@ def test_greedy_samples_are_the_published_ones(parity):
 
 def test_published_samples_come_from_torch_multinomial_over_our_filtered_logits(parity, monkeypatch):
     generator, fixture = from_fixture(parity)
-    monkeypatch.setattr(lexel.generator, "draw", lambda logits, uniform: torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    monkeypatch.setattr(walk, "sample_index", lambda logits, uniform: torch.multinomial(logits.softmax(-1), 1)[:, 0])
     random = [case for case in fixture["samples"] if not case["greedy"]]
     assert len(random) == 4
     for case in random:
@@ -158,9 +157,9 @@ def test_rows_that_join_late_or_leave_early_change_nothing(schedule, config, mon
     generator = make(config)
     lazy = generator.sample(LABELS, 3.0, schedule, seed=1)
     # The same with unguided rows at every step: a scale that only differs from 1 by rounding.
-    scales = lexel.generator.guidance_scales
+    scales = base.guidance_scales
     monkeypatch.setattr(
-        lexel.generator,
+        base,
         "guidance_scales",
         lambda *arguments: [scale if scale != 1 else 1 + 1e-14 for scale in scales(*arguments)],
     )
@@ -259,7 +258,7 @@ def divergences(generator: Generator, fast: dict, count: int = 64) -> tuple[floa
     random number and the edge it had to cross at a first difference."""
     labels, config = [number % 4 for number in range(count)], generator.config.transformer
     exact = generator.double().sample(labels, seed=11, implementation="plain").flatten(1)
-    random = uniforms(11, range(count), config.tokens)
+    random = uniform_stream(11, range(count), config.tokens)
     found = generator.float().sample(labels, seed=11, **fast).flatten(1)
     probabilities = generator.double()(exact, torch.tensor(labels)).logits[0].softmax(-1)
     edges = probabilities.cumsum(-1)
@@ -354,7 +353,7 @@ def test_a_generator_that_has_sampled_can_be_copied():
 def test_int8_rounds_weights_to_half_a_step():
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
     x = torch.eye(128)
-    found = decoding.int8(weight)(x).T
+    found = linears.int8(weight)(x).T
     step = weight.abs().amax(1, keepdim=True) / 127
     assert ((found - weight).abs() <= 0.5 * step + 0.005 * weight.abs() + 1e-6).all()  # inputs are rounded too
     assert (found - weight).abs().max() > 0
@@ -399,13 +398,13 @@ def test_grids_and_rows_of_tokens_mean_the_same():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": [5]}, r"in \[0, 4\] \(4 is the null class\), got 5"),
-        ({"class_labels": [[1]]}, "integers"),
-        ({"class_labels": [1.5]}, "integers"),
+        ({"condition": [5]}, r"in \[0, 4\] \(4 is the null class\), got 5"),
+        ({"condition": [[1]]}, "integers"),
+        ({"condition": [1.5]}, "integers"),
         ({"cfg_scale": [1.0, 2.0]}, "cfg_scale must be a number, or 1 of them"),
         ({"cfg_schedule": "never"}, "unknown cfg_schedule 'never'"),
         ({"temperature": 0.0}, "temperature"),
-        ({"image_numbers": [1, 2]}, "2 image_numbers for 1 class_labels"),
+        ({"image_numbers": [1, 2]}, "2 image_numbers for 1 images"),
         ({"given": torch.zeros(1, 3, 2, dtype=torch.long)}, r"integers \(B, 2, 3\)"),
         ({"given": torch.full((1, 2, 3), 30)}, r"in \[-1, 30\), got 30"),
         ({"given": torch.zeros(2, 2, 3, dtype=torch.long)}, "2 images given for 1"),
@@ -418,14 +417,14 @@ def test_grids_and_rows_of_tokens_mean_the_same():
 )
 def test_bad_arguments_are_refused_in_one_line(arguments, message):
     with pytest.raises(UsageError, match=message) as error:
-        make().sample(**{"class_labels": [0], **arguments})
+        make().sample(**{"condition": [0], **arguments})
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
 def test_memory_of_a_row_is_what_it_is_said_to_be(config):
     decoder = Decoder(make(config).transformer, "plain")
-    sequences = decoder.begin(torch.tensor(LABELS), 6)
+    sequences = decoder.start(torch.tensor(LABELS), 6)
     tensors = [*sequences.keys, *sequences.values, *(part for block in sequences.blocks for part in block)]
     logits = 32 * max(config.vocabularies)
     assert decoder.bytes_per_row(6) * len(LABELS) == sum(tensor.nbytes for tensor in tensors) + logits * len(LABELS)
@@ -437,9 +436,9 @@ def test_a_batch_larger_than_memory_is_split(monkeypatch, tmp_path, rows_that_fi
     together = generator.sample(LABELS, 2.0)
     free = 2 * rows_that_fit * generator._decoder("auto", None).bytes_per_row(6)  # half of it is used
     (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-free // 1024)} kB\n")
-    monkeypatch.setattr(lexel.generator, "MEMINFO", tmp_path / "meminfo")
-    raster = lexel.generator._raster
-    monkeypatch.setattr(lexel.generator, "_raster", lambda batch: seen.append(len(batch.labels)) or raster(batch))
+    monkeypatch.setattr(batch, "MEMINFO", tmp_path / "meminfo")
+    sample = NextToken._sample
+    monkeypatch.setattr(NextToken, "_sample", lambda self, batch: seen.append(len(batch.tokens)) or sample(self, batch))
     assert torch.equal(generator.sample(LABELS, 2.0), together)
     assert seen == calls
 

@@ -14,9 +14,9 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
     | {"arrays", "regular"},
     {"kernels", "networks"},
-    {"quantizers", "autoencoders", "transformer", "losses", "metrics", "data"},
-    {"tokenizer", "autoencoder", "sampling", "decoding"},
-    {"generator", "generators"},
+    {"quantizers", "autoencoders", "losses", "metrics", "data"},
+    {"tokenizer", "autoencoder"},
+    {"generators"},
     {"convert"},
     {"loading"},
     {"evaluate", "export", "codec", "samples", "bank"},

@@ -11,10 +11,9 @@ from lexel import samples
 from lexel.autoencoders import VQGANConfig
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.errors import UsageError
-from lexel.generator import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
-from lexel.transformer import TransformerConfig
 
 HERE = runtime("cpu")
 
@@ -32,7 +31,7 @@ def generator():
     }
     quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
     tokenizer = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)).eval()
-    network = TransformerConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
+    network = NextTokenConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
     generator = Generator(GeneratorConfig(transformer=network))
     torch.nn.init.normal_(generator.transformer.head.weight, std=0.3)  # or all tokens would be equally likely
     generator.attach(tokenizer)

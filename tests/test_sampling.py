@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from lexel.errors import UsageError
-from lexel.sampling import BLOCK, check_filters, draw, filter_logits, guidance_scales, guide, uniforms
+from lexel.generators.sampling import (
+    BLOCK,
+    check_filters,
+    filter_logits,
+    guidance_scales,
+    guide,
+    sample_index,
+    uniform_stream,
+)
 
 
 def random_logits(rows: int, size: int, seed: int = 0) -> torch.Tensor:
@@ -115,14 +123,16 @@ def test_schedules_that_mean_nothing_are_refused(schedule):
 
 
 def test_an_image_has_the_same_numbers_in_every_batch():
-    together = uniforms(7, [0, 1, 5, 2**40], 256)
+    together = uniform_stream(7, [0, 1, 5, 2**40], 256)
     for row, number in enumerate([0, 1, 5, 2**40]):
-        assert torch.equal(uniforms(7, [number], 256)[0], together[row])
-    assert torch.equal(uniforms(7, [5], 100)[0], together[2, :100])  # a token's number does not depend on the count
+        assert torch.equal(uniform_stream(7, [number], 256)[0], together[row])
+    assert torch.equal(
+        uniform_stream(7, [5], 100)[0], together[2, :100]
+    )  # a token's number does not depend on the count
 
 
 def test_numbers_of_images_and_seeds_are_unrelated_and_uniform():
-    values = torch.cat([uniforms(seed, range(100), 256) for seed in (0, 1, -1)])
+    values = torch.cat([uniform_stream(seed, range(100), 256) for seed in (0, 1, -1)])
     assert values.unique().numel() == values.numel()
     assert values.min() >= 0
     assert values.max() < 1
@@ -137,14 +147,14 @@ def test_draws_walk_through_the_cumulative_distribution(size):
     logits = random_logits(1, size)
     cumulative = logits.softmax(-1)[0].cumsum(0)
     uniform = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    found = draw(logits.expand(4000, -1), uniform)
+    found = sample_index(logits.expand(4000, -1), uniform)
     assert torch.equal(found, torch.searchsorted(cumulative, uniform, right=True).clamp(max=size - 1))
 
 
 def test_draws_have_the_frequencies_of_the_softmax():
     logits = random_logits(1, 600, seed=3).float()
     count = 40_000
-    found = draw(logits.expand(count, -1), uniforms(0, [0], count)[0])
+    found = sample_index(logits.expand(count, -1), uniform_stream(0, [0], count)[0])
     expected = logits.softmax(-1)[0] * count
     chi_square = ((found.bincount(minlength=600) - expected).square() / expected).sum().item()
     assert abs(chi_square - 599) < 4 * math.sqrt(2 * 599)
@@ -155,4 +165,4 @@ def test_draws_have_the_frequencies_of_the_softmax():
 def test_tokens_that_were_filtered_out_are_never_drawn(uniform, size):
     logits = torch.full((1, size), -math.inf)
     logits[0, 2:4] = 0.0  # nothing before, nothing after
-    assert draw(logits, torch.tensor([uniform], dtype=torch.float64)).item() == (2 if uniform == 0 else 3)
+    assert sample_index(logits, torch.tensor([uniform], dtype=torch.float64)).item() == (2 if uniform == 0 else 3)

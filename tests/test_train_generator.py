@@ -19,7 +19,8 @@ from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
-from lexel.generator import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
+from lexel.generators.next_token.network import build
 from lexel.run_folder import TrainingStopped, read_metrics
 from lexel.runtime import runtime
 from lexel.spacing import evenly_spaced
@@ -34,7 +35,6 @@ from lexel.train.generator import (
     train_generator,
 )
 from lexel.train.run import pick_place, start
-from lexel.transformer import TransformerConfig, build
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FINGERPRINT = "a" * 64
@@ -128,7 +128,7 @@ def test_parameter_groups_are_the_published_ones(parity):
     from test_transformer import ours
 
     published = torch.load(parity / "ar.pt", weights_only=True)["groups"]
-    model = build(TransformerConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
+    model = build(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for found, expected in zip(parameter_groups(model), published, strict=True):
         assert {names[id(parameter)] for parameter in found["params"]} == {ours(name) for name in expected["names"]}
@@ -157,7 +157,7 @@ def test_weight_decay_reaches_norms_unless_switched_off(tokens, decay_norms):
 def make_learner(tokens: Path, **train: object) -> Learner:
     torch.manual_seed(0)
     made = recipe(tokens, {"dropout": 0.0, "class_dropout": 0.0}, **train)
-    from lexel.generator import GeneratorConfig
+    from lexel.generators import GeneratorConfig
 
     engine = start("cpu")
     generator = Generator(GeneratorConfig(transformer=made.generator))

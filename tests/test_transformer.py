@@ -10,22 +10,13 @@ from torch import Tensor
 
 from lexel.config import check
 from lexel.errors import UsageError
-from lexel.transformer import (
-    FACTORISED_SIZES,
-    SIZES,
-    ClassConditional,
-    Factorised,
-    TransformerConfig,
-    build,
-    factorise,
-    join_tokens,
-    rotate,
-    rotations,
-    split_tokens,
-)
+from lexel.generators.next_token.blocks import apply_rope, rope_table
+from lexel.generators.next_token.config import FACTORISED_SIZES, SIZES, NextTokenConfig, factorise
+from lexel.generators.next_token.heads import FactorisedHead, PlainHead, join_tokens, split_tokens
+from lexel.generators.next_token.network import Transformer, build
 
 CPU = torch.device("cpu")
-TINY = TransformerConfig(codebook_size=30, rows=2, columns=3, classes=4, width=32, layers=2, heads=2)
+TINY = NextTokenConfig(codebook_size=30, rows=2, columns=3, classes=4, width=32, layers=2, heads=2)
 PAIRS = TINY.model_copy(update={"head": "factorised", "factors": [5, 6], "pair_layers": 2})
 START = TINY.model_copy(update={"modulated": False})
 
@@ -50,12 +41,12 @@ def ours(name: str) -> str:
     return name
 
 
-def published(parity: Path) -> tuple[ClassConditional, dict]:
+def published(parity: Path) -> tuple[Transformer, dict]:
     fixture = torch.load(parity / "ar.pt", weights_only=True)
-    config = TransformerConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4)
+    config = NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4)
     model = build(config)
     model.load_state_dict({ours(name): value for name, value in fixture["state_dict"].items()})
-    assert isinstance(model, ClassConditional)
+    assert isinstance(model.prediction, PlainHead)
     return model.eval(), fixture
 
 
@@ -105,21 +96,25 @@ def test_every_module_is_the_published_one(parity):
     }
     scale, shift = model.modulation(F.silu(condition)).chunk(2, -1)
     found["head_nm"] = model.norm(x) * (1 + scale) + shift
-    found["rope_q"] = rotate(x.unflatten(-1, (4, 16)), table)
+    found["rope_q"] = apply_rope(x.unflatten(-1, (4, 16)), table)
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_positions_are_the_published_ones(parity):
     fixture = torch.load(parity / "ar.pt", weights_only=True)
-    torch.testing.assert_close(rotations(4, 4, 16, CPU), fixture["rope"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(rotations(16, 16, 64, CPU), fixture["rope_full"], rtol=0, atol=2e-6)
+    torch.testing.assert_close(rope_table((4, 4), 16, CPU), fixture["rope"][1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(rope_table((16, 16), 64, CPU), fixture["rope_full"][1:], rtol=0, atol=2e-6)
+    model, _ = published(parity)
+    torch.testing.assert_close(
+        model.positions(torch.empty(0)), fixture["rope"], rtol=0, atol=1e-6
+    )  # the class slot too
 
 
 def test_a_fresh_model_has_the_published_statistics(parity):
     fixture = torch.load(parity / "ar.pt", weights_only=True)
     torch.manual_seed(0)
-    model = build(TransformerConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
+    model = build(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
     state = model.state_dict()
     for name, expected in fixture["init_stats"].items():
         if "[" in name:
@@ -138,15 +133,15 @@ def test_a_fresh_model_has_the_published_statistics(parity):
 )
 def test_published_sizes_have_the_published_parameter_counts(size, parameters):
     with torch.device("meta"):
-        model = build(TransformerConfig(**SIZES[size]))
+        model = build(NextTokenConfig(**SIZES[size]))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("B", 343_570_432), ("L", 804_362_240), ("XL", 1_486_679_040)])
 def test_factorised_sizes_have_the_published_parameter_counts(size, parameters):
     with torch.device("meta"):
-        model = build(TransformerConfig(codebook_size=2**18, **FACTORISED_SIZES[size]))
-    assert isinstance(model, Factorised)
+        model = build(NextTokenConfig(codebook_size=2**18, **FACTORISED_SIZES[size]))
+    assert isinstance(model.prediction, FactorisedHead)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
@@ -177,10 +172,10 @@ def test_labels_are_dropped_in_training_only_and_at_the_stated_rate():
     model = build(TINY)
     labels = torch.zeros(20_000, dtype=torch.long)
     torch.manual_seed(0)
-    dropped = model.train().drop_classes(labels)
+    dropped = model.train().condition.drop(labels)
     assert set(dropped.tolist()) == {0, 4}
     assert (dropped == 4).float().mean().item() == pytest.approx(0.1, abs=0.007)
-    assert torch.equal(model.eval().drop_classes(labels), labels)
+    assert torch.equal(model.eval().condition.drop(labels), labels)
 
 
 @pytest.mark.parametrize("config", [TINY, PAIRS, START])
@@ -200,7 +195,7 @@ def test_recomputed_activations_give_the_same_gradients(config):
 def test_positions_survive_half_precision():
     model = build(TINY).bfloat16()
     table = model.positions(torch.empty(0, dtype=torch.bfloat16))
-    assert torch.equal(table, rotations(2, 3, 16, CPU))
+    assert torch.equal(table[1:], rope_table((2, 3), 16, CPU))
 
 
 def test_tokens_split_and_join():
@@ -214,8 +209,8 @@ def test_tokens_split_and_join():
 
 
 def test_large_vocabularies_are_factorised_by_themselves():
-    assert TransformerConfig(codebook_size=2**18 - 1).vocabularies == (2**18 - 1,)
-    assert TransformerConfig(codebook_size=2**18).vocabularies == (64, 4096)
+    assert NextTokenConfig(codebook_size=2**18 - 1).vocabularies == (2**18 - 1,)
+    assert NextTokenConfig(codebook_size=2**18).vocabularies == (64, 4096)
     assert factorise(65_536 * 9) == (96, 6144)  # of the divisors 72 and 96, the nearer to the cube root, 83.9
 
 
@@ -231,5 +226,5 @@ def test_large_vocabularies_are_factorised_by_themselves():
 )
 def test_impossible_shapes_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as error:
-        build(check({**TINY.model_dump(), **options}, TransformerConfig, "recipe"))
+        build(check({**TINY.model_dump(), **options}, NextTokenConfig, "recipe"))
     assert "\n" not in str(error.value)

@@ -20,7 +20,7 @@ from lexel.convert import (
 )
 from lexel.convert.family import Conversion, Family, Request
 from lexel.errors import UsageError, unknown
-from lexel.generator import Generator
+from lexel.generators import Generator
 from lexel.tokenizer import Tokenizer
 
 FAMILIES: dict[str, Family] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from lexel.config import check
 from lexel.convert.files import Published
 from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename, require
-from lexel.generator import Generator
+from lexel.generators import Generator
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 Names = Mapping[str, Tensor]

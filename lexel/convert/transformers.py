@@ -15,7 +15,7 @@ from lexel.convert import ibq, open_magvit2
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, build_tokenizer
 from lexel.convert.names import AVERAGES, Entry, Renamed, Rule, apply_overrides, as_entries, count, rename, require
 from lexel.errors import UsageError
-from lexel.generator import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig
 
 TOKENIZER = "first_stage_model."
 PREFIX = "transformer."

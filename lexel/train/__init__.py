@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from lexel import config
 
 if TYPE_CHECKING:
-    from lexel.generator import Generator
+    from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
     from lexel.train.generator import GeneratorRecipe, TrainedGenerator
     from lexel.train.run import ProgressCallback

@@ -24,20 +24,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lexel import __version__, checkpoint, transformer
-from lexel.config import Config, check, load
+from lexel import __version__, checkpoint
+from lexel.config import Config, load
 from lexel.data import ordered_batches, to_uint8, training_batches
 from lexel.data.batches import OnError
 from lexel.data.config import DataConfig, open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
-from lexel.generator import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig, NetworkConfig, NetworkOptions, TrainingLosses, read_config
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
+from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 from lexel.train.run import (
     Precision,
@@ -54,7 +55,6 @@ from lexel.train.run import (
     start,
     track,
 )
-from lexel.transformer import TransformerConfig
 
 SHOWN = 8  # samples in the snapshot of the last step
 COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy
@@ -132,7 +132,7 @@ class GeneratorInitConfig(Config):
 class GeneratorRecipe(Config):
     """All that decides a generator: the network, the tokens, the training."""
 
-    generator: TransformerConfig
+    generator: NetworkOptions
     data: TokensConfig
     train: GeneratorTrainConfig
     init: GeneratorInitConfig | None = None
@@ -140,7 +140,7 @@ class GeneratorRecipe(Config):
     @model_validator(mode="after")
     def _buildable(self) -> "GeneratorRecipe":
         with torch.device("meta"):
-            transformer.build(self.generator)  # a UsageError is a ValueError: it is told as one
+            Generator(GeneratorConfig(transformer=self.generator))  # UsageError is a ValueError, so pydantic reports it
         return self
 
 
@@ -182,7 +182,7 @@ class Source:
         else:
             self._open_images(data, recipe.generator)
 
-    def _open_tokens(self, data: TokensConfig, model: TransformerConfig) -> None:
+    def _open_tokens(self, data: TokensConfig, model: NetworkConfig) -> None:
         assert data.tokens is not None
         tokens = TokenSet.open(data.tokens)
         if isinstance(data.validation, str):
@@ -193,28 +193,23 @@ class Source:
         if self.tokenizer is not None:
             tokens.require(self.tokenizer.fingerprint())
         for each in (self.training, self.validation):
-            _check_fits(
-                model,
-                each.grid,
-                each.codebook_size,
-                each.classes if each.labels is not None else None,
-                str(each.folder),
-            )
+            classes = each.classes if each.labels is not None else None
+            model.check_fits(TokenSpec((each.grid,), each.codebook_size), classes, str(each.folder))
         self.length, self.fingerprint = len(self.training), tokens.fingerprint
         self.class_names = list(tokens.classes) if tokens.labels is not None else None
         counted = self.training.subset(evenly_spaced(len(self.training), COUNTED))
         self.histogram_bits = entropy_bits(counted.histogram())
 
-    def _open_images(self, data: TokensConfig, model: TransformerConfig) -> None:
+    def _open_images(self, data: TokensConfig, model: NetworkConfig) -> None:
         assert data.images is not None
         assert self.tokenizer is not None
         self.images, self.image_validation = open_data(data.images)
         self.transform, self.workers = data.images.make_transform(), data.images.workers
         self.on_error: OnError = data.images.on_error or "replace"
-        shape = self.tokenizer.token_spec(data.images.size, data.images.size).shape
         labelled = self.images.labels is not None
         classes = list(self.images.classes) if labelled else None
-        _check_fits(model, shape, self.tokenizer.codebook_size, classes, data.images.source)
+        spec = self.tokenizer.token_spec(data.images.size, data.images.size)
+        model.check_fits(spec, classes, data.images.source)
         self.length, self.fingerprint, self.class_names = len(self.images), self.tokenizer.fingerprint(), classes
 
     def batches(self, config: GeneratorTrainConfig, first: int, rank: int, processes: int) -> Iterator[TokenBatch]:
@@ -257,23 +252,6 @@ class Source:
         return TokenBatch(indices, batch.labels, batch.numbers)
 
 
-def _check_fits(
-    model: TransformerConfig, grid: tuple[int, ...], codebook_size: int, classes: list[str] | None, source: str
-) -> None:
-    """Refuses tokens that the recipe's network is not made for, and says what would fit."""
-    found = {"codebook_size": codebook_size}
-    if len(grid) != 2:
-        raise UsageError(f"{source} has grids {grid}; a generator needs one token at a runtime, (h, w)")
-    found |= {"rows": grid[0], "columns": grid[1]}
-    found["classes"] = 1 if classes is None else len(classes)
-    wrong = [name for name, value in found.items() if getattr(model, name) != value]
-    if wrong:
-        ours = ", ".join(f"generator.{name} = {getattr(model, name)}" for name in wrong)
-        theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
-        unlabelled = " (which have no labels)" if classes is None else ""
-        raise UsageError(f"{ours} does not fit the tokens of {source}{unlabelled}; set {theirs}")
-
-
 def entropy_bits(histogram: Tensor) -> float:
     """Entropy of counts (K,), in bits."""
     shares = histogram.double() / histogram.sum().clamp(min=1)
@@ -313,7 +291,8 @@ class Learner:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=config.precision == "fp16")
         self.means = RunningMeans()
         # Behind this door gradients are averaged over processes; in a single process it is the module itself.
-        self.shared = generator if config.fsdp else engine.prepare_model(generator, device_placement=False)
+        losses = TrainingLosses(generator)
+        self.shared = losses if config.fsdp else engine.prepare_model(losses, device_placement=False)
         self.generator.train()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -350,14 +329,14 @@ class Learner:
         device = self.runtime.device
         size = math.ceil(len(batch.indices) / self.config.accumulation)
         indices = batch.indices.to(device).split(size)
-        labels = labels_of(batch).to(device).split(size)
+        conditions = self.generator.condition.of_batch(batch).to(device).split(size)
 
         total = torch.zeros((), device=device)
         self.optimizer.zero_grad(set_to_none=True)
-        for number, (tokens, classes) in enumerate(zip(indices, labels, strict=True)):
+        for number, (tokens, condition) in enumerate(zip(indices, conditions, strict=True)):
             with self._sharing(last=number == len(indices) - 1):
                 with self.runtime.autocast():
-                    loss = self.shared(tokens, classes).nll.mean()
+                    loss = torch.stack(list(self.shared(tokens, condition).values())).sum()
                 self.scaler.scale(loss / len(indices)).backward()
             total += loss.detach() / len(indices)
 
@@ -378,20 +357,16 @@ class Learner:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.shared)
 
 
-def labels_of(batch: TokenBatch) -> Tensor:
-    """The classes of a batch; without labels all are of class 0."""
-    return torch.zeros(len(batch.indices), dtype=torch.long) if batch.labels is None else batch.labels
-
-
 def shard(generator: Generator, runtime: Runtime, accelerator: Accelerator) -> None:
     """Spreads weights over the processes that accelerate started, block by block; gathered as they are needed."""
     if not torch.distributed.is_initialized():
         raise UsageError("train.fsdp needs several processes; start them with `accelerate launch`, or set it to false")
     mesh = init_device_mesh(runtime.device.type, (accelerator.num_processes,))
-    blocks = [*generator.transformer.blocks, *getattr(generator.transformer, "pair_blocks", [])]
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
+    for layer in generator.layers():
+        fully_shard(layer, mesh=mesh)
     fully_shard(generator, mesh=mesh)
+    for method in ("losses", "nll"):
+        register_fsdp_forward_method(generator, method)
 
 
 @torch.no_grad()
@@ -407,7 +382,9 @@ def validate(
     for batch in _padded(batches, accelerator, generator, runtime):
         indices, labels, real = batch
         with runtime.autocast():
-            nll = generator(indices, labels).nll.double()
+            nll = generator.nll(indices, labels)
+        assert nll is not None
+        nll = nll.double()
         sums += torch.stack(
             [nll[:real].sum(), torch.tensor(nll[:real].numel(), device=runtime.device, dtype=torch.float64)]
         )
@@ -428,8 +405,7 @@ def _padded(
 ) -> Iterator[tuple[Tensor, Tensor, int]]:
     """(tokens, labels, how many are real) on the device. Sharded weights are gathered by all processes together, so one
     that has run out of images goes on with an empty share until all have."""
-    config = generator.config.transformer
-    nothing = torch.zeros(1, config.rows, config.columns, dtype=torch.long, device=runtime.device)
+    nothing = torch.zeros(1, *generator.grid, dtype=torch.long, device=runtime.device)
     while True:
         batch = next(batches, None)
         if accelerator.num_processes > 1:
@@ -439,9 +415,10 @@ def _padded(
         elif batch is None:
             return
         if batch is None:
-            yield nothing, nothing[:, 0, 0], 0
+            yield nothing, generator.condition.example(1).to(runtime.device), 0
         else:
-            yield batch.indices.to(runtime.device), labels_of(batch).to(runtime.device), len(batch.indices)
+            condition = generator.condition.of_batch(batch)
+            yield batch.indices.to(runtime.device), condition.to(runtime.device), len(batch.indices)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -577,16 +554,17 @@ def initialise(generator: Generator, source: str, initial: Generator | None = No
     checkpoint.load_strict(generator, initial.state_dict(), source)
 
 
-def _network(config: TransformerConfig) -> dict[str, Any]:
+def _network(config: NetworkConfig) -> dict[str, Any]:
     """What must be the same for one network to take the weights of another; the head by what it predicts."""
     free = {"dropout", "class_dropout", "gamma_init", "head", "factors"}
-    return {**config.model_dump(exclude=free), "vocabularies": config.vocabularies}
+    vocabularies = getattr(config, "vocabularies", None)
+    return {**config.model_dump(exclude=free), "kind": config.kind, "vocabularies": vocabularies}
 
 
 def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
     """What the report shows: an image of each of the first classes, uint8 (SHOWN, H, W, 3)."""
-    labels = torch.arange(SHOWN) % generator.config.transformer.classes
-    return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(labels, seed=seed))))
+    condition = generator.condition.shown(SHOWN)
+    return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(condition, seed=seed))))
 
 
 def refuse_nan(run: RunFolder, step: int, loss: float, norm: float, scaler: torch.amp.GradScaler) -> None:
@@ -633,7 +611,7 @@ def load_generator_run(folder: str | Path, weights: Literal["live", "best"] = "l
     if step is None or step not in steps:
         raise UsageError(f"{folder} has no checkpoint for weights = {weights!r}; it has steps {steps}")
     state = checkpoint.load_state(run.checkpoint(step))
-    config = check(state["config"], GeneratorConfig, str(run.checkpoint(step)))
+    config = read_config(state["config"], str(run.checkpoint(step)))
     generator = Generator.with_weights(config, state["model"], run.checkpoint(step))
     generator.provenance = provenance(load(run.recipe, GeneratorRecipe), step, weights)
     return generator

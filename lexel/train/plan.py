@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lexel import config, transformer
+from lexel import config
+from lexel.generators import Generator, GeneratorConfig
 from lexel.losses.perceptual import NETWORKS
 from lexel.networks.frozen import freeze
 from lexel.tokenizer import Tokenizer
@@ -83,10 +84,10 @@ def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
     train, sizes = recipe.train, recipe.generator
     batch = max(1, train.batch_size // processes // train.accumulation)
     with torch.device("meta"):
-        network = transformer.build(sizes)
-        tokens = torch.zeros(batch, sizes.rows * sizes.columns, dtype=torch.int64)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        _, kept = _kept(network, lambda indices: network(indices, labels), tokens)
+        network = Generator(GeneratorConfig(transformer=sizes))
+        tokens = torch.zeros(batch, sizes.tokens, dtype=torch.int64)
+        condition = network.condition.example(batch)
+        _, kept = _kept(network, lambda indices: network.losses(indices, condition), tokens)
     count = sum(parameter.numel() for parameter in network.parameters())
     shares = processes if train.fsdp else 1
     memory = {
@@ -94,7 +95,7 @@ def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
         "kept for backward": kept // (1 if train.precision == "float32" else 2),
     }
     if train.checkpointing:  # the input of each block, and one block at a time
-        memory["kept for backward"] //= sizes.layers // 2 or 1
+        memory["kept for backward"] //= len(network.layers()) // 2 or 1
     return Plan(config.dump(recipe), {"generator": count}, memory, batch)
 
 

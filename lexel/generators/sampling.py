@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lexel.errors import UsageError, unknown
 
+BLOCK = 256  # logits summed before the cumulative sum; a sum is several times faster than a cumulative one
+
 # ---------------------------------------------------------------------------------------------- guidance
 
 
@@ -134,23 +136,22 @@ def _nucleus_edge(logits: Tensor, top_p: float, candidates: int = 512) -> Tensor
 # ---------------------------------------------------------------------------------------------- random numbers
 
 
-def uniforms(seed: int, image_numbers: Sequence[int], count: int) -> Tensor:
-    """The random numbers of images: float64 (B, count) in [0, 1).
+def uniform_stream(seed: int, image_numbers: Sequence[int], count: int, block: int = 0) -> Tensor:
+    """The block-th `count` random numbers of images: float64 (B, count) in [0, 1).
 
-    Each image has its own counter-based stream (Philox, keyed by the seed and the image's number), read at the token's
-    position. Neither the batch an image is in, nor its place there, nor the number of processes can change its numbers.
+    Each image has its own counter-based stream (Philox, keyed by the seed and the image's number), of which a block is
+    a part that no other block overlaps. Neither the batch an image is in, nor its place there, nor the number of
+    processes can change its numbers.
     """
     raw = np.empty((len(image_numbers), count), dtype=np.uint64)
     for row, number in enumerate(image_numbers):
         key = np.array([seed % 2**64, number % 2**64], dtype=np.uint64)
-        raw[row] = np.random.Philox(key=key).random_raw(count)
+        counter = np.array([0, 0, 0, block], dtype=np.uint64)
+        raw[row] = np.random.Philox(key=key, counter=counter).random_raw(count)
     return torch.from_numpy((raw >> np.uint64(11)) * 2.0**-53)
 
 
-BLOCK = 256  # logits summed before the cumulative sum; a sum is several times faster than a cumulative one
-
-
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample_index(logits: Tensor, uniform: Tensor) -> Tensor:
     """The tokens at places `uniform` (B,) float64 of the cumulative distributions of logits (B, V): int64 (B,).
 
     One random number a row instead of the V that `torch.multinomial` draws. Tokens at -inf are never drawn.

@@ -1,0 +1,29 @@
+"""Generators: models of the tokens of images, from which new images are sampled.
+
+`GENERATORS` has the families by name, a recipe's `generator.kind`; `CONDITIONS` what they may be conditioned on.
+"""
+
+from lexel.generators.base import FREE, Generator, Predicted, TrainingLosses
+from lexel.generators.batch import SampleBatch
+from lexel.generators.conditions import CONDITIONS, Condition
+from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, read_config
+from lexel.generators.next_token import NextToken, NextTokenConfig
+
+GENERATORS["next_token"] = NextToken
+
+__all__ = [
+    "CONDITIONS",
+    "FREE",
+    "GENERATORS",
+    "Condition",
+    "Generator",
+    "GeneratorConfig",
+    "NetworkConfig",
+    "NetworkOptions",
+    "NextToken",
+    "NextTokenConfig",
+    "Predicted",
+    "SampleBatch",
+    "TrainingLosses",
+    "read_config",
+]

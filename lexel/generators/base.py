@@ -1,0 +1,394 @@
+"""The base of every generator: a model of the tokens of images, p(tokens | condition).
+
+A family writes what it learns from (`losses`), its likelihood where it has one (`nll`) and how it samples (`_sample`).
+Everything else is here, once: conditions, the layout of tokens, random numbers that belong to an image and not to a
+batch, batches that fit into memory, given tokens, and folders.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from lexel import __version__, checkpoint, registry
+from lexel.config import Config as BaseConfig
+from lexel.config import check
+from lexel.errors import UsageError
+from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter
+from lexel.generators.conditions import Condition
+from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig, read_config
+from lexel.generators.sampling import check_filters, guidance_scales
+from lexel.token_spec import TokenSpec
+from lexel.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer"  # the folder inside a generator's folder that holds the tokenizer it belongs to
+FREE = -1  # in `given`: a token to be sampled
+
+
+class Predicted(NamedTuple):
+    """What a generator expects of every token."""
+
+    logits: tuple[Tensor, ...]  # (B, T, V) for each sub-vocabulary, one for a plain head
+    nll: Tensor | None  # (B, T) float, -log p(token) in nats; None where the family has no likelihood
+
+
+class NoOptions(BaseConfig):
+    """A family that samples in one way."""
+
+
+class Generator(nn.Module):
+    """A model of the tokens of images, given a condition. `Generator(config)` is of the family that the config names.
+
+    Args:
+        config: the network and what its tokens mean.
+
+    Raises:
+        UsageError: the configuration is inconsistent.
+    """
+
+    Config: ClassVar[type[NetworkConfig]]
+    SampleOptions: ClassVar[type[BaseConfig]] = NoOptions
+    transformer: Any  # the family's network; it has `condition` and takes `checkpointing`
+
+    def __new__(cls, config: GeneratorConfig | None = None) -> "Generator":
+        if cls is not Generator:
+            return super().__new__(cls)
+        if config is None:
+            raise UsageError("a generator needs a GeneratorConfig")
+        return super().__new__(registry.lookup(GENERATORS, config.transformer.kind, "generator", GROUP))
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
+        self._tokenizer: list[Tokenizer] = []  # in a list, so that its weights are not this module's
+        self._folder: Path | None = None
+        self.transformer = self.build(config.transformer)
+        names, classes = config.class_names, getattr(self.condition, "classes", None)
+        if names is not None and classes is not None and len(names) != classes:
+            raise UsageError(f"{len(names)} class names for {classes} classes")
+
+    # ------------------------------------------------------------------------------------------ what a family writes
+
+    @classmethod
+    def build(cls, config: Any) -> nn.Module:
+        """The family's network, freshly initialised, with `condition` and `checkpointing`."""
+        raise NotImplementedError
+
+    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        """The terms that training adds up, each a mean over the batch.
+
+        Args:
+            tokens: int64 (B, *grid) or (B, T), in range.
+            condition: (B, ...), as `condition.of_batch` gives it. In training it is dropped to the null condition at
+                random.
+        """
+        raise NotImplementedError
+
+    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor | None:
+        """Negative log-likelihood of every token in nats, (B, T); an upper bound where the family says so, or None."""
+        return None
+
+    def _sample(self, batch: SampleBatch) -> Tensor:
+        """Tokens (B, T) in [0, codebook_size) for one batch that fits into memory."""
+        raise NotImplementedError
+
+    def decisions(self, options: Any) -> int:
+        """Over how many decisions a guidance schedule runs: tokens, or steps."""
+        return self.config.transformer.tokens
+
+    def bytes_per_image(self, options: Any, dtype: torch.dtype | None, guided: bool) -> int:
+        """Memory that sampling one image needs, without the weights."""
+        raise NotImplementedError
+
+    def held_bytes(self) -> int:
+        """Memory that the last call still holds and the next may use."""
+        return 0
+
+    @property
+    def sub_tokens(self) -> int:
+        """Draws that make one token: 1, or 2 with a factorised head."""
+        return 1
+
+    def layers(self) -> list[nn.Module]:
+        """The parts that are sharded, and recomputed, one by one."""
+        return [*self.transformer.blocks]
+
+    # ------------------------------------------------------------------------------------------ what all share
+
+    @property
+    def condition(self) -> Condition:
+        """What images are generated from."""
+        return cast(Condition, self.transformer.condition)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The grid of an image's tokens."""
+        return self.config.transformer.shape
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """The layout of an image's tokens."""
+        return self.config.transformer.token_spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Any,
+        cfg_scale: float | Sequence[float] = 1.0,
+        cfg_schedule: str = "constant",
+        temperature: float | Sequence[float] = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        image_numbers: Sequence[int] | Tensor | None = None,
+        given: Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        batch_size: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """New images, as tokens: int64 (B, *grid).
+
+        An image is a function of (weights, condition, settings, seed, image number): neither the batch it is made in
+        nor the number of processes changes its random numbers. In float64 it is the same token for token; in float32
+        and below, another batch size may round logits differently, and a token whose draw lies that near to an edge
+        flips.
+
+        Args:
+            condition: class labels (B,), features of captions (B, length, features), or how many images; see
+                `lexel.generators.conditions`.
+            cfg_scale: guidance, unconditional + scale (conditional - unconditional); 1 is off and costs nothing.
+                A factorised vocabulary takes one for each sub-token too.
+            cfg_schedule: how the scale runs over the image: see `lexel.generators.sampling.guidance_scales`.
+            temperature: divides the logits; for each sub-token likewise.
+            top_k: samples of the k likeliest tokens; 0 is off, 1 is greedy.
+            top_p: samples of the likeliest tokens that hold p of the probability; 1 is off.
+            min_p: samples of tokens at least min_p times as probable as the likeliest; 0 is off.
+            seed: of the random numbers, with the image's number.
+            image_numbers: (B,) names of the images in the random stream; 0 to B - 1 by default. A part of a larger set
+                gives the numbers its images have there.
+            given: (B, *grid) tokens that stay as they are; -1 where tokens are to be sampled.
+            dtype: of weights, caches and arithmetic while sampling; the parameters' own by default.
+            batch_size: the most images at once; what fits into memory by default.
+            progress: called with tokens done and tokens in all.
+            options: the family's own, its `SampleOptions`; None is as if not given.
+
+        Raises:
+            UsageError: an argument is out of range.
+        """
+        network, parts = self.config.transformer, self.sub_tokens
+        prepared = self.condition.check(condition)
+        count = len(prepared)
+        numbers = list(range(count)) if image_numbers is None else [int(number) for number in image_numbers]
+        if len(numbers) != count:
+            raise UsageError(f"{len(numbers)} image_numbers for {count} images to sample")
+        if given is None:
+            tokens = torch.full((count, network.tokens), FREE, device=prepared.device)
+        else:
+            tokens = self.check_tokens(given, lowest=FREE).to(prepared.device)
+            if len(tokens) != count:
+                raise UsageError(f"{len(tokens)} images given for {count} to sample")
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {batch_size}")
+        chosen = {name: value for name, value in options.items() if value is not None}
+        own = check(chosen, self.SampleOptions, f"sampling from a {network.kind} generator")
+        temperatures = for_each(temperature, parts, "temperature")
+        for value in temperatures:
+            check_filters(value, top_k, top_p, min_p)
+        filters = [{"temperature": value, "top_k": top_k, "top_p": top_p, "min_p": min_p} for value in temperatures]
+        decisions = self.decisions(own)
+        scales = [guidance_scales(cfg_schedule, scale, decisions) for scale in for_each(cfg_scale, parts, "cfg_scale")]
+        guided = any(scale != 1 for each in scales for scale in each)
+        if guided and not self.condition.guided:
+            raise UsageError(f"condition {self.condition.kind!r} has nothing to guide by; leave cfg_scale at 1")
+
+        size = batch_size or max(
+            1, free_bytes(self.device, self.held_bytes()) // 2 // self.bytes_per_image(own, dtype, guided)
+        )
+        done = []
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            rows = prepared[begin:end]
+            batch = SampleBatch(
+                condition=rows,
+                null=self.condition.null(rows) if guided else None,
+                tokens=tokens[begin:end].clone(),
+                scales=scales,
+                filters=filters,
+                seed=seed,
+                numbers=numbers[begin:end],
+                options=own,
+                dtype=dtype,
+                report=reporter(progress, begin, end - begin, count, network.tokens),
+            )
+            done.append(self._sample(batch))
+            batch.report(1.0)
+        return torch.cat(done).view(count, *self.grid) if done else tokens.view(0, *self.grid)
+
+    def flat(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, *grid) or (B, T) in raster order, int64 (B, T); only shape and type are checked, without a wait.
+
+        Raises:
+            UsageError: the shape is another, or they are no integers.
+        """
+        shapes = (self.grid, (self.config.transformer.tokens,))
+        if tuple(tokens.shape[1:]) not in shapes or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            wanted = ", ".join(["B", *map(str, self.grid)])
+            raise UsageError(f"tokens must be integers ({wanted}), got {tokens.dtype} {tuple(tokens.shape)}")
+        return tokens.flatten(1).long()
+
+    def check_tokens(self, tokens: Tensor, lowest: int = 0) -> Tensor:
+        """`flat`, with every value checked to be in [lowest, codebook_size): for public doors.
+
+        Raises:
+            UsageError: a shape, type or value does not fit.
+        """
+        flat = self.flat(tokens)
+        if flat.numel():
+            low, high = (int(bound) for bound in flat.aminmax())
+            size = self.config.transformer.codebook_size
+            if low < lowest or high >= size:
+                raise UsageError(f"tokens must be in [{lowest}, {size}), got {low if low < lowest else high}")
+        return flat
+
+    def class_numbers(self, names: Sequence[str]) -> list[int]:
+        """The numbers of classes given by number or by label.
+
+        Raises:
+            UsageError: a number is out of range, no class has that label, or there are no classes.
+        """
+        classes, known = getattr(self.condition, "classes", None), self.config.class_names or []
+        if classes is None:
+            raise UsageError(f"this generator has no classes; its condition is {self.condition.kind!r}")
+        numbers = []
+        for name in names:
+            if name in known:
+                numbers.append(known.index(name))
+            elif name.isdecimal() and int(name) < classes:
+                numbers.append(int(name))
+            else:
+                near = [label for label in known if name.lower() in label.lower()][:5]
+                hint = f"; labels like it are {', '.join(near)}" if near else ""
+                raise UsageError(
+                    f"no class {name!r}; classes are 0 to {classes - 1}{' or a label' * bool(known)}{hint}"
+                )
+        return numbers
+
+    # ------------------------------------------------------------------------------------------ folders
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose tokens these are.
+
+        Raises:
+            UsageError: the generator has none, or the one in its folder is not the one it was trained with.
+        """
+        if not self._tokenizer:
+            if self._folder is None or not (self._folder / TOKENIZER).is_dir():
+                raise UsageError(
+                    "this generator has no tokenizer beside it; decode with the tokenizer of fingerprint "
+                    f"{self.config.tokenizer or '(not recorded)'}"
+                )
+            found = Tokenizer.from_pretrained(self._folder / TOKENIZER)
+            self.check_tokenizer(found.fingerprint(), f"the tokenizer in {self._folder}")
+            self._tokenizer.append(found)
+        return self._tokenizer[0]
+
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Makes `tokenizer` the one whose tokens these are, and records its fingerprint."""
+        self.config = self.config.model_copy(update={"tokenizer": tokenizer.fingerprint()})
+        self._tokenizer = [tokenizer]
+
+    def check_tokenizer(self, fingerprint: str, what: str) -> None:
+        """Refuses tokens of another tokenizer; `what` names where they come from."""
+        expected = self.config.tokenizer
+        if expected is not None and fingerprint != expected:
+            raise UsageError(
+                f"{what} has fingerprint {fingerprint[:12]}, the generator was trained with tokenizer {expected[:12]}; "
+                "use the tokenizer it was trained with"
+            )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes `config.json`, `model.safetensors` and, if there is one, the tokenizer in `tokenizer/`.
+
+        Args:
+            folder: made if it does not exist.
+            tokenizer: the tokenizer whose tokens these are; by default the one that came with the generator.
+            provenance: where the weights come from (recipe, step, source file), kept in `config.json`.
+
+        Raises:
+            UsageError: it is not the tokenizer of these tokens.
+        """
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer.fingerprint(), "the tokenizer to save")
+        elif self._tokenizer or (self._folder is not None and (self._folder / TOKENIZER).is_dir()):
+            tokenizer = self.tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(folder) / TOKENIZER, tokenizer.provenance)
+        config = {
+            "model": "generator",
+            "lexel": __version__,
+            **self.config.model_dump(mode="json"),
+            "provenance": dict(self.provenance if provenance is None else provenance),
+        }
+        checkpoint.save_folder(folder, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """A generator in evaluation mode, from a folder or a hub id.
+
+        Raises:
+            UsageError: the folder is not there, not whole, or holds something else.
+        """
+        folder = checkpoint.find_folder(source, (checkpoint.CONFIG, checkpoint.WEIGHTS, f"{TOKENIZER}/*"))
+        return cls.from_folder(folder, *checkpoint.load_folder(folder))
+
+    @classmethod
+    def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """A generator from the two parts of a model folder; `source` is the folder."""
+        table = {name: value for name, value in config.items() if name not in ("model", "lexel", "provenance")}
+        if config.get("model") != "generator":
+            raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
+        generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
+        generator.provenance = dict(config.get("provenance", {}))
+        generator._folder = Path(source)
+        return generator
+
+    @classmethod
+    def with_weights(cls, config: GeneratorConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
+        """A generator in evaluation mode that takes over `tensors`, so that nothing is held twice."""
+        with torch.device("meta"):
+            generator = cls(config)
+        checkpoint.load_strict(generator, tensors, source)
+        return generator.eval()
+
+    def fingerprint(self) -> str:
+        """Names these weights in result files."""
+        return checkpoint.fingerprint(self.config.model_dump(mode="json"), self.state_dict())
+
+
+class TrainingLosses(nn.Module):
+    """A generator whose forward pass is its losses: what DistributedDataParallel wraps."""
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        """`generator.losses`."""
+        return self.generator.losses(tokens, condition)

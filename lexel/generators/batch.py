@@ -1,0 +1,74 @@
+"""A batch of images to sample: what a family is given, and its images' own random numbers."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lexel.errors import UsageError
+from lexel.generators.sampling import uniform_stream
+
+MEMINFO = Path("/proc/meminfo")  # of Linux
+
+
+class SampleBatch(NamedTuple):
+    """Images that are made together, and how."""
+
+    condition: Tensor  # (B, ...), checked
+    null: Tensor | None  # (B, ...), the null condition; None without guidance
+    tokens: Tensor  # (B, T), FREE where a token is to be sampled; the family may write to it
+    scales: list[list[float]]  # of guidance, for each sub-vocabulary, for each decision
+    filters: list[dict[str, Any]]  # arguments of `filter_logits`, for each sub-vocabulary
+    seed: int
+    numbers: list[int]  # of the images in the random stream
+    options: Any  # the family's SampleOptions
+    dtype: torch.dtype | None
+    report: Callable[[float], None]  # told the share of the work that is done
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is on at any decision."""
+        return self.null is not None
+
+    def guided_at(self, decision: int) -> bool:
+        """Whether guidance is on at a decision."""
+        return any(scales[decision] != 1 for scales in self.scales)
+
+    def uniforms(self, block: int, count: int) -> Tensor:
+        """The block-th `count` random numbers of every image: float64 (B, count) in [0, 1).
+
+        Each image reads its own stream, so a family that draws from nothing else makes the same images in any batch.
+        """
+        random = uniform_stream(self.seed, self.numbers, count, block)
+        # Apple's GPUs have no float64: there the draw is the CPU's.
+        return random if self.tokens.device.type == "mps" else random.to(self.tokens.device)
+
+
+def for_each(value: float | Sequence[float], parts: int, name: str) -> list[float]:
+    """A number for each sub-vocabulary, from one for all or a sequence."""
+    values = [float(value)] * parts if isinstance(value, int | float) else [float(each) for each in value]
+    if len(values) != parts or not all(math.isfinite(each) for each in values):
+        raise UsageError(f"{name} must be a number, or {parts} of them (one for each sub-token), got {value}")
+    return values
+
+
+def reporter(
+    progress: Callable[[int, int], None] | None, before: int, images: int, count: int, tokens: int
+) -> Callable[[float], None]:
+    """Turns the share of one batch that is done into tokens done of tokens in all."""
+    if progress is None:
+        return lambda share: None
+    return lambda share: progress(before * tokens + round(images * tokens * share), count * tokens)
+
+
+def free_bytes(device: torch.device, held: int) -> int:
+    """Memory that is free on a device, with what a model still holds there and would give back."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + held
+    if MEMINFO.is_file():  # "MemAvailable: 20971520 kB" counts what the system would give back from its file cache
+        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return 4 * 2**30  # a system that does not tell
