@@ -13,7 +13,7 @@ from lexel import report
 from lexel.checkpoint import atomic
 from lexel.codec import Codec
 from lexel.data import ImageSet, Transform, to_images, to_uint8
-from lexel.generator import Generator
+from lexel.generators import Generator
 from lexel.report import Figure, Run, Section
 from lexel.samples import nearest_pictures, picture_grid
 from lexel.spacing import evenly_spaced
