@@ -729,7 +729,7 @@ def test_an_unknown_kind_or_option_is_refused_with_the_choices():
 
 
 def test_the_example_of_the_page_on_extending_is_a_quantizer(monkeypatch):
-    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "extending" / "quantizer.md").read_text(encoding="utf-8")
     source = re.search(r'```python\n("""A frozen.*?)```', page, re.DOTALL)[1]
     module: dict = {}
     exec(source, module)  # the page's own code

@@ -1,0 +1,110 @@
+"""The documents are true: their code runs, their commands and recipes exist, their links lead somewhere."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from lexel.cli import app
+from lexel.config import find_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+WITH_COMMANDS = [*PAGES, *sorted((ROOT / "recipes").glob("*.toml"))]
+RUN = [*sorted((DOCS / "tutorials").glob("*.md")), *sorted((DOCS / "extending").glob("*.md")), DOCS / "quantizers.md"]
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Kind and text of the code blocks of a page."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[str]:
+    """Every line `lexel ...` that stands by itself, without its comment."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        match = re.match(r"^(?:#   |    |\$ )?(?:accelerate launch -m )?(lexel [a-z].*)$", line)
+        if match:
+            found.append(match[1].split("  #")[0].strip())
+    return found
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch) -> Path:
+    """A folder with some pictures of two classes, as the tutorials assume."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for kind in ("cats", "dogs"):
+        (tmp_path / "pictures" / kind).mkdir(parents=True)
+        for number in range(12):
+            ramp = np.linspace(0, 255, 48)[:, None, None] * rng.random(3) + np.zeros((48, 48, 3))
+            Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "pictures" / kind / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if page.is_file()], ids=name)
+def test_a_page_runs_from_top_to_bottom(page, workplace):
+    """Blocks of `python` in one namespace, `lexel` commands of `sh` blocks in between; `py` blocks are only shown."""
+    torch.manual_seed(0)
+    names: dict[str, object] = {"__name__": "__page__"}
+    for kind, text in blocks(page):
+        if kind == "python":
+            exec(compile(text, name(page), "exec", dont_inherit=True), names)
+        elif kind == "sh":
+            for line in commands(text):
+                result = CliRunner().invoke(app, shlex.split(line)[1:])
+                assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+@pytest.mark.parametrize(
+    "page, line",
+    [(name(page), line) for page in WITH_COMMANDS for line in commands(page.read_text(encoding="utf-8"))],
+)
+def test_every_command_shown_exists_with_its_options(page, line):
+    words = shlex.split(re.split(r" [|>&] ", line)[0])
+    command = COMMANDS.get(words[1])
+    assert command is not None, line
+    options = {option for parameter in command.params for option in [*parameter.opts, *parameter.secondary_opts]}
+    for word in words[2:]:
+        if word.startswith("--"):
+            assert word.split("=")[0] in {*options, "--help"}, line
+    if words[1] == "train":
+        assert find_recipe(ROOT / words[2] if "/" in words[2] else words[2]).is_file(), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        other = (page.parent / path).resolve() if path else page
+        assert other.exists(), f"{target} in {name(page)}"
+        if anchor and other.suffix == ".md":
+            assert anchor in anchors(other), f"{target} in {name(page)}"
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "extending"], ids=name)
+def test_files_that_a_page_names_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for path in re.findall(r"`((?:docs|tests|recipes|benchmarks|lexel)/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), f"{path} in {name(page)}"
