@@ -22,7 +22,8 @@ class Affine(ProjectedVQ):
     first and then choose, so z_q is always what the indices name.
 
     The map for each channel by itself (`spread="channel"`) is the affine parametrization of
-    https://arxiv.org/abs/2305.08842; the covariance is this project's (docs/studies/which-quantizer.md has the evidence).
+    https://arxiv.org/abs/2305.08842; the covariance is Lexel's
+    (evidence: docs/studies/which-quantizer.md).
 
         Affine(codebook_size=16384, codebook_dim=32)
 
