@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
+from lexel.regular import open_regular
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -177,9 +178,12 @@ def from_hub(message: str) -> Iterator[None]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        with open_regular(path) as file:
+            value = json.loads(file.read().decode())
+    except ValueError as error:  # also of bytes that are no text, and of numbers with thousands of digits
         raise UsageError(f"{path} is not valid JSON: {error}") from None
+    except RecursionError:
+        raise UsageError(f"{path} is not valid JSON: it is nested too deeply") from None
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds a {type(value).__name__}; an object was expected")
     return value

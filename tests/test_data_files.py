@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import counts, survives
 from PIL import Image
 
 from lexel.data import UnreadableImage, open_images, read_image
@@ -318,3 +319,18 @@ def test_holding_out_is_a_partition_that_depends_on_names_alone(tmp_path):
     assert len(images.hold_out(0.001)[1]) == 1
     with pytest.raises(UsageError, match="at least 2"):
         images.subset([0]).hold_out(0.5)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif", "gif", "avif"])
+@counts
+def test_a_mutated_picture_is_read_or_named_in_one_line(tmp_path, suffix, count):
+    path = tmp_path / f"a.{suffix}"
+    try:
+        saved(path, CORNERS[16:48, 32:64])
+    except (KeyError, ValueError):
+        pytest.skip("this Pillow writes no AVIF")
+
+    def right(array: np.ndarray) -> None:
+        assert (array.ndim, array.shape[-1], array.dtype) == (3, 3, np.uint8)
+
+    survives(lambda path: read_image(path, pixel_limit=10**6), path, seed=16, count=count, check=right)

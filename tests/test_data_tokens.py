@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from lexel.data import TRANSFORMS, ArrayImages, open_images
-from lexel.data import tokens as module
 from lexel.data.batches import crop_generator
 from lexel.data.tokens import TokenSet, export_parquet, export_webdataset, index_dtype, write_tokens
+from lexel.data.tokens import write as module
 from lexel.errors import UsageError
 
 CROP = TRANSFORMS["published"](4)
@@ -184,13 +184,14 @@ def test_damaged_folders_are_named(tmp_path):
 
     def other_version(folder: Path) -> None:
         facts = json.loads((folder / "tokens.json").read_text())
+        del facts["checksum"]
         (folder / "tokens.json").write_text(json.dumps(facts | {"version": 99}))
 
     cases = {
         "shard-00001.npy has": cut,
         "shard-00002.npy is missing": lambda folder: (folder / "shard-00002.npy").unlink(),
         "shard-00000.json is missing": lambda folder: (folder / "shard-00000.json").unlink(),
-        "cannot be read": lambda folder: (folder / "shard-00000.json").write_text("{"),
+        "not valid JSON": lambda folder: (folder / "shard-00000.json").write_text("{"),
         "does not describe": lambda folder: (folder / "tokens.json").write_text('{"a": 1}'),
         "version 99": other_version,
         "holds no tokens": lambda folder: (folder / "tokens.json").unlink(),

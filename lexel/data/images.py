@@ -202,7 +202,7 @@ class ArrayImages(ImageSet):
 
     def __init__(
         self,
-        array: np.ndarray,
+        array: np.ndarray | Sequence[np.ndarray],
         names: Sequence[str],
         labels: Sequence[int] | None = None,
         classes: Sequence[str] = (),
@@ -211,6 +211,7 @@ class ArrayImages(ImageSet):
         depth: int | None = None,
     ) -> None:
         super().__init__(names, labels, classes, attribution)
+        array = array if isinstance(array, np.ndarray) else np.stack(array)
         if array.ndim != 4 or array.dtype not in (np.uint8, np.uint16):
             raise UsageError(f"images must be uint8 or uint16 (N, H, W, C), got {array.dtype} {array.shape}")
         self.array = array

@@ -1,0 +1,154 @@
+"""What is in a folder of tokens, and that it is what it says: file names, the models of its JSON files, checksums."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lexel import checkpoint
+from lexel.errors import UsageError
+
+INDEX = "tokens.json"
+MANIFEST_PARTIAL = "unfinished.json"  # what INDEX will say, while shards are still missing
+FORMAT, VERSION = "lexel tokens", 1
+CHECKSUM = "checksum"  # the key that holds the digest of all the others; absent in sets of Lexel before 0.2
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Description(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Manifest(_Description):
+    """What `tokens.json` says, and `unfinished.json` but for the number of shards."""
+
+    format: str
+    version: int
+    grid: Annotated[list[Positive], Field(min_length=1, max_length=8)]
+    codebook_size: Positive
+    dtype: str
+    crops: Positive
+    seed: int
+    fingerprint: str
+    transform: str
+    images: Count
+    names: Digest  # of all names, one a line
+    shard_size: Positive
+    classes: list[str]
+    labelled: bool
+    attribution: str | None
+    provenance: dict[str, Any] | None
+    shards: Count | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        wanted = index_dtype(self.codebook_size).name
+        if self.dtype != wanted:
+            raise ValueError(f"dtype is {self.dtype!r} where {self.codebook_size} codes need {wanted}")
+        if self.shards not in (None, -(-self.images // self.shard_size)):
+            raise ValueError(f"{self.shards} shards do not hold {self.images} images of {self.shard_size} a shard")
+        return self
+
+
+class ShardDescription(_Description):
+    """What the .json of a shard says."""
+
+    names: list[str]
+    labels: list[Count] | None
+    unreadable: dict[str, str]
+    sha256: Digest
+    bytes: Count
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.labels is not None and len(self.labels) != len(self.names):
+            raise ValueError(f"there are {len(self.labels)} labels for {len(self.names)} names")
+        return self
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def index_dtype(codebook_size: int) -> np.dtype[Any]:
+    """The smallest unsigned type that holds the indices below codebook_size."""
+    return np.min_scalar_type(codebook_size - 1)
+
+
+def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
+    """What a `tokens.json` or `unfinished.json` says, checked, and all its keys.
+
+    Raises:
+        UsageError: the file is damaged, of another version, or does not describe tokens.
+    """
+    table = checkpoint.read_json(path)
+    if table.get("format") != FORMAT:
+        raise UsageError(f"{path} does not describe Lexel tokens")
+    if table.get("version") != VERSION:
+        raise UsageError(
+            f"{path.parent} has version {short(table.get('version'))} of the format; this Lexel reads {VERSION}"
+        )
+    return _checked(path, table, Manifest), table
+
+
+def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
+    """What the .json of a shard says, checked by itself and against the set's.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    shard = _checked(path, checkpoint.read_json(path), ShardDescription)
+    if (shard.labels is not None) != manifest.labelled:
+        raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
+    most = max(shard.labels, default=-1) if shard.labels is not None else -1
+    if most >= len(manifest.classes) and manifest.classes:
+        raise UsageError(f"{path} is damaged: it has the label {most} for {len(manifest.classes)} classes")
+    return shard
+
+
+def sealed(table: dict[str, Any], indent: int | None = None) -> bytes:
+    """A table as JSON with a checksum of itself."""
+    return json.dumps({**table, CHECKSUM: _checksum(table)}, indent=indent).encode()
+
+
+def shard_path(folder: Path, shard: int, suffix: str) -> Path:
+    return folder / f"shard-{shard:05d}{suffix}"
+
+
+def digest(data: bytes | memoryview) -> str:
+    """SHA-256 in 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_of_names(names: Any) -> str:
+    """SHA-256 of names, one a line."""
+    return digest("\n".join(names).encode("utf-8", "surrogateescape"))
+
+
+def short(value: Any) -> str:
+    """A value for an error message."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 20 else text[:12] + "..."
+
+
+def _checked(path: Path, table: dict[str, Any], model: type[Model]) -> Model:
+    if CHECKSUM in table:
+        given = table.pop(CHECKSUM)
+        if given != _checksum(table):
+            raise UsageError(f"{path} is damaged: its content does not match its checksum; encode the images again")
+    try:
+        return model.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = " ".join(".".join(map(str, first["loc"])).split())[:60]
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())[:200]
+        raise UsageError(f"{path} is damaged: {where + ': ' if where else ''}{message}") from None
+
+
+def _checksum(table: dict[str, Any]) -> str:
+    return digest(json.dumps(table, sort_keys=True).encode())

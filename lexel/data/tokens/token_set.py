@@ -1,0 +1,269 @@
+"""Token sets: the indices of many images, mapped into memory, read by number or in batches."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lexel.arrays import ONLY, open_arrays, read_array
+from lexel.data.batches import Positions, crop_choices
+from lexel.data.images import hold_out_order, renumbered
+from lexel.data.listing import Names
+from lexel.data.tokens.format import (
+    INDEX,
+    MANIFEST_PARTIAL,
+    Manifest,
+    ShardDescription,
+    digest_of_names,
+    read_manifest,
+    read_shard_description,
+    shard_path,
+)
+from lexel.errors import UsageError
+from lexel.regular import open_regular
+
+Verify = Literal["lazily", "now", "never"]
+
+
+class TokenBatch(NamedTuple):
+    """The tokens of some images."""
+
+    indices: Tensor  # (B, *grid) int64
+    labels: Tensor | None  # (B,) int64; None for a set without labels
+    numbers: Tensor  # (B,) int64: which images of the set these are
+
+
+class TokenSet:
+    """The tokens of a set of images, mapped into memory.
+
+    Attributes:
+        grid: shape of an image's indices.
+        codebook_size: indices lie below it.
+        crops: versions of each image; the first is the centred one.
+        fingerprint: of the tokenizer that made them.
+        names: one per image.
+        labels: int64 (N,), or None.
+        classes: the name of each class.
+        attribution: what must be shown beside these images, or None.
+        unreadable: the reasons of the images left out, by name.
+        facts: all of `tokens.json`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        facts: dict[str, Any],
+        shards: Sequence[ShardDescription],
+        verify: Verify,
+    ) -> None:
+        self.folder = folder
+        self.facts = facts
+        self.grid = tuple(manifest.grid)
+        self.codebook_size = manifest.codebook_size
+        self.crops = manifest.crops
+        self.fingerprint = manifest.fingerprint
+        self.classes = manifest.classes
+        self.attribution = manifest.attribution
+        self.names: Sequence[str] = Names([name for shard in shards for name in shard.names])
+        labels = [label for shard in shards for label in shard.labels or ()] if manifest.labelled else None
+        self.labels = None if labels is None else np.array(labels, np.int64)
+        self.unreadable: dict[str, str] = {name: why for shard in shards for name, why in shard.unreadable.items()}
+        self._dtype = np.dtype(manifest.dtype)
+        self._rows = np.arange(len(self.names))  # where the images of this set, or part of it, lie in the shards
+        self._ends = np.cumsum([len(shard.names) for shard in shards])
+        self._digests = [shard.sha256 for shard in shards]
+        self._verify = verify
+        self._shards: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: Verify = "lazily") -> "TokenSet":
+        """The token set in a folder.
+
+        Args:
+            folder: as `write_tokens` left it.
+            verify: when to compare the shards with their checksums: "lazily" when each is first used, "now", or
+                "never". Sizes and types are always checked.
+
+        Raises:
+            UsageError: there is no token set, its writing was not finished, or a shard is missing or damaged.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"there is no folder {str(folder)!r}; give one that `lexel encode` wrote")
+        if not (folder / INDEX).is_file():
+            if (folder / MANIFEST_PARTIAL).is_file():
+                plan, _ = read_manifest(folder / MANIFEST_PARTIAL)
+                there = len(list(folder.glob("shard-*.json")))
+                wanted = -(-plan.images // plan.shard_size)
+                raise UsageError(
+                    f"{folder} is not finished: {there} of {wanted} shards are written; run the same command again"
+                )
+            raise UsageError(f"{folder} holds no tokens: it has no {INDEX}; give a folder that `lexel encode` wrote")
+        manifest, facts = read_manifest(folder / INDEX)
+        if manifest.shards is None:
+            raise UsageError(f"{folder / INDEX} is damaged: it does not say how many shards there are")
+        shards = []
+        for number in range(manifest.shards):
+            for suffix in (".json", ".npy"):
+                if not shard_path(folder, number, suffix).is_file():
+                    raise UsageError(f"{folder} is damaged: {shard_path(folder, number, suffix).name} is missing")
+            shard = read_shard_description(shard_path(folder, number, ".json"), manifest)
+            size = shard_path(folder, number, ".npy").stat().st_size
+            if size != shard.bytes:
+                raise UsageError(
+                    f"{folder} is damaged: {shard_path(folder, number, '.npy').name} has {size:,} bytes "
+                    f"instead of {shard.bytes:,}"
+                )
+            shards.append(shard)
+        tokens = cls(folder, manifest, facts, shards, verify)
+        if len(tokens.names) + len(tokens.unreadable) > manifest.images:
+            raise UsageError(
+                f"{folder} is damaged: its shards hold more than the {manifest.images:,} images of {INDEX}"
+            )
+        if len(tokens.names) == manifest.images and digest_of_names(tokens.names) != manifest.names:
+            raise UsageError(f"{folder} is damaged: the names in its shards are not those that {INDEX} was made of")
+        for number in range(len(shards)):
+            with open_arrays(shard_path(folder, number, ".npy")) as arrays:
+                arrays.header(ONLY, *tokens._layout(number))
+        if verify == "now":
+            for number in range(len(shards)):
+                tokens._shard(number)
+        return tokens
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def require(self, fingerprint: str) -> None:
+        """Refuses to be read by another tokenizer than the one that made these tokens.
+
+        Raises:
+            UsageError: the fingerprints differ.
+        """
+        if fingerprint != self.fingerprint:
+            raise UsageError(
+                f"the tokens in {self.folder} were made by another tokenizer "
+                f"({self.fingerprint[:12]} instead of {fingerprint[:12]}); encode the images again with this one"
+            )
+
+    def tokens(self, numbers: Sequence[int] | np.ndarray, crops: int | np.ndarray = 0) -> Tensor:
+        """The indices of images by their numbers: int64 (len(numbers), *grid).
+
+        Args:
+            numbers: in [0, len(self)).
+            crops: which version of each image, one for all or one each.
+        """
+        rows = self._rows[np.asarray(numbers, np.int64)]
+        crops = np.broadcast_to(crops, rows.shape)
+        result = np.empty((len(rows), *self.grid), np.int64)
+        shards = np.searchsorted(self._ends, rows, side="right")
+        for shard in np.unique(shards):
+            chosen = shards == shard
+            first = self._ends[shard - 1] if shard > 0 else 0
+            result[chosen] = self._shard(int(shard))[rows[chosen] - first, crops[chosen]]
+        return torch.from_numpy(result)
+
+    def subset(self, numbers: Sequence[int] | np.ndarray) -> "TokenSet":
+        """The images with these numbers, in this order."""
+        part = object.__new__(TokenSet)
+        part.__dict__.update(self.__dict__)
+        numbers = np.asarray(numbers, np.int64)
+        part._rows = self._rows[numbers]
+        part.names = Names([self.names[number] for number in numbers.tolist()])
+        part.labels = None if self.labels is None else self.labels[numbers]
+        return part
+
+    def with_classes(self, classes: Sequence[str]) -> "TokenSet":
+        """The same tokens, their labels numbered as in `classes`, by the names of the classes.
+
+        Raises:
+            UsageError: an image has a class that is not among them, or there are no labels.
+        """
+        if self.labels is None:
+            raise UsageError(f"the tokens in {self.folder} have no classes")
+        try:
+            labels = renumbered(self.labels.tolist(), self.classes, classes)
+        except UsageError as error:
+            raise UsageError(f"{self.folder}: {error}") from None
+        part = self.subset(np.arange(len(self)))
+        part.labels, part.classes = np.array(labels, np.int64), list(classes)
+        return part
+
+    def hold_out(self, fraction: float) -> tuple["TokenSet", "TokenSet"]:
+        """Two sets, the rest and the held-out part: at least one image, chosen by the hashes of the names."""
+        order, count = hold_out_order(self.names, fraction)
+        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+
+    def histogram(self) -> Tensor:
+        """How often each code occurs, over all versions: int64 (codebook_size,)."""
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64)
+        for crop in range(self.crops):
+            for first in range(0, len(self), 4096):
+                numbers = np.arange(first, min(first + 4096, len(self)))
+                counts += torch.bincount(self.tokens(numbers, crop).flatten(), minlength=self.codebook_size)
+        return counts
+
+    def training_batches(
+        self, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, processes: int = 1
+    ) -> Iterator[TokenBatch]:
+        """An endless iterator over the batches of step first_step, first_step + 1, ...
+
+        As for images: a batch, the versions of its images included, is a function of (seed, step) alone, batch_size
+        counts all processes, and process r takes the r-th slice.
+        """
+        if batch_size < 1 or batch_size % processes:
+            raise UsageError(f"{processes} processes cannot share a batch of {batch_size} images evenly")
+        if not 0 <= rank < processes:
+            raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
+        if len(self) == 0:
+            raise UsageError(f"{self.folder} holds no images")
+        return self._training_batches(batch_size, seed, first_step, rank, processes)
+
+    def _training_batches(
+        self, batch_size: int, seed: int, step: int, rank: int, processes: int
+    ) -> Iterator[TokenBatch]:
+        positions, share = Positions(len(self), seed), batch_size // processes
+        choices = crop_choices(len(self), self.crops, seed)
+        while True:
+            first = step * batch_size + rank * share
+            places = [positions[position] for position in range(first, first + share)]
+            numbers = np.array([number for _, number in places])
+            crops = np.array([choices(epoch, number) for epoch, number in places])
+            yield self._batch(numbers, crops)
+            step += 1
+
+    def ordered_batches(
+        self, batch_size: int, rank: int = 0, processes: int = 1, crop: int = 0
+    ) -> Iterator[TokenBatch]:
+        """Every image once, in one version; process r of P gets the images r, r + P, r + 2P, ..., un-padded."""
+        numbers = np.arange(rank, len(self), processes)
+        for first in range(0, len(numbers), batch_size):
+            yield self._batch(numbers[first : first + batch_size], crop)
+
+    def _batch(self, numbers: np.ndarray, crops: int | np.ndarray) -> TokenBatch:
+        labels = None if self.labels is None else torch.from_numpy(self.labels[numbers])
+        return TokenBatch(self.tokens(numbers, crops), labels, torch.from_numpy(numbers))
+
+    def _shard(self, number: int) -> np.ndarray:
+        """A shard's tokens (rows, crops, *grid), mapped into memory; checked when it is first used."""
+        if number not in self._shards:
+            path = shard_path(self.folder, number, ".npy")
+            if self._verify != "never":
+                with open_regular(path) as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+                if found != self._digests[number]:
+                    raise UsageError(f"{path} is damaged: its content does not match its checksum; encode it again")
+            self._shards[number] = read_array(path, *self._layout(number), mapped=True)
+        return self._shards[number]
+
+    def _layout(self, number: int) -> tuple[str, type]:
+        """Shape and type of a shard's array."""
+        rows = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+        return " ".join(map(str, (rows, self.crops, *self.grid))), self._dtype.type
+
+    def __getstate__(self) -> dict[str, Any]:  # mapped files do not travel to other processes; they open them again
+        return {**self.__dict__, "_shards": {}}

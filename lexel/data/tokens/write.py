@@ -1,0 +1,230 @@
+"""Writing token sets: pictures turned into indices once, shard by shard; a stopped writer goes on.
+
+A shard's .json is written after its .npy and `tokens.json` after all of them, each of them whole or not at all, so a
+writer that was stopped goes on at the first shard that is missing.
+"""
+
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lexel.checkpoint import atomic_write
+from lexel.data.arrays import to_images
+from lexel.data.batches import Pictures, crop_generator, look_up, read_squares
+from lexel.data.images import ImageSet
+from lexel.data.tokens.format import (
+    FORMAT,
+    INDEX,
+    MANIFEST_PARTIAL,
+    VERSION,
+    digest,
+    digest_of_names,
+    index_dtype,
+    read_manifest,
+    sealed,
+    shard_path,
+    short,
+)
+from lexel.data.tokens.token_set import TokenSet
+from lexel.data.transforms import Transform
+from lexel.errors import UsageError
+
+
+def write_tokens(
+    folder: str | Path,
+    images: ImageSet,
+    transform: Transform,
+    encode: Callable[[Tensor], Tensor],
+    *,
+    grid: Sequence[int],
+    codebook_size: int,
+    fingerprint: str,
+    crops: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    shard_size: int = 4096,
+    rank: int = 0,
+    processes: int = 1,
+    workers: int = 0,
+    provenance: dict[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> "TokenSet | None":
+    """Encodes a set of images into a folder; the same call again goes on where it was stopped.
+
+    Several processes may write one folder, each its share of the shards; the last to finish completes it. What is
+    written does not depend on their number, nor on interruptions.
+
+    Args:
+        folder: new, or begun by the same call before.
+        images: the set; unreadable pictures are left out and their reasons kept in `TokenSet.unreadable`.
+        transform: makes squares of pictures.
+        encode: images (B, 3, H, W) in [-1, 1] to int64 indices (B, *grid).
+        grid: shape of an image's indices: (h, w), or (Q, h, w) for residual and product codes.
+        codebook_size: indices lie below it.
+        fingerprint: of the tokenizer; readers can ask for it.
+        crops: versions of each picture. The first is the centred one; the others are random, and a function of
+            (seed, version, number of the picture).
+        seed: of the random versions.
+        batch_size: pictures encoded together.
+        shard_size: pictures in a shard; what an interruption can cost.
+        rank, processes: this process, of how many.
+        workers: processes that read pictures; 0 reads them here.
+        provenance: anything more to keep, as JSON.
+        progress: called with (pictures done, pictures of this process).
+
+    Returns:
+        The set; None if other processes have not finished their shards.
+
+    Raises:
+        UsageError: the folder holds something else, or `encode` gave other shapes or indices than announced.
+    """
+    folder = Path(folder)
+    for name, value in (("codebook_size", codebook_size), ("crops", crops), ("shard_size", shard_size)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, got {value}")
+    if not 0 <= rank < processes:
+        raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
+    plan: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "grid": list(grid),
+        "codebook_size": codebook_size,
+        "dtype": index_dtype(codebook_size).name,
+        "crops": crops,
+        "seed": seed,
+        "fingerprint": fingerprint,
+        "transform": f"{type(transform).__name__} {transform.size}",
+        "images": len(images),
+        "names": digest_of_names(images.names),
+        "shard_size": shard_size,
+        "classes": images.classes,
+        "labelled": images.labels is not None,
+        "attribution": images.attribution,
+        "provenance": provenance,
+    }
+    plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
+    _begin(folder, plan)
+    shards = range(-(-len(images) // shard_size))
+    mine = {
+        shard: range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
+        for shard in shards[rank::processes]
+    }
+    done, total = 0, sum(len(numbers) for numbers in mine.values())
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    for shard, numbers in mine.items():
+        if shard_path(folder, shard, ".json").is_file():  # written before an interruption
+            read(len(numbers))
+        else:
+            versions = _Versions(images, transform, numbers, batch_size, crops, seed)
+            _write_shard(folder, shard, versions, encode, plan, workers, read)
+    if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
+        return None
+    with atomic_write(folder / INDEX) as file:
+        file.write(sealed({**plan, "shards": len(shards)}, indent=2))
+    (folder / MANIFEST_PARTIAL).unlink(missing_ok=True)
+    return TokenSet.open(folder, verify="never")  # we wrote it a moment ago
+
+
+def _begin(folder: Path, plan: dict[str, Any]) -> None:
+    """Makes the folder ours, or checks that it is ours already."""
+    if folder.is_file():
+        raise UsageError(f"{folder} is a file; give a folder for the tokens")
+    for name in (INDEX, MANIFEST_PARTIAL):
+        if (folder / name).is_file():
+            _, found = read_manifest(folder / name)
+            for key, value in plan.items():
+                if found.get(key) != value:
+                    raise UsageError(
+                        f"{folder} holds tokens made in another way ({key}: {short(found.get(key))} there, "
+                        f"{short(value)} here); give another folder or delete it"
+                    )
+            return
+    # Another process may begin at this very moment: what it writes first is not foreign.
+    ours = (".partial-", "shard-", MANIFEST_PARTIAL, INDEX)
+    if folder.is_dir() and any(not path.name.startswith(ours) for path in folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no tokens; give a new folder")
+    with atomic_write(folder / MANIFEST_PARTIAL) as file:
+        file.write(sealed(plan, indent=2))
+
+
+@dataclass
+class _Versions:
+    """The batches of a shard as a table: every version of some pictures."""
+
+    images: ImageSet
+    transform: Transform
+    numbers: range
+    batch_size: int
+    crops: int
+    seed: int
+
+    def __getitem__(self, batch: int) -> Pictures:
+        numbers = self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return read_squares(self.images, numbers, self.transform, self._generators)
+
+    def _generators(self, number: int) -> list[np.random.Generator | None]:
+        return [None, *(crop_generator(self.seed, version, number) for version in range(1, self.crops))]
+
+
+def _write_shard(
+    folder: Path,
+    shard: int,
+    versions: _Versions,
+    encode: Callable[[Tensor], Tensor],
+    plan: dict[str, Any],
+    workers: int,
+    read: Callable[[int], None],
+) -> None:
+    images, batches = versions.images, -(-len(versions.numbers) // versions.batch_size)
+    unreadable: dict[str, str] = {}
+    readable: list[int] = []
+    encoded = [np.empty((0, plan["crops"], *plan["grid"]), plan["dtype"])]
+    for pictures in look_up(versions, range(batches), workers, prefetch=2):
+        unreadable.update(pictures.unreadable)
+        readable += pictures.numbers
+        if pictures.numbers:
+            encoded.append(_encode(pictures.arrays, len(pictures.numbers), encode, plan, versions.batch_size))
+        read(len(pictures.numbers) + len(pictures.unreadable))
+    buffer = io.BytesIO()
+    np.save(buffer, np.concatenate(encoded))
+    with atomic_write(shard_path(folder, shard, ".npy")) as file:
+        file.write(buffer.getbuffer())
+    facts = {
+        "names": [images.names[number] for number in readable],
+        "labels": None if images.labels is None else [images.labels[number] for number in readable],
+        "unreadable": unreadable,
+        "sha256": digest(buffer.getbuffer()),
+        "bytes": buffer.getbuffer().nbytes,
+    }
+    with atomic_write(shard_path(folder, shard, ".json")) as file:
+        file.write(sealed(facts))
+
+
+def _encode(
+    squares: np.ndarray, count: int, encode: Callable[[Tensor], Tensor], plan: dict[str, Any], batch_size: int
+) -> np.ndarray:
+    """Tokens (count, crops, *grid) of squares (count * crops, size, size, 3), never more than batch_size at once."""
+    parts = []
+    for first in range(0, len(squares), batch_size):
+        images = to_images(squares[first : first + batch_size])
+        indices = encode(images).cpu().numpy()
+        if indices.shape != (len(images), *plan["grid"]):
+            raise UsageError(f"the tokenizer gave indices {indices.shape} for a grid of {tuple(plan['grid'])}")
+        if indices.min() < 0 or indices.max() >= plan["codebook_size"]:
+            raise UsageError(
+                f"the tokenizer gave indices from {indices.min()} to {indices.max()} for {plan['codebook_size']} codes"
+            )
+        parts.append(indices.astype(plan["dtype"]))
+    return np.concatenate(parts).reshape(count, plan["crops"], *plan["grid"])
