@@ -26,7 +26,7 @@ from lexel.generators.next_token.config import SIZES
 from lexel.generators.next_token.decoding import Decoder
 from lexel.generators.next_token.network import Transformer
 from lexel.generators.sampling import guide, sample_index, uniform_stream
-from lexel.train.generator import load_generator_run
+from lexel.loading import load_generator
 
 TOKENS = 256
 POSITIONS = (16, 80, 144, 208, 250)  # where the decode step is timed: short and long caches
@@ -170,7 +170,7 @@ def _floor(model: Transformer, device: torch.device) -> None:
 
 def quality(folder: str, images: int) -> None:
     """Prints what int8 and wavefronts cost on a trained generator, in bits of its own likelihood."""
-    generator = load_generator_run(folder)
+    generator = load_generator(folder)
     config = generator.config.transformer
     labels = torch.arange(images) % config.classes
     plain = generator.sample(labels, seed=1)

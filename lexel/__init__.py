@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lexel.convert import load
     from lexel.errors import UsageError
     from lexel.generators import Generator
+    from lexel.loading import load
     from lexel.tokenizer import Tokenizer
 
 # Names are imported when first used: `lexel --help` must not wait for torch.
 _HOMES = {
     "Tokenizer": "lexel.tokenizer",
     "Generator": "lexel.generators",
-    "load": "lexel.convert",
+    "load": "lexel.loading",
     "UsageError": "lexel.errors",
 }
 

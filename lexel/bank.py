@@ -1,6 +1,6 @@
 """Banks of features for VQGAN-LC, from the pictures of a folder and any encoder at hand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -8,21 +8,26 @@ from torch import Tensor
 
 from lexel import networks
 from lexel.checkpoint import atomic
-from lexel.data import ImageSet, Transform, ordered_batches
+from lexel.data import TRANSFORMS, open_images, ordered_batches
 from lexel.errors import UsageError
+from lexel.loading import own_transform
 from lexel.quantizers.vqgan_lc import build_bank, save_bank
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
+
+NETWORK_SIZE = 224  # pixels a side for feature networks
 
 
 @torch.no_grad()
 def make_bank(
     encoder: Tokenizer | str,
-    images: ImageSet,
-    transform: Transform,
+    data: str | Path,
     out: str | Path,
-    size: int,
+    codes: int,
     runtime: Runtime,
+    *,
+    size: int | None = None,
+    split: str | None = None,
     per_class: bool = False,
     features_per_image: int = 16,
     batch_size: int = 32,
@@ -34,11 +39,12 @@ def make_bank(
     Args:
         encoder: a tokenizer, whose latents at random positions are taken; or the name of a feature network, which gives
             one feature an image.
-        images: the pictures; unreadable ones are left out.
-        transform: makes squares of them.
+        data: a folder, a file or an embedded set; unreadable pictures are left out.
         out: the file to write.
-        size: number of centres, K.
+        codes: number of centres, K.
         runtime: device and precision.
+        size: pixels a side; the tokenizer's own by default, NETWORK_SIZE for a feature network.
+        split: "train" or "validation", if the data set has these splits.
         per_class: an equal share of the centres for each class of the images, as in the paper.
         features_per_image: latents taken of each image.
         batch_size: images at a time.
@@ -48,13 +54,21 @@ def make_bank(
     Returns:
         The bank: float32 (K, F).
     """
+    if seed < 0:
+        raise UsageError(f"seed must be 0 or more, got {seed}")
+    if isinstance(encoder, Tokenizer):
+        transform = own_transform(encoder, size)
+    else:
+        transform = TRANSFORMS["published"](size or NETWORK_SIZE)
+    images = open_images(data, split, transform.size)
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
     network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)
     if isinstance(encoder, Tokenizer):
         encoder.to(runtime.device).eval()
     features, labels, done = [], [], 0
-    for batch in ordered_batches(images, transform, batch_size):
+    batches = ordered_batches(images, transform, batch_size)
+    for batch in batches:
         pictures = batch.images.to(runtime.device)
         if network is not None:
             found = network(pictures).pooled[:, None]
@@ -77,7 +91,14 @@ def make_bank(
         done += len(batch.numbers)
         if progress:
             progress(done, len(images))
-    bank = build_bank(torch.cat(features), size, torch.cat(labels) if per_class else None, seed)
+    if not features:
+        raise UsageError(f"no picture of {data} can be read; {_first_reason(batches.unreadable)}")
+    bank = build_bank(torch.cat(features), codes, torch.cat(labels) if per_class else None, seed)
     with atomic(out) as path:
         save_bank(bank, path)
     return bank
+
+
+def _first_reason(unreadable: Mapping[str, str]) -> str:
+    """The first picture that cannot be read, and why."""
+    return next((f"the first, {name}: {reason}" for name, reason in unreadable.items()), "there is none")

@@ -1,7 +1,7 @@
 """Recipes: TOML files checked against typed models. A typo must not train for a week."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +70,11 @@ def check(table: dict[str, Any], model: type[Model], source: str) -> Model:
 def dump(model: BaseModel) -> str:
     """The resolved recipe as TOML; options that are None are left out."""
     return tomli_w.dumps(model.model_dump(mode="json", exclude_none=True))
+
+
+def to_toml(table: Mapping[str, Any]) -> str:
+    """A plain table as TOML."""
+    return tomli_w.dumps(dict(table))
 
 
 def parse_override(override: str) -> tuple[str, Any]:

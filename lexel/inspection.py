@@ -6,17 +6,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lexel import convert
 from lexel.config import RECIPES
 from lexel.errors import UsageError
 from lexel.generators import Generator
+from lexel.loading import load, load_generator, load_tokenizer
 from lexel.metrics.health import diagnose
 from lexel.run_folder import read_metrics
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
-from lexel.train.generator import GeneratorRecipe, load_generator_run
+from lexel.train.generator import GeneratorRecipe
 from lexel.train.plan import plan
-from lexel.train.tokenizer import TokenizerRecipe, load_run
+from lexel.train.tokenizer import TokenizerRecipe
 
 SAMPLED = 4096  # codes among which the nearest neighbours are looked for
 
@@ -36,7 +36,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
         return _of_recipe(source)
     if (path / "recipe.toml").is_file():
         return _of_run(path)
-    model = convert.load(source)
+    model = load(source)
     return _of_tokenizer(model) if isinstance(model, Tokenizer) else _of_generator(model)
 
 
@@ -62,9 +62,9 @@ def _of_run(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"steps done": lines[-1]["step"] if lines else 0}
     saved = (folder / "config.json").is_file() or any((folder / "checkpoints").glob("*.pt"))
     if isinstance(recipe, GeneratorRecipe):
-        found = _of_generator(load_generator_run(folder)) if saved else {"kind": "generator"}
+        found = _of_generator(load_generator(folder)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
-    found = _of_tokenizer(load_run(folder)) if saved else {"kind": "tokenizer"}
+    found = _of_tokenizer(load_tokenizer(folder)) if saved else {"kind": "tokenizer"}
     quantizer = recipe.model.quantizer
     findings = diagnose(quantizer["kind"], quantizer["codebook_size"], validation, train)
     return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lexel import checkpoint, convert
+from lexel import checkpoint, config, loading, provenance
+from lexel.errors import UsageError
 from lexel.evaluate import read_result
 from lexel.generators import Generator
+from lexel.run_folder import RunFolder
 
 PICTURES = 8  # in a row of the sample strip
 STRIPS = {  # rows of the strip, by what they show
@@ -27,6 +29,7 @@ def push_to_hub(
     *,
     results: Sequence[str | Path] = (),
     licence: str | None = None,
+    weights: str | None = None,
     private: bool = False,
     token: str | None = None,
 ) -> str:
@@ -37,6 +40,7 @@ def push_to_hub(
         repository: owner/name; made if it does not exist.
         results: files of `lexel evaluate --json`; their metrics go into the card.
         licence: the name of a licence, as the hub writes it (apache-2.0).
+        weights: of a run; see `lexel.load`.
         private: of a new repository.
         token: of the hub; the one that `hf auth login` stored if not given.
 
@@ -46,7 +50,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as folder:
-        stage(run, folder, results=results, licence=licence, repository=repository)
+        stage(run, folder, results=results, licence=licence, weights=weights, repository=repository)
         with checkpoint.from_hub(f"the hub does not take {repository}"):
             api = HfApi(token=token)
             api.create_repo(repository, private=private, exist_ok=True)
@@ -60,24 +64,31 @@ def stage(
     *,
     results: Sequence[str | Path] = (),
     licence: str | None = None,
+    weights: str | None = None,
     repository: str = "OWNER/NAME",
 ) -> None:
-    """Writes what `push_to_hub` uploads: the model, its card, and the recipe and sample pictures of a run."""
-    run, folder = Path(run), Path(folder)
-    model = convert.load_folder(run)
-    model.save_pretrained(folder, provenance=model.provenance)
-    recipe = run / "recipe.toml"
-    if recipe.is_file():
-        (folder / recipe.name).write_bytes(recipe.read_bytes())
-    pictures = _sample_strip(run, folder / "samples.png")
+    """Writes what `push_to_hub` uploads: the model, its card, and the recipe and sample pictures of a run.
+
+    Names of data and files lose their folders, which tell of the machine and its user.
+    """
+    folder = Path(folder)
+    if folder.resolve() == Path(run).resolve():
+        raise UsageError(f"{folder} is the run itself; give another folder to write to")
+    model = loading.load(run, weights=weights)
     measured = [read_result(path) for path in results]
-    card = _card(model, run, repository, measured, licence, pictures)
+    model.save_pretrained(folder, provenance=provenance.without_folders(model.provenance))
+    files = RunFolder.read(run)
+    recipe = config.to_toml(provenance.without_folders(files.read_recipe())) if files.recipe.is_file() else None
+    if recipe is not None:
+        (folder / files.recipe.name).write_text(recipe, encoding="utf-8")
+    pictures = _sample_strip(files, folder / "samples.png")
+    card = _card(model, recipe, repository, measured, licence, pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _sample_strip(run: Path, path: Path) -> str | None:
-    """Pictures from the last snapshot, and what they show; None if there are none."""
-    snapshots = sorted((run / "snapshots").glob("*.safetensors"))
+def _sample_strip(run: RunFolder, path: Path) -> str | None:
+    """Writes pictures from the last snapshot and returns what they show; None if there are none."""
+    snapshots = sorted(run.snapshots.glob("*.safetensors"))
     tensors = checkpoint.read_safetensors(snapshots[-1]) if snapshots else {}
     for caption, names in STRIPS.items():
         if set(names) <= tensors.keys():
@@ -89,7 +100,7 @@ def _sample_strip(run: Path, path: Path) -> str | None:
 
 def _card(
     model: Any,
-    run: Path,
+    recipe: str | None,
     repository: str,
     results: Sequence[Mapping[str, Any]],
     licence: str | None,
@@ -126,8 +137,8 @@ def _card(
         "## Use\n\n" + _use(repository, generates),
         "## What it is\n\n" + _table(_facts(model, generates)),
         *(_result_section(result) for result in results),
-        _training_section(run),
-        "## Where it comes from\n\n" + _table(model.provenance) if model.provenance else "",
+        _training_section(recipe),
+        "## Where it comes from\n\n" + _table(provenance.without_folders(model.provenance)) if model.provenance else "",
     ]
     return ModelCard("\n\n".join(part for part in parts if part) + "\n").content
 
@@ -172,15 +183,13 @@ def _result_section(result: Mapping[str, Any]) -> str:
     return title + _table(values) + note
 
 
-def _training_section(run: Path) -> str:
-    recipe = run / "recipe.toml"
-    if not recipe.is_file():
+def _training_section(recipe: str | None) -> str:
+    if recipe is None:
         return ""
-    text = recipe.read_text(encoding="utf-8")
-    train = tomllib.loads(text).get("train", {})
+    train = tomllib.loads(recipe).get("train", {})
     steps = f" for {train['steps']:,} steps" if isinstance(train.get("steps"), int) else ""
     return (
-        f"## Training\n\nTrained{steps} with this recipe (`lexel train recipe.toml`):\n\n```toml\n{text.strip()}\n```"
+        f"## Training\n\nTrained{steps} with this recipe (`lexel train recipe.toml`):\n\n```toml\n{recipe.strip()}\n```"
     )
 
 

@@ -68,6 +68,22 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
 
+    @classmethod
+    def read(cls, path: str | Path) -> "RunFolder":
+        """A run to read from; its recipe says what ranks its checkpoints."""
+        run = cls(path, writes=False)
+        if run.recipe.is_file() and "generator" in run.read_recipe():
+            run.best, run.higher_is_better = "bits_per_token", False
+        return run
+
+    def read_recipe(self) -> dict[str, Any]:
+        """The recipe of the run as tables; empty where there is none.
+
+        Raises:
+            UsageError: it is no TOML.
+        """
+        return config.read(self.recipe) if self.recipe.is_file() else {}
+
     def claim(self, recipe: Config) -> None:
         """Makes the folder this recipe's, and this process's until it ends.
 

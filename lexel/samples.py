@@ -1,6 +1,6 @@
 """Images from a generator, written as they come: a grid to look at, a set to measure, or the tokens themselves."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,13 +11,45 @@ from PIL import Image
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, to_uint8
 from lexel.errors import UsageError
-from lexel.generators import Generator
+from lexel.generators import Generator, NextToken
 from lexel.metrics.statistics import NpzWriter
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
 AT_ONCE = 64  # images sampled, decoded and written together, if no batch is larger; what is made does not depend on it
+INT8 = "int8"  # the decoding implementation that rounds weights
+MEASURED = 2  # images on which its cost is measured
+ALL = "all"  # in place of class names: every class
 WRITERS = (".png", ".jpg", ".jpeg", ".webp", ".npz", ".npy")
+
+
+class Written(NamedTuple):
+    """What `write_samples` wrote."""
+
+    path: Path
+    extra_bits: float | None  # int8 decoding: bits a token more than exact weights would have given, on a few images
+    measured_on: int  # images
+
+
+def class_labels(generator: Generator, names: Sequence[str], per_class: int, seed: int | None = None) -> list[int]:
+    """The class of each image to sample: exactly `per_class` of each class.
+
+    Args:
+        generator: knows its classes.
+        names: numbers or labels of classes; `["all"]` is every class.
+        per_class: images of each.
+        seed: of a random order; None gives class after class. Evaluators that split samples in file order, such as
+            ADM's inception score, are defined for a random order only.
+
+    Raises:
+        UsageError: there is no such class, or the generator has no classes.
+    """
+    classes = getattr(generator.condition, "classes", 0)
+    chosen = list(range(classes)) if list(names) == [ALL] and classes else generator.class_numbers(names)
+    labels = torch.tensor(chosen, dtype=torch.int64).repeat_interleave(per_class)
+    if seed is not None:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    return labels.tolist()
 
 
 def write_samples(
@@ -31,7 +63,7 @@ def write_samples(
     given: torch.Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
     **settings: Any,
-) -> Path:
+) -> Written:
     """Samples an image for each label and writes them to one file, whose ending says how.
 
     `.png`, `.jpg`, `.webp`: a grid. `.npz`: images as ADM's evaluator takes them (`arr_0`, uint8), as a stream, so that
@@ -70,7 +102,7 @@ def write_samples(
         ]
         with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
             np.save(file, np.concatenate(tokens))
-        return out
+        return _written(generator, labels, out, settings)
     decoder = (tokenizer or generator.tokenizer).to(runtime.device)
     if runtime.device.type == "cuda":  # half-precision convolutions are fastest with channels last
         decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -83,11 +115,21 @@ def write_samples(
             writer.add(first)
             for more in pictures:
                 writer.add(more)
-        return out
+        return _written(generator, labels, out, settings)
     grid = picture_grid(np.concatenate(list(pictures)), columns)
     with atomic(out) as path:
         Image.fromarray(grid).save(path)
-    return out
+    return _written(generator, labels, out, settings)
+
+
+def _written(generator: Generator, labels: Sequence[int], out: Path, settings: Mapping[str, Any]) -> Written:
+    """The result, with what int8 weights cost on the first few images if they were used."""
+    if settings.get("implementation") != INT8 or not isinstance(generator, NextToken):
+        return Written(out, None, 0)
+    few = list(labels[:MEASURED])
+    kept = {name: settings[name] for name in ("cfg_scale", "cfg_schedule", "temperature", "seed") if name in settings}
+    tokens = generator.sample(few, implementation=INT8, **kept)
+    return Written(out, generator.extra_bits(tokens, few, INT8), len(few))
 
 
 def _sampled(

@@ -360,8 +360,9 @@ MISTAKES = [
     (["train", "tiny", "--out", "x", "--device", "cuda:7"], "cuda:7"),
     (["train", "tiny"], "Missing option '--out'"),
     (["train", "tiny", "--out", "x", "--init-what", "decoder"], "init lacks the option 'source'"),
-    (["export", "nowhere", "--out", "x", "--precision", "bf16"], "keeps weights in float32"),
-    (["inspect", "tiny", "--device", "cuda:7"], "cuda:7"),
+    (["export", "nowhere", "--out", "x", "--precision", "bf16"], "No such option: --precision"),
+    (["inspect", "tiny", "--device", "cuda:7"], "No such option: --device"),
+    (["list", "quantizer"], "unknown table 'quantizer'; choose from"),
     (["inspect", "nowhere"], "nowhere"),
     (["reconstruct", "nowhere", "photos", "--out", "x"], "nowhere"),
     (["evaluate"], "give a tokenizer with --data DIR, or --samples with --reference"),
@@ -444,7 +445,8 @@ def test_help_answers_for_every_command(capsys):
     for command in commands:
         code, out, _ = lexel(capsys, command, "--help")
         assert (code, "Usage: " in out) == (0, True), command
-        assert {"--device", "--precision"} <= {*out.split()}, command
+        runs_a_network = command not in {"inspect", "list", "import", "export", "publish"}
+        assert ({"--device", "--precision"} <= {*out.split()}) == runs_a_network, command
 
 
 def test_python_m_lexel_is_the_same_command():

@@ -145,7 +145,7 @@ def test_averages_cannot_be_asked_of_a_file_without_them(tmp_path):
     torch.save(ibq_state(), path)
     with pytest.raises(UsageError, match="holds no averaged weights; use the live ones"):
         lexel.load(path, family="ibq", weights="averaged")
-    with pytest.raises(UsageError, match="unknown weights 'ema'; choose from averaged, live"):
+    with pytest.raises(UsageError, match="unknown weights 'ema'; choose from average, live"):
         lexel.load(path, family="ibq", weights="ema")
 
 
@@ -391,7 +391,7 @@ def test_a_file_of_one_of_our_folders_asks_for_the_folder(tmp_path):
     lexel.load(tmp_path / "a.pt", family="ibq").save_pretrained(tmp_path / "ours")
     with pytest.raises(UsageError, match="is a file of a Lexel folder; give the folder"):
         lexel.load(tmp_path / "ours" / "model.safetensors")
-    with pytest.raises(UsageError, match="is a Lexel folder, which has one set of weights"):
+    with pytest.raises(UsageError, match="a model folder has one set of weights"):
         lexel.load(tmp_path / "ours", weights="live")
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lexel import load
 from lexel.checkpoint import save_folder
-from lexel.convert import load
 from lexel.errors import UsageError
 from lexel.export import DiffusersVQModel, export
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
@@ -174,7 +174,7 @@ def test_images_in_the_unit_range_are_shifted_both_ways():
 # ---------------------------------------------------------------------------------------------- the hub
 
 
-RECIPE = "[train]\nsteps = 40\nlr = 1e-3\n"
+RECIPE = "[train]\nsteps = 40\nlr = 0.001\n"
 RESULT = {
     "kind": "reconstruction",
     "metrics": {"rfid": 12.345678, "psnr": 21.5, "lpips": None},

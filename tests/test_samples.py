@@ -18,6 +18,11 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 HERE = runtime("cpu")
 
 
+def write_samples(*arguments, **options):
+    """The file that was written."""
+    return samples.write_samples(*arguments, **options).path
+
+
 @pytest.fixture(scope="module")
 def generator():
     torch.manual_seed(0)
@@ -41,25 +46,23 @@ def generator():
 def test_tokens_images_and_grid_show_the_same_samples(generator, tmp_path, monkeypatch):
     labels = [0, 1, 2, 0, 1]
     monkeypatch.setattr(samples, "AT_ONCE", 2)
-    tokens = np.load(samples.write_samples(generator, labels, tmp_path / "s.npy", HERE))
+    tokens = np.load(write_samples(generator, labels, tmp_path / "s.npy", HERE))
     assert tokens.shape == (5, 2, 3)
-    images = np.load(samples.write_samples(generator, labels, tmp_path / "s.npz", HERE))["arr_0"]
+    images = np.load(write_samples(generator, labels, tmp_path / "s.npz", HERE))["arr_0"]
     assert images.shape == (5, 4, 6, 3)
     decoded = generator.tokenizer.decode(torch.from_numpy(tokens))
     assert np.abs((decoded.movedim(1, -1).numpy() + 1) * 127.5 - images).max() <= 0.5 + 1e-4
-    grid = np.asarray(Image.open(samples.write_samples(generator, labels, tmp_path / "s.png", HERE, columns=3)))
+    grid = np.asarray(Image.open(write_samples(generator, labels, tmp_path / "s.png", HERE, columns=3)))
     assert grid.shape == (4 * 2 + 2, 6 * 3 + 4, 3)
     assert np.array_equal(grid[6:10, 8:14], images[4])
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 64])
 def test_samples_do_not_depend_on_how_many_are_made_at_once(generator, tmp_path, monkeypatch, at_once):
-    whole = np.load(samples.write_samples(generator, [0, 1, 2, 0], tmp_path / "a.npy", HERE, seed=3))
+    whole = np.load(write_samples(generator, [0, 1, 2, 0], tmp_path / "a.npy", HERE, seed=3))
     monkeypatch.setattr(samples, "AT_ONCE", at_once)
-    assert np.array_equal(
-        np.load(samples.write_samples(generator, [0, 1, 2, 0], tmp_path / "b.npy", HERE, seed=3)), whole
-    )
-    part = samples.write_samples(generator, [2, 0], tmp_path / "c.npy", HERE, first_number=2, seed=3)
+    assert np.array_equal(np.load(write_samples(generator, [0, 1, 2, 0], tmp_path / "b.npy", HERE, seed=3)), whole)
+    part = write_samples(generator, [2, 0], tmp_path / "c.npy", HERE, first_number=2, seed=3)
     assert np.array_equal(np.load(part), whole[2:])
 
 
@@ -74,7 +77,7 @@ def test_a_batch_may_be_larger_than_what_is_written_together(generator, tmp_path
 
     monkeypatch.setattr(samples, "AT_ONCE", 2)
     monkeypatch.setattr(generator, "sample", counted)
-    samples.write_samples(
+    write_samples(
         generator,
         [0, 1, 2, 0, 1],
         tmp_path / "s.NPY",
@@ -94,11 +97,11 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
     given[0] = [3, 1, 2]
     np.save(tmp_path / "given.npy", given)
     known = samples.read_tokens(tmp_path / "given.npy")
-    made = np.load(samples.write_samples(generator, [0, 1, 2], tmp_path / "s.npy", HERE, given=known))
+    made = np.load(write_samples(generator, [0, 1, 2], tmp_path / "s.npy", HERE, given=known))
     assert (made[:, 0] == [3, 1, 2]).all()
     assert len(np.unique(made[:, 1], axis=0)) > 1
     with pytest.raises(UsageError, match="tokens are given for 2 images; 1 or 3 are needed"):
-        samples.write_samples(generator, [0, 1, 2], tmp_path / "t.npy", HERE, given=known.repeat(2, 1, 1))
+        write_samples(generator, [0, 1, 2], tmp_path / "t.npy", HERE, given=known.repeat(2, 1, 1))
     (tmp_path / "text.npy").write_text("no tokens")
     for name, message in [("none.npy", "is not a file"), ("text.npy", "cannot be read as .npy")]:
         with pytest.raises(UsageError, match=message):
@@ -107,11 +110,11 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
 
 def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):
     with pytest.raises(UsageError, match=r"s.gif has no known ending; choose from .png"):
-        samples.write_samples(generator, [0], tmp_path / "s.gif", HERE)
+        write_samples(generator, [0], tmp_path / "s.gif", HERE)
     with pytest.raises(UsageError, match="no classes to sample from"):
-        samples.write_samples(generator, [], tmp_path / "s.png", HERE)
+        write_samples(generator, [], tmp_path / "s.png", HERE)
     with pytest.raises(UsageError, match="fingerprint"):
-        samples.write_samples(generator, [0], tmp_path / "s.png", HERE, tokenizer=Tokenizer(generator.tokenizer.config))
+        write_samples(generator, [0], tmp_path / "s.png", HERE, tokenizer=Tokenizer(generator.tokenizer.config))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,11 +133,11 @@ def test_the_nearest_training_picture_is_found_with_its_distance():
 def test_the_pictures_of_a_gpu_are_those_of_the_cpu(generator, tmp_path, precision):
     """The pixel decoder runs with channels last there, in the precision asked for."""
     there = copy.deepcopy(generator)
-    tokens = np.load(samples.write_samples(there, [0, 1, 2], tmp_path / "t.npy", runtime("cuda")))
-    assert np.array_equal(tokens, np.load(samples.write_samples(generator, [0, 1, 2], tmp_path / "c.npy", HERE)))
+    tokens = np.load(write_samples(there, [0, 1, 2], tmp_path / "t.npy", runtime("cuda")))
+    assert np.array_equal(tokens, np.load(write_samples(generator, [0, 1, 2], tmp_path / "c.npy", HERE)))
     settings = {"given": torch.from_numpy(tokens)}  # the same tokens whatever the precision
     pictures = [
-        np.load(samples.write_samples(model, [0, 1, 2], tmp_path / f"{where.device.type}.npz", where, **settings))
+        np.load(write_samples(model, [0, 1, 2], tmp_path / f"{where.device.type}.npz", where, **settings))
         for model, where in ((there, runtime("cuda", precision)), (generator, HERE))
     ]
     assert there.tokenizer.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)

@@ -14,12 +14,13 @@ from lexel.compare.summary import HEALTH, NETWORK, summarise
 from lexel.data.config import open_data
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer, write_result
+from lexel.loading import load_tokenizer
 from lexel.metrics.protocols import PROTOCOLS
 from lexel.report import read_run
 from lexel.run_folder import TrainingStopped
 from lexel.runtime import PeakMemory
 from lexel.train.run import Progress
-from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
+from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "lpips", "usage", "frechet")
 RESULT = "result.json"
@@ -127,7 +128,7 @@ def train_and_measure(
             return None
         result["peak_memory_bytes"] = memory.read(next(trained.tokenizer.parameters()).device)
         result["images_per_second"] = read_run(folder).train[-1]["images_per_second"]
-        tokenizer = load_run(folder)
+        tokenizer = load_tokenizer(folder)
         data = planned.recipe.data
         rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
         measured = evaluate_tokenizer(

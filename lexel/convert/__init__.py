@@ -20,8 +20,6 @@ from lexel.convert import (
 )
 from lexel.convert.family import Conversion, Family, Request
 from lexel.errors import UsageError, unknown
-from lexel.generators import Generator
-from lexel.tokenizer import Tokenizer
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -43,49 +41,24 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def load(
-    source: str | Path,
-    family: str | None = None,
-    weights: str | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> Tokenizer | Generator:
-    """Any model: a Lexel folder, or a published checkpoint (see `convert`), in evaluation mode.
-
-    Args:
-        source: a folder, a checkpoint file, or a hub id (owner/name, or owner/name/FILE for one of several files).
-        family: the layout of a published checkpoint; needed where tensor names fit several.
-        weights: "averaged" or "live"; the averages where there are any if not given.
-        overrides: options that a published file does not tell, such as {"autoencoder.groups": 16}.
-
-    Raises:
-        UsageError: nothing is there, the family is unknown or unclear, or the file is not whole or not safe.
-    """
-    if family is None and _is_ours(source):
-        if weights is not None or overrides:
-            raise UsageError(
-                f"{source} is a Lexel folder, which has one set of weights and says all; leave options out"
-            )
-        return load_folder(source)
-    return convert(source, family, weights, overrides).model
-
-
-def load_folder(source: str | Path) -> Tokenizer | Generator:
-    """A tokenizer or generator from a Lexel folder, by its `config.json`."""
-    config, tensors = checkpoint.load_folder(source)
-    if config.get("model") == "generator":
-        return Generator.from_pretrained(source)
-    return Tokenizer.from_folder(source, config, tensors)
-
-
 def convert(
     source: str | Path,
     family: str | None = None,
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Conversion:
-    """A published checkpoint as a model of ours, with an account of every tensor; arguments as in `load`.
+    """A published checkpoint as a model of ours, with an account of every tensor.
 
     The architecture follows from tensor names and shapes.
+
+    Args:
+        source: a checkpoint file, a folder with one, or a hub id (owner/name, or owner/name/FILE for one of several).
+        family: a key of FAMILIES; needed where tensor names fit several.
+        weights: "average" (or "averaged") or "live"; the averages where there are any if not given.
+        overrides: options that the file does not tell, such as {"autoencoder.groups": 16}.
+
+    Raises:
+        UsageError: nothing is there, the family is unknown or unclear, or the file is not whole or not safe.
     """
     if family is not None and family not in FAMILIES:
         raise unknown("family", family, FAMILIES)
@@ -124,20 +97,6 @@ def recognise(published: files.Published) -> Family:
             f"name one of {names}"
         )
     return fitting[0]
-
-
-def _is_ours(source: str | Path) -> bool:
-    """Whether a folder or hub repository is a Lexel model, or what is left of one."""
-    path = Path(source)
-    if path.is_dir():
-        if (path / checkpoint.CONFIG).is_file():
-            return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)
-        weights = [file.name for file in path.iterdir() if file.name.endswith(files.WEIGHTS)]
-        return weights in ([], [checkpoint.WEIGHTS])
-    if isinstance(source, str) and not path.exists() and checkpoint.HUB_ID.fullmatch(source):
-        config = checkpoint.find_folder(source, [checkpoint.CONFIG]) / checkpoint.CONFIG
-        return config.is_file() and "lexel" in checkpoint.read_json(config)
-    return False
 
 
 def _summary(left_out: Mapping[str, str]) -> dict[str, int]:

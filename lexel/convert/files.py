@@ -15,6 +15,7 @@ from torch import Tensor
 from lexel import checkpoint
 from lexel.convert import torchscript
 from lexel.errors import UsageError
+from lexel.provenance import public_name
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
 INDEX = ".index.json"  # lists the shards of a split checkpoint
@@ -89,8 +90,7 @@ class Published:
     @property
     def name(self) -> str:
         """What may be published of the source: a hub id, or the name of a local file without its folders."""
-        path = Path(self.source)
-        return path.resolve().name if path.exists() else self.source
+        return public_name(self.source)
 
 
 def read(source: str | Path) -> Published:

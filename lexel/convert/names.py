@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lexel.checkpoint import some
-from lexel.errors import UsageError
+from lexel.errors import UsageError, unknown
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]  # a whole published name, and ours (a template or a function)
 AVERAGED = "model_ema."  # the prefix of averaged weights, whose names have lost their dots
@@ -99,15 +99,17 @@ def pick_weights(tensors: Mapping[str, Tensor], weights: str | None, untrained: 
 
     Args:
         tensors: by published names.
-        weights: "live", "averaged" or None.
+        weights: "live", "average" (or "averaged") or None.
         untrained: patterns of live names that have no average: buffers, and what is not trained.
         source: for errors.
 
     Raises:
         UsageError: the averages are asked for and absent, or do not fit the live names one to one.
     """
+    if weights == "average":  # as of a run
+        weights = AVERAGES
     if weights not in (None, LIVE, AVERAGES):
-        raise UsageError(f"unknown weights {weights!r}; choose from {AVERAGES}, {LIVE}")
+        raise unknown("weights", weights, ("average", LIVE))
     live = {name: Entry(name, tensor) for name, tensor in tensors.items() if not name.startswith(AVERAGED)}
     averages = {name: tensor for name, tensor in tensors.items() if name.startswith(AVERAGED)}
     if not averages:

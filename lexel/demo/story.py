@@ -13,12 +13,13 @@ from lexel.data.config import open_data
 from lexel.demo import page
 from lexel.demo.second_core import SecondCore
 from lexel.evaluate import read_result
+from lexel.loading import load_generator, load_tokenizer
 from lexel.report import write_report
 from lexel.run_folder import TrainingStopped
 from lexel.runtime import runtime
-from lexel.train.generator import GeneratorRecipe, load_generator_run, train_generator
+from lexel.train.generator import GeneratorRecipe, train_generator
 from lexel.train.run import Progress
-from lexel.train.tokenizer import TokenizerRecipe, load_run, train_tokenizer
+from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "ssim", "lpips", "usage")
 
@@ -89,7 +90,7 @@ def demo(
             for folder in (folders.vq, folders.tokenizer)
         ]  # fmt: skip
         codec = Codec(
-            load_run(folders.tokenizer), runtime(device, precision), recipe.data.make_transform(), batch_size=64
+            load_tokenizer(folders.tokenizer), runtime(device, precision), recipe.data.make_transform(), batch_size=64
         )
         for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
             codec.encode(recipe.data.source, folder, split, progress=_counted(progress, "tokens"))
@@ -97,7 +98,7 @@ def demo(
         _report(progress, "measuring")
         for result in measured:
             result.result()
-    generator = load_generator_run(folders.generator).to(codec.runtime.device)
+    generator = load_generator(folders.generator).to(codec.runtime.device)
     tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counted(progress, "drawing"))
     results = {
         name: read_result(folder / "evaluation.json")
@@ -110,7 +111,7 @@ def demo(
         generator=folders.generator,
         classes=generator.config.class_names or [],
         samples=codec.pictures(tokens),
-        codecs={"VQ": Codec(load_run(folders.vq), codec.runtime, None), "IBQ": codec},
+        codecs={"VQ": Codec(load_tokenizer(folders.vq), codec.runtime, None), "IBQ": codec},
         training=images[0],
         held_out=images[1],
         transform=recipe.data.make_transform(),

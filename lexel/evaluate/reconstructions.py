@@ -76,8 +76,8 @@ def evaluate_tokenizer(
         source: the real images: a folder, the name of an embedded set, or an ImageSet.
         protocol: a key of `lexel.metrics.PROTOCOLS`, or a Protocol of your own.
         split: of the source, if it has any.
-        size: pixels a side, instead of the protocol's; "native" takes whole pictures one by one, padded to the
-            tokenizer's factor by repeating their edge and cropped back.
+        size: pixels a side; by default the tokenizer's own, or the protocol's if its provenance has none; "native"
+            takes whole pictures one by one, padded to the tokenizer's factor by repeating their edge and cropped back.
         metrics: some of the protocol's `reconstruction` metrics; all by default.
         network: feature network for Fréchet distance and class scores. By default the protocol's, if its weights are
             given or at hand, else `efficientnet_lite0` (and the numbers are named so).
@@ -101,7 +101,7 @@ def evaluate_tokenizer(
         UsageError: the source, the protocol, the network or the partial state does not fit.
     """
     started = time.monotonic()
-    chosen = resized(find_protocol(protocol), size)
+    chosen = resized(find_protocol(protocol), size or tokenizer.provenance.get("size"))
     wanted = wanted_of(chosen.reconstruction, metrics)
     where = runtime(join(device), precision)
     images = open_set(source, split, chosen.size or None)

@@ -27,14 +27,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from lexel import __version__, checkpoint
-from lexel.config import Config, load
+from lexel import checkpoint, provenance
+from lexel.config import Config
 from lexel.data import ordered_batches, to_uint8, training_batches
 from lexel.data.batches import OnError
 from lexel.data.config import DataConfig, open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
-from lexel.generators import Generator, GeneratorConfig, NetworkConfig, NetworkOptions, TrainingLosses, read_config
+from lexel.generators import Generator, GeneratorConfig, NetworkConfig, NetworkOptions, TrainingLosses
+from lexel.loading import load_generator, load_tokenizer
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
@@ -173,7 +174,7 @@ class Source:
         data, self.runtime = recipe.data, runtime
         self.tokenizer: Tokenizer | None = None
         if data.tokenizer is not None:
-            self.tokenizer = Tokenizer.from_pretrained(data.tokenizer).to(runtime.device)
+            self.tokenizer = load_tokenizer(data.tokenizer).to(runtime.device)
         self.training: TokenSet | None = None
         self.histogram_bits: float | None = None
         self.unreadable: dict[str, str] = {}
@@ -528,7 +529,9 @@ def train_generator(
         tensors = learner.tensors()
         if accelerator.is_main_process:
             exported = Generator.with_weights(generator.config, tensors, out)
-            exported.save_pretrained(out, source.tokenizer, provenance(recipe, done, "live"))
+            exported.save_pretrained(
+                out, source.tokenizer, provenance.of_run(recipe.model_dump(mode="json"), done, "live")
+            )
             if source.tokenizer is not None:
                 run.snapshot(done, {"samples": show(exported.to(runtime.device), source.tokenizer, config.seed)})
     for tracker in accelerator.trackers:
@@ -544,7 +547,7 @@ def initialise(generator: Generator, source: str, initial: Generator | None = No
         UsageError: it is of another network, or speaks the tokens of another tokenizer.
     """
     if initial is None:
-        initial = Generator.from_pretrained(source)
+        initial = load_generator(source)
     ours, theirs = _network(generator.config.transformer), _network(initial.config.transformer)
     for name, value in theirs.items():
         if ours[name] != value:
@@ -582,36 +585,6 @@ def refuse_nan(run: RunFolder, step: int, loss: float, norm: float, scaler: torc
     )
 
 
-def provenance(recipe: GeneratorRecipe, step: int, weights: str) -> dict[str, Any]:
-    """Where a model folder's weights come from."""
-    data = recipe.data
-    return {
-        "lexel": __version__,
-        "data": data.tokens if data.images is None else data.images.source,
-        "step": step,
-        "weights": weights,
-    }
-
-
 def load_generator_run(folder: str | Path, weights: Literal["live", "best"] = "live") -> Generator:
-    """The generator of a run folder, in evaluation mode, or of a plain model folder.
-
-    Args:
-        folder: a run, finished or not.
-        weights: "live" of the newest step, or those of the "best" validation.
-
-    Raises:
-        UsageError: there is no such folder, or no checkpoint in it to choose from.
-    """
-    run = RunFolder(folder, best="bits_per_token", higher_is_better=False, writes=False)
-    if not run.recipe.is_file() or (weights == "live" and (run.path / checkpoint.CONFIG).is_file()):
-        return Generator.from_pretrained(folder)
-    steps = run.steps()
-    step = run.best_step() if weights == "best" else steps[-1] if steps else None
-    if step is None or step not in steps:
-        raise UsageError(f"{folder} has no checkpoint for weights = {weights!r}; it has steps {steps}")
-    state = checkpoint.load_state(run.checkpoint(step))
-    config = read_config(state["config"], str(run.checkpoint(step)))
-    generator = Generator.with_weights(config, state["model"], run.checkpoint(step))
-    generator.provenance = provenance(load(run.recipe, GeneratorRecipe), step, weights)
-    return generator
+    """The generator of a run folder or model folder, in evaluation mode; see `lexel.load`."""
+    return load_generator(folder, None if weights == "live" else weights)

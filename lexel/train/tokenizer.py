@@ -16,12 +16,13 @@ from accelerate import Accelerator  # type: ignore[import-untyped]
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lexel import __version__
-from lexel.checkpoint import load_state, load_strict
-from lexel.config import Config, load
+from lexel import provenance
+from lexel.checkpoint import load_strict
+from lexel.config import Config
 from lexel.data import training_batches
 from lexel.data.config import DataConfig, open_data
 from lexel.errors import UsageError
+from lexel.loading import load_tokenizer
 from lexel.losses import (
     DISCRIMINATOR_LOSSES,
     DISCRIMINATORS,
@@ -514,7 +515,7 @@ def train_tokenizer(
             if leaving:
                 break
     if finished and accelerator.is_main_process:
-        average.save_pretrained(out, provenance(recipe, done, "average"))
+        average.save_pretrained(out, provenance.of_run(recipe.model_dump(mode="json"), done, "average"))
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.wait_for_everyone()
@@ -539,7 +540,7 @@ def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None
         UsageError: the source is of another architecture.
     """
     if load:
-        source: Tokenizer = initial if initial is not None else Tokenizer.from_pretrained(init.source)
+        source: Tokenizer = initial if initial is not None else load_tokenizer(init.source)
         ours, theirs = tokenizer.config, source.config
         if init.what != "codebook" and ours != theirs:
             part = "autoencoder" if ours.autoencoder != theirs.autoencoder else "quantizer"
@@ -615,48 +616,6 @@ def _kept(run: RunFolder) -> str:
     return f"The last good checkpoint is {run.checkpoint(saved[-1])}." if saved else "No checkpoint was saved yet."
 
 
-def provenance(recipe: TokenizerRecipe, step: int, weights: str) -> dict[str, Any]:
-    """Where a model folder's weights come from."""
-    return {
-        "lexel": __version__,
-        "data": recipe.data.source,
-        "size": recipe.data.size,
-        "transform": recipe.data.transform,
-        "step": step,
-        "weights": weights,
-    }
-
-
 def load_run(folder: str | Path, weights: Literal["average", "live", "best"] = "average") -> Tokenizer:
-    """The tokenizer of a run folder, in evaluation mode, or of a plain model folder.
-
-    Args:
-        folder: a run, finished or not.
-        weights: "average" of the newest step, "live" of the newest step, or the average of the "best" validation.
-
-    Raises:
-        UsageError: there is no such folder, or no checkpoint in it to choose from.
-    """
-    run = RunFolder(folder, writes=False)
-    steps = run.steps()
-    if not run.recipe.is_file() or not steps:
-        if weights != "average":
-            raise UsageError(f"{folder} is no run folder with checkpoints; only its exported weights can be used")
-        return Tokenizer.from_pretrained(folder)
-    if weights == "average" and (run.path / "config.json").is_file():
-        exported = Tokenizer.from_pretrained(folder)
-        if exported.provenance.get("step") == steps[-1]:  # else the run has gone on since
-            return exported
-    step = run.best_step() if weights == "best" else steps[-1]
-    if step is None or step not in steps:
-        raise UsageError(f"{folder} has no checkpoint for weights = {weights!r}; it has steps {steps}")
-    recipe = load(run.recipe, TokenizerRecipe)
-    state = load_state(run.checkpoint(step))
-    if weights == "live":
-        tensors = state["model"]
-    else:
-        averaged = state["average"].items()
-        tensors = {name.removeprefix("module."): tensor for name, tensor in averaged if name.startswith("module.")}
-    tokenizer = Tokenizer.with_weights(recipe.model, tensors, run.checkpoint(step))
-    tokenizer.provenance = provenance(recipe, step, weights)
-    return tokenizer
+    """The tokenizer of a run folder or model folder, in evaluation mode; see `lexel.load`."""
+    return load_tokenizer(folder, None if weights == "average" else weights)

@@ -1,0 +1,122 @@
+"""Commands that take images through a tokenizer: reconstruct, encode, decode."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lexel.cli.options import (
+    BatchSize,
+    DataArgument,
+    Device,
+    Out,
+    Precision,
+    RunArgument,
+    Size,
+    Split,
+    TransformName,
+    Weights,
+    Workers,
+    print_left_out,
+    progress,
+    transform_of,
+)
+
+
+def reconstruct(
+    source: RunArgument,
+    paths: Annotated[list[str], typer.Argument(help="Folders or image files, or openmoji, photos.")],
+    out: Out,
+    size: Size = None,
+    transform: TransformName = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="Put the original to the left of each reconstruction.")
+    ] = False,
+    max_pixels: Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")] = 2
+    ** 22,
+    batch_size: BatchSize = 16,
+    workers: Workers = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Writes reconstructions of images as PNG files."""
+    from lexel.codec import Codec
+    from lexel.loading import load_tokenizer
+    from lexel.runtime import runtime
+
+    where = runtime(device, precision)
+    tokenizer = load_tokenizer(source, weights)
+    codec = Codec(tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels)
+    with progress("reconstruct") as update:
+        done = codec.reconstruct(paths, out, side_by_side, update)
+    print(f"{done.written:,} reconstructions in {out}")
+    print_left_out(done.unreadable)
+
+
+def encode(
+    source: RunArgument,
+    data: DataArgument,
+    out: Out,
+    size: Size = None,
+    transform: TransformName = None,
+    split: Split = None,
+    crops: Annotated[
+        int, typer.Option(min=1, help="Crops of each image: the centred one first, then random ones.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the random crops.")] = 0,
+    parquet: Annotated[Path | None, typer.Option(help="Also write the tokens to this folder, as Parquet files.")] = (
+        None
+    ),
+    webdataset: Annotated[
+        Path | None, typer.Option(help="Also write the tokens to this folder, as WebDataset shards.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Encodes images to a token data set; the same command again resumes."""
+    from lexel.codec import Codec
+    from lexel.data.tokens import export_parquet, export_webdataset
+    from lexel.loading import load_tokenizer
+    from lexel.runtime import runtime
+
+    where = runtime(device, precision)
+    tokenizer = load_tokenizer(source, weights)
+    codec = Codec(tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers)
+    with progress("encode") as update:
+        tokens = codec.encode(data, out, split, crops, seed, update)
+    if tokens is None:  # other processes are still at their shards; the last one prints
+        return
+    print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")
+    print_left_out(tokens.unreadable)
+    if parquet:
+        export_parquet(tokens, parquet)
+    if webdataset:
+        export_webdataset(tokens, webdataset)
+
+
+def decode(
+    source: RunArgument,
+    tokens: Annotated[Path, typer.Argument(help="A token data set, as `lexel encode` writes it.")],
+    out: Out,
+    batch_size: BatchSize = 32,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Decodes a token data set to PNG files."""
+    from lexel.codec import Codec
+    from lexel.data.tokens import TokenSet
+    from lexel.loading import load_tokenizer
+    from lexel.runtime import runtime
+
+    where = runtime(device, precision)
+    found = TokenSet.open(tokens)
+    codec = Codec(load_tokenizer(source, weights), where, None, batch_size)
+    with progress("decode") as update:
+        done = codec.decode(found, out, update)
+    print(f"{done.written:,} pictures in {out}")
+    print_left_out(done.unreadable)

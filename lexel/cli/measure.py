@@ -1,0 +1,213 @@
+"""Commands that generate and measure: sample, evaluate."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lexel.cli.options import (
+    BatchSize,
+    Device,
+    Precision,
+    Split,
+    Weights,
+    Workers,
+    names,
+    number_or_numbers,
+    pixels,
+    print_table,
+    progress,
+    say,
+)
+from lexel.errors import UsageError
+
+
+def evaluate(
+    source: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A tokenizer: a run, a model folder, ...; not with --samples.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Real images: a folder, or openmoji, photos.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Generated images: a folder, an .npz or a token set.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Real images to compare samples with: a folder or an .npz.")
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Tokenizer that decodes --samples that are tokens.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="ibq, llamagen, titok, fvq, adm or lexel; see docs/protocols.md.")
+    ] = "lexel",
+    split: Split = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Image side in pixels, or 'native' for whole images. Default: the tokenizer's, or the protocol's."
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="Compute only this metric of the protocol; may be repeated.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Feature network for Fréchet distances and scores. Default: the protocol's.")
+    ] = None,
+    network_weights: Annotated[Path | None, typer.Option(help="Weights file of the feature network.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many images.")] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Write metrics, data, protocol and versions to this file.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier --json of the same protocol; prints the differences.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder for partial results; the same command again resumes.")
+    ] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    weights: Weights = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Computes the metrics of a protocol for a tokenizer or for generated images."""
+    from lexel.distributed import launched_rank
+    from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
+    from lexel.loading import load_tokenizer
+
+    if (source is None) == (samples is None):
+        raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
+    if (data if source else reference) is None:
+        raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
+    if source and (reference or tokenizer):
+        raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
+    if samples and (data or size):
+        raise UsageError("--data and --size go with a tokenizer; samples have their size and need --reference alone")
+    earlier = read_result(against) if against else None
+    options: dict[str, Any] = {
+        "split": split,
+        "metrics": metric,
+        "network": network,
+        "weights": network_weights,
+        "limit": limit,
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "workers": workers,
+        "resume": resume,
+    }
+    with progress("evaluate") as update:
+        if source:
+            side: Any = size if size == "native" else pixels(size)
+            model = load_tokenizer(source, weights)
+            result = evaluate_tokenizer(model, str(data), protocol, size=side, progress=update, **options)
+        else:
+            decoder = load_tokenizer(tokenizer) if tokenizer else None
+            result = evaluate_samples(
+                str(samples), str(reference), protocol, tokenizer=decoder, progress=update, **options
+            )
+    if launched_rank() != 0:
+        return
+    for warning in result["warnings"]:
+        say(f"lexel: {warning}")
+    print_table(
+        (name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items()
+    )
+    if json_:
+        write_result(json_, result)
+    if earlier is not None:
+        print(f"\nagainst {against}")
+        print_table((name, part.difference) for name, part in compare_results(earlier, result).items())
+
+
+def _with_interval(value: float | None, interval: "Mapping[str, Any] | None") -> str:
+    """A metric with its confidence interval, if it has one."""
+    text = "-" if value is None else f"{value:,.6g}"
+    if not interval or "low" not in interval:
+        return text
+    return f"{text}  ({interval['low']:.5g} to {interval['high']:.5g})"
+
+
+def sample(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A generator: a run, a model folder or a checkpoint.")],
+    classes: Annotated[str, typer.Option(help="Class numbers or labels, comma-separated: 0,3,Food & Drink; or all.")],
+    out: Annotated[
+        Path, typer.Option(help="Output: .png or .jpg (a grid), .npz (samples for evaluation) or .npy (tokens).")
+    ],
+    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    cfg_scale: Annotated[
+        str, typer.Option(help="Classifier-free guidance, 1 is off; one value per sub-token if two: 1.9,2.0.")
+    ] = "1",
+    cfg_schedule: Annotated[
+        str, typer.Option(help="Guidance over the image: constant, linear:1, cosine-power:1, interval:0.25,1.")
+    ] = "constant",
+    temperature: Annotated[str, typer.Option(help="Softmax temperature; one value per sub-token if two: 1.1,1.0.")] = (
+        "1"
+    ),
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 is off, 1 is greedy.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest's probability.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed; with an image's number it decides the image.")] = 0,
+    first_number: Annotated[
+        int, typer.Option(min=0, help="Number of the first image, to sample a part of a larger set.")
+    ] = 0,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Decode rows in parallel, this many tokens apart: faster.")
+    ] = None,
+    given: Annotated[
+        Path | None, typer.Option(help="Tokens to keep (.npy, int64 (N, h, w)), -1 where to sample: in-painting.")
+    ] = None,
+    in_order: Annotated[
+        bool,
+        typer.Option("--in-order", help="Write .npz and .npy class after class instead of in a seeded random order."),
+    ] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer to decode with. Default: the generator's own.")
+    ] = None,
+    implementation: Annotated[
+        str | None, typer.Option(help="Decoding implementation of next_token: auto, plain, packed, int8, ...")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images per batch. Default: what fits in memory, at most 64.")
+    ] = None,
+    weights: Annotated[
+        Literal["live", "best"] | None, typer.Option(help="Weights of a run: live of its newest step, or best.")
+    ] = None,
+    device: Device = "auto",
+    precision: Precision = "float32",
+) -> None:
+    """Generates images of the named classes."""
+    from lexel.loading import load_generator, load_tokenizer
+    from lexel.runtime import runtime
+    from lexel.samples import class_labels, read_tokens, write_samples
+
+    where = runtime(device, precision)
+    known = read_tokens(given) if given else None
+    scales, temperatures = (
+        number_or_numbers(cfg_scale, "--cfg-scale"),
+        number_or_numbers(temperature, "--temperature"),
+    )
+    generator = load_generator(source, weights)
+    shuffled = out.suffix.lower() in (".npz", ".npy") and not in_order and (known is None or len(known) == 1)
+    labels = class_labels(generator, names(classes), per_class, seed if shuffled else None)
+    with progress("sample") as update:
+        written = write_samples(
+            generator,
+            labels,
+            out,
+            where,
+            load_tokenizer(tokenizer) if tokenizer else None,
+            first_number,
+            per_class,
+            known,
+            update,
+            cfg_scale=scales,
+            cfg_schedule=cfg_schedule,
+            temperature=temperatures,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            window=window,
+            implementation=implementation,
+            batch_size=batch_size,
+        )
+    print(f"{len(labels)} images in {out}")
+    if written.extra_bits is not None:
+        print(f"int8 adds {written.extra_bits:+.4f} bits a token (on {written.measured_on} images)")

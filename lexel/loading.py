@@ -1,0 +1,187 @@
+"""`lexel.load`: the model behind a name, be it a run, a folder, a published checkpoint or a hub id."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lexel import checkpoint, convert, provenance
+from lexel.config import check
+from lexel.convert import files
+from lexel.data import TRANSFORMS, Transform
+from lexel.errors import UsageError, unknown
+from lexel.generators import Generator, read_config
+from lexel.run_folder import RunFolder
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+RUN_WEIGHTS = ("average", "live", "best")
+
+
+def load(
+    source: str | Path,
+    family: str | None = None,
+    weights: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Tokenizer | Generator:
+    """Any model, in evaluation mode: of a run, a model folder, a published checkpoint, or a hub id.
+
+    Args:
+        source: a run folder (finished or not), a checkpoint of a run, a model folder, a published checkpoint file or
+            folder, or a hub id (owner/name, or owner/name/FILE for one of several files).
+        family: the layout of a published checkpoint; needed where tensor names fit several.
+        weights: of a run: "average" or "live" weights of its newest step, or those of the "best" validation; a
+            tokenizer's default is "average", a generator's "live". Of a published checkpoint: "average" or "live",
+            by default the averages where there are any. A model folder has one set of weights.
+        overrides: options that a published file does not tell, such as {"autoencoder.groups": 16}.
+
+    Raises:
+        UsageError: nothing is there, the family is unknown or unclear, the file is not whole or not safe, or the
+            source has no such weights.
+    """
+    run = None if family is not None else find_run(source)
+    if run is None and (family is not None or not _is_ours(source)):
+        return convert.convert(source, family, weights, overrides).model
+    if overrides:
+        raise UsageError(f"{source} is a model of Lexel's; overrides apply to published checkpoints only")
+    if run is not None:
+        return load_run(run, weights, _step(source))
+    if weights is not None:
+        raise UsageError(
+            f"{source} is no run with checkpoints: a model folder has one set of weights, so there are no {weights!r} "
+            "weights to choose"
+        )
+    return load_folder(source)
+
+
+def load_tokenizer(source: str | Path, weights: str | None = None) -> Tokenizer:
+    """`load` where a tokenizer is needed.
+
+    Raises:
+        UsageError: as `load`, or the source holds a generator.
+    """
+    model = load(source, weights=weights)
+    if not isinstance(model, Tokenizer):
+        raise UsageError(f"{source} holds a generator; a tokenizer is needed here")
+    return model
+
+
+def load_generator(source: str | Path, weights: str | None = None) -> Generator:
+    """`load` where a generator is needed.
+
+    Raises:
+        UsageError: as `load`, or the source holds a tokenizer.
+    """
+    model = load(source, weights=weights)
+    if not isinstance(model, Generator):
+        raise UsageError(f"{source} holds a tokenizer; a generator is needed here")
+    return model
+
+
+def find_run(source: str | Path) -> RunFolder | None:
+    """The run with checkpoints that a path names, by its folder or by one of its checkpoints."""
+    path = Path(source)
+    folder = path.parent.parent if path.is_file() and path.parent.name == "checkpoints" else path
+    if not folder.is_dir():
+        return None
+    run = RunFolder.read(folder)
+    return run if run.recipe.is_file() and run.steps() else None
+
+
+def load_run(run: RunFolder, weights: str | None = None, step: int | None = None) -> Tokenizer | Generator:
+    """The model of a run: its newest state, unless `weights` or `step` says otherwise.
+
+    Args:
+        run: with at least one checkpoint.
+        weights: see `load`.
+        step: of a checkpoint; the newest, or the best, by default.
+
+    Raises:
+        UsageError: there is no checkpoint for these weights, or it cannot be read.
+    """
+    recipe = run.read_recipe()
+    default = "live" if "generator" in recipe else "average"
+    weights = weights or default
+    if weights not in RUN_WEIGHTS:
+        raise unknown("weights", weights, RUN_WEIGHTS)
+    steps = run.steps()
+    if weights == default and step is None and (run.path / checkpoint.CONFIG).is_file():
+        exported = load_folder(run.path)
+        if exported.provenance.get("step") == steps[-1]:  # else the run has gone on since
+            return exported
+    if step is None:
+        step = run.best_step() if weights == "best" else steps[-1]
+    if step not in steps:
+        raise UsageError(f"{run.path} has no checkpoint for weights = {weights!r}; it has steps {steps}")
+    path = run.checkpoint(step)
+    state = checkpoint.load_state(path)
+    model: Tokenizer | Generator
+    if "generator" in recipe:
+        if weights == "average":
+            raise UsageError(f"{run.path} is a generator's run, which keeps no averages; choose from live, best")
+        config = read_config(_part(state, "config", path), str(path))
+        model = Generator.with_weights(config, _part(state, "model", path), path)
+    else:
+        tokenizer_config = check(recipe.get("model", {}), TokenizerConfig, str(run.recipe))
+        tensors = _part(state, "model", path) if weights == "live" else _averaged(_part(state, "average", path))
+        model = Tokenizer.with_weights(tokenizer_config, tensors, path)
+    model.provenance = provenance.of_run(recipe, step, weights)
+    return model
+
+
+def load_folder(source: str | Path) -> Tokenizer | Generator:
+    """A tokenizer or generator from a Lexel folder or hub id, by its `config.json`."""
+    config, tensors = checkpoint.load_folder(source)
+    if config.get("model") == "generator":
+        return Generator.from_folder(source, config, tensors)
+    return Tokenizer.from_folder(source, config, tensors)
+
+
+def own_transform(tokenizer: Tokenizer, size: int | None = None, name: str | None = None) -> Transform:
+    """The transform that a tokenizer was trained with, or one of another size or name.
+
+    Args:
+        tokenizer: its provenance has size and transform; 256 and "published" where it has not.
+        size: pixels a side.
+        name: a key of `lexel.data.TRANSFORMS`.
+
+    Raises:
+        UsageError: there is no such transform, or the tokenizer takes no pictures of that size.
+    """
+    name = name or tokenizer.provenance.get("transform", "published")
+    if name not in TRANSFORMS:
+        raise unknown("transform", name, TRANSFORMS)
+    return TRANSFORMS[name](size or tokenizer.provenance.get("size", 256))
+
+
+def _step(source: str | Path) -> int | None:
+    """The step of a checkpoint's path; None for a folder."""
+    path = Path(source)
+    return int(path.stem) if path.is_file() and path.stem.isdecimal() else None
+
+
+def _part(state: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A table of a training state."""
+    part = state.get(name)
+    if not isinstance(part, dict) or not all(isinstance(key, str) for key in part):
+        raise UsageError(f"{path} is no checkpoint of a run: it has no table {name!r}")
+    return part
+
+
+def _averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the state of an AveragedModel."""
+    return {name.removeprefix("module."): tensor for name, tensor in state.items() if name.startswith("module.")}
+
+
+def _is_ours(source: str | Path) -> bool:
+    """Whether a folder or hub repository is a Lexel model, or what is left of one."""
+    path = Path(source)
+    if path.is_dir():
+        if (path / checkpoint.CONFIG).is_file():
+            return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)
+        weights = [file.name for file in path.iterdir() if file.name.endswith(files.WEIGHTS)]
+        return weights in ([], [checkpoint.WEIGHTS])
+    if isinstance(source, str) and not path.exists() and checkpoint.HUB_ID.fullmatch(source):
+        config = checkpoint.find_folder(source, [checkpoint.CONFIG]) / checkpoint.CONFIG
+        return config.is_file() and "lexel" in checkpoint.read_json(config)
+    return False

@@ -1,0 +1,56 @@
+"""Where weights come from, in words that may be published: names of data and files without the folders of a machine."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lexel import __version__
+
+REMOTE = re.compile(r"(\w+:)?(\w+)://")  # a source that is no path here: s3://, https://, tar:https://
+KIND = re.compile(r"[a-z][\w-]+:")  # what a source is, before its path: tar:shards/{0..9}.tar
+HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
+
+def public_name(source: str | Path) -> str:
+    """The name of a data set or file without its folders; hub ids stay, addresses lose their user and query."""
+    text = str(source)
+    if REMOTE.match(text):
+        return re.sub(r"(://)[^/@]*@", r"\1", text).split("?")[0]
+    kind = KIND.match(text)
+    if kind and not Path(text).exists():
+        return kind[0] + ",".join(public_name(part) for part in text[kind.end() :].split(","))
+    path = Path(text).expanduser()
+    if path.exists():
+        return path.resolve().name
+    if HUB.fullmatch(text):
+        return text
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] or text
+
+
+def without_folders(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe, or another nested table, in which every text with a folder in it has its name only."""
+    return {name: _without_folders(value) for name, value in table.items()}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_folders(value)
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    return public_name(value) if isinstance(value, str) and re.search(r"[/\\]", value) else value
+
+
+def of_run(recipe: Mapping[str, Any], step: int, weights: str) -> dict[str, Any]:
+    """The provenance of a run's weights.
+
+    Args:
+        recipe: the run's recipe as tables.
+        step: of the weights.
+        weights: "average", "live" or "best".
+    """
+    data = recipe.get("data", {})
+    source = (data.get("images") or {}).get("source") or data.get("tokens") or data.get("source")
+    facts = {"lexel": __version__, "data": None if source is None else public_name(source)}
+    facts |= {name: data[name] for name in ("size", "transform") if "generator" not in recipe and name in data}
+    return facts | {"step": step, "weights": weights}

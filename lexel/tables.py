@@ -1,0 +1,55 @@
+"""What there is to choose from: the entries of every table, each with the first line of its documentation."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+from lexel import config
+from lexel.errors import unknown
+from lexel.registry import lookup, names
+
+# The module and name of each table, and the entry points by which other packages extend it.
+TABLES: dict[str, tuple[str, str, str | None]] = {
+    "quantizers": ("lexel.quantizers", "QUANTIZERS", "lexel.quantizers"),
+    "protocols": ("lexel.metrics.protocols", "PROTOCOLS", None),
+    "transforms": ("lexel.data", "TRANSFORMS", None),
+    "networks": ("lexel.networks", "FEATURE_NETWORKS", None),
+    "families": ("lexel.convert", "FAMILIES", None),
+}
+RECIPES = "recipes"
+
+
+def entries(table: str) -> list[tuple[str, str]]:
+    """The names of a table and a line about each, sorted by name.
+
+    Args:
+        table: a key of TABLES, or "recipes".
+
+    Raises:
+        UsageError: there is no such table.
+    """
+    if table == RECIPES:
+        return sorted(_recipes())
+    if table not in TABLES:
+        raise unknown("table", table, [*TABLES, RECIPES])
+    module, name, group = TABLES[table]
+    found: Mapping[str, Any] = getattr(import_module(module), name)
+    return [(key, _summary(lookup(found, key, table, group))) for key in names(found, group)]
+
+
+def _recipes() -> Iterator[tuple[str, str]]:
+    """Lexel's own recipes and the first comment of each."""
+    for path in {path.stem: path for folder in config.RECIPES for path in sorted(folder.glob("*.toml"))}.values():
+        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+        yield path.stem, first.removeprefix("#").strip()
+
+
+def _summary(entry: Any) -> str:
+    """One line on an entry of a table."""
+    for attribute in ("summary", "title"):
+        text = getattr(entry, attribute, None)
+        if isinstance(text, str):
+            return text.split("\n")[0]
+    documented: Callable[..., Any] | None = entry if inspect.isclass(entry) or inspect.isroutine(entry) else None
+    return (inspect.getdoc(documented) or "").split("\n")[0] if documented else ""
