@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from lexel import __version__
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError, unknown
-from lexel.quantizers import Quantizer
-from lexel.quantizers.gumbel import Gumbel
-from lexel.quantizers.lattice import Lattice
 from lexel.tokenizer import Tokenizer
 
 FORMATS = ("torch", "onnx")
@@ -47,7 +43,7 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
     if "onnx" in formats:
         _need_onnx()
     folder = Path(folder)
-    searcher = _searcher(tokenizer.quantizer)
+    searcher = tokenizer.quantizer.searcher()
     modules = {"encoder": _Encoder(tokenizer, searcher), "decoder": _Decoder(tokenizer, searcher)}
     written = []
     for name, module in modules.items() if formats else ():
@@ -82,44 +78,6 @@ def _need_onnx() -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"export to ONNX needs the package {error.name}; pip install 'lexel[export]'") from None
-
-
-class _Search(nn.Module):
-    """The largest of z.key + bias, by one matrix product: exporters cannot follow tiles that depend on the data.
-
-    Args:
-        codebook: (K, D), what an index stands for.
-        keys: (K, D), what latents are compared with.
-        bias: (K,)
-    """
-
-    def __init__(self, codebook: Tensor, keys: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.codebook = nn.Buffer(codebook.detach().float().cpu())
-        self.keys = nn.Buffer(keys.detach().float().cpu().T.contiguous())
-        self.bias = nn.Buffer(bias.detach().float().cpu())
-
-    def assign(self, z: Tensor) -> Tensor:
-        return (z.movedim(1, -1) @ self.keys + self.bias).argmax(-1)
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        return F.embedding(indices, self.codebook).movedim(-1, 1)
-
-
-def _searcher(quantizer: Quantizer) -> nn.Module:
-    """What finds and names codes in an exported program."""
-    if isinstance(getattr(quantizer, "lattice", None), Lattice):
-        return quantizer  # arithmetic on every channel, with nothing to search
-    if isinstance(quantizer, Gumbel):
-        return _Search(quantizer.codebook, quantizer.logits.weight, quantizer.logits.bias)
-    table = quantizer.bake()
-    codebook, similarity = table.codebook, table.similarity
-    if codebook.dim() != 2:
-        raise UsageError("residual and product quantizers, with several indices a position, cannot be exported")
-    keys = F.normalize(codebook, dim=1) if similarity == "cosine" else codebook
-    # |z - e|^2 orders codes as |e|^2 / 2 - z.e does.
-    bias = -0.5 * keys.square().sum(1) if similarity == "l2" else keys.new_zeros(len(keys))
-    return _Search(codebook, keys, bias)
 
 
 class _Encoder(nn.Module):

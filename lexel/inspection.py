@@ -11,6 +11,7 @@ from lexel.errors import UsageError
 from lexel.generators import Generator
 from lexel.loading import load, load_generator, load_tokenizer
 from lexel.metrics.health import diagnose
+from lexel.quantizers import outline
 from lexel.run_folder import read_metrics
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
@@ -65,8 +66,7 @@ def _of_run(folder: Path) -> dict[str, Any]:
         found = _of_generator(load_generator(folder)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
     found = _of_tokenizer(load_tokenizer(folder)) if saved else {"kind": "tokenizer"}
-    quantizer = recipe.model.quantizer
-    findings = diagnose(quantizer["kind"], quantizer["codebook_size"], validation, train)
+    findings = diagnose(outline(recipe.model.quantizer), validation, train)
     return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}
 
 

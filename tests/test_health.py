@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lexel.metrics.health import CodeHistogram, diagnose, gradient_health, softmax_perplexity
-from lexel.quantizers import EMA, IBQ, VQ
+from lexel.quantizers import EMA, FVQ, IBQ, VQ, outline
 
 
 class Plain:
@@ -140,7 +140,8 @@ HEALTHY = {
 
 
 def verdict(kind="ibq", train=(), history=(), **now):
-    return diagnose(kind, 1024, [*history, {**HEALTHY, **now}], train)
+    quantizer = outline({"kind": kind, "codebook_size": 1024, "codebook_dim": 4})
+    return diagnose(quantizer, [*history, {**HEALTHY, **now}], train)
 
 
 def test_a_healthy_codebook_gets_one_good_finding_with_its_numbers():
@@ -187,6 +188,21 @@ def test_a_straight_through_quantizer_is_not_blamed_for_its_gradient():
     assert verdict("vq", gradient_ratio=1.0, gradient_cosine=0.05)[0].level == "good"
 
 
+@pytest.mark.parametrize("kind", ["lfq", "bsq", "fsq", "residual", "product", "cosine"])
+def test_gradients_and_norms_are_not_compared_where_the_method_does_not_compare_them(kind):
+    (finding,) = verdict(kind, gradient_ratio=1e-3, gradient_cosine=0.05)
+    assert finding.level == "good"
+    if kind != "product":
+        assert verdict(kind, latent_norm=200.0)[0].level == "good"
+
+
+def test_a_bridge_that_starts_at_zero_is_given_time():
+    now = {"usage": 1 / 1024, "perplexity": 1.0}
+    assert verdict("fvq", **now)[0].level == "note"
+    assert verdict("fvq", history=[HEALTHY] * 2, **now)[0].level == "problem"
+    assert diagnose(FVQ(64, 4, width=16, start="residual"), [{**HEALTHY, **now}])[0].level == "problem"
+
+
 def test_a_fall_in_usage_names_the_step_it_fell_from():
     findings = verdict(usage=0.82, history=[{**HEALTHY, "step": 500, "usage": 0.99}])
     assert any("fell from 99.0% at step 500 to 82.0%" in finding.seen for finding in findings)
@@ -211,5 +227,5 @@ def test_the_gravest_finding_comes_first():
 
 
 def test_a_run_without_validation_is_young_not_ill():
-    (finding,) = diagnose("ibq", 1024, [])
+    (finding,) = diagnose(IBQ(1024, 4), [])
     assert finding.level == "note"

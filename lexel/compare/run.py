@@ -145,7 +145,7 @@ def train_and_measure(
         )
         quantizer = tokenizer.quantizer
         result |= {
-            "bits": getattr(quantizer, "books", 1) * math.log2(quantizer.codebook_size),
+            "bits": (quantizer.books or 1) * math.log2(quantizer.codebook_size),
             "metrics": measured["metrics"],
             "intervals": measured["intervals"],
             "warnings": measured["warnings"],

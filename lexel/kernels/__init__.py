@@ -1,5 +1,12 @@
 """What quantizers stand on: best-code search and index backpropagation, without a tensor of N x K."""
 
-from lexel.kernels.index_backpropagation import Similarity, index_backpropagation, nearest
+from lexel.kernels.index_backpropagation import (
+    IMPLEMENTATIONS,
+    SIMILARITIES,
+    Implementation,
+    Similarity,
+    index_backpropagation,
+    nearest,
+)
 
-__all__ = ["Similarity", "index_backpropagation", "nearest"]
+__all__ = ["IMPLEMENTATIONS", "SIMILARITIES", "Implementation", "Similarity", "index_backpropagation", "nearest"]

@@ -71,9 +71,8 @@ class GradientHealth(NamedTuple):
 
     ratio: float  # |dL/dz| / |dL/dz_q|; 1 for a straight-through estimator
     cosine: float  # mean over positions of cos(dL/dz, dL/dz_q); 1 for a straight-through estimator
-    softmax_perplexity: (
-        float | None
-    )  # mean over positions of exp(entropy of softmax(z . codes)); None without one table
+    # mean over positions of exp(entropy of softmax(z . codes)); None without one table
+    softmax_perplexity: float | None
 
 
 class TokenizerLike(Protocol):
@@ -144,25 +143,35 @@ def _vectors(z: Tensor) -> Tensor:
 
 
 class Finding(NamedTuple):
-    """One thing a look at a run found."""
+    """One thing the numbers of a run show."""
 
     level: Literal["good", "note", "warning", "problem"]
-    seen: str  # the fact, with its numbers
+    seen: str  # the observation, with its numbers
     cause: str  # the likely reason; empty where all is well
     change: str  # what to try; empty where all is well
 
 
+class DescribesItself(Protocol):
+    """What the verdict asks a quantizer; see `lexel.quantizers.Quantizer`."""
+
+    codebook_size: int
+    similarity: Any
+    straight_through: bool
+    comparable_norms: bool
+    starts_collapsed: bool
+
+    def dead_codes(self, seen: Mapping[str, float]) -> tuple[str, str]: ...
+
+
 def diagnose(
-    kind: str,
-    codebook_size: int,
+    quantizer: DescribesItself,
     validation: Sequence[Mapping[str, float]],
     train: Sequence[Mapping[str, float]] = (),
 ) -> list[Finding]:
-    """What the logged numbers say about a codebook, the gravest first; one `good` finding if nothing is wrong.
+    """What the logged numbers say about a codebook, most severe first; one `good` finding if nothing is wrong.
 
     Args:
-        kind: the quantizer, a key of QUANTIZERS.
-        codebook_size: number of codes, K.
+        quantizer: any quantizer; one without memory will do (`lexel.quantizers.outline`).
         validation: the validation lines of `metrics.jsonl`, oldest first. `usage` and `perplexity` are needed;
             `tokens`, `gradient_ratio`, `gradient_cosine`, `softmax_perplexity`, `code_norm`, `latent_norm`,
             `quantization_error` are used where they are.
@@ -174,10 +183,10 @@ def diagnose(
     findings = [
         finding
         for check in (_usage, _fall, _gradient, _saturation, _norms, _evenness, _discriminator)
-        if (finding := check(kind, codebook_size, validation, train)) is not None
+        if (finding := check(quantizer, validation, train)) is not None
     ]
     if not findings:
-        seen = f"{now['usage']:.1%} of {codebook_size} codes in use, perplexity {now['perplexity']:.0f}"
+        seen = f"{now['usage']:.1%} of {quantizer.codebook_size} codes in use, perplexity {now['perplexity']:.0f}"
         if "gradient_cosine" in now:
             seen += f", the encoder gets {now['gradient_ratio']:.2g} times the decoder's gradient"
         findings = [Finding("good", seen, "", "")]
@@ -186,18 +195,16 @@ def diagnose(
 
 
 Lines = Sequence[Mapping[str, float]]
-_STRAIGHT_THROUGH = {"vq", "ema", "cosine", "simvq", "vqgan_lc", "fvq", "affine", "residual", "product"}
-_LATTICES = {"lfq", "bsq", "fsq"}
 
 
-def _usage(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
-    usage, perplexity = validation[-1]["usage"], validation[-1]["perplexity"]
+def _usage(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
+    size, usage, perplexity = quantizer.codebook_size, validation[-1]["usage"], validation[-1]["perplexity"]
     used = round(usage * size)
     if used <= 2 or perplexity < 1.5:
         seen = f"collapsed: {used} of {size} codes in use, perplexity {perplexity:.1f}"
-        if kind == "fvq" and len(validation) < 3:
-            return Finding("note", seen, "the bridge starts at zero, so every code starts alike", "wait")
-        return Finding("problem", seen, *_why_dead(kind, validation[-1]))
+        if quantizer.starts_collapsed and len(validation) < 3:
+            return Finding("note", seen, "all codes start alike, by the method's design", "wait")
+        return Finding("problem", seen, *quantizer.dead_codes(validation[-1]))
     # Few tokens cannot show a large codebook: of K codes used evenly, so many of them show this share on average.
     tokens = validation[-1].get("tokens", math.inf)
     shown = 1 - (1 - 1 / size) ** tokens
@@ -206,7 +213,7 @@ def _usage(kind: str, size: int, validation: Lines, train: Lines) -> Finding | N
         return Finding(
             "problem",
             f"most codes are dead: {used} of {size} in use ({usage:.1%}){limit}",
-            *_why_dead(kind, validation[-1]),
+            *quantizer.dead_codes(validation[-1]),
         )
     if limit:
         return Finding(
@@ -217,41 +224,14 @@ def _usage(kind: str, size: int, validation: Lines, train: Lines) -> Finding | N
         )
     if usage < 0.8:
         return Finding(
-            "warning", f"{size - used} of {size} codes are dead ({usage:.1%} in use)", *_why_dead(kind, validation[-1])
+            "warning",
+            f"{size - used} of {size} codes are dead ({usage:.1%} in use)",
+            *quantizer.dead_codes(validation[-1]),
         )
     return None
 
 
-def _why_dead(kind: str, now: Mapping[str, float]) -> tuple[str, str]:
-    if kind in ("vq", "cosine"):
-        return (
-            "only chosen codes learn, so a code that is never nearest stays where it started",
-            "use affine or simvq (codes move together), ibq (all learn), ema with restart, or a smaller codebook",
-        )
-    if kind in ("ema", "residual", "product"):
-        return (
-            "codes move only when latents choose them",
-            "restart dead codes (restart_below), or start the codes from the data's own latents",
-        )
-    if kind == "ibq" and now.get("gradient_ratio", 1.0) < 0.01:
-        return (
-            "the encoder gets almost no gradient: the codes have a small variance, or the softmax is saturated",
-            "keep the codes' unit-variance start; raise lr or lower codebook_dim",
-        )
-    if kind == "ibq":
-        return (
-            "too little pressure to spread over the codes, or too few steps so far",
-            "train longer, raise the pull of entropy_batch (a more negative weight), or use a larger batch",
-        )
-    if kind in _LATTICES:
-        return (
-            "the latents sit on one side of the lattice's thresholds",
-            "raise the weight of the entropy terms (fsq has none: widen the latents with a norm before the quantizer)",
-        )
-    return ("codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder")
-
-
-def _fall(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _fall(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     best = max(line["usage"] for line in validation)
     now = validation[-1]["usage"]
     if best - now < 0.1 or now > 0.9 * best:
@@ -265,9 +245,9 @@ def _fall(kind: str, size: int, validation: Lines, train: Lines) -> Finding | No
     )
 
 
-def _gradient(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _gradient(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     now = validation[-1]
-    if "gradient_ratio" not in now or kind in _STRAIGHT_THROUGH | _LATTICES:
+    if "gradient_ratio" not in now or quantizer.straight_through:
         return None
     ratio, cosine = now["gradient_ratio"], now["gradient_cosine"]
     if ratio < 0.01:
@@ -294,9 +274,11 @@ def _gradient(kind: str, size: int, validation: Lines, train: Lines) -> Finding 
     return None
 
 
-def _saturation(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _saturation(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     perplexity = validation[-1].get("softmax_perplexity")
-    if kind != "ibq" or perplexity is None or perplexity > 1.2 or len(validation) < 2:
+    if quantizer.straight_through or quantizer.similarity != "dot" or len(validation) < 2:
+        return None
+    if perplexity is None or perplexity > 1.2:
         return None
     return Finding(
         "note",
@@ -306,25 +288,25 @@ def _saturation(kind: str, size: int, validation: Lines, train: Lines) -> Findin
     )
 
 
-def _norms(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _norms(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     now = validation[-1]
-    if "latent_norm" not in now or not now.get("code_norm") or kind in _LATTICES | {"cosine", "residual"}:
+    if "latent_norm" not in now or not now.get("code_norm") or not quantizer.comparable_norms:
         return None
     ratio = now["latent_norm"] / now["code_norm"]
     if 0.1 <= ratio <= 10:
         return None
     where = "much longer" if ratio > 1 else "much shorter"
     return Finding(
-        "warning" if kind in _STRAIGHT_THROUGH else "note",
+        "warning" if quantizer.straight_through else "note",
         f"latents are {where} than codes (mean norms {now['latent_norm']:.2g} and {now['code_norm']:.2g})",
         "latents and codes live apart, so few codes can be chosen",
         "raise the weight of codebook (moves codes) or commitment (holds latents)",
     )
 
 
-def _evenness(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _evenness(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     now = validation[-1]
-    used = now["usage"] * size
+    used = now["usage"] * quantizer.codebook_size
     if now["usage"] < 0.8 or now["perplexity"] > 0.1 * used:
         return None
     return Finding(
@@ -335,7 +317,7 @@ def _evenness(kind: str, size: int, validation: Lines, train: Lines) -> Finding 
     )
 
 
-def _discriminator(kind: str, size: int, validation: Lines, train: Lines) -> Finding | None:
+def _discriminator(quantizer: DescribesItself, validation: Lines, train: Lines) -> Finding | None:
     recent = [line for line in train if "logits_real" in line][-5:]
     if len(recent) < 5 or min(line["logits_real"] - line["logits_fake"] for line in recent) < 4:
         return None

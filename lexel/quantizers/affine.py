@@ -35,6 +35,8 @@ class Affine(ProjectedVQ):
         gradient: "straight_through" or "rotation".
     """
 
+    batch_dependent = True
+
     def __init__(
         self,
         codebook_size: int,

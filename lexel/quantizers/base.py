@@ -3,22 +3,29 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
-from lexel.kernels import nearest
+from lexel.kernels import SIMILARITIES, Similarity, nearest
 
 
 class Quantized(NamedTuple):
     """The result of quantizing a grid of latents."""
 
     z_q: Tensor  # (B, D, *grid), the chosen codes; gradients as the method says
-    indices: Tensor  # (B, *grid) int64 in [0, codebook_size); (B, Q, *grid) for residual and product
+    indices: Tensor  # (B, *index_shape(grid)) int64 in [0, codebook_size): (B, *grid), or (B, books, *grid)
     losses: dict[str, Tensor]  # unweighted scalar terms; the recipe weighs them
+
+
+class Advice(NamedTuple):
+    """Why codes of a quantizer die, and what to try."""
+
+    cause: str
+    change: str
 
 
 def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -37,11 +44,18 @@ def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tenso
     return run
 
 
+ONLY_CHOSEN_LEARN = Advice(
+    "only chosen codes learn, so a code that is never nearest stays where it started",
+    "use affine or simvq (codes move together), ibq (all learn), ema with restart, or a smaller codebook",
+)
+
+
 class Quantizer(nn.Module):
     """A vocabulary of codes for grids of latents.
 
-    Latents are (B, D, *grid) with any number of grid axes. A subclass implements `forward` and the property
-    `codebook`; `assign`, `indices_to_codes` and `bake` follow from the codebook unless the method differs.
+    Latents are (B, D, *grid) with any number of grid axes. A subclass implements `forward` and stores its codes as
+    `weight`, or writes the property `codebook`; `assign`, `indices_to_codes`, `bake` and `searcher` follow from the
+    codebook unless the method differs. The class attributes say what the method is, for reports and exporters.
 
     Args:
         codebook_size: number of codes, K.
@@ -49,8 +63,13 @@ class Quantizer(nn.Module):
     """
 
     LOSS_WEIGHTS: Mapping[str, float] = {}  # every term `forward` returns, with its published weight
-    similarity: Any = "l2"  # how the table is searched: "l2", "dot" or "cosine"
-    gradient: str = "own"  # a name in GRADIENTS where the decoder's gradient passes the codes by; else "own"
+    similarity: Similarity = "l2"  # how the table is searched
+    gradient: str = "own"  # a name in GRADIENTS where the decoder's gradient skips the codebook; else "own"
+    books: int | None = None  # indices are (B, books, *grid), one codebook each; None: (B, *grid)
+    straight_through: bool = False  # the decoder's gradient skips the codebook on its way to the latents
+    batch_dependent: bool = False  # training looks at the whole batch (EMA, affine) or at chance (Gumbel)
+    comparable_norms: bool = True  # latents and codes are compared as they are, so that their lengths should agree
+    starts_collapsed: bool = False  # all codes are alike before the first training steps, by design
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
@@ -63,8 +82,13 @@ class Quantizer(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """The table in force, after any projection: (K, D)."""
-        raise NotImplementedError
+        """The table in force, after any projection: (K, D); (books, K, D) where there are several."""
+        assert isinstance(self.weight, Tensor)
+        return self.weight
+
+    def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of an image's indices where its latents are (D, *grid)."""
+        return grid if self.books is None else (self.books, *grid)
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes latents (B, D, *grid)."""
@@ -86,12 +110,36 @@ class Quantizer(nn.Module):
         Raises:
             UsageError: no search in a table gives this method's indices.
         """
-        from lexel.quantizers.table import Table  # the table is a quantizer too
-
         return Table.of(self.codebook, self.similarity)
 
+    def searcher(self) -> nn.Module:
+        """The module with which an exported program finds and names codes: its `assign` and `indices_to_codes` have
+        no step that depends on the data.
+
+        Raises:
+            UsageError: there is none, because an image position has several indices or the table cannot be searched.
+        """
+        if self.books is not None:
+            raise UsageError(f"{type(self).__name__}, with several indices a position, cannot be exported")
+        table = self.bake()
+        codebook = table.codebook
+        keys = F.normalize(codebook, dim=1) if table.similarity == "cosine" else codebook
+        # |z - e|^2 orders codes as |e|^2 / 2 - z.e does.
+        bias = -0.5 * keys.square().sum(1) if table.similarity == "l2" else keys.new_zeros(len(keys))
+        return MatrixSearch(codebook, keys, bias)
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        """Why codes of this method die and what helps.
+
+        Args:
+            seen: the newest validation line of a run: `usage`, `perplexity`, `gradient_ratio` and so on.
+        """
+        return Advice(
+            "codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder"
+        )
+
     def anneal(self, progress: float) -> None:
-        """Told before every training step how far training is, in [0, 1]; for schedules inside a method."""
+        """Sets schedules inside the method to `progress` of the training, in [0, 1]; called before every step."""
 
     def loss(self, losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of the terms; weights default to LOSS_WEIGHTS.
@@ -100,6 +148,64 @@ class Quantizer(nn.Module):
             UsageError: a term has no weight.
         """
         return weighted_sum(losses, self.LOSS_WEIGHTS if weights is None else weights)
+
+
+class Table(Quantizer):
+    """A fixed table and the similarity that searches it. It learns nothing and returns no loss terms.
+
+        table = quantizer.bake()
+        z_q, indices, _ = table(z)
+
+    Args:
+        codebook_size: number of codes, K.
+        codebook_dim: length of a code, D.
+        similarity: "l2", "dot" or "cosine".
+    """
+
+    gradient = "straight_through"
+    straight_through = True
+
+    def __init__(self, codebook_size: int, codebook_dim: int, similarity: Similarity = "l2") -> None:
+        super().__init__(codebook_size, codebook_dim)
+        self.similarity = choose("similarity", similarity, SIMILARITIES)
+        self.register_buffer("weight", torch.zeros(codebook_size, codebook_dim))  # filled by `of` or by a checkpoint
+        self.weight: Tensor
+
+    @classmethod
+    def of(cls, codebook: Tensor, similarity: Similarity = "l2") -> Self:
+        """A table that holds a copy of `codebook` (K, D)."""
+        table = cls(codebook.shape[0], codebook.shape[1], similarity)
+        table.weight = codebook.detach().clone()
+        return table.eval()
+
+    @full_precision
+    def forward(self, z: Tensor) -> Quantized:
+        indices = self.assign(z)
+        return Quantized(straight_through(z, lookup(indices, self.weight).movedim(-1, 1)), indices, {})
+
+
+class MatrixSearch(nn.Module):
+    """The largest of z.key + bias by one matrix product: exporters cannot follow tiles that depend on the data.
+
+    Args:
+        codebook: (K, D), what an index stands for.
+        keys: (K, D), what latents are compared with.
+        bias: (K,)
+    """
+
+    def __init__(self, codebook: Tensor, keys: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.codebook = nn.Buffer(codebook.detach().float().cpu())
+        self.keys = nn.Buffer(keys.detach().float().cpu().T.contiguous())
+        self.bias = nn.Buffer(bias.detach().float().cpu())
+
+    def assign(self, z: Tensor) -> Tensor:
+        """int64 (B, *grid) for latents (B, D, *grid)."""
+        return (z.movedim(1, -1) @ self.keys + self.bias).argmax(-1)
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        """(B, D, *grid) for indices (B, *grid)."""
+        return F.embedding(indices, self.codebook).movedim(-1, 1)
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
@@ -138,7 +244,10 @@ def rotate(z: Tensor, z_q: Tensor) -> Tensor:
 GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"straight_through": straight_through, "rotation": rotate}
 
 
-def choose(what: str, given: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
+Name = TypeVar("Name", bound=str)
+
+
+def choose(what: str, given: Name, choices: Mapping[str, Any] | tuple[str, ...]) -> Name:
     """`given` if it is one of the choices; a clear error otherwise."""
     if given not in choices:
         raise unknown(what, given, choices)

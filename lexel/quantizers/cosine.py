@@ -1,11 +1,22 @@
 """Codes on the unit sphere, in few dimensions (ViT-VQGAN https://arxiv.org/abs/2110.04627, LlamaGen
 https://arxiv.org/abs/2406.06525)."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, choose, full_precision, vq_terms
+from lexel.quantizers.base import (
+    GRADIENTS,
+    ONLY_CHOSEN_LEARN,
+    Advice,
+    Quantized,
+    Quantizer,
+    choose,
+    full_precision,
+    vq_terms,
+)
 
 
 class Cosine(Quantizer):
@@ -25,6 +36,8 @@ class Cosine(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     similarity = "cosine"
+    straight_through = True
+    comparable_norms = False  # only directions are compared
 
     def __init__(self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through") -> None:
         super().__init__(codebook_size, codebook_dim)
@@ -45,3 +58,6 @@ class Cosine(Quantizer):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        return ONLY_CHOSEN_LEARN

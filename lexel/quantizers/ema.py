@@ -1,6 +1,8 @@
 """Vector quantization whose codes are moving averages (https://arxiv.org/abs/1711.00937, appendix A.1), with
 restart of dead codes (https://arxiv.org/abs/2003.02836)."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch import Tensor
 from lexel.distributed import all_rows, all_sum
 from lexel.errors import UsageError
 from lexel.kernels import nearest
-from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, as_vectors, choose, full_precision
+from lexel.quantizers.base import GRADIENTS, Advice, Quantized, Quantizer, as_vectors, choose, full_precision
 
 
 class EMA(Quantizer):
@@ -33,6 +35,8 @@ class EMA(Quantizer):
     """
 
     LOSS_WEIGHTS = {"commitment": 0.25}
+    straight_through = True
+    batch_dependent = True
 
     def __init__(
         self,
@@ -60,10 +64,6 @@ class EMA(Quantizer):
         self.counts: Tensor
         self.sums: Tensor
         self.steps: Tensor
-
-    @property
-    def codebook(self) -> Tensor:
-        return self.weight
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -107,6 +107,12 @@ class EMA(Quantizer):
         self.weight[which] = codes
         self.counts[which] = counts.to(self.counts.dtype)
         self.sums[which] = codes * counts[:, None]
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        return Advice(
+            "codes move only when latents choose them",
+            "restart dead codes (restart_below), or start the codes from the data's own latents",
+        )
 
 
 @torch.no_grad()

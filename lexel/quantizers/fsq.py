@@ -9,15 +9,16 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantized, Quantizer, as_grid, as_vectors, full_precision, straight_through
-from lexel.quantizers.lattice import Lattice
+from lexel.quantizers.lattice import Lattice, LatticeQuantizer
 
 
-class FSQ(Quantizer):
+class FSQ(LatticeQuantizer):
     """Squashes each dimension into a range of L levels by tanh and rounds. No table, no loss terms.
 
     Codes lie in [-1, 1]. The gradient passes straight through the rounding, not around the tanh. Dimension 0
     holds the lowest digits of the index, as in the published code. Where the codes have more channels than the
-    lattice has dimensions, channels repeat it (see `lattice`).
+    lattice has dimensions, channels repeat it (see `lattice`). A dimension of two levels is split at 0 (the published
+    shift would put every latent above -3.8 into one of them).
 
         FSQ(codebook_size=64000, codebook_dim=6, levels=[8, 8, 8, 5, 5, 5])
 
@@ -41,24 +42,12 @@ class FSQ(Quantizer):
             raise UsageError(f"{len(chosen)} levels need at least as many channels, got codebook_dim {codebook_dim}")
         self.lattice = Lattice(chosen, codebook_dim, low_first=True)
 
-    @property
-    def codebook(self) -> Tensor:
-        return self._codes(torch.arange(self.codebook_size, device=self.lattice.levels.device))
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        return self._codes(indices).movedim(-1, 1)
-
-    @torch.no_grad()
-    @full_precision
-    def assign(self, z: Tensor) -> Tensor:
-        return self._index(self._bound(as_vectors(z)).round()).view(z.shape[0], *z.shape[2:])
-
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         bounded = self._bound(as_vectors(z))
         indices = self._index(bounded.detach().round())
         values = straight_through(bounded, self.lattice.digits(indices) - self.lattice.levels // 2)
-        z_q = self.lattice.spread(values / (self.lattice.levels // 2))
+        z_q = self.lattice.repeat_channels(values / (self.lattice.levels // 2))
         return Quantized(as_grid(z_q, z), indices.view(z.shape[0], *z.shape[2:]), {})
 
     def bake(self) -> Quantizer:
@@ -67,22 +56,27 @@ class FSQ(Quantizer):
             "keep it as it is, it costs nothing"
         )
 
+    def choose(self, vectors: Tensor) -> Tensor:
+        return self._index(self._bound(vectors).round())
+
+    def values(self, digits: Tensor) -> Tensor:
+        half = self.lattice.levels // 2
+        return self.lattice.one * (digits - half) / half
+
     def _bound(self, vectors: Tensor) -> Tensor:
         """Latents (N, D) squashed so that rounding gives -(L // 2) .. (L - 1) // 2 in each dimension: (N, d)."""
         levels = self.lattice.levels.to(vectors.dtype)
         half = (levels - 1) * (1 + 1e-3) / 2  # a little room, so that the outermost levels can be reached
         offset = torch.where(self.lattice.levels % 2 == 0, 0.5, 0.0).to(vectors.dtype)
-        return (self.lattice.pool(vectors) + (offset / half).atanh()).tanh() * half - offset
+        # The shift takes a latent of 0 to the value 0. With two levels, -1 and 0, that is the end of the range: every
+        # latent above -3.8 would round to it. There 0 stays between the two.
+        shift = torch.where(self.lattice.levels > 2, (offset / half).atanh(), 0.0)
+        return (self.lattice.mean_channels(vectors) + shift).tanh() * half - offset
 
     def _index(self, rounded: Tensor) -> Tensor:
         digits = rounded + self.lattice.levels // 2
         # Beyond 500 levels the room at the ends is wider than a level.
         return self.lattice.index(torch.minimum(digits.clamp_min(0), self.lattice.levels - 1))
-
-    def _codes(self, indices: Tensor) -> Tensor:
-        """Codes (..., D) of indices (...,)."""
-        half = self.lattice.levels // 2
-        return self.lattice.spread(self.lattice.unit * (self.lattice.digits(indices) - half) / half)
 
 
 @functools.cache

@@ -45,6 +45,7 @@ class FVQ(ProjectedVQ):
         gradient: str = "straight_through",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, gradient)
+        self.starts_collapsed = bridge == "vit" and start == "zero"
         self.residual = choose("start", start, ("zero", "residual")) == "residual"
         self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
         self.bridge: nn.Module

@@ -10,6 +10,7 @@ from lexel.errors import UsageError
 from lexel.kernels import nearest
 from lexel.quantizers.annealed import Annealed
 from lexel.quantizers.base import (
+    MatrixSearch,
     Quantized,
     Quantizer,
     as_grid,
@@ -37,6 +38,7 @@ class Gumbel(Annealed):
     """
 
     LOSS_WEIGHTS = {"kl": 5e-4}
+    batch_dependent = True  # on noise
 
     def __init__(
         self,
@@ -51,14 +53,13 @@ class Gumbel(Annealed):
         self.logits = nn.Linear(codebook_dim, codebook_size)
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
-    @property
-    def codebook(self) -> Tensor:
-        return self.weight
-
     def bake(self) -> Quantizer:
         raise UsageError(
             "Gumbel chooses by a layer of its own, not by its codes: no search in the table gives its indices"
         )
+
+    def searcher(self) -> nn.Module:
+        return MatrixSearch(self.codebook, self.logits.weight, self.logits.bias)
 
     @torch.no_grad()
     @full_precision

@@ -1,11 +1,13 @@
 """Index Backpropagation Quantization (https://arxiv.org/abs/2412.02692)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.kernels import index_backpropagation
-from lexel.quantizers.base import Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
+from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation
+from lexel.quantizers.base import Advice, Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
 
 
 class IBQ(Quantizer):
@@ -45,7 +47,7 @@ class IBQ(Quantizer):
         codebook_dim: int,
         temperature: float = 1.0,
         entropy_temperature: float = 0.01,
-        similarity: str = "dot",
+        similarity: Similarity = "dot",
         identity: float = 0.0,
         entropy: bool = True,
         rows: int | None = None,
@@ -58,7 +60,7 @@ class IBQ(Quantizer):
             raise UsageError(f"identity must be from 0 to 1, got {identity}")
         self.temperature = temperature
         self.entropy_temperature = entropy_temperature
-        self.similarity = choose("similarity", similarity, ("dot", "l2", "cosine"))
+        self.similarity = choose("similarity", similarity, SIMILARITIES)
         self.identity = identity
         self.entropy = entropy
         if rows is not None and rows < 1:
@@ -66,10 +68,6 @@ class IBQ(Quantizer):
         self.rows = rows
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
-
-    @property
-    def codebook(self) -> Tensor:
-        return self.weight
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -86,3 +84,14 @@ class IBQ(Quantizer):
         if self.identity:
             z_q = z_q + self.identity * (vectors - vectors.detach())
         return Quantized(as_grid(z_q, z), indices.view(z.shape[0], *z.shape[2:]), losses)
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        if seen.get("gradient_ratio", 1.0) < 0.01:
+            return Advice(
+                "the encoder gets almost no gradient: the codes have a small variance, or the softmax is saturated",
+                "keep the codes' unit-variance start; raise lr or lower codebook_dim",
+            )
+        return Advice(
+            "too little pressure to spread over the codes, or too few steps so far",
+            "train longer, raise the pull of entropy_batch (a more negative weight), or use a larger batch",
+        )

@@ -6,11 +6,12 @@ at D > d it is the same lattice, repeated, so that every channel counts and code
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from lexel.distributed import mean_over_processes
+from lexel.quantizers.base import Advice, Quantizer, as_vectors, full_precision
 
 
 class Lattice(nn.Module):
@@ -26,19 +27,18 @@ class Lattice(nn.Module):
         super().__init__()
         self.sizes = levels
         steps = [math.prod(levels[:i] if low_first else levels[i + 1 :]) for i in range(len(levels))]
-        copies = [channels // len(levels) + (i < channels % len(levels)) for i in range(len(levels))]
+        shares = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
         # Derived from the arguments, so they are no part of the state.
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("steps", torch.tensor(steps), persistent=False)
-        self.register_buffer("carrier", torch.arange(channels) % len(levels), persistent=False)
-        copies = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
-        self.register_buffer("copies", torch.tensor(copies), persistent=False)
-        self.register_buffer("unit", torch.ones(()), persistent=False)
+        self.register_buffer("dimension_of_channel", torch.arange(channels) % len(levels), persistent=False)
+        self.register_buffer("channels_per_dimension", torch.tensor(shares), persistent=False)
+        self.register_buffer("one", torch.ones(()), persistent=False)
         self.levels: Tensor  # (d,)
         self.steps: Tensor  # (d,) what one digit adds to the index
-        self.carrier: Tensor  # (D,) the dimension that a channel carries
-        self.copies: Tensor  # (d,) how many channels carry a dimension
-        self.unit: Tensor  # 1, in the precision that codes have
+        self.dimension_of_channel: Tensor  # (D,)
+        self.channels_per_dimension: Tensor  # (d,)
+        self.one: Tensor  # 1, in the precision that codes have
 
     def index(self, digits: Tensor) -> Tensor:
         """int64 (...,) from digits (..., d)."""
@@ -48,16 +48,61 @@ class Lattice(nn.Module):
         """int64 (..., d) from indices (...,)."""
         return indices[..., None] // self.steps % self.levels
 
-    def pool(self, vectors: Tensor) -> Tensor:
+    def mean_channels(self, vectors: Tensor) -> Tensor:
         """The mean over the channels of each dimension: (N, d) from (N, D)."""
-        if len(self.carrier) == len(self.levels):
+        if len(self.dimension_of_channel) == len(self.levels):
             return vectors
-        sums = vectors.new_zeros(vectors.shape[0], len(self.levels)).index_add(1, self.carrier, vectors)
-        return sums / self.copies
+        sums = vectors.new_zeros(vectors.shape[0], len(self.levels)).index_add(1, self.dimension_of_channel, vectors)
+        return sums / self.channels_per_dimension
 
-    def spread(self, values: Tensor) -> Tensor:
+    def repeat_channels(self, values: Tensor) -> Tensor:
         """Values (..., d) on all channels: (..., D)."""
-        return values[..., self.carrier]
+        return values[..., self.dimension_of_channel]
+
+
+class LatticeQuantizer(Quantizer):
+    """A quantizer whose codes follow from the digits of their index. A subclass sets `lattice` and writes both ends.
+
+    Attributes:
+        lattice: the levels of each dimension.
+    """
+
+    straight_through = True  # past the rounding; FSQ's gradient still goes through its tanh, BSQ's through its norm
+    comparable_norms = False  # the codes are where they are, and latents of any length choose them
+    lattice: Lattice
+
+    def values(self, digits: Tensor) -> Tensor:
+        """The value in each dimension, (..., d), of digits (..., d)."""
+        raise NotImplementedError
+
+    def choose(self, vectors: Tensor) -> Tensor:
+        """The index of each row of latents (N, D): int64 (N,)."""
+        raise NotImplementedError
+
+    @property
+    def codebook(self) -> Tensor:
+        return self.codes(torch.arange(self.codebook_size, device=self.lattice.levels.device))
+
+    def codes(self, indices: Tensor) -> Tensor:
+        """Codes (..., D) of indices (...,)."""
+        return self.lattice.repeat_channels(self.values(self.lattice.digits(indices)))
+
+    def indices_to_codes(self, indices: Tensor) -> Tensor:
+        return self.codes(indices).movedim(-1, 1)
+
+    @torch.no_grad()
+    @full_precision
+    def assign(self, z: Tensor) -> Tensor:
+        return self.choose(as_vectors(z)).view(z.shape[0], *z.shape[2:])
+
+    def searcher(self) -> nn.Module:
+        return self  # arithmetic on every channel, with nothing to search
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        return Advice(
+            "the latents sit on one side of the lattice's thresholds",
+            "raise the weight of the entropy terms (fsq has none: widen the latents with a norm before the quantizer)",
+        )
 
 
 def sample_entropy(log_p: list[Tensor]) -> Tensor:
@@ -68,20 +113,23 @@ def sample_entropy(log_p: list[Tensor]) -> Tensor:
     return torch.stack([-(p.exp() * p).sum(1).mean() for p in log_p]).sum()
 
 
-def batch_entropy(log_p: list[Tensor], epsilon: float) -> Tensor:
-    """The entropy in nats of the mean distribution over codes, over all processes' rows.
+def mean_distribution(log_p: list[Tensor]) -> Tensor:
+    """The mean over rows of the distribution over codes, as a matrix whose entries are the codes.
 
     A row's distribution is the outer product of its dimensions', so the mean over N rows is A^T B / N with A and B
     the distributions over the two halves of the dimensions: K numbers, and two tensors of about N x sqrt(K).
 
     Args:
         log_p: one (N, levels) a dimension.
-        epsilon: added inside the logarithm.
     """
     certain = torch.zeros_like(log_p[0][:, :1])
     half = len(log_p) // 2
     first, second = _joint(certain, log_p[:half]), _joint(certain, log_p[half:])
-    mean = mean_over_processes(first.T @ second / len(second))
+    return first.T @ second / len(second)
+
+
+def entropy(mean: Tensor, epsilon: float) -> Tensor:
+    """The entropy in nats of a distribution of any shape; epsilon is added inside the logarithm."""
     return -(mean * (mean + epsilon).log()).sum()
 
 

@@ -5,20 +5,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexel.distributed import mean_over_processes
 from lexel.errors import UsageError
 from lexel.quantizers.base import (
     GRADIENTS,
     Quantized,
-    Quantizer,
     as_grid,
     as_vectors,
     choose,
     full_precision,
 )
-from lexel.quantizers.lattice import Lattice, batch_entropy, sample_entropy
+from lexel.quantizers.lattice import Lattice, LatticeQuantizer, entropy, mean_distribution, sample_entropy
 
 
-class LFQ(Quantizer):
+class LFQ(LatticeQuantizer):
     """The code of a latent is its signs, the index is their bits; zero counts as -1.
 
     Published for D = log2 K, one bit a channel. With more channels the bits repeat over them (see `lattice`), with
@@ -69,59 +69,58 @@ class LFQ(Quantizer):
         self.lattice = Lattice(levels, codebook_dim, low_first)
         self.scale = 1.0  # the value of a single bit
 
-    @property
-    def codebook(self) -> Tensor:
-        return self._codes(torch.arange(self.codebook_size, device=self.lattice.levels.device))
-
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        return self._codes(indices).movedim(-1, 1)
-
     @torch.no_grad()
     @full_precision
     def assign(self, z: Tensor) -> Tensor:
-        return self._choose(as_vectors(self._prepare(z))).view(z.shape[0], *z.shape[2:])
+        return super().assign(self._prepare(z))
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         z = self._prepare(z)
         vectors = as_vectors(z)
-        indices = self._choose(vectors.detach())
-        z_q = as_grid(self._codes(indices).to(z.dtype), z)
+        indices = self.choose(vectors.detach())
+        z_q = as_grid(self.codes(indices).to(z.dtype), z)
         log_p = self._log_p(vectors)
-        size = self.group_bits or len(log_p)
-        groups = [log_p[i : i + size] for i in range(0, len(log_p), size)]
         losses = {
-            "commitment": F.mse_loss(z, z_q),
+            "commitment": self._commitment(z, z_q),
             "entropy_sample": sample_entropy(log_p),  # low where latents are sure of their code
-            "entropy_batch": torch.stack([batch_entropy(group, self.epsilon) for group in groups]).sum(),
+            "entropy_batch": self._batch_entropy(log_p),
         }
-        return Quantized(GRADIENTS[self.gradient](z, z_q), indices.view(z.shape[0], *z.shape[2:]), losses)
+        return Quantized(self._pass_gradient(z, z_q), indices.view(z.shape[0], *z.shape[2:]), losses)
+
+    def values(self, digits: Tensor) -> Tensor:
+        """The levels in a channel: -1 and 1 for one bit; -1.5, -0.5, 0.5, 1.5 for two."""
+        return self.scale * self.lattice.one * (2 * digits + 1 - self.lattice.levels) / (self.lattice.levels // 2)
+
+    def choose(self, vectors: Tensor) -> Tensor:
+        """The nearest code's index (N,) for latents (N, D); a tie goes to the lower level."""
+        half = self.lattice.levels // 2
+        digits = (self.lattice.mean_channels(vectors) * half / (2 * self.scale)).ceil() - 1 + half
+        return self.lattice.index(torch.minimum(digits.clamp_min(0), self.lattice.levels - 1))
 
     def _prepare(self, z: Tensor) -> Tensor:
         return z
 
-    def _values(self, digits: Tensor) -> Tensor:
-        """The levels in a channel: -1 and 1 for one bit; -1.5, -0.5, 0.5, 1.5 for two."""
-        return self.scale * self.lattice.unit * (2 * digits + 1 - self.lattice.levels) / (self.lattice.levels // 2)
+    def _commitment(self, z: Tensor, z_q: Tensor) -> Tensor:
+        return F.mse_loss(z, z_q)
 
-    def _codes(self, indices: Tensor) -> Tensor:
-        """Codes (..., D) of indices (...,)."""
-        return self.lattice.spread(self._values(self.lattice.digits(indices)))
+    def _pass_gradient(self, z: Tensor, z_q: Tensor) -> Tensor:
+        return GRADIENTS[self.gradient](z, z_q)
 
-    def _choose(self, vectors: Tensor) -> Tensor:
-        """The nearest code's index (N,) for latents (N, D); a tie goes to the lower level."""
-        half = self.lattice.levels // 2
-        digits = (self.lattice.pool(vectors) * half / (2 * self.scale)).ceil() - 1 + half
-        return self.lattice.index(torch.minimum(digits.clamp_min(0), self.lattice.levels - 1))
+    def _batch_entropy(self, log_p: list[Tensor]) -> Tensor:
+        size = self.group_bits or len(log_p)
+        groups = [log_p[i : i + size] for i in range(0, len(log_p), size)]
+        means = [mean_over_processes(mean_distribution(group)) for group in groups]
+        return torch.stack([entropy(mean, self.epsilon) for mean in means]).sum()
 
     def _log_p(self, vectors: Tensor) -> list[Tensor]:
         """For each dimension the log-probabilities (N, levels) of its levels."""
-        pooled = self.lattice.pool(vectors)
+        pooled = self.lattice.mean_channels(vectors)
         log_p = []
         for i, levels in enumerate(self.lattice.sizes):
             digits = torch.arange(levels, device=vectors.device)
             values = self.scale * (2 * digits + 1 - levels).to(vectors.dtype) / (levels // 2)  # (levels,)
             # |z - c|^2 over the channels that carry this dimension, without the part that all levels share
-            logits = (2 * pooled[:, i : i + 1] * values - values.square()) * self.lattice.copies[i]
+            logits = (2 * pooled[:, i : i + 1] * values - values.square()) * self.lattice.channels_per_dimension[i]
             log_p.append((logits / self.temperature).log_softmax(1))
         return log_p

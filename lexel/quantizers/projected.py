@@ -23,6 +23,7 @@ class ProjectedVQ(Quantizer):
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
+    straight_through = True
 
     def __init__(self, codebook_size: int, codebook_dim: int, gradient: str) -> None:
         super().__init__(codebook_size, codebook_dim)

@@ -52,6 +52,7 @@ class Residual(Stacked):
             raise UsageError(f"shrink must be above 0, got {shrink}")
         super().__init__(codebook_size, codebook_dim, base, base_options, [codebook_dim] * (1 if shared else depth))
         self.books = depth
+        self.comparable_norms = False  # a latent is compared with a sum of codes
         self.shrink = shrink
 
     @property

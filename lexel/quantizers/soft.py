@@ -1,5 +1,7 @@
 """Soft vector quantization with an annealed temperature (appendix B of https://arxiv.org/abs/2412.02692)."""
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,17 +49,13 @@ class Soft(Annealed):
         codebook_dim: int,
         tau_start: float = 0.9,
         tau_end: float = 1e-6,
-        similarity: str = "dot",
+        similarity: Literal["dot", "l2"] = "dot",
         hard_from: float = 1.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
         self.hard_from = hard_from
         self.similarity = choose("similarity", similarity, ("dot", "l2"))
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
-
-    @property
-    def codebook(self) -> Tensor:
-        return self.weight
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:

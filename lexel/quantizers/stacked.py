@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lexel.errors import unknown
-from lexel.quantizers.base import Quantizer
+from lexel.quantizers.base import Advice, Quantizer
+from lexel.quantizers.registry import QUANTIZERS, build
 
 
 class Stacked(Quantizer):
@@ -24,8 +25,6 @@ class Stacked(Quantizer):
     def __init__(
         self, codebook_size: int, codebook_dim: int, base: str, base_options: Mapping[str, Any] | None, dims: list[int]
     ) -> None:
-        from lexel.quantizers import QUANTIZERS, build  # that table names this class too
-
         super().__init__(codebook_size, codebook_dim)
         bases = [name for name, kind in QUANTIZERS.items() if not issubclass(kind, Stacked)]
         if base not in (*bases, "table"):
@@ -38,6 +37,12 @@ class Stacked(Quantizer):
         self.LOSS_WEIGHTS = self[0].LOSS_WEIGHTS
         self.similarity = self[0].similarity
         self.gradient = self[0].gradient
+        self.straight_through = self[0].straight_through
+        self.batch_dependent = self[0].batch_dependent
+        self.comparable_norms = self[0].comparable_norms
+        self.starts_collapsed = self[0].starts_collapsed
+
+    books: int
 
     def __len__(self) -> int:
         return self.books
@@ -49,6 +54,9 @@ class Stacked(Quantizer):
 
     def __iter__(self) -> Iterator[Quantizer]:
         return (self[q] for q in range(self.books))
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        return self[0].dead_codes(seen)
 
     def anneal(self, progress: float) -> None:
         for level in self:

@@ -1,9 +1,20 @@
 """Vector quantization: the nearest entry of a learned table (https://arxiv.org/abs/1711.00937)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, choose, full_precision, vq_terms
+from lexel.quantizers.base import (
+    GRADIENTS,
+    ONLY_CHOSEN_LEARN,
+    Advice,
+    Quantized,
+    Quantizer,
+    choose,
+    full_precision,
+    vq_terms,
+)
 
 
 class VQ(Quantizer):
@@ -22,18 +33,18 @@ class VQ(Quantizer):
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
+    straight_through = True
 
     def __init__(self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through") -> None:
         super().__init__(codebook_size, codebook_dim)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
 
-    @property
-    def codebook(self) -> Tensor:
-        return self.weight
-
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         indices = self.assign(z)
         z_q = self.indices_to_codes(indices)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
+
+    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
+        return ONLY_CHOSEN_LEARN

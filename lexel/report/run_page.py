@@ -12,6 +12,7 @@ from safetensors import safe_open
 from lexel import config
 from lexel.errors import UsageError
 from lexel.metrics.health import diagnose
+from lexel.quantizers import outline
 from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_map, line_chart, picture_rows, series
 from lexel.report.page import Section, write_page
 from lexel.run_folder import read_metrics
@@ -115,8 +116,7 @@ def tokenizer_sections(run: Run) -> list[Section]:
     """Everything a tokenizer's run has to show, in reading order."""
     sections = []
     if run.validation and "usage" in run.validation[-1]:
-        quantizer = run.recipe["model"]["quantizer"]
-        findings = diagnose(quantizer["kind"], quantizer["codebook_size"], run.validation, run.train)
+        findings = diagnose(outline(run.recipe["model"]["quantizer"]), run.validation, run.train)
         sections.append(Section("Is the codebook healthy?", findings=findings))
     if "originals" in run.last:
         rows = [run.last["originals"][:12], run.last["reconstructions"][:12]]

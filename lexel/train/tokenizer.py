@@ -38,7 +38,7 @@ from lexel.losses import (
     l2,
 )
 from lexel.metrics.health import diagnose
-from lexel.quantizers import QUANTIZERS
+from lexel.quantizers import QUANTIZERS, outline
 from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import Runtime
@@ -603,8 +603,7 @@ def refuse_collapse(
             f"stopped at step {step}: the averaged weights give no images (l1 {line['l1']}). {_kept(run)}"
         )
     if collapsed:
-        quantizer = recipe.model.quantizer
-        finding = diagnose(quantizer["kind"], quantizer["codebook_size"], recent)[0]
+        finding = diagnose(outline(recipe.model.quantizer), recent)[0]
         raise TrainingStopped(
             f"stopped at step {step}: the codebook collapsed, perplexity below {COLLAPSED} in {patience} validations "
             f"({finding.seen}). {_kept(run)} Likely cause: {finding.cause}. Try: {finding.change}"
