@@ -26,10 +26,10 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """Kind and text of the code blocks of a page."""
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Kind, title and text of the code blocks of a page."""
     text = page.read_text(encoding="utf-8")
-    return re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"^```(\w*)(?: title=\"(.*?)\")?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(text: str) -> list[str]:
@@ -57,11 +57,16 @@ def workplace(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("page", [page for page in RUN if page.is_file()], ids=name)
 def test_a_page_runs_from_top_to_bottom(page, workplace):
-    """Blocks of `python` in one namespace, `lexel` commands of `sh` blocks in between; `py` blocks are only shown."""
+    """Blocks of `python` in one namespace, `lexel` commands of `sh` blocks and files with a title in between.
+
+    `py` blocks and those without a language are only shown.
+    """
     torch.manual_seed(0)
     names: dict[str, object] = {"__name__": "__page__"}
-    for kind, text in blocks(page):
-        if kind == "python":
+    for kind, title, text in blocks(page):
+        if title:
+            Path(title).write_text(text, encoding="utf-8")
+        elif kind == "python":
             exec(compile(text, name(page), "exec", dont_inherit=True), names)
         elif kind == "sh":
             for line in commands(text):
@@ -81,7 +86,8 @@ def test_every_command_shown_exists_with_its_options(page, line):
     for word in words[2:]:
         if word.startswith("--"):
             assert word.split("=")[0] in {*options, "--help"}, line
-    if words[1] == "train":
+    shown_here = f'title="{words[2]}"' in (ROOT / page).read_text(encoding="utf-8")
+    if words[1] == "train" and not shown_here:
         assert find_recipe(ROOT / words[2] if "/" in words[2] else words[2]).is_file(), line
 
 
