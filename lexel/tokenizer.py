@@ -58,11 +58,12 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = network.encoder, network.decoder
         self.__dict__["autoencoder"] = network  # no submodule: its weights already have names, encoder and decoder
         self.quantizer = quantizers.build(options.pop("kind"), options)
-        z_channels, dim = network.z_channels, self.quantizer.codebook_dim
-        if not self.config.projections and z_channels != dim:
-            raise UsageError(f"without projections z_channels must be the codes' dimension {dim}, got {z_channels}")
-        self.to_codes = network.projection(z_channels, dim) if self.config.projections else nn.Identity()
-        self.from_codes = network.projection(dim, z_channels) if self.config.projections else nn.Identity()
+        channels, dim = (network.z_channels, network.decoder_channels), self.quantizer.codebook_dim
+        if not self.config.projections and channels != (dim, dim):
+            given = channels[0] if channels[0] != dim else channels[1]
+            raise UsageError(f"without projections z_channels must be the codes' dimension {dim}, got {given}")
+        self.to_codes = network.projection(channels[0], dim) if self.config.projections else nn.Identity()
+        self.from_codes = network.projection(dim, channels[1]) if self.config.projections else nn.Identity()
 
     autoencoder: Autoencoder
 

@@ -8,13 +8,19 @@ from pydantic import ValidationError
 from lexel import registry
 from lexel.autoencoders.base import Autoencoder, AutoencoderConfig
 from lexel.autoencoders.magvit2 import Magvit, MagvitConfig
+from lexel.autoencoders.maskgit import MaskGIT, MaskGITConfig
 from lexel.autoencoders.simvq import SimVQAutoencoder, SimVQConfig
+from lexel.autoencoders.titok import TiTok, TiTokConfig
+from lexel.autoencoders.vit import ViT, ViTConfig
 from lexel.autoencoders.vqgan import VQGAN, VQGANConfig
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {
     "vqgan": VQGAN,
     "magvit2": Magvit,
     "simvq": SimVQAutoencoder,
+    "maskgit": MaskGIT,
+    "vit": ViT,
+    "titok": TiTok,
 }
 GROUP = "lexel.autoencoders"  # the entry points by which other packages add kinds
 
@@ -66,9 +72,15 @@ __all__ = [
     "AutoencoderConfig",
     "Magvit",
     "MagvitConfig",
+    "MaskGIT",
+    "MaskGITConfig",
     "SimVQAutoencoder",
     "SimVQConfig",
+    "TiTok",
+    "TiTokConfig",
     "VQGANConfig",
+    "ViT",
+    "ViTConfig",
     "autoencoder_class",
     "build",
     "parse",

@@ -43,6 +43,11 @@ class Autoencoder(nn.Module):
         self.config = config
 
     @property
+    def decoder_channels(self) -> int:
+        """Channels that the decoder takes."""
+        return self.z_channels
+
+    @property
     def fixed_size(self) -> tuple[int, int] | None:
         """Height and width of the only images that fit; None where every multiple of `downsampling` does."""
         return None
