@@ -58,12 +58,15 @@ class Tokenizer(nn.Module):
         self.encoder, self.decoder = network.encoder, network.decoder
         self.__dict__["autoencoder"] = network  # no submodule: its weights already have names, encoder and decoder
         self.quantizer = quantizers.build(options.pop("kind"), options)
-        channels, dim = (network.z_channels, network.decoder_channels), self.quantizer.codebook_dim
-        if not self.config.projections and channels != (dim, dim):
-            given = channels[0] if channels[0] != dim else channels[1]
-            raise UsageError(f"without projections z_channels must be the codes' dimension {dim}, got {given}")
-        self.to_codes = network.projection(channels[0], dim) if self.config.projections else nn.Identity()
-        self.from_codes = network.projection(dim, channels[1]) if self.config.projections else nn.Identity()
+        before, after = self.quantizer.latent_dim, self.quantizer.codebook_dim
+        self.to_codes: nn.Module = nn.Identity()
+        self.from_codes: nn.Module = nn.Identity()
+        if self.config.projections:
+            self.to_codes = network.projection(network.z_channels, before)
+            self.from_codes = network.projection(after, network.decoder_channels)
+        elif (network.z_channels, network.decoder_channels) != (before, after):
+            given = network.z_channels if network.z_channels != before else network.decoder_channels
+            raise UsageError(f"without projections z_channels must be the codes' dimension {after}, got {given}")
 
     autoencoder: Autoencoder
 
@@ -128,16 +131,22 @@ class Tokenizer(nn.Module):
             z = self.to_codes(z.to(self._dtype))
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
-    def decode_codes(self, z_q: Tensor) -> Tensor:
-        """Images (B, C, H, W), not clamped, from quantized latents (B, D, *grid); differentiable."""
-        images = self.decoder(self.from_codes(z_q.to(self._dtype)))
+    def decode_codes(self, z_q: Tensor, text: Tensor | None = None) -> Tensor:
+        """Images (B, C, H, W), not clamped, from quantized latents (B, D, *grid); differentiable.
+
+        Args:
+            z_q: quantized latents.
+            text: features of a text (B, L, C) where the decoder is guided by one.
+        """
+        z = self.from_codes(z_q.to(self._dtype))
+        images = self.decoder(z) if text is None else self.decoder(z, text.to(self._dtype))
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def forward(self, images: Tensor) -> Reconstruction:
+    def forward(self, images: Tensor, text: Tensor | None = None) -> Reconstruction:
         """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
         self._check_images(images)
         quantized = self.quantizer(self.latents(images))
-        return Reconstruction(self.decode_codes(quantized.z_q), quantized)
+        return Reconstruction(self.decode_codes(quantized.z_q, text), quantized)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -154,8 +163,12 @@ class Tokenizer(nn.Module):
             return self.quantizer.assign(self.latents(images))
 
     @torch.no_grad()
-    def decode(self, indices: Tensor) -> Tensor:
+    def decode(self, indices: Tensor, text: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W) clamped to [-1, 1] from indices (B, *grid), or (B, Q, *grid) for Q books.
+
+        Args:
+            indices: of the codes.
+            text: features of a text (B, L, C) where the decoder is guided by one.
 
         Raises:
             UsageError: indices are not integers of such a shape in [0, codebook_size).
@@ -176,7 +189,7 @@ class Tokenizer(nn.Module):
                 wrong = low if low < 0 else high
                 raise UsageError(f"indices must be in [0, {self.codebook_size}), got {wrong}")
         with self._evaluating():
-            return self.decode_codes(self.quantizer.indices_to_codes(indices)).clamp(-1, 1)
+            return self.decode_codes(self.quantizer.indices_to_codes(indices), text).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`.

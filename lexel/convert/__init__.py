@@ -12,9 +12,12 @@ from lexel.convert import (
     fvq,
     ibq,
     llamagen,
+    maskgit_vqgan,
     open_magvit2,
     simvq,
+    titok,
     transformers,
+    vit,
     vqgan,
     vqgan_lc,
 )
@@ -36,6 +39,9 @@ FAMILIES: dict[str, Family] = {
         vqgan_lc.FAMILY,
         cosmos.FAMILY,
         diffusers.FAMILY,
+        vit.FAMILY,
+        titok.FAMILY,
+        maskgit_vqgan.FAMILY,
         *transformers.FAMILIES,
     )
 }

@@ -94,10 +94,14 @@ class BlurDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w), high for patches taken for real, for images (B, 3, H, W) in [-1, 1]."""
+        return self.head(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the head judges: (B, channels, h, w)."""
         images = F.leaky_relu(self.stem(images), 0.1)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             images = F.leaky_relu(norm(self._halve(convolution(images))), 0.1)
-        return self.head(images)
+        return images
 
     def _halve(self, images: Tensor) -> Tensor:
         """Each channel blurred at every other position; (H, W) becomes (H / 2, W / 2), rounded up."""
@@ -106,7 +110,18 @@ class BlurDiscriminator(nn.Module):
         return F.conv2d(images, self.blur.expand(channels, 1, 4, 4), stride=2, groups=channels)
 
 
+class PooledBlurDiscriminator(BlurDiscriminator):
+    """The discriminator of TiTok's second stage (https://arxiv.org/abs/2406.07550): the same, on a grid of 16 x 16.
+
+    The largest features of each part of the grid go on; logits are (B, 1, 16, 16) for images of any size.
+    """
+
+    def features(self, images: Tensor) -> Tensor:
+        return F.adaptive_max_pool2d(super().features(images), 16)
+
+
 DISCRIMINATORS: dict[str, type[PatchDiscriminator] | type[BlurDiscriminator]] = {
     "patch": PatchDiscriminator,
     "blur": BlurDiscriminator,
+    "blur_pooled": PooledBlurDiscriminator,
 }

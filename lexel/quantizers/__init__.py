@@ -8,6 +8,7 @@ from lexel.quantizers.cosine import Cosine
 from lexel.quantizers.ema import EMA
 from lexel.quantizers.fsq import FSQ
 from lexel.quantizers.fvq import FVQ
+from lexel.quantizers.gaussian import Gaussian
 from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.ibq import IBQ
 from lexel.quantizers.lfq import LFQ
@@ -53,6 +54,7 @@ __all__ = [
     "Affine",
     "Continuous",
     "Cosine",
+    "Gaussian",
     "Gumbel",
     "Product",
     "Quantized",

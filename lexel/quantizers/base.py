@@ -36,8 +36,8 @@ def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tenso
 
     @functools.wraps(method)
     def run(self: "Quantizer", z: Tensor) -> Any:
-        if z.dim() < 2 or z.shape[1] != self.codebook_dim:
-            raise UsageError(f"latents must be (B, {self.codebook_dim}, *grid), got {tuple(z.shape)}")
+        if z.dim() < 2 or z.shape[1] != self.latent_dim:
+            raise UsageError(f"latents must be (B, {self.latent_dim}, *grid), got {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             return method(self, z.to(torch.promote_types(z.dtype, torch.float32)))
 
@@ -79,6 +79,11 @@ class Quantizer(nn.Module):
             raise UsageError(f"codebook_dim must be at least 1, got {codebook_dim}")
         self.codebook_size = codebook_size
         self.codebook_dim = codebook_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Channels of the latents that `forward` takes; those of the codes but for means with variances."""
+        return self.codebook_dim
 
     @property
     def codebook(self) -> Tensor:

@@ -32,6 +32,8 @@ class Cosine(Quantizer):
         codebook_size: number of codes, K.
         codebook_dim: length of a code, D.
         gradient: "straight_through" or "rotation".
+        raw_gradient: whether the decoder's gradient goes to the latents as they came, as in ViT-VQGAN, instead of to
+            their normalised ones, as in LlamaGen and TiTok.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
@@ -39,9 +41,12 @@ class Cosine(Quantizer):
     straight_through = True
     comparable_norms = False  # only directions are compared
 
-    def __init__(self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through") -> None:
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through", raw_gradient: bool = False
+    ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.gradient = choose("gradient", gradient, GRADIENTS)
+        self.raw_gradient = raw_gradient
         start = torch.empty(codebook_size, codebook_dim).uniform_(-1, 1)  # only its direction matters
         self.weight = nn.Parameter(F.normalize(start, dim=1))
 
@@ -52,9 +57,9 @@ class Cosine(Quantizer):
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         indices = self.assign(z)
-        z = F.normalize(z, dim=1)
+        unit = F.normalize(z, dim=1)
         z_q = F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
-        return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
+        return Quantized(GRADIENTS[self.gradient](z if self.raw_gradient else unit, z_q), indices, vq_terms(unit, z_q))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         return F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)

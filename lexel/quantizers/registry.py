@@ -9,13 +9,14 @@ from lexel import registry
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantizer, Table
 from lexel.quantizers.continuous import Continuous
+from lexel.quantizers.gaussian import Gaussian
 
 GROUP = "lexel.quantizers"  # the entry points by which other packages add theirs
 
 QUANTIZERS: dict[str, type[Quantizer]] = {}
 
 # What `build` knows besides the methods: a baked table, and no quantization at all.
-OTHERS: dict[str, type[Quantizer]] = {"table": Table, "none": Continuous}
+OTHERS: dict[str, type[Quantizer]] = {"table": Table, "none": Continuous, "gaussian": Gaussian}
 
 
 def build(kind: str, options: Mapping[str, Any]) -> Quantizer:

@@ -7,9 +7,18 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
+from tests.parity import maskgit_vqgan, titok, vit
 from tests.parity.fixture import Fixture
 
-CHECKERS: dict[str, Callable[[Fixture], None]] = {}  # by how the file's `family` begins
+CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
+    "MaskGIT-VQGAN": maskgit_vqgan.check,
+    "TA-TiTok": titok.text_aware,
+    "TiTok legacy, stage 1": titok.stage1,
+    "TiTok legacy, stage 2": titok.stage2,
+    "TiTok one-stage": titok.single_stage,
+    "TiTok stage-2 discriminator": titok.discriminator,
+    "ViT-VQGAN": vit.check,
+}
 
 
 def checker(fixture: Fixture) -> Callable[[Fixture], None] | None:

@@ -1,0 +1,85 @@
+"""ViT-VQGAN as thuanz123/enhancing-transformers publishes it, https://arxiv.org/abs/2110.04627."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel.autoencoders.vision_transformer import sincos
+from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
+from lexel.convert.names import Rule, count, require
+from lexel.convert.vqgan import END
+from lexel.errors import UsageError
+
+BLOCK = {"0.norm": "norm1", "0.fn.to_qkv": "qkv", "0.fn.to_out": "out", "1.norm": "norm2", "1.fn.net.0": "fc1"}
+BLOCK |= {"1.fn.net.2": "fc2"}
+RULES: Sequence[Rule] = [
+    (rf"encoder\.to_patch_embedding\.0\.{END}", r"encoder.patches.\1"),
+    (
+        rf"(encoder|decoder)\.transformer\.layers\.(\d+)\.({'|'.join(BLOCK).replace('.', r'[.]')})\.{END}",
+        lambda m: f"{m[1]}.blocks.{m[2]}.{BLOCK[m[3]]}.{m[4]}",
+    ),
+    (rf"(encoder|decoder)\.transformer\.norm\.{END}", r"\1.norm.\2"),
+    (rf"decoder\.to_pixel\.1\.{END}", r"decoder.pixels.\1"),
+    (rf"pre_quant\.{END}", r"to_codes.\1"),
+    (rf"post_quant\.{END}", r"from_codes.\1"),
+    (r"quantizer\.embedding\.weight", "quantizer.weight"),
+]
+POSITIONS = {"encoder.en_pos_embedding": "encoder", "decoder.de_pos_embedding": "decoder"}
+LEFT_OUT = {
+    r"(encoder\.en|decoder\.de)_pos_embedding": "fixed sines and cosines, computed from the grid",
+    r"loss\..*": "the loss and its discriminator, used in training only",
+}
+NEEDED = ["quantizer.weight", "encoder.patches.weight", "decoder.pixels.weight"]
+
+
+def config(tensors: Names, source: str) -> dict[str, Any]:
+    """Sizes as shapes tell them; a head has the published 64 channels, which an override changes."""
+    require(tensors, [f"{side}.blocks.0.{part}.weight" for side in SIDES for part in ("qkv", "fc1")], source)
+    size, dim = tensors["quantizer.weight"].shape
+    sizes = {}
+    for side in SIDES:
+        hidden, width = tensors[f"{side}.blocks.0.fc1.weight"].shape
+        heads = tensors[f"{side}.blocks.0.qkv.weight"].shape[0] // 3 // 64
+        depth = count(tensors, rf"{side}\.blocks\.(\d+)\..*")
+        sizes[side] = {"width": width, "depth": depth, "heads": heads, "mlp": hidden}
+    patches = tensors["encoder.patches.weight"]
+    return {
+        "autoencoder": {"kind": "vit", "patch": patches.shape[2], "channels": patches.shape[1], **sizes},
+        "quantizer": {"kind": "cosine", "codebook_size": size, "codebook_dim": dim, "raw_gradient": True},
+    }
+
+
+SIDES = ("encoder", "decoder")
+LAYOUT = Layout("vit_vqgan", lambda _: RULES, LEFT_OUT, [], NEEDED, config)
+
+
+def convert(request: Request) -> Conversion:
+    """The projections come as linear layers, here they are 1x1 convolutions; positions must be the fixed ones."""
+    tensors = dict(request.published.tensors)
+    for name in POSITIONS.keys() & tensors.keys():
+        check_positions(name, tensors[name], request.source)
+    for name in ("pre_quant.weight", "post_quant.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][:, :, None, None]
+    return convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), LAYOUT)
+
+
+def check_positions(name: str, table: Tensor, source: str) -> None:
+    """Refuses positions (1, h w, C) that are not the fixed sines and cosines of a square grid."""
+    side = int(table.shape[1] ** 0.5) if table.dim() == 3 else 0
+    if side and side**2 == table.shape[1] and table.shape[2] % 4 == 0:
+        expected = sincos(side, side, table.shape[2])
+        if table.is_meta or torch.allclose(table[0].float(), expected, rtol=0, atol=1e-5):
+            return
+    raise UsageError(f"{source}: {name} is not the fixed table of sines and cosines of a square grid")
+
+
+FAMILY = Family(
+    "vit_vqgan",
+    "ViT-VQGAN (enhancing-transformers)",
+    lambda names: "encoder.to_patch_embedding.0.weight" in names and "pre_quant.weight" in names,
+    convert,
+)

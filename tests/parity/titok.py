@@ -1,0 +1,196 @@
+"""TiTok in both stages and in one, TA-TiTok, and the discriminator of the second stage."""
+
+import re
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lexel.losses import BlurDiscriminator, LeCAM, discriminator_loss, generator_loss
+from lexel.losses.discriminator import PooledBlurDiscriminator
+from lexel.tokenizer import Tokenizer
+from tests.parity.fixture import Fixture, Run
+
+RULES: list[tuple[str, Any]] = [
+    (r"^latent_tokens$", "encoder.tokens"),
+    (r"^(encoder|decoder)\.class_embedding$", r"\1.class_token"),
+    (r"^(encoder|decoder)\.positional_embedding$", r"\1.positions"),
+    (r"^(encoder|decoder)\.latent_token_positional_embedding$", r"\1.token_positions"),
+    (r"^decoder\.text_guidance_positional_embedding$", "decoder.text_positions"),
+    (r"^decoder\.text_guidance_proj", "decoder.text"),
+    (r"^encoder\.patch_embed", "encoder.patches"),
+    (r"^(encoder|decoder)\.ln_pre", r"\1.transformer.norm_in"),
+    (r"^(encoder|decoder)\.ln_post", r"\1.transformer.norm_out"),
+    (r"^(encoder|decoder)\.transformer\.(\d+)\.", r"\1.transformer.blocks.\2."),
+    (r"blocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.qkv."),
+    (r"blocks\.(\d+)\.attn\.out_proj", r"blocks.\1.out"),
+    (r"blocks\.(\d+)\.ln_", r"blocks.\1.norm"),
+    (r"blocks\.(\d+)\.mlp\.c_fc", r"blocks.\1.fc1"),
+    (r"blocks\.(\d+)\.mlp\.c_proj", r"blocks.\1.fc2"),
+    (r"^encoder\.conv_out", "to_codes"),
+    (r"^decoder\.decoder_embed", "from_codes"),
+    (r"^decoder\.ffn\.2", "decoder.head.logits"),
+    (r"^decoder\.conv_out", "decoder.head.conv_out"),
+    (r"^quantize\.embedding", "quantizer"),
+    (r"^pixel_quantize\.embedding\.weight$", "decoder.head.codebook"),
+    (r"^pixel_decoder\.", "decoder.head.pixels."),
+    (r"pixels\.mid\.", "pixels.middle."),
+    (r"pixels\.up\.(\d+)\.block\.(\d+)\.", r"pixels.levels.\1.\2."),
+    (r"nin_shortcut", "shortcut"),
+    (r"pixels\.up\.(\d+)\.upsample_conv", lambda match: f"pixels.upsamples.{int(match[1]) - 1}"),
+]
+
+
+def parameter(model: Tokenizer, name: str) -> nn.Parameter:
+    """Our parameter for a published name, by rules written apart from the importer's."""
+    hidden = "decoder.head.hidden" if model.config.autoencoder.head == "codes" else "decoder.head.patches"
+    for pattern, ours in [*RULES, (r"^decoder\.ffn\.0", hidden)]:
+        name = re.sub(pattern, ours, name)
+    return model.get_parameter(name)
+
+
+def overrides(run: Run) -> dict[str, Any]:
+    """The numbers that were substituted for the published sizes."""
+    heads = run.content["arch"]["heads"]
+    return {"autoencoder.encoder.heads": heads, "autoencoder.decoder.heads": heads}
+
+
+def options(run: Run) -> Any:
+    return run.content["config"]["model"]["vq_model"]
+
+
+def gradients(run: Run, model: Tokenizer, total: Tensor, name: str = "grads", **inputs: Tensor) -> None:
+    theirs = [key for key in run.expected[name] if key not in inputs]
+    run.gradients(total, {key: parameter(model, key) for key in theirs} | inputs, name)
+
+
+def quantized(run: Run, model: Tokenizer, images: Tensor) -> tuple[Any, Tensor]:
+    """Compares what the quantizer gives and its losses; returns both."""
+    result = model.quantizer(model.latents(images))
+    commitment = options(run).get("commitment_cost", 0.25) * result.losses["commitment"]
+    for name, ours in {"commitment_loss": commitment, "codebook_loss": result.losses["codebook"]}.items():
+        if name in run.expected:
+            run.close(name, ours)
+    run.same("indices", result.indices)
+    return result, commitment + result.losses["codebook"]
+
+
+def stage1(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model = run.load("titok", overrides(run))
+        x = run["x"].requires_grad_(True)
+        run.close("z", model.latents(2 * x - 1))
+        result, loss = quantized(run, model, 2 * x - 1)
+        run.close("z_q", result.z_q)
+        run.close("quantizer_loss", loss)
+        logits = model.autoencoder.code_logits(model.from_codes(result.z_q))
+        run.close("proxy_logits", logits)
+        crossed = F.cross_entropy(logits.flatten(2), run["proxy_codes"])
+        run.close("proxy_ce", crossed)
+        total = crossed + run.content["config"]["losses"]["quantizer_weight"] * loss
+        run.close("total", total)
+        codes = model.quantizer.indices_to_codes(result.indices)
+        run.close("proxy_logits_from_tokens", model.autoencoder.code_logits(model.from_codes(codes)))
+        gradients(run, model, total, x=x)
+
+
+def stage2(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model = run.load("titok", overrides(run))
+        x = run["x"]
+        result, loss = quantized(run, model, 2 * x - 1)
+        run.close("z_q", result.z_q)
+        run.close("quantizer_loss", 0 * loss)  # the second stage multiplies it by 0
+        features = model.decoder.features(model.from_codes(result.z_q))
+        logits = model.decoder.head.code_logits(features)
+        run.close("proxy_logits", logits)
+        run.close("pixel_latent", torch.einsum("bkhw,kd->bdhw", logits.softmax(1), model.decoder.head.codebook))
+        images = (model.decode_codes(result.z_q) + 1) / 2
+        run.close("rec", images)
+        total = (images - x).square().mean()
+        run.close("l2", total)
+        from_tokens = model.decode_codes(model.quantizer.indices_to_codes(result.indices))
+        run.close("rec_from_tokens", (from_tokens + 1) / 2)
+        gradients(run, model, total)
+        trained = {id(parameter(model, name)) for name in run.content["trainable"]}
+        learned = {id(part) for part in [*model.decoder.parameters(), *model.from_codes.parameters()]}
+        if trained != learned:
+            fixture.faults.append("what the second stage trains is not the decoder with its projection")
+
+
+def single_stage(fixture: Fixture) -> None:
+    for run in fixture.runs("vq"):
+        model = run.load("titok", overrides(run))
+        x = run["x"]
+        run.close("z", model.latents(2 * x - 1))
+        result, loss = quantized(run, model, 2 * x - 1)
+        run.close("quantizer_loss", loss)
+        images = (model.decode_codes(result.z_q) + 1) / 2
+        run.close("rec", images)
+        total = (images - x).square().mean() + run.content["config"]["losses"]["quantizer_weight"] * loss
+        run.close("total", total)
+        from_tokens = model.decode_codes(model.quantizer.indices_to_codes(result.indices))
+        run.close("rec_from_tokens", (from_tokens + 1) / 2)
+        gradients(run, model, total)
+    for run in fixture.runs("vae"):
+        model = run.load("titok", overrides(run))
+        x, noise = run["x"], run.cast(run.content["noise"]).squeeze(2)
+        latents = model.latents(2 * x - 1)
+        mean, log_variance = latents.chunk(2, 1)
+        run.close("mean", mean)
+        run.close("logvar", log_variance.clamp(-30, 20))
+        drawn = model.quantizer.draw(latents, noise)
+        run.close("z", drawn.z_q)
+        run.close("kl_loss_unweighted", drawn.losses["kl"])
+        images = (model.decode_codes(drawn.z_q) + 1) / 2
+        run.close("rec", images)
+        total = (images - x).square().mean() + 1e-2 * drawn.losses["kl"]
+        run.close("total_with_kl_weight_1em2", total)
+        run.close("rec_from_mode", (model(2 * x - 1).images + 1) / 2)
+        gradients(run, model, total)
+
+
+def text_aware(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model = run.load("titok", overrides(run))
+        x, text = run["x"], run["text"]
+        run.close("z", model.latents(2 * x - 1))
+        result, loss = quantized(run, model, 2 * x - 1)
+        run.close("quantizer_loss", loss)
+        images = (model.decode_codes(result.z_q, text) + 1) / 2
+        run.close("rec", images)
+        gradients(run, model, (images - x).square().mean(), "grads_eval")
+
+
+DISCRIMINATOR = {
+    r"^block_in\.0": "stem",
+    r"^blocks\.(\d+)\.0\.": r"convolutions.\1.",
+    r"^blocks\.(\d+)\.2\.": r"norms.\1.",
+    "^to_logits": "head",
+}
+
+
+def discriminator(fixture: Fixture) -> None:
+    def ours(name: str) -> str:
+        for pattern, template in DISCRIMINATOR.items():
+            name = re.sub(pattern, template, name)
+        return name
+
+    for run in fixture.runs():
+        config, state = run.content["config"], run.content["state_dict"]
+        network: BlurDiscriminator = PooledBlurDiscriminator(config["num_stages"], config["hidden_channels"])
+        network.load_state_dict({ours(name): tensor for name, tensor in state.items() if not name.endswith("kernel")})
+        network = network.to(run.dtype)
+        real, fake = network(run["real"]), network(run["fake"])
+        run.close("logits_real", real)
+        run.close("logits_fake", fake)
+        hinge = discriminator_loss("hinge", real, fake)
+        run.close("hinge", hinge)
+        lecam = LeCAM().to(run.dtype).eval()
+        lecam.real_mean.fill_(config["ema_real"])
+        lecam.fake_mean.fill_(config["ema_fake"])
+        held = lecam(real.mean(), fake.mean())  # of a batch's means, as published
+        run.close("lecam_unweighted", held)
+        run.close("g_loss", generator_loss("hinge", fake))
+        run.gradients(hinge + held, {name: network.get_parameter(ours(name)) for name in run.expected["grads"]})
