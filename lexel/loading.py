@@ -105,10 +105,8 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
     if weights not in RUN_WEIGHTS:
         raise unknown("weights", weights, RUN_WEIGHTS)
     steps = run.steps()
-    if weights == default and step is None and (run.path / checkpoint.CONFIG).is_file():
-        exported = load_folder(run.path)
-        if exported.provenance.get("step") == steps[-1]:  # else the run has gone on since
-            return exported
+    if weights == default and step is None and run.export_is_current():
+        return load_folder(run.path)
     if step is None:
         step = run.best_step() if weights == "best" else steps[-1]
     if step not in steps:

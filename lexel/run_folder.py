@@ -2,19 +2,23 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lexel import config
-from lexel.checkpoint import atomic, load_state, save_state
+from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
 
@@ -23,12 +27,24 @@ OPERATIONAL = {
     "train.save_every",
     "train.keep_last",
     "train.log_every",
+    "train.validate_every",
+    "train.collapse_patience",
+    "train.checkpointing",
     "train.trackers",
-    "data.workers",
-    "data.on_error",
-    "data.images.on_error",
+    *(f"{section}.{name}" for section in ("data", "data.images") for name in ("workers", "memory", "on_error")),
 }
 LENGTHS = {"train.steps", "train.epochs"}  # a resumed run may grow, never shrink
+# What these name is compared by its content (`RunFolder.check_data`), so that it may move and be spelled otherwise.
+PATHS = {
+    "data.source",
+    "data.validation",
+    "data.tokens",
+    "data.tokenizer",
+    "data.images.source",
+    "data.images.validation",
+    "init.source",
+}
+DAMAGED = ".damaged"  # added to the name of a checkpoint that cannot be read
 
 
 class TrainingStopped(UsageError):
@@ -36,7 +52,10 @@ class TrainingStopped(UsageError):
 
 
 class RunFolder:
-    """One training on disk: `recipe.toml`, `metrics.jsonl`, `checkpoints/`, `snapshots/`.
+    """One training on disk: `recipe.toml`, `metrics.jsonl`, `checkpoints/`, `snapshots/`, and the exported model.
+
+    The state of a run is its newest checkpoint; the exported `config.json` and `model.safetensors` are those of the
+    last time it finished, and older where it has gone on since (`export_is_current`).
 
     A checkpoint appears under its final name only when it is whole, and an older one is removed only after that, so
     that a process killed at any moment leaves a folder that resumes. Every process of a distributed run may read;
@@ -58,7 +77,7 @@ class RunFolder:
         higher_is_better: bool = True,
         writes: bool = True,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.keep_last = keep_last
         self.best = best
         self.higher_is_better = higher_is_better
@@ -67,6 +86,10 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
+        self.data = self.path / "data.safetensors"
+        self._ranked: list[tuple[float, int]] | None = None  # (value, step) of the validations, read once
+
+    # ------------------------------------------------------------------------------------------ who owns it
 
     @classmethod
     def read(cls, path: str | Path) -> "RunFolder":
@@ -85,7 +108,7 @@ class RunFolder:
         return config.read(self.recipe) if self.recipe.is_file() else {}
 
     def claim(self, recipe: Config) -> None:
-        """Makes the folder this recipe's, and this process's until it ends.
+        """Makes the folder this recipe's, and this process's until `release`.
 
         Raises:
             UsageError: the folder belongs to a run of another recipe or is in use by another process, or is a file.
@@ -93,7 +116,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file; give a folder for the run")
         if self.recipe.is_file():
-            refuse_changes(config.read(self.recipe), recipe.model_dump(mode="json", exclude_none=True), self.path)
+            check_same_recipe(config.read(self.recipe), recipe, self.path, begun=bool(self.steps()))
         elif self.steps():
             raise UsageError(f"{self.path} holds checkpoints but no recipe.toml; choose another folder for the run")
         if not self.writes:
@@ -110,36 +133,95 @@ class RunFolder:
         with atomic(self.recipe) as temporary:
             temporary.write_text(config.dump(recipe), encoding="utf-8")
 
+    def check_data(self, names: Mapping[str, Sequence[str]], tokenizer: str | None = None) -> None:
+        """Refuses to go on with other images than the run began with, wherever they lie.
+
+        Args:
+            names: the names of the images, by part: "training", "validation".
+            tokenizer: the fingerprint of the tokenizer behind the tokens, for a generator.
+
+        Raises:
+            UsageError: says how many names differ.
+        """
+        now = {part: _hashes(listed) for part, listed in names.items()}
+        before, made_by = self._recorded_data() if self.steps() else ({}, None)
+        for part in sorted(now.keys() & before.keys()):
+            if torch.equal(before[part], now[part]):
+                continue
+            old, new = set(before[part].tolist()), set(now[part].tolist())
+            difference = f"{len(new - old):,} are new and {len(old - new):,} are gone" if old != new else "in new order"
+            raise UsageError(
+                f"{self.path} holds a run over other {part} images: {len(old):,} pictures then, {len(new):,} now, "
+                f"{difference}; give back the images of the run, or start another run from its weights (--init "
+                f"{self.path} --out ANOTHER)"
+            )
+        if tokenizer is not None and made_by is not None and tokenizer != made_by:
+            raise UsageError(
+                f"{self.path} holds a run over the tokens of another tokenizer ({made_by[:12]} instead of "
+                f"{tokenizer[:12]}); use the tokenizer of the run, or another folder"
+            )
+        if self.writes and before.keys() != now.keys():
+            with atomic(self.data) as temporary:
+                save_file(now, temporary, metadata={"tokenizer": tokenizer} if tokenizer else None)
+
+    def release(self) -> None:
+        """Lets another process train here."""
+        if self.writes and hasattr(self, "_lock"):
+            self._lock.release()
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
     def steps(self) -> list[int]:
         """The steps of the checkpoints at hand, oldest first."""
-        return sorted(int(path.stem) for path in self.checkpoints.glob("*.pt") if path.stem.isdigit())
+        return sorted(int(path.stem) for path in self.checkpoints.glob("*.pt") if path.stem.isdecimal())
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{step:08d}.pt"
 
     def resume(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or None for a fresh run; what was logged after it is forgotten.
+        """The newest checkpoint that can be read, or None for a fresh run; what was logged after it is discarded.
+
+        A newer one that cannot be read is kept aside, with a warning.
 
         Raises:
-            UsageError: the newest checkpoint cannot be read.
+            UsageError: there are checkpoints, and none can be read.
         """
-        steps = self.steps()
-        state = None
-        if steps:
-            path = self.checkpoint(steps[-1])
+        state, last = None, 0
+        for step in reversed(self.steps()):
+            path = self.checkpoint(step)
             try:
-                state = load_state(path)
+                state, last = self.load(step), step
+                break
             except UsageError as error:
-                before = f"to resume from step {steps[-2]}" if len(steps) > 1 else "to start again"
-                raise UsageError(f"{error}; delete {path} {before}") from None
-        last = steps[-1] if steps else 0
+                older = [other for other in self.steps() if other < step]
+                if not older:
+                    raise UsageError(f"{error}; no older checkpoint is left: delete {path} to start again") from None
+                if self.writes:
+                    path.replace(path.with_name(path.name + DAMAGED))
+                warnings.warn(
+                    f"{error}; it is kept as {path.name}{DAMAGED}, and the run goes on from step {older[-1]}",
+                    stacklevel=2,
+                )
         if self.writes:
             kept = [json.dumps(line) + "\n" for line in read_metrics(self.metrics) if state and line["step"] <= last]
             with atomic(self.metrics) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
-            for snapshot in self.snapshots.glob("*.safetensors"):
-                if state is None or int(snapshot.stem) > last:
-                    snapshot.unlink()
+            for step in self.snapshot_steps():
+                if step > last:
+                    self._snapshot(step).unlink()
+        self._ranked = None
+        return state
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The training state of a checkpoint.
+
+        Raises:
+            UsageError: it cannot be read, or is the state of something else.
+        """
+        path = self.checkpoint(step)
+        state = load_state(path)
+        if state.get("step") != step or not _is_number(state.get("seconds")):
+            raise UsageError(f"{path} is no training state of step {step}")
         return state
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -161,21 +243,27 @@ class RunFolder:
             if old not in keep:
                 self.checkpoint(old).unlink()
 
+    def export_is_current(self) -> bool:
+        """Whether the exported model is the state of the newest checkpoint; False where the run has gone on since."""
+        path = self.path / CONFIG
+        if not path.is_file():
+            return False
+        steps = self.steps()
+        provenance = read_json(path).get("provenance")
+        return not steps or (isinstance(provenance, dict) and provenance.get("step") == steps[-1])
+
+    # ------------------------------------------------------------------------------------------ the log
+
     def log(self, step: int, kind: str, seconds: float, values: Mapping[str, float | None]) -> None:
         """Appends a line to `metrics.jsonl`; what does not apply, or JSON cannot say (NaN), is left out."""
+        line: dict[str, Any] = {"step": step, "kind": kind, "seconds": round(seconds, 3)}
+        line |= {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        if kind == "validation" and self.best in line:
+            self._validations().append((line[self.best], step))
         if not self.writes:
             return
-        line = {"step": step, "kind": kind, "seconds": round(seconds, 3)}
-        line |= {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         with self._stop_when_full(step), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-    def snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Writes what the report shows of a step."""
-        if not self.writes:
-            return
-        with self._stop_when_full(step), atomic(self.snapshots / f"{step:08d}.safetensors") as temporary:
-            save_file(dict(tensors), temporary)
 
     def lines(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, of one kind or of all."""
@@ -183,11 +271,46 @@ class RunFolder:
 
     def best_step(self) -> int | None:
         """The step of the best validation so far; its checkpoint is kept."""
-        ranked = [(line[self.best], line["step"]) for line in self.lines("validation") if self.best in line]
+        ranked = self._validations()
         if not ranked:
             return None
         pick = max if self.higher_is_better else min
         return pick(ranked, key=lambda entry: entry[0])[1]  # the earliest of equals
+
+    def _validations(self) -> list[tuple[float, int]]:
+        """(value, step) of each validation; the log is read once."""
+        if self._ranked is None:
+            lines = self.lines("validation")
+            self._ranked = [(line[self.best], line["step"]) for line in lines if self.best in line]
+        return self._ranked
+
+    # ------------------------------------------------------------------------------------------ snapshots
+
+    def snapshot(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the tensors that the report draws."""
+        if not self.writes:
+            return
+        with self._stop_when_full(step), atomic(self._snapshot(step)) as temporary:
+            save_file(dict(tensors), temporary)
+
+    def snapshot_steps(self) -> list[int]:
+        """The steps of the snapshots, oldest first."""
+        return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors") if path.stem.isdecimal())
+
+    def _snapshot(self, step: int) -> Path:
+        return self.snapshots / f"{step:08d}.safetensors"
+
+    def _recorded_data(self) -> tuple[dict[str, Tensor], str | None]:
+        """What `check_data` recorded; nothing for a run of before, or where the file is damaged."""
+        if not self.data.is_file():
+            return {}, None
+        try:
+            with safetensors.safe_open(self.data, framework="pt") as file:
+                parts = list(file.keys())
+                return {part: file.get_tensor(part) for part in parts}, (file.metadata() or {}).get("tokenizer")
+        except safetensors.SafetensorError as error:
+            warnings.warn(f"{self.data} cannot be read ({error}); the images are not compared", stacklevel=2)
+            return {}, None
 
     @contextlib.contextmanager
     def _stop_when_full(self, step: int) -> Iterator[None]:
@@ -204,32 +327,73 @@ class RunFolder:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a `metrics.jsonl`; a last line that a killed process did not finish is left out."""
+    """The lines of a `metrics.jsonl`: "step", "kind", "seconds" and numbers.
+
+    A last line that a killed process did not finish is left out; so is a damaged one, with a warning.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is unfinished, or empty
+    found = [_read_line(line) for line in path.read_bytes().split(b"\n")[:-1]]  # what follows is unfinished, or empty
+    if None in found:
+        warnings.warn(f"{path}: {found.count(None)} damaged lines are left out", stacklevel=2)
+    return [line for line in found if line is not None]
 
 
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def _read_line(text: bytes) -> dict[str, Any] | None:
+    """A line of the log; None if it is none."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+        return None
+    numbers = {name: value for name, value in line.items() if name != "kind"}
+    if not {"step", "seconds"} <= numbers.keys() or not all(map(_is_number, numbers.values())):
+        return None
+    return line if isinstance(line["step"], int) and line["step"] >= 0 else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
+
+
+def check_same_recipe(before: Mapping[str, Any], recipe: Config, folder: Path, begun: bool) -> None:
     """Refuses to go on with a run under another recipe.
 
+    Once a run has `begun`, that is, has a checkpoint, the model that it started from may be left out.
+
     Raises:
-        UsageError: names the first option that differs.
+        UsageError: names the options that differ.
     """
+    now = recipe.model_dump(mode="json", exclude_none=True)
+    with contextlib.suppress(UsageError):  # options that came later have their defaults
+        before = config.check(dict(before), type(recipe), str(folder)).model_dump(mode="json", exclude_none=True)
     old, new = flatten(before), flatten(now)
+    one_has_none = ("init.source" in old) != ("init.source" in new)
+    if begun and one_has_none and "decoder" not in (old.get("init.what"), new.get("init.what")):  # which freezes parts
+        old, new = (
+            {name: value for name, value in flat.items() if not name.startswith("init.")} for flat in (old, new)
+        )
+    differing = []
     for name in sorted({*old, *new} - OPERATIONAL):
         was, wanted = old.get(name), new.get(name)
-        if was == wanted or (name in LENGTHS and was is not None and wanted is not None and wanted >= was):
-            continue
-        hint = "a run may grow but not shrink; " if name in LENGTHS else ""
-        raise UsageError(
-            f"{folder} holds a run with {name} = {was!r}, the recipe now says {wanted!r}; "
-            f"{hint}use the recipe of the run ({folder / 'recipe.toml'}) or another folder"
-        )
+        grows = name in LENGTHS and was is not None and wanted is not None and wanted >= was
+        moved = name in PATHS and isinstance(was, str) and isinstance(wanted, str)
+        if was != wanted and not grows and not moved:
+            differing.append(name)
+    if not differing:
+        return
+    hint = "a run may grow but not shrink; " if LENGTHS & set(differing) else ""
+    changes = ", ".join(f"{name} = {old.get(name)!r}, the recipe now says {new.get(name)!r}" for name in differing[:5])
+    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    raise UsageError(
+        f"{folder} holds a run with {changes}{more}; "
+        f"{hint}use the recipe of the run ({folder / 'recipe.toml'}) or another folder"
+    )
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table with dotted names."""
     flat: dict[str, Any] = {}
     for name, value in table.items():
         if isinstance(value, Mapping):
@@ -237,3 +401,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _hashes(names: Sequence[str]) -> Tensor:
+    """64 bits of each name, in order: int64 (N,)."""
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest() for name in names)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests], dtype=torch.int64)

@@ -22,9 +22,10 @@ from lexel.config import check
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.tokenizer import Tokenizer
-from lexel.train import run as engine
 from lexel.train import tokenizer as training
-from lexel.train.run import Schedule, weight_average
+from lexel.train.optimization import WeightAverage, frozen
+from lexel.train.processes import Processes
+from lexel.train.recipes import InitConfig, Schedule
 from lexel.train.tokenizer import Learner, TokenizerRecipe, load_run, train_tokenizer
 
 STEPS = 8
@@ -266,18 +267,26 @@ def test_a_disk_that_is_really_full_ends_the_run_in_words(pictures, tmp_path, mo
         train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=fill)
 
 
-def test_an_unreadable_checkpoint_is_named_and_the_one_before_it_works(pictures, straight, tmp_path):
+def test_a_damaged_newest_checkpoint_is_kept_aside_and_the_one_before_it_goes_on(pictures, straight, tmp_path):
     train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(4))
     run = RunFolder(tmp_path, writes=False)
-    newest = run.checkpoint(run.steps()[-1])
-    newest.write_bytes(newest.read_bytes()[:1000])
-    advice = rf"{newest.name}.*delete .*{newest.name} to resume from step {run.steps()[-2]}"
-    with pytest.raises(UsageError, match=advice):
+    older, newest = run.steps()[-2:]
+    half = run.checkpoint(newest).read_bytes()[:1000]
+    run.checkpoint(newest).write_bytes(half)
+    with pytest.warns(UserWarning, match=rf"{newest:08d}\.pt cannot be read.*\.damaged.*goes on from step {older}"):
         train_tokenizer(recipe(pictures), tmp_path, device="cpu")
-    newest.unlink()
-    train_tokenizer(recipe(pictures), tmp_path, device="cpu")
+    assert run.checkpoint(newest).with_name(f"{newest:08d}.pt.damaged").read_bytes() == half
     assert_same(final_state(straight), final_state(tmp_path))
     assert logged(straight) == logged(tmp_path)
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_not_started_again_unasked(pictures, tmp_path):
+    train_tokenizer(recipe(pictures, steps=2, validate_every=8, save_every=8), tmp_path, device="cpu")
+    (only,) = (tmp_path / "checkpoints").iterdir()
+    only.write_bytes(b"half")
+    with pytest.raises(UsageError, match=rf"{only.name}.*no older checkpoint is left: delete .* to start again"):
+        train_tokenizer(recipe(pictures, steps=2, validate_every=8, save_every=8), tmp_path, device="cpu")
+    assert only.read_bytes() == b"half"
 
 
 def test_what_was_logged_after_the_checkpoint_is_forgotten_with_a_half_written_line(pictures, straight, tmp_path):
@@ -416,9 +425,7 @@ def test_recipes_that_cannot_work_are_refused_before_training(pictures, train, s
 def learner(pictures, **train):
     chosen = recipe(pictures, **train)
     torch.manual_seed(0)
-    accelerator = engine.start("cpu")
-    place = engine.pick_place("cpu", chosen.train.precision, accelerator)
-    return Learner(chosen, Tokenizer(chosen.model), place, accelerator)
+    return Learner(chosen, Tokenizer(chosen.model), Processes("cpu", chosen.train.precision))
 
 
 def images(count=4):
@@ -456,13 +463,13 @@ def test_the_tokenizer_faces_the_discriminator_as_it_has_just_become(pictures):
     adversary.optimizer.register_step_post_hook(
         lambda *_: weights.append([parameter.detach().clone() for parameter in adversary.discriminator.parameters()])
     )
-    fooled = adversary.fooled
+    generator_loss = adversary.generator_loss
 
     def judged(made):
         weights.append([parameter.detach().clone() for parameter in adversary.discriminator.parameters()])
-        return fooled(made)
+        return generator_loss(made)
 
-    adversary.fooled = judged
+    adversary.generator_loss = judged
     before = [parameter.detach().clone() for parameter in adversary.discriminator.parameters()]
     player.step(images(), True, 1.0)
     learned, faced = weights
@@ -490,9 +497,9 @@ def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer(pictures)
     last = player.tokenizer.decoder.conv_out.weight
     made = player.tokenizer(images()).images
     likeness = training.l1(made, images())
-    with training.frozen(player.adversary.discriminator):
+    with frozen(player.adversary.discriminator):
         pull = torch.autograd.grad(likeness, last, retain_graph=True)[0].norm()
-        push = torch.autograd.grad(player.adversary.fooled(made), last)[0].norm()
+        push = torch.autograd.grad(player.adversary.generator_loss(made), last)[0].norm()
     assert float(seen["adversarial_weight"]) == pytest.approx(0.5 * float(pull / push), rel=0.02)
 
 
@@ -560,10 +567,10 @@ def test_learning_annealing_rises_holds_and_falls_in_a_line():
 def test_the_average_follows_the_closed_form():
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.zeros_(model.weight)
-    average = weight_average(model, 0.9)
+    average = WeightAverage(model, 0.9)
     for value in (1.0, 2.0):
         torch.nn.init.constant_(model.weight, value)
-        average.update_parameters(model)
+        average.update(model)
     assert average.module.weight.item() == pytest.approx(0.9 * (0.1 * 1.0) + 0.1 * 2.0)
 
 
@@ -626,7 +633,7 @@ def test_fine_tuning_the_decoder_leaves_every_index_as_it_was(pictures, tmp_path
 def test_fine_tuning_starts_where_the_source_stands(pictures, straight):
     chosen = recipe(pictures)
     tokenizer = Tokenizer(chosen.model)
-    training.initialise(tokenizer, training.InitConfig(source=str(straight)))
+    training.initialise(tokenizer, InitConfig(source=str(straight)))
     for name, value in Tokenizer.from_pretrained(straight).state_dict().items():
         assert torch.equal(tokenizer.state_dict()[name], value)
 
@@ -634,7 +641,7 @@ def test_fine_tuning_starts_where_the_source_stands(pictures, straight):
 def test_a_new_codebook_of_another_size_keeps_encoder_and_decoder(pictures, straight):
     table = tables(pictures, quantizer={"kind": "vq", "codebook_size": 64, "codebook_dim": 4})
     tokenizer = Tokenizer(check(table, TokenizerRecipe, "test").model)
-    training.initialise(tokenizer, training.InitConfig(source=str(straight), what="codebook"))
+    training.initialise(tokenizer, InitConfig(source=str(straight), what="codebook"))
     source = Tokenizer.from_pretrained(straight).state_dict()
     for name, value in tokenizer.state_dict().items():
         assert name.startswith("quantizer.") or torch.equal(source[name], value), name

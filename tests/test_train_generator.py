@@ -28,13 +28,12 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
     Learner,
-    Source,
-    entropy_bits,
     load_generator_run,
     parameter_groups,
     train_generator,
 )
-from lexel.train.run import pick_place, start
+from lexel.train.processes import Processes
+from lexel.train.tokens import TokenSource, entropy_bits
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FINGERPRINT = "a" * 64
@@ -49,7 +48,7 @@ def structured(images: Tensor) -> Tensor:
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     greys = np.random.default_rng(0).integers(0, 256, 120)
-    squares = [np.full((8, 8, 3), grey, np.uint8) for grey in greys]
+    squares = np.stack([np.full((8, 8, 3), grey, np.uint8) for grey in greys])
     labels = [int(grey >= 128) for grey in greys]
     images = ArrayImages(squares, [f"{number:03d}" for number in range(120)], labels, ["dark", "light"])
     write_tokens(
@@ -159,9 +158,8 @@ def make_learner(tokens: Path, **train: object) -> Learner:
     made = recipe(tokens, {"dropout": 0.0, "class_dropout": 0.0}, **train)
     from lexel.generators import GeneratorConfig
 
-    engine = start("cpu")
     generator = Generator(GeneratorConfig(transformer=made.generator))
-    return Learner(made.train, generator, pick_place("cpu", made.train.precision, engine), engine)
+    return Learner(made.train, generator, Processes("cpu", made.train.precision))
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -327,7 +325,7 @@ def test_a_limited_validation_takes_images_of_every_class():
 
 
 def test_validation_bits_of_a_part_are_of_images_from_all_over(tokens, tmp_path):
-    source = Source(recipe(tokens), runtime("cpu"))
+    source = TokenSource(recipe(tokens), runtime("cpu"))
     whole = torch.cat([batch.numbers for batch in source.measured(8, None, 0, 1)])
     part = torch.cat([batch.indices for batch in source.measured(8, 4, 0, 1)])
     everything = torch.cat([batch.indices for batch in source.measured(8, None, 0, 1)])

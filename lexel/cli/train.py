@@ -1,6 +1,5 @@
 """Commands that learn: demo, train, compare, bank."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -23,7 +22,7 @@ from lexel.cli.options import (
 from lexel.errors import UsageError
 
 if TYPE_CHECKING:
-    from lexel.train.run import Progress
+    from lexel.train.session import Progress
 
 
 def demo(
@@ -69,11 +68,11 @@ def train(
 
     overrides = list(set_ or [])
     if init:
-        overrides.append(f"init.source={json.dumps(init)}")
+        overrides.append(f"init.source={init}")
     if init or init_what != "all":
-        overrides.append(f"init.what={json.dumps(init_what)}")
+        overrides.append(f"init.what={init_what}")
     if precision:
-        overrides.append(f"train.precision={json.dumps(precision)}")
+        overrides.append(f"train.precision={precision}")
     loaded = load_recipe(recipe, overrides)
     if dry_run:
         from lexel.train.plan import plan
@@ -89,9 +88,7 @@ def train(
         )
     if launched_rank() != 0:
         return
-    from lexel.report import write_report
-
-    page = write_report(out)
+    page = out / "report.html"
     finished, again = f"{out} is finished; open {page}", f"stopped; run the same command again to go on ({out})"
     print(finished if trained.finished else again)
     print_left_out(trained.unreadable)
@@ -130,7 +127,7 @@ def compare(
     from lexel.train import load_recipe
     from lexel.train.tokenizer import TokenizerRecipe
 
-    loaded = load_recipe(recipe, [*(set_ or []), *([f"train.precision={json.dumps(precision)}"] if precision else [])])
+    loaded = load_recipe(recipe, [*(set_ or []), *([f"train.precision={precision}"] if precision else [])])
     if not isinstance(loaded, TokenizerRecipe):
         raise UsageError(f"{recipe} is a generator's recipe; a tokenizer's is needed here")
     with progress("compare", "steps") as update:

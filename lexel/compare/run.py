@@ -19,7 +19,7 @@ from lexel.metrics.protocols import PROTOCOLS
 from lexel.report import read_run
 from lexel.run_folder import TrainingStopped
 from lexel.runtime import PeakMemory
-from lexel.train.run import Progress
+from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "lpips", "usage", "frechet")

@@ -18,7 +18,7 @@ from lexel.report import write_report
 from lexel.run_folder import TrainingStopped
 from lexel.runtime import runtime
 from lexel.train.generator import GeneratorRecipe, train_generator
-from lexel.train.run import Progress
+from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "ssim", "lpips", "usage")

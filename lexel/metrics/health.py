@@ -1,13 +1,13 @@
 """Is the codebook healthy? Counts of codes, the gradient that reaches the encoder, and a verdict in words."""
 
-import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.distributed import all_sum
 
@@ -86,6 +86,23 @@ class TokenizerLike(Protocol):
     def decode_codes(self, z_q: Tensor) -> Tensor: ...
 
 
+@contextmanager
+def rehearsal(module: nn.Module) -> Iterator[None]:
+    """A pass without lasting effect: buffers and the random state come back as they were.
+
+    In training mode it gives what the next training pass will give, with the same random numbers.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    devices = {tensor.device for tensor in (*module.buffers(), *module.parameters()) if tensor.is_cuda}
+    with torch.random.fork_rng(sorted(device.index or 0 for device in devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
 def gradient_health(tokenizer: TokenizerLike, images: Tensor) -> GradientHealth:
     """Compares the gradient of the reconstruction's L1 error before and after the quantizer.
 
@@ -94,14 +111,16 @@ def gradient_health(tokenizer: TokenizerLike, images: Tensor) -> GradientHealth:
     encoder learns noise. Both come before the codebook collapses, so they are worth watching. Loss terms of the
     quantizer itself are left out.
 
-    The quantizer is measured as it works in training, on a copy, so that no statistics of its own move.
+    The quantizer is measured as it works in training, and no statistics of its own move.
 
     Args:
         tokenizer: a Tokenizer.
         images: (B, 3, H, W) in [-1, 1]; a handful is enough.
     """
-    quantizer = copy.deepcopy(tokenizer.quantizer).train()
-    with torch.enable_grad():
+    quantizer = tokenizer.quantizer
+    modes = {part: part.training for part in quantizer.modules()}
+    quantizer.train()
+    with torch.enable_grad(), rehearsal(quantizer):
         z = tokenizer.latents(images).detach().requires_grad_(True)
         z_q = quantizer(z).z_q
         decoded = z_q.detach().requires_grad_(True)
@@ -109,6 +128,8 @@ def gradient_health(tokenizer: TokenizerLike, images: Tensor) -> GradientHealth:
         encoder_gradient = None
         if z_q.requires_grad:
             (encoder_gradient,) = torch.autograd.grad(z_q, z, decoder_gradient, allow_unused=True)
+    for part, training in modes.items():
+        part.training = training
     before = decoder_gradient.double()
     after = torch.zeros_like(before) if encoder_gradient is None else encoder_gradient.double()
     ratio = after.norm() / before.norm().clamp(min=torch.finfo(torch.float64).tiny)

@@ -9,9 +9,10 @@ from lexel import config
 if TYPE_CHECKING:
     from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
-    from lexel.train.generator import GeneratorRecipe, TrainedGenerator
-    from lexel.train.run import ProgressCallback
-    from lexel.train.tokenizer import TokenizerRecipe, Trained
+    from lexel.train.generator import TrainedGenerator
+    from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+    from lexel.train.session import ProgressCallback
+    from lexel.train.tokenizer import Trained
 
     Recipe = TokenizerRecipe | GeneratorRecipe
 
@@ -19,18 +20,19 @@ if TYPE_CHECKING:
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
     """A tokenizer's recipe, or a generator's if it has a `generator` section: a TOML file, or the name of Lexel's own.
 
+    Args:
+        source: the path or the name.
+        overrides: `section.key=value`, see `lexel.config.override`.
+
     Raises:
         UsageError: there is no such recipe, or it holds a key or value that is not known.
     """
+    from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+
     path = config.find_recipe(source)
-    table = config.read(path, overrides)
-    if "generator" in table:
-        from lexel.train.generator import GeneratorRecipe
-
-        return config.check(table, GeneratorRecipe, path.name)
-    from lexel.train.tokenizer import TokenizerRecipe
-
-    return config.check(table, TokenizerRecipe, path.name)
+    table = config.read(path)
+    model: type[TokenizerRecipe] | type[GeneratorRecipe] = GeneratorRecipe if "generator" in table else TokenizerRecipe
+    return config.check(config.override(table, overrides, model), model, path.name)
 
 
 def train(
@@ -41,16 +43,37 @@ def train(
     initial: "Tokenizer | Generator | None" = None,
     progress: "ProgressCallback | None" = None,
 ) -> "Trained | TrainedGenerator":
-    """Trains what the recipe describes; not `finished` where a signal ended it early and the same call would go on.
+    """Trains what the recipe describes and writes `report.html`; the same call again goes on, bit for bit.
 
-    `initial` is the model behind the recipe's `init.source`, of the recipe's kind, where that is no Lexel folder.
+    Args:
+        recipe: from `load_recipe`.
+        out: the run folder.
+        device: "auto", "cpu", "cuda", ...; a distributed launch decides itself.
+        initial: the model behind the recipe's `init.source`, of the recipe's kind, if it was loaded already.
+        progress: called after every step.
+
+    Returns:
+        The model, and whether it is `finished`: False where a signal ended it early and the same call would go on.
+
+    Raises:
+        UsageError: the recipe, the data or the run folder do not allow it.
+        TrainingStopped: going on would spoil the run; the last good checkpoint is kept.
     """
-    from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
+    from lexel.distributed import launched_rank
+    from lexel.report import write_report
+    from lexel.train.recipes import TokenizerRecipe
 
+    result: Trained | TrainedGenerator
     if isinstance(recipe, TokenizerRecipe):
-        tokenizer = cast("Tokenizer | None", initial)
-        return train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress)
-    from lexel.train.generator import train_generator
+        from lexel.train.tokenizer import train_tokenizer
 
-    generator = cast("Generator | None", initial)
-    return train_generator(recipe, out, device=device, initial=generator, progress=progress)
+        tokenizer = cast("Tokenizer | None", initial)
+        result = train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress)
+    else:
+        from lexel.train.generator import train_generator
+
+        generator = cast("Generator | None", initial)
+        result = train_generator(recipe, out, device=device, initial=generator, progress=progress)
+    if launched_rank() == 0:
+        write_report(out)
+    return result

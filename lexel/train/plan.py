@@ -11,8 +11,7 @@ from lexel.generators import Generator, GeneratorConfig
 from lexel.losses.perceptual import NETWORKS
 from lexel.networks.frozen import freeze
 from lexel.tokenizer import Tokenizer
-from lexel.train.generator import GeneratorRecipe
-from lexel.train.tokenizer import TokenizerRecipe
+from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
 LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each float32
 

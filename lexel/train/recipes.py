@@ -1,0 +1,301 @@
+"""Training recipes: the typed sections of a tokenizer's and of a generator's TOML file."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+
+from lexel.config import Config
+from lexel.data.config import DataConfig
+from lexel.errors import UsageError
+from lexel.generators import Generator, GeneratorConfig, NetworkOptions
+from lexel.losses import (
+    DISCRIMINATOR_LOSSES,
+    DISCRIMINATORS,
+    GENERATOR_LOSSES,
+    BlurDiscriminator,
+    PatchDiscriminator,
+)
+from lexel.quantizers import QUANTIZERS
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+Precision = Literal["float32", "bf16", "fp16"]
+Network = TypeVar("Network")
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+IMAGE_TERMS = ("l1", "l2", "lpips", "adversarial")  # what a recipe may weigh beside the quantizer's own terms
+
+
+def refuse_unused(section: Config, names: tuple[str, ...], used: bool, needs: str) -> None:
+    """Refuses options that differ from their defaults where nothing would read them."""
+    fields = type(section).model_fields
+    for name in names:
+        if not used and getattr(section, name) != fields[name].default:
+            raise ValueError(f"{name} has no effect without {needs}; leave it out")
+
+
+def buildable(build: Callable[[], Network]) -> Network:
+    """A network on the meta device, which holds no weights; UsageErrors are ValueErrors, so pydantic reports them."""
+    with torch.device("meta"):
+        try:
+            return build()
+        except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
+            raise ValueError(f"the network cannot be built: {str(error).splitlines()[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------- shared by both loops
+
+
+class Schedule(Config):
+    """The learning rate over a run, as a factor of `lr`.
+
+    Lengths are in the unit of the run: epochs where the recipe gives epochs, steps where it gives steps.
+    """
+
+    kind: Literal["constant", "steps", "linear", "cosine"] = "constant"
+    warm_up: float = Field(default=0, ge=0)  # length of the linear rise to 1
+    start: float = Field(default=0.0, ge=0, le=1)  # the factor at the first step of the rise
+    drops: list[float] = []  # kind "steps": after each of these lengths the factor is multiplied by `drop`
+    drop: float = Field(default=0.1, gt=0, lt=1)
+    hold: float = Field(default=0.0, ge=0, lt=1)  # linear, cosine: the share of the rest that stays at 1
+    end: float = Field(default=0.0, ge=0, le=1)  # linear, cosine: the factor at the last step
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Schedule":
+        if (self.kind == "steps") != bool(self.drops):
+            raise ValueError('drops belong to kind = "steps", and that kind needs them')
+        falls = self.kind in ("linear", "cosine")
+        refuse_unused(self, ("hold", "end"), falls, 'kind = "linear" or "cosine"')
+        refuse_unused(self, ("drop",), self.kind == "steps", 'kind = "steps"')
+        refuse_unused(self, ("start",), self.warm_up > 0, "a warm_up")
+        return self
+
+    def factor(self, step: int, steps: int, unit: float = 1.0) -> float:
+        """The factor for a step in [0, steps); `unit` is the number of steps in one of the run's lengths."""
+        rise = self.warm_up * unit
+        if step < rise:
+            return self.start + (1 - self.start) * step / rise
+        if self.kind == "steps":
+            return math.prod(self.drop for length in self.drops if step >= round(length * unit))
+        if self.kind == "constant":
+            return 1.0
+        progress = (step - rise) / max(steps - 1 - rise, 1)
+        fall = min(max((progress - self.hold) / (1 - self.hold), 0.0), 1.0)
+        if self.kind == "cosine":
+            fall = (1 - math.cos(math.pi * fall)) / 2
+        return 1 + (self.end - 1) * fall
+
+
+class LoopConfig(Config):
+    """The options that both training loops share."""
+
+    REPLACES: ClassVar[dict[str, str]] = {"steps": "epochs", "epochs": "steps"}
+
+    steps: int | None = Field(default=None, ge=1)  # either this
+    epochs: int | None = Field(default=None, ge=1)  # or this
+    batch_size: int = Field(ge=1)  # images of a step, over all processes and micro-batches
+    accumulation: int = Field(default=1, ge=1)  # micro-batches into which each process splits its share of a batch
+    lr: float = Field(gt=0)
+    betas: list[Beta] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    schedule: Schedule = Schedule()
+    clip: float | None = Field(default=None, gt=0)  # the largest norm of the gradient
+    precision: Precision = "float32"
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=50, ge=1)  # steps
+    validate_every: int = Field(default=1000, ge=1)  # steps
+    validation_images: int | None = Field(default=None, ge=1)  # None is all of them
+    save_every: int = Field(default=1000, ge=1)  # steps
+    keep_last: int = Field(default=2, ge=1)  # checkpoints; the best one stays too
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = []
+
+    @model_validator(mode="after")
+    def _loop(self) -> "LoopConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs (--set train.steps=none takes one away)")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------- tokenizers
+
+
+class DiscriminatorConfig(Config):
+    """The discriminator of the adversarial term; it trains where `weights.adversarial` is not 0."""
+
+    start: float = Field(default=0, ge=0)  # it begins after this many epochs or steps, in the unit of the run's length
+    kind: str = "patch"  # or blur: of the published pretrained tokenizers, at layers = 3 and width = 128
+    layers: int = Field(default=3, ge=1)
+    width: int = Field(default=64, ge=1)
+    loss: str = "hinge"
+    generator_loss: str = "non_saturating_image"
+    adaptive: bool = False  # multiplies weights.adversarial so that both gradients are equal at the last layer
+    lecam: float = Field(default=0.0, ge=0)  # weight of the LeCAM term; 0 is off
+    lecam_decay: float = Field(default=0.999, ge=0, lt=1)
+    lr: float | None = Field(default=None, gt=0)  # None is the tokenizer's
+    first: bool = True  # it learns before the tokenizer in each step (IBQ); false: after it (VQGAN)
+    # Batch norm takes its statistics over this many images, whatever the number of processes and micro-batches; the
+    # published code has the images of one GPU. None: all images of a micro-batch, so that results depend on its size.
+    norm_images: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _known(self) -> "DiscriminatorConfig":
+        tables: dict[str, Mapping[str, Any]] = {
+            "kind": DISCRIMINATORS,
+            "loss": DISCRIMINATOR_LOSSES,
+            "generator_loss": GENERATOR_LOSSES,
+        }
+        for name, table in tables.items():
+            if getattr(self, name) not in table:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
+        refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
+        refuse_unused(self, ("norm_images",), self.kind != "blur", "batch norm, which kind = 'blur' does not have")
+        buildable(self.build)
+        return self
+
+    def build(self) -> PatchDiscriminator | BlurDiscriminator:
+        """The network."""
+        return DISCRIMINATORS[self.kind](self.layers, self.width)
+
+
+class TrainConfig(LoopConfig):
+    """How a tokenizer is trained."""
+
+    betas: list[Beta] = Field(default=[0.5, 0.9], min_length=2, max_length=2)
+    weights: dict[str, float] = {"l1": 1.0}  # of loss terms; the quantizer's default to its own LOSS_WEIGHTS
+    lpips: Literal["vgg", "alex"] = "vgg"  # the network behind the term lpips
+    discriminator: DiscriminatorConfig | None = None
+    average_decay: float = Field(default=0.999, ge=0, lt=1)
+    average_warm_up: bool = False
+    channels_last: bool = False
+    collapse_patience: int = Field(default=5, ge=0)  # validations in a row with one code in use that end a run; 0: none
+
+    @model_validator(mode="after")
+    def _terms(self) -> "TrainConfig":
+        if self.weights.get("adversarial") and self.discriminator is None:
+            raise ValueError("weights.adversarial needs a section [train.discriminator]")
+        if not any(self.weights.get(term) for term in ("l1", "l2", "lpips")):
+            raise ValueError("weights needs a reconstruction term: l1, l2 or lpips")
+        refuse_unused(self, ("lpips",), bool(self.weights.get("lpips")), "weights.lpips")
+        micro_batch = self.batch_size // self.accumulation
+        group = self.discriminator.norm_images if self.discriminator is not None else None
+        if group is not None and micro_batch % group:
+            raise ValueError(
+                f"discriminator.norm_images = {group} does not divide a micro-batch of {micro_batch} images"
+            )
+        return self
+
+
+class InitConfig(Config):
+    """The model a training starts from."""
+
+    source: str  # a run, a tokenizer folder, a published checkpoint or a hub id
+    what: Literal["all", "decoder", "codebook"] = "all"  # see `lexel.train.tokenizer.initialise`
+
+
+class TokenizerRecipe(Config):
+    """All that decides a tokenizer: the network, the images, the training."""
+
+    model: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+    init: InitConfig | None = None
+
+    @model_validator(mode="after")
+    def _buildable(self) -> "TokenizerRecipe":
+        tokenizer = buildable(lambda: Tokenizer(self.model))
+        try:
+            tokenizer.grid(self.data.size, self.data.size)
+        except UsageError as error:
+            raise ValueError(f"data.size = {self.data.size} does not fit the autoencoder: {error}") from None
+        known = {*IMAGE_TERMS, *(term for kind in QUANTIZERS.values() for term in kind.LOSS_WEIGHTS)}
+        own = {*IMAGE_TERMS, *tokenizer.quantizer.LOSS_WEIGHTS}
+        for term, weight in self.train.weights.items():
+            if term not in known | own:
+                raise ValueError(
+                    f"train.weights has the unknown loss term {term!r}; choose from {', '.join(sorted(own))}"
+                )
+            if weight and term not in own:
+                raise ValueError(
+                    f"train.weights.{term} = {weight:g} has no effect: the quantizer has no such loss term, only "
+                    f"{', '.join(sorted(own - {*IMAGE_TERMS})) or 'none'} (--set train.weights.{term}=none)"
+                )
+        return self
+
+    def resolved(self) -> "TokenizerRecipe":
+        """With the weight of every loss term written out."""
+        with torch.device("meta"):
+            quantizer = Tokenizer(self.model).quantizer  # residual and product have the weights of their base
+        weights = {**quantizer.LOSS_WEIGHTS, **self.train.weights}
+        return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
+
+
+# ---------------------------------------------------------------------------------------------- generators
+
+
+class TokensConfig(Config):
+    """What a generator learns from: a token set, or images that a tokenizer turns into tokens on the way."""
+
+    REPLACES: ClassVar[dict[str, str]] = {"tokens": "images", "images": "tokens"}
+
+    tokens: str | None = None  # a folder that `lexel encode` wrote
+    validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.05  # another such folder, or the share to hold out
+    images: DataConfig | None = None  # instead of tokens: a fresh random crop of each image in every epoch
+    tokenizer: str | None = None  # a run, a folder or a hub id; needed for images, and kept beside the generator
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TokensConfig":
+        if (self.tokens is None) == (self.images is None):
+            raise ValueError("give either tokens (a token set) or images (a section like a tokenizer's data)")
+        if self.images is not None and self.tokenizer is None:
+            raise ValueError("images need the tokenizer that turns them into tokens")
+        refuse_unused(self, ("validation",), self.tokens is not None, "tokens (for images set images.validation)")
+        return self
+
+
+class GeneratorTrainConfig(LoopConfig):
+    """How a generator is trained."""
+
+    betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
+    weight_decay: float = Field(default=0.05, ge=0)
+    weight_decay_end: float | None = Field(default=None, ge=0)  # reached on a cosine; None is the same throughout
+    decay_norms: bool = True  # decay norms and biases too, as the published code does
+    clip: float | None = Field(default=1.0, gt=0)  # the largest norm of the gradient
+    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    fsdp: bool = False  # spread weights, gradients and optimizer over the processes
+
+    @model_validator(mode="after")
+    def _sharded(self) -> "GeneratorTrainConfig":
+        if self.fsdp and self.precision == "fp16":
+            raise ValueError("fsdp has no loss scaling; use precision bf16 or float32")
+        return self
+
+    def decay(self, step: int, steps: int) -> float:
+        """The weight decay at a step."""
+        if self.weight_decay_end is None:
+            return self.weight_decay
+        fall = 0.5 + 0.5 * math.cos(math.pi * step / max(steps - 1, 1))
+        return self.weight_decay_end + (self.weight_decay - self.weight_decay_end) * fall
+
+
+class GeneratorInitConfig(Config):
+    """The generator a training starts from."""
+
+    source: str  # a run, a generator folder, a published checkpoint or a hub id, of the same network
+    what: Literal["all"] = "all"
+
+
+class GeneratorRecipe(Config):
+    """All that decides a generator: the network, the tokens, the training."""
+
+    generator: NetworkOptions
+    data: TokensConfig
+    train: GeneratorTrainConfig
+    init: GeneratorInitConfig | None = None
+
+    @model_validator(mode="after")
+    def _buildable(self) -> "GeneratorRecipe":
+        buildable(lambda: Generator(GeneratorConfig(transformer=self.generator)))
+        return self

@@ -1,0 +1,168 @@
+"""Batches of tokens for a generator: from a token set, or from images that a tokenizer encodes on the way."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lexel.data import Batch, ImageSet, training_batches
+from lexel.data.batches import OnError
+from lexel.data.config import open_data
+from lexel.data.tokens import TokenBatch, TokenSet
+from lexel.errors import UsageError
+from lexel.generators import NetworkConfig
+from lexel.loading import load_tokenizer
+from lexel.runtime import Runtime
+from lexel.spacing import evenly_spaced
+from lexel.token_spec import TokenSpec
+from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
+from lexel.train.validation import readable_batches, require_readable
+
+COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy
+
+
+class TokenSource:
+    """Batches of tokens to learn from and to measure on.
+
+    Attributes:
+        names: of the images to learn from ("training") and to measure on ("validation").
+        fingerprint: of the tokenizer; None if it is not known.
+        tokenizer: the tokenizer, if the recipe names one.
+        class_names: or None.
+        unreadable: images that could not be used so far, and why.
+        histogram_bits: entropy of the unigram distribution, in bits per token. None until it is measured.
+    """
+
+    def __init__(self, recipe: GeneratorRecipe, runtime: Runtime) -> None:
+        data, self.runtime = recipe.data, runtime
+        self.tokenizer = None if data.tokenizer is None else load_tokenizer(data.tokenizer).to(runtime.device)
+        self.training: TokenSet | None = None
+        self.histogram_bits: float | None = None
+        self.unreadable: dict[str, str] = {}
+        self._validation_classes: Tensor | None = None  # the training set's number of each class of the validation set
+        if data.tokens is not None:
+            self._open_tokens(data, recipe.generator)
+        else:
+            self._open_images(data, recipe.generator)
+
+    def _open_tokens(self, data: TokensConfig, model: NetworkConfig) -> None:
+        assert data.tokens is not None
+        tokens = TokenSet.open(data.tokens)
+        if isinstance(data.validation, str):
+            self.training, self.validation = tokens, TokenSet.open(data.validation)
+            self.validation.require(tokens.fingerprint)
+            if self.validation.grid != tokens.grid:
+                raise UsageError(
+                    f"{self.validation.folder} has grids {self.validation.grid}, {tokens.folder} {tokens.grid}; "
+                    "encode both at one size"
+                )
+        else:
+            self.training, self.validation = tokens.hold_out(data.validation)
+        if self.tokenizer is not None:
+            tokens.require(self.tokenizer.fingerprint())
+        classes = tokens.classes if tokens.labels is not None else None
+        model.check_fits(TokenSpec((tokens.grid,), tokens.codebook_size), classes, str(tokens.folder))
+        others = self.validation.classes if self.validation.labels is not None else None
+        self._validation_classes = _matching_classes(classes, others, str(self.validation.folder))
+        self.names: dict[str, Sequence[str]] = {"training": self.training.names, "validation": self.validation.names}
+        self.fingerprint, self.class_names = tokens.fingerprint, None if classes is None else list(classes)
+        counted = self.training.subset(evenly_spaced(len(self.training), COUNTED))
+        self.histogram_bits = entropy_bits(counted.histogram())
+
+    def _open_images(self, data: TokensConfig, model: NetworkConfig) -> None:
+        assert data.images is not None
+        assert self.tokenizer is not None
+        self.images, self.image_validation = open_data(data.images)
+        require_readable(self.image_validation)
+        self.transform, self.workers = data.images.make_transform(), data.images.workers
+        self.on_error: OnError = data.images.on_error or "replace"
+        spec = self.tokenizer.token_spec(data.images.size, data.images.size)
+        classes = _classes(self.images)
+        model.check_fits(spec, classes, data.images.source)
+        others = _classes(self.image_validation)
+        self._validation_classes = _matching_classes(classes, others, "the validation set")
+        self.names = {"training": self.images.names, "validation": self.image_validation.names}
+        self.fingerprint, self.class_names = self.tokenizer.fingerprint(), classes
+
+    def batches(self, config: GeneratorTrainConfig, first: int, rank: int, processes: int) -> Iterator[TokenBatch]:
+        """An endless iterator from step `first`; a batch is a function of (seed, step) alone."""
+        if self.training is not None:
+            yield from self.training.training_batches(config.batch_size, config.seed, first, rank, processes)
+        batches = training_batches(
+            self.images,
+            self.transform,
+            config.batch_size,
+            config.seed,
+            first,
+            rank,
+            processes,
+            self.workers,
+            on_error=self.on_error,
+        )
+        for batch in batches:
+            self.unreadable.update(batches.unreadable)
+            yield self._encoded(batch)
+
+    def measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
+        """Every validation image of this process once; with a limit so many of them all, evenly spaced."""
+        for batch in self._measured(batch_size, limit, rank, processes):
+            if batch.labels is None or self._validation_classes is None:
+                yield batch
+            else:
+                yield batch._replace(labels=self._validation_classes[batch.labels])
+
+    def _measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
+        if self.training is not None:
+            tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
+            yield from tokens.ordered_batches(batch_size, rank, processes)
+            return
+        batches = readable_batches(
+            self.image_validation,
+            self.transform,
+            batch_size,
+            limit,
+            rank,
+            processes,
+            self.workers,
+            self.on_error,
+            self.unreadable,
+        )
+        yield from map(self._encoded, batches)
+
+    @torch.no_grad()
+    def _encoded(self, batch: Batch) -> TokenBatch:
+        assert self.tokenizer is not None
+        with self.runtime.autocast():
+            z = self.tokenizer.latents(batch.images.to(self.runtime.device))
+            indices = self.tokenizer.quantizer.assign(z)
+        return TokenBatch(indices, batch.labels, batch.numbers)
+
+
+def _classes(images: ImageSet) -> list[str] | None:
+    return None if images.labels is None else list(images.classes)
+
+
+def _matching_classes(training: Sequence[str] | None, validation: Sequence[str] | None, source: str) -> Tensor | None:
+    """For each class of the validation set its number in the training set: both number their own classes.
+
+    Raises:
+        UsageError: the validation set has a class that the training set does not know, or labels on one side only.
+    """
+    if (training is None) != (validation is None):
+        with_labels, without = ("training", "validation") if validation is None else ("validation", "training")
+        raise UsageError(f"the {with_labels} set has labels, the {without} set ({source}) has none; label both or none")
+    if training is None or validation is None or list(training) == list(validation):
+        return None
+    unknown = [name for name in validation if name not in training]
+    if unknown:
+        raise UsageError(
+            f"{source} has classes that the training set does not know: {', '.join(unknown[:5])}; validate on images "
+            f"of its classes ({', '.join(list(training)[:5])}{', ...' if len(training) > 5 else ''})"
+        )
+    return torch.tensor([list(training).index(name) for name in validation])
+
+
+def entropy_bits(histogram: Tensor) -> float:
+    """Entropy of counts (K,), in bits."""
+    shares = histogram.double() / histogram.sum().clamp(min=1)
+    return float(-(shares * shares.clamp(min=1e-300).log2()).sum())
