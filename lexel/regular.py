@@ -21,6 +21,8 @@ def open_regular(path: str | Path) -> BufferedReader:
     Raises:
         OSError: as `open` does; and for anything but a regular file, with `strerror` saying what it is.
     """
+    if "\0" in os.fsdecode(path):
+        raise OSError(errno.EINVAL, "its name holds a zero byte", os.fspath(path))
     check_regular(path, Path(path).stat())  # first, since opening alone does things to some devices
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:

@@ -283,6 +283,6 @@ def test_a_single_picture_is_learned_and_measured_with_a_warning(folder):
 
 
 def test_a_wrong_transform_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="adm, crop, flip"):
+    with pytest.raises(ValueError, match="adm, center_crop, crop, flip"):
         DataConfig(source="openmoji", size=32, transform="center")
     assert DataConfig(source="openmoji", size=32).make_transform().size == 32

@@ -211,3 +211,27 @@ def test_center_crop_is_torchvisions(height, width):
                 at.append(position + round((side - size) / 2) if side >= size else position - (size - side) // 2)
             inside = 0 <= at[0] < height and 0 <= at[1] < width
             assert square[row, column].tolist() == (array[at[0], at[1]].tolist() if inside else [0, 0, 0])
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(20, 31), (40, 33), (64, 64), (9, 12)])
+def test_every_transform_carries_channels_and_depth(name, shape):
+    """Three equal channels of 8 bits give the same as one, and 16 bits the same to a level of 8."""
+    transform = TRANSFORMS[name](16)
+    colour = np.random.default_rng(0).integers(90, 160, (*shape, 3), np.uint8)  # no overshoot that 8 bits would clip
+    for seed in (None, 3):
+        draw = lambda: None if seed is None else np.random.default_rng(seed)  # noqa: B023, E731
+        expected = transform(colour, draw())
+        bands = transform(np.concatenate([colour, colour[..., :2]], -1), draw())
+        assert bands.shape == (16, 16, 5)
+        assert np.array_equal(bands, np.concatenate([expected, expected[..., :2]], -1))
+        deep = transform(colour.astype(np.uint16) * 257, draw())
+        assert deep.dtype == np.uint16
+        assert np.abs(deep / 257 - expected).max() <= 2.1  # 8 bits are rounded between the passes
+
+
+def test_images_keep_channels_and_depth():
+    deep = np.random.default_rng(0).integers(0, 65536, (2, 4, 5, 7), dtype=np.uint16)
+    images = to_images(deep)
+    assert images.shape == (2, 7, 4, 5)
+    assert np.array_equal(((images.double() + 1) * 32767.5).round().numpy().transpose(0, 2, 3, 1), deep)

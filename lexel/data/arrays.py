@@ -11,15 +11,19 @@ from lexel.errors import UsageError
 
 
 def to_images(array: np.ndarray | Tensor) -> Tensor:
-    """uint8 pictures (..., H, W, 3) as float32 images (..., 3, H, W): x / 127.5 - 1, on the device they lie on."""
+    """Pixels (..., H, W, C) as float32 images (..., C, H, W) in [-1, 1], on the device they lie on.
+
+    uint8 becomes x / 127.5 - 1, uint16 x / 32767.5 - 1.
+    """
     pixels = torch.from_numpy(np.require(array, requirements=["C", "W"])) if isinstance(array, np.ndarray) else array
-    if pixels.dtype != torch.uint8 or pixels.ndim < 3 or pixels.shape[-1] != 3:
-        raise UsageError(f"pictures must be uint8 (..., H, W, 3), got {pixels.dtype} {tuple(pixels.shape)}")
-    return pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+    half = {torch.uint8: 127.5, torch.uint16: 32767.5}.get(pixels.dtype)
+    if half is None or pixels.ndim < 3:
+        raise UsageError(f"pictures must be uint8 or uint16 (..., H, W, C), got {pixels.dtype} {tuple(pixels.shape)}")
+    return pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(half).sub_(1)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (..., 3, H, W) in [-1, 1] as a uint8 array (..., H, W, 3): rounded, values outside clamped."""
+    """Images (..., C, H, W) in [-1, 1] as a uint8 array (..., H, W, C): rounded, values outside clamped."""
     pixels = images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return pixels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 

@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import IO
@@ -93,6 +94,26 @@ class UnreadableImage(UsageError):
         return type(self), (self.name, self.reason)
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How files become arrays.
+
+    Attributes:
+        channels: 3 for RGB, 1 for grey, 4 for RGB and alpha.
+        depth: 8 bits a channel (uint8), or 16 (uint16): files with 8 then give v * 257.
+        pixel_limit: a picture with more pixels than this is refused before it is decoded.
+        shorter_side: pixels that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if neither side falls
+            below it. Faster, and not the same pixels.
+        stored: the pixels as they are stored, neither turned nor laid on white: what published loaders read.
+    """
+
+    channels: int = 3
+    depth: int = 8
+    pixel_limit: int = PIXEL_LIMIT
+    shorter_side: int | None = None
+    stored: bool = False
+
+
 def read_image(
     path: str | Path,
     name: str | None = None,
@@ -111,38 +132,27 @@ def read_image(
     Args:
         path: the file.
         name: what to call it in an error; the path itself by default.
-        pixel_limit: a picture with more pixels than this is refused before it is decoded.
-        channels: 3 for RGB, 1 for grey, 4 for RGB and alpha.
-        depth: 8 bits a channel, or 16 (uint16): files with 8 then give v * 257.
-        shorter_side: pixels that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if neither side falls
-            below it. Faster, and not the same pixels.
-        stored: the pixels as they are stored, neither turned nor laid on white: what published loaders read.
+        pixel_limit, channels, depth, shorter_side, stored: see `Decoding`.
 
     Raises:
         UnreadableImage: the file is missing, no regular file, damaged, cut short, too large or of a kind that cannot
             be read.
     """
     name = str(path) if name is None else name
+    decoding = Decoding(channels, depth, pixel_limit, shorter_side, stored)
     try:
         with open_regular(path) as file:
-            return decode_image(
-                file, name, pixel_limit, channels=channels, depth=depth, shorter_side=shorter_side, stored=stored
-            )
+            return decode_image(file, name, decoding)
     except OSError as error:
-        raise UnreadableImage(name, _in_words(error)) from None
+        raise UnreadableImage(name, in_words(error)) from None
 
 
-def decode_image(
-    file: IO[bytes],
-    name: str,
-    pixel_limit: int = PIXEL_LIMIT,
-    *,
-    channels: int = 3,
-    depth: int = 8,
-    shorter_side: int | None = None,
-    stored: bool = False,
-) -> np.ndarray:
-    """The picture in an open file or a buffer; see `read_image`."""
+def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) -> np.ndarray:
+    """The picture in an open file or a buffer, as `read_image` gives it.
+
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
     start = file.read(32)
     try:
         if start.startswith(PNG):
@@ -151,13 +161,13 @@ def decode_image(
         # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
         with warnings.catch_warnings(action="ignore"), _open(file) as image:
             width, height = image.size
-            if width * height > pixel_limit:
+            if width * height > decoding.pixel_limit:
                 raise UnreadableImage(
                     name,
-                    f"{width} x {height} pixels are more than the limit of {pixel_limit:,}; make it smaller, or raise "
-                    "the limit (--pixel-limit; data.pixel_limit in a recipe)",
+                    f"{width} x {height} pixels are more than the limit of {decoding.pixel_limit:,}; make it smaller, "
+                    "or raise the limit (--pixel-limit; data.pixel_limit in a recipe)",
                 )
-            return _pixels(image, file, channels, depth, shorter_side, stored)
+            return _pixels(image, file, decoding)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError:
@@ -165,7 +175,7 @@ def decode_image(
     except MemoryError:
         raise UnreadableImage(name, "there is not enough memory to decode it") from None
     except Exception as error:  # decoders raise what they like on damaged files, RuntimeError and SyntaxError too
-        raise UnreadableImage(name, _in_words(error)) from None
+        raise UnreadableImage(name, in_words(error)) from None
 
 
 def _open(file: IO[bytes]) -> Image.Image:
@@ -177,12 +187,11 @@ def _open(file: IO[bytes]) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _pixels(
-    image: Image.Image, file: IO[bytes], channels: int, depth: int, shorter_side: int | None, stored: bool
-) -> np.ndarray:
+def _pixels(image: Image.Image, file: IO[bytes], decoding: Decoding) -> np.ndarray:
+    channels, depth, stored = decoding.channels, decoding.depth, decoding.stored
     check_layout(image)
-    if shorter_side is not None and image.format == "JPEG":
-        image.draft(None, (shorter_side, shorter_side))
+    if decoding.shorter_side is not None and image.format == "JPEG":
+        image.draft(None, (decoding.shorter_side, decoding.shorter_side))
     transparent = image.info.get("transparency")
     samples = colour_samples(image, file, FORMATS)
     if samples is None:
@@ -302,7 +311,8 @@ def _why_unknown(start: bytes) -> str:
     return "it is no image of a known kind (JPEG, PNG, WebP, BMP, TIFF, GIF)"
 
 
-def _in_words(error: BaseException) -> str:
+def in_words(error: BaseException) -> str:
+    """The reason that an exception gives, in one line."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

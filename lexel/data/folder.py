@@ -1,6 +1,7 @@
 """Image sets in folders and single files: classes by subfolders, splits by their names."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from warnings import warn
@@ -44,6 +45,11 @@ def layout(folder: Path) -> Layout:
             subfolders = sorted(entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry))
     except OSError as error:
         raise UsageError(f"{folder} cannot be opened: {error.strerror}") from None
+    return split_layout(subfolders, lambda name: holds_images(folder / name))
+
+
+def split_layout(subfolders: Sequence[str], holds: Callable[[str], bool] = lambda name: True) -> Layout:
+    """The rule of `layout` for subfolders by their names, of which some hold images."""
     splits: dict[str, str] = {}
     for split, names in SPLITS.items():
         for name in names:
@@ -51,10 +57,47 @@ def layout(folder: Path) -> Layout:
                 splits.setdefault(split, name)
     if not splits:
         return Layout({}, [])
-    others = [name for name in subfolders if name not in splits.values() and holds_images(folder / name)]
+    others = [name for name in subfolders if name not in splits.values() and holds(name)]
     if others and not ("train" in splits and len(splits) > 1):
         return Layout({}, others)
     return Layout(splits, others)
+
+
+class Part(NamedTuple):
+    """What a split of a tree of images holds."""
+
+    numbers: list[int]  # of the names that were given
+    names: list[str]  # below the split's folder, if one was asked for
+    labels: list[int] | None
+    classes: list[str]
+
+
+def part_of_names(source: str, names: Sequence[str], split: str | None) -> Part:
+    """The images of a split, and their classes, by paths such as train/cat/1.jpg: the rule of folders for archives.
+
+    Raises:
+        NoSplit: there is no such split.
+    """
+    found = split_layout(sorted({name.partition("/")[0] for name in names if "/" in name}))
+    numbers = list(range(len(names)))
+    if split is not None:
+        if split not in found.splits:
+            raise NoSplit(f"{source} has no split {split!r}: it has no folder called {' or '.join(SPLITS[split])}")
+        inside: tuple[str, ...] = (f"{found.splits[split]}/",)
+    else:
+        inside = tuple(f"{name}/" for name in found.splits.values())
+    if inside:
+        numbers = [number for number in numbers if names[number].startswith(inside)]
+        if found.others:
+            warn(
+                f"{source} has the splits {', '.join(found.splits.values())}; left out: {_some(found.others)}",
+                stacklevel=4,
+            )
+    chosen = [names[number] for number in numbers]
+    if split is not None:
+        chosen = [name.partition("/")[2] for name in chosen]
+    labels, classes = classes_of_names(source, chosen, 1 if inside and split is None else 0)
+    return Part(numbers, chosen, labels, classes)
 
 
 def open_folder(
@@ -93,7 +136,7 @@ def open_folder(
         warn(f"left out {len(left_out):,} entries of {folder}: {reasons}", stacklevel=4)
     if not names:
         raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    labels, classes = _classes(folder, names, 1 if below_splits else 0)
+    labels, classes = classes_of_names(folder, names, 1 if below_splits else 0)
     images = FileImages(folder, names, labels, classes, pixel_limit=pixel_limit, channels=channels, depth=depth)
     images.left_out = left_out
     return images
@@ -111,7 +154,7 @@ def _why_no_split(folder: Path, split: str, found: Layout) -> str:
     return f"{name} is a class beside {_some(found.others)}; give {folder / name} for that folder alone"
 
 
-def _classes(folder: Path, names: list[str], level: int) -> tuple[list[int] | None, list[str]]:
+def classes_of_names(folder: str | Path, names: list[str], level: int) -> tuple[list[int] | None, list[str]]:
     """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level."""
     parents = [name.split("/", level + 1)[level] if name.count("/") > level else "" for name in names]
     classes = sorted({parent for parent in parents if parent})
@@ -129,7 +172,7 @@ def _classes(folder: Path, names: list[str], level: int) -> tuple[list[int] | No
         others = _some([name for name in classes if name not in SPLIT_NAMES])
         warn(
             f"{_some(called)} is a class of {folder}, not a split, since it lies beside {others}; give "
-            f"{folder / called[0]} for that folder alone",
+            f"{folder}/{called[0]} for that folder alone",
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}

@@ -3,16 +3,19 @@
 import copy
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lexel.data.depth import to_channels, to_depth
-from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
+from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, in_words
 from lexel.data.listing import Names
 from lexel.errors import UsageError
+from lexel.regular import open_regular
 
 
 class ImageSet:
@@ -75,6 +78,13 @@ class ImageSet:
         """The same pictures with their pixels as stored in their files: neither turned by EXIF nor laid on white.
 
         What published evaluations read. Sets that have no such choice are the same.
+        """
+        return self
+
+    def scaled_to(self, shorter_side: int) -> "ImageSet":
+        """The same pictures, JPEGs decoded at 1/2, 1/4 or 1/8 of their size where no side falls below `shorter_side`.
+
+        Faster, and not the same pixels. Sets that have no such choice are the same.
         """
         return self
 
@@ -142,15 +152,61 @@ def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]
     return [table[label] for label in labels]
 
 
-class FileImages(ImageSet):
-    """Pictures in files, decoded when read.
+class EncodedImages(ImageSet):
+    """Pictures that lie encoded somewhere (JPEG, PNG, ...), decoded when read; base of the classes that say where.
+
+    Args:
+        decoding: how bytes become arrays.
+        names, labels, classes, attribution: as in ImageSet.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        names: Sequence[str],
+        labels: Sequence[int] | None = None,
+        classes: Sequence[str] = (),
+        attribution: str | None = None,
+    ) -> None:
+        super().__init__(names, labels, classes, attribution)
+        self.decoding = decoding
+        self.channels, self.depth = decoding.channels, decoding.depth
+
+    def open(self, number: int) -> IO[bytes]:
+        """The encoded picture, to be read and closed.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def read(self, number: int) -> np.ndarray:
+        try:
+            with self.open(number) as file:
+                return decode_image(file, self.names[number], self.decoding)
+        except OSError as error:
+            raise UnreadableImage(self.names[number], in_words(error)) from None
+
+    def as_stored(self) -> "ImageSet":
+        return self._decoded_by(replace(self.decoding, stored=True))
+
+    def scaled_to(self, shorter_side: int) -> "ImageSet":
+        return self._decoded_by(replace(self.decoding, shorter_side=shorter_side))
+
+    def _decoded_by(self, decoding: Decoding) -> "EncodedImages":
+        other = copy.copy(self)
+        other.decoding = decoding
+        return other
+
+
+class FileImages(EncodedImages):
+    """Pictures in files.
 
     Args:
         folder: what the files are relative to.
         names, labels, classes, attribution: as in ImageSet.
         files: the paths of the pictures; by default their names are their paths.
-        pixel_limit: pictures with more pixels are unreadable.
-        channels, depth: as in `read_image`.
+        pixel_limit, channels, depth: as in `Decoding`.
     """
 
     def __init__(
@@ -165,30 +221,19 @@ class FileImages(ImageSet):
         channels: int = 3,
         depth: int = 8,
     ) -> None:
-        super().__init__(names, labels, classes, attribution)
+        super().__init__(Decoding(channels, depth, pixel_limit), names, labels, classes, attribution)
         self.folder = folder
         self.files = self.names if files is None else Names(files)
-        self.pixel_limit = pixel_limit
-        self.channels, self.depth = channels, depth
-        self._stored = False
 
-    def as_stored(self) -> "ImageSet":
-        other = copy.copy(self)
-        other._stored = True
-        return other
+    @property
+    def pixel_limit(self) -> int:
+        return self.decoding.pixel_limit
 
-    def read(self, number: int) -> np.ndarray:
-        return read_image(
-            self.folder / self.files[number],
-            self.names[number],
-            self.pixel_limit,
-            channels=self.channels,
-            depth=self.depth,
-            stored=self._stored,
-        )
+    def open(self, number: int) -> IO[bytes]:
+        return open_regular(self.folder / self.files[number])
 
     def fingerprint(self) -> str:
-        return digest([list(self.names), [_size_and_date(self.folder / file) for file in self.files]])
+        return digest([list(self.names), [size_and_date(self.folder / file) for file in self.files]])
 
 
 class ArrayImages(ImageSet):
@@ -222,13 +267,16 @@ class ArrayImages(ImageSet):
         return to_depth(to_channels(np.asarray(self.array[number]), self.channels), self.depth)
 
     def __getstate__(self) -> dict[str, Any]:  # a mapped file goes to another process as its path, not as a copy
-        mapped = self.array.filename if isinstance(self.array, np.memmap) else None
-        return self.__dict__ if mapped is None else {**self.__dict__, "array": Path(mapped)}
+        if isinstance(self.array, np.memmap) and isinstance(self.array.base, mmap.mmap):
+            array = self.array
+            order = "C" if array.flags.c_contiguous else "F"
+            return {**self.__dict__, "array": (array.filename, array.dtype, "r", array.offset, array.shape, order)}
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if isinstance(self.array, Path):
-            self.array = np.load(self.array, mmap_mode="r")
+        if isinstance(self.array, tuple):
+            self.array = np.memmap(*self.array)
 
 
 class Wrapped(ImageSet):
@@ -245,11 +293,17 @@ class Wrapped(ImageSet):
         return self.images.read(number)
 
     def as_stored(self) -> ImageSet:
-        inner = self.images.as_stored()
-        if inner is self.images:
+        return self._over(self.images.as_stored())
+
+    def scaled_to(self, shorter_side: int) -> ImageSet:
+        return self._over(self.images.scaled_to(shorter_side))
+
+    def _over(self, images: ImageSet) -> ImageSet:
+        """The same view of other pixels."""
+        if images is self.images:
             return self
         other = copy.copy(self)
-        other.images = inner
+        other.images = images
         return other
 
     def fingerprint(self) -> str:
@@ -294,9 +348,8 @@ class CachedImages(Wrapped):
         self._room = limit
         self._kept: dict[int, np.ndarray] = {}
 
-    def as_stored(self) -> ImageSet:
-        inner = self.images.as_stored()  # what is kept here are other pixels
-        return self if inner is self.images else inner
+    def _over(self, images: ImageSet) -> ImageSet:
+        return self if images is self.images else images  # what is kept here are other pixels
 
     def read(self, number: int) -> np.ndarray:
         picture = self._kept.get(number)
@@ -313,10 +366,10 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _size_and_date(path: Path) -> tuple[int, int] | None:
+def size_and_date(path: str | Path) -> tuple[int, int] | None:
     """Size and date of a file; None for a link that leads nowhere."""
     try:
-        status = path.stat()
+        status = Path(path).stat()
     except OSError:
         return None
     return status.st_size, status.st_mtime_ns

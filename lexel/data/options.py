@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lexel.data.files import PIXEL_LIMIT
+from lexel.data.files import PIXEL_LIMIT, Decoding
 
 Progress = Callable[[int, int], None] | None
 
@@ -27,3 +27,8 @@ class OpenOptions:
     depth: int = 8
     pixel_limit: int = PIXEL_LIMIT
     progress: Progress = None
+
+    @property
+    def decoding(self) -> Decoding:
+        """How files become arrays."""
+        return Decoding(self.channels, self.depth, self.pixel_limit)

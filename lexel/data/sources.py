@@ -6,18 +6,28 @@ the entry points `lexel.sources`.
 """
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from lexel.data import embedded
+from lexel.data.array_files import open_idx, open_npz
 from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
 from lexel.data.folder import SPLITS, NoSplit, open_file, open_folder
+from lexel.data.hub import open_datasets
 from lexel.data.images import ImageSet
+from lexel.data.lists import open_list
+from lexel.data.mixture import open_mixture
 from lexel.data.options import OpenOptions
+from lexel.data.parquet import open_parquet
+from lexel.data.tar import open_tar
 from lexel.errors import UsageError
+from lexel.registry import lookup
 
 Opener = Callable[[str, OpenOptions], ImageSet]
 """A location and options to a set; raises NoSplit where the source has no such split, UsageError for anything else."""
+
+
+# Files that hold many images: which source reads them.
+ENDINGS = {".npz": "npz", ".npy": "npz", ".tar": "tar", ".parquet": "parquet", ".csv": "list", ".tsv": "list"}
 
 
 def _folder(location: str, options: OpenOptions) -> ImageSet:
@@ -31,6 +41,9 @@ def _file(location: str, options: OpenOptions) -> ImageSet:
     path = Path(location).expanduser()
     if not path.exists():
         raise UsageError(f"there is no file {location!r}; give the path of an image")
+    kind = ENDINGS.get(path.suffix.lower())
+    if kind is not None:
+        raise UsageError(f"{path} is no image; write {kind}:{location} for the images in it")
     if path.suffix.lower() not in EXTENSIONS:
         raise UsageError(f"{path} is no image; give a folder or one of {', '.join(sorted(EXTENSIONS))}")
     if options.split is not None:
@@ -41,6 +54,13 @@ def _file(location: str, options: OpenOptions) -> ImageSet:
 SOURCES: dict[str, Opener] = {
     "folder": _folder,
     "file": _file,
+    "npz": open_npz,
+    "idx": open_idx,
+    "tar": open_tar,
+    "parquet": open_parquet,
+    "datasets": open_datasets,
+    "list": open_list,
+    "mixture": lambda location, options: open_mixture(location, options, _opened),
     "openmoji": embedded.openmoji,
     "openmoji-subcategories": embedded.openmoji_subcategories,
     "photos": embedded.photos,
@@ -83,9 +103,12 @@ def open_images(
         raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     if channels < 1 or depth not in (8, 16):
         raise UsageError(f"images have 1 or more channels of 8 or 16 bits, got {channels} of {depth}")
-    options = OpenOptions(split, size, channels, depth, pixel_limit, progress)
+    return _opened(source, OpenOptions(split, size, channels, depth, pixel_limit, progress))
+
+
+def _opened(source: str | Path, options: OpenOptions) -> ImageSet:
     kind, location = parse_source(source)
-    return opener(kind)(location, options)
+    return lookup(SOURCES, kind, "source", "lexel.sources")(location, options)
 
 
 def parse_source(source: str | Path) -> tuple[str, str]:
@@ -108,18 +131,3 @@ def parse_source(source: str | Path) -> tuple[str, str]:
             f"{', '.join(sorted(EMBEDDED))}"
         )
     return kind, location
-
-
-def opener(kind: str) -> Opener:
-    """The function that opens sources of a kind: of SOURCES, or of another package's entry point.
-
-    Raises:
-        UsageError: there is none; the message has the names to choose from.
-    """
-    if kind in SOURCES:
-        return SOURCES[kind]
-    others = {entry.name: entry for entry in entry_points(group="lexel.sources")}
-    if kind not in others:
-        raise UsageError(f"unknown source {kind!r}; choose from {', '.join(sorted({*SOURCES, *others}))}")
-    found: Opener = others[kind].load()
-    return found

@@ -2,8 +2,9 @@
 
 PSNR, LPIPS and FID change with this choice, so it has a name and the name belongs in every result. A transform is
 built from a size and called with a uint8 array (H, W, 3) and a `numpy.random.Generator`, or None; it gives a uint8
-array (size, size, 3). Without a generator it is deterministic: crops are centred and nothing is mirrored. With one,
-crops lie anywhere, edges included, all places equally likely.
+array (size, size, 3). Other numbers of channels, and uint16, go through in the same way. Without a generator it is
+deterministic: crops are centred and nothing is mirrored. With one, crops lie anywhere, edges included, all places
+equally likely.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lexel.data.planes import Box, Planes
 from lexel.errors import UsageError
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Transform:
@@ -74,7 +74,7 @@ class Adm(Transform):
     description = "box halving, then antialiased bicubic, crop (ADM, LlamaGen, RAR)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
-        image = Image.fromarray(array)
+        image = Planes(array)
         while min(image.size) >= 2 * self.size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = self.size / min(image.size)
@@ -99,7 +99,7 @@ class TiTok(Transform):
             top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
         else:
             top, left = self._place(new_height, new_width, generator)
-        return _resized_crop(Image.fromarray(array), new_height, new_width, top, left, self.size)
+        return _resized_crop(Planes(array), new_height, new_width, top, left, self.size)
 
 
 class Crop(Transform):
@@ -158,7 +158,7 @@ class RandomResized(Transform):
         part_width, part_height = min(width, (area * shape) ** 0.5), min(height, (area / shape) ** 0.5)
         left, top = generator.uniform(0, width - part_width), generator.uniform(0, height - part_height)
         box = (left, top, left + part_width, top + part_height)
-        square = np.asarray(Image.fromarray(array).resize((self.size,) * 2, Image.Resampling.BICUBIC, box=box))
+        square = Planes(array).resize((self.size, self.size), Image.Resampling.BICUBIC, box).array()
         return np.ascontiguousarray(square[:, ::-1]) if generator.random() < 0.5 else square
 
 
@@ -170,7 +170,7 @@ class Stretch(Transform):
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         if array.shape[:2] == (self.size, self.size):
             return array
-        return np.asarray(Image.fromarray(array).resize((self.size,) * 2, Image.Resampling.BICUBIC))
+        return Planes(array).resize((self.size, self.size), Image.Resampling.BICUBIC).array()
 
 
 class Pad(Transform):
@@ -182,10 +182,10 @@ class Pad(Transform):
         height, width = array.shape[:2]
         scale = self.size / max(height, width)
         new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
-        image = Image.fromarray(array).resize((new_width, new_height), Image.Resampling.BICUBIC)
-        square = np.full((self.size, self.size, 3), 255, np.uint8)
+        image = Planes(array).resize((new_width, new_height), Image.Resampling.BICUBIC)
+        square = np.full((self.size, self.size, array.shape[-1]), np.iinfo(array.dtype).max, array.dtype)
         top, left = (self.size - new_height) // 2, (self.size - new_width) // 2
-        square[top : top + new_height, left : left + new_width] = np.asarray(image)
+        square[top : top + new_height, left : left + new_width] = image.array()
         return square
 
 
@@ -203,9 +203,10 @@ TRANSFORMS: dict[str, Callable[[int], Transform]] = {
 
 
 def bilinear(array: np.ndarray, height: int, width: int, top: int, left: int, size: int) -> np.ndarray:
-    """The size x size crop at (top, left) of array (H, W, 3) resized to height x width as OpenCV's INTER_LINEAR does.
+    """The size x size crop at (top, left) of array (H, W, C) resized to height x width as OpenCV's INTER_LINEAR does.
 
-    Half-pixel centres, no antialiasing, weights of 11 bits: equal to OpenCV bit for bit.
+    Half-pixel centres, no antialiasing, weights of 11 bits: equal to OpenCV bit for bit for uint8; uint16 is summed
+    exactly and rounded once.
     """
     if array.shape[:2] == (height, width):
         return np.ascontiguousarray(array[top : top + size, left : left + size])
@@ -213,12 +214,19 @@ def bilinear(array: np.ndarray, height: int, width: int, top: int, left: int, si
     x0, x1, left_weight, right_weight = _taps(array.shape[1], width, left, size)
     # Across first, once for every row that is needed. torch, since it does integers three times as fast as numpy.
     rows, place = np.unique(np.concatenate([y0, y1]), return_inverse=True)
+    upper, lower = torch.from_numpy(place).view(2, size)
+    if array.dtype == np.uint16:
+        tall = torch.from_numpy(array[rows].astype(np.int64))
+        across = tall.index_select(1, torch.from_numpy(x0)).mul_(torch.from_numpy(left_weight)[:, None])
+        across += tall.index_select(1, torch.from_numpy(x1)).mul_(torch.from_numpy(right_weight)[:, None])
+        mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None])
+        mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None])
+        return ((mixed + 2**21) >> 22).numpy().astype(np.uint16)
     lines = torch.from_numpy(array[rows])
     across = lines.index_select(1, torch.from_numpy(x0)).int().mul_(torch.from_numpy(left_weight)[:, None])
     across += lines.index_select(1, torch.from_numpy(x1)).int().mul_(torch.from_numpy(right_weight)[:, None])
     across >>= 4  # 11 bits of fraction, cut to 7
     # Each row's part is cut to 2 bits, then the sum is rounded: OpenCV's own steps.
-    upper, lower = torch.from_numpy(place).view(2, size)
     mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None]) >> 16
     mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None]) >> 16
     return ((mixed + 2) >> 2).to(torch.uint8).numpy()
@@ -234,12 +242,12 @@ def _taps(length: int, new_length: int, start: int, size: int) -> tuple[np.ndarr
     return first.clip(0, length - 1), (first + 1).clip(0, length - 1), weights[0], weights[1]
 
 
-def _resized_crop(image: Image.Image, height: int, width: int, top: int, left: int, size: int) -> np.ndarray:
+def _resized_crop(image: Planes, height: int, width: int, top: int, left: int, size: int) -> np.ndarray:
     """The crop at (top, left) of an image resized to height x width by antialiased bicubic."""
     if (image.height, image.width) == (height, width) or max(height, width) <= 8 * size:
         whole = image.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(whole.crop((left, top, left + size, top + size)))
+        return whole.crop((left, top, left + size, top + size)).array()
     # A long strip, resized as a whole, may not fit in memory. Alone, the crop is the same but for a level of rounding.
     x, y = image.width / width, image.height / height
     box: Box = (left * x, top * y, min((left + size) * x, image.width), min((top + size) * y, image.height))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box).array()

@@ -1,0 +1,179 @@
+"""Image sets in Parquet files: a column of encoded images, and optionally labels, captions and names."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import parse_qsl
+
+import numpy as np
+
+from lexel.data.files import Decoding, in_words
+from lexel.data.folder import NoSplit
+from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
+from lexel.data.options import OpenOptions
+from lexel.data.tar import expand
+from lexel.errors import UsageError
+from lexel.regular import open_regular
+
+IMAGE = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes")
+LABEL = ("label", "labels", "cls", "class", "fine_label")
+CAPTION = ("caption", "text", "prompt")
+NAME = ("name", "file_name", "filename", "path", "key", "__key__")
+
+
+class ParquetImages(EncodedImages):
+    """Pictures in Parquet files. Pictures of one row group are read together, and the last group is kept.
+
+    Args:
+        decoding: how bytes become arrays.
+        files: the Parquet files.
+        column: of the images; a field `column.bytes` within a struct.
+        groups: file, row group and row within it of each picture: int64 (N, 3).
+        names, labels, classes: as in ImageSet.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        files: Sequence[Path],
+        column: str,
+        groups: np.ndarray,
+        names: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+    ) -> None:
+        super().__init__(decoding, names, labels, classes)
+        self.files, self.column, self.groups = list(files), column, groups
+        self._kept: tuple[tuple[int, int], Any] | None = None
+
+    def open(self, number: int) -> IO[bytes]:
+        file, group, row = self.groups[number].tolist()
+        if self._kept is None or self._kept[0] != (file, group):
+            self._kept = (file, group), _read_group(self.files[file], group, self.column)
+        value = self._kept[1][row].as_py()
+        if not isinstance(value, bytes):
+            raise OSError("the row has no image")
+        return io.BytesIO(value)
+
+    def fingerprint(self) -> str:
+        return digest(["parquet", list(self.names), self.column, [size_and_date(path) for path in self.files]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
+
+
+def open_parquet(location: str, options: OpenOptions) -> ImageSet:
+    """The images of Parquet files: a file, a folder, a pattern or a range, and names of columns after `?`.
+
+    `parquet:data/*.parquet?image=img&label=y&caption=text`. Without names the usual ones are looked for. Images are
+    encoded (JPEG, PNG, ...) bytes, or structs with such a field `bytes` as the `datasets` library writes them, whose
+    class names are found too.
+
+    Raises:
+        NoSplit: a split is asked for; files of splits are given one by one.
+        UsageError: a file is damaged, has no column of images, or pyarrow is missing.
+    """
+    pq = _pyarrow()
+    path, _, query = location.partition("?")
+    if options.split is not None:
+        raise NoSplit(f"{path} has no split {options.split!r}; give its files alone")
+    wanted = dict(parse_qsl(query))
+    files = expand(path, ".parquet")
+    column = label = caption = name = ""
+    classes: list[str] = []
+    groups, columns = [], {"label": [], "caption": [], "name": []}  # type: ignore[var-annotated]
+    for number, file in enumerate(files):
+        try:
+            with open_regular(file) as handle:
+                table = pq.ParquetFile(handle)
+                schema = table.schema_arrow
+                if number == 0:
+                    column = _column(file, schema, wanted.get("image"), IMAGE, needed="image")
+                    label = _column(file, schema, wanted.get("label"), LABEL)
+                    caption = _column(file, schema, wanted.get("caption"), CAPTION)
+                    name = _column(file, schema, wanted.get("name"), NAME)
+                    classes = _classes(schema, label)
+                for group in range(table.num_row_groups):
+                    rows = table.metadata.row_group(group).num_rows
+                    groups.append(np.stack([np.full(rows, number), np.full(rows, group), np.arange(rows)], 1))
+                for what, source in (("label", label), ("caption", caption), ("name", name)):
+                    if source:
+                        columns[what] += table.read([source]).column(0).to_pylist()
+        except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:  # pyarrow's own are of these kinds
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{file} cannot be read as Parquet: {in_words(error)[:200]}") from None
+    places = np.concatenate(groups) if groups else np.empty((0, 3), np.int64)
+    if not len(places):
+        raise UsageError(f"there are no rows in {path}")
+    digits = len(str(len(places) - 1))
+    names = [str(value) for value in columns["name"]]
+    if len(set(names)) < len(places):
+        names = [f"{number:0{digits}d}" for number in range(len(places))]
+    labels, classes = _labels(path, columns["label"], classes)
+    images = ParquetImages(options.decoding, files, column, places, names, labels, classes)
+    if caption and all(isinstance(text, str) for text in columns["caption"]):
+        images.captions = columns["caption"]
+    return images
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    except ImportError:
+        raise UsageError("Parquet needs pyarrow: pip install 'lexel[tokens]'") from None
+    return pq
+
+
+def _read_group(path: Path, group: int, column: str) -> Any:
+    """The images of a row group.
+
+    Raises:
+        OSError: it is damaged, or no longer there.
+    """
+    try:
+        with open_regular(path) as handle:
+            values = _pyarrow().ParquetFile(handle).read_row_group(group, [column]).column(0).combine_chunks()
+        return values.field("bytes") if hasattr(values, "field") else values
+    except (ValueError, KeyError, IndexError) as error:
+        raise OSError(f"{path} is damaged: {in_words(error)[:200]}") from None
+
+
+def _column(file: Path, schema: Any, wanted: str | None, usual: Sequence[str], needed: str = "") -> str:
+    """The name of a column: the one that is wanted, or the first of the usual ones; empty where it need not be."""
+    if wanted is not None and wanted not in schema.names:
+        raise UsageError(f"{file} has no column {wanted!r}; its columns are {', '.join(schema.names)}")
+    found = wanted or next((name for name in usual if name in schema.names), "")
+    if needed and not found:
+        raise UsageError(
+            f"{file} has no column of images ({', '.join(usual)}); its columns are {', '.join(schema.names)}: "
+            f"add ?{needed}=COLUMN"
+        )
+    return found
+
+
+def _classes(schema: Any, label: str) -> list[str]:
+    """The names of classes that the `datasets` library keeps in a file's metadata."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label]["names"]
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return []
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
+
+
+def _labels(path: str, values: list[Any], classes: list[str]) -> tuple[list[int] | None, list[str]]:
+    if not values:
+        return None, []
+    if all(isinstance(value, str) for value in values):
+        found = sorted(set(values))
+        table = {name: number for number, name in enumerate(found)}
+        return [table[value] for value in values], found
+    if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**6 for value in values):
+        raise UsageError(f"{path}: labels must be class numbers from 0, or names, for every image")
+    most = max(values)
+    if classes and most >= len(classes):
+        raise UsageError(f"{path} has the label {most} for {len(classes)} classes")
+    return values, classes or [str(number) for number in range(most + 1)]

@@ -1,0 +1,346 @@
+"""Image sets in tar shards, as WebDataset writes them, read by number through an index.
+
+The files of a sample share their name up to the first dot: `0001.jpg`, `0001.cls` (a class number), `0001.json`
+(`label` and `caption`), `0001.txt` (the caption). The index (member, offset, size) of every shard is made once and
+kept in the cache folder, so that a batch stays a function of (seed, step) and no stream has to be wound forward.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from warnings import warn
+
+import numpy as np
+
+from lexel.arrays import open_arrays
+from lexel.checkpoint import atomic
+from lexel.data.files import EXTENSIONS, Decoding, in_words
+from lexel.data.folder import part_of_names
+from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
+from lexel.data.listing import Names
+from lexel.data.options import OpenOptions
+from lexel.errors import UsageError
+from lexel.regular import open_regular
+from lexel.runtime import cache_folder
+
+VERSION = 1  # of the index
+NO_LABEL = -1
+MOST_TEXT = 2**20  # bytes of a .json, .txt or .cls that are read
+
+
+@dataclass
+class ShardIndex:
+    """Where the images of a shard lie.
+
+    Attributes:
+        names: of the members.
+        offsets, sizes: int64 (N,), bytes in the shard.
+        labels: int64 (N,), NO_LABEL where there is none.
+        captions: one a member, empty where there is none.
+        damage: why the shard could not be read to its end, or empty.
+    """
+
+    names: Sequence[str]
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: np.ndarray
+    captions: Sequence[str]
+    damage: str = ""
+
+
+class TarImages(EncodedImages):
+    """Pictures in tar shards.
+
+    Args:
+        decoding: how bytes become arrays.
+        shards: paths of the shards.
+        found: size and date of each when it was indexed.
+        places: shard number, offset and size of each picture: int64 (N, 3).
+        names, labels, classes: as in ImageSet.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        shards: Sequence[Path],
+        found: Sequence[tuple[int, int] | None],
+        places: np.ndarray,
+        names: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+    ) -> None:
+        super().__init__(decoding, names, labels, classes)
+        self.shards, self.found, self.places = list(shards), list(found), places
+
+    def open(self, number: int) -> IO[bytes]:
+        shard, offset, size = self.places[number].tolist()
+        if size_and_date(self.shards[shard]) != self.found[shard]:
+            raise OSError(f"{self.shards[shard]} was changed after it was opened")
+        with open_regular(self.shards[shard]) as file:
+            file.seek(offset)
+            return io.BytesIO(file.read(size))
+
+    def fingerprint(self) -> str:
+        return digest(["tar", list(self.names), self.places[:, 1:].tolist(), self.found])
+
+
+def open_tar(location: str, options: OpenOptions) -> ImageSet:
+    """The images of tar shards: a file, a folder of .tar files, a pattern (`*`), or a range (`{0000..0099}`).
+
+    Labels are the samples' `.cls` files or `label`s in `.json`; without those, the members' folders are splits and
+    classes as the folders of a disk are. Captions are `.txt` files, or `caption` or `text` in `.json`.
+
+    Raises:
+        NoSplit: the members' folders have no such split.
+        UsageError: there is no such shard, or no image in any.
+    """
+    shards = expand(location, ".tar")
+    indexes = index_shards(shards, options)
+    left_out = {str(path): index.damage for path, index in zip(shards, indexes, strict=True) if index.damage}
+    if left_out:
+        first, why = next(iter(left_out.items()))
+        warn(f"{len(left_out)} of {len(shards)} shards are damaged and were read in part; {first}: {why}", stacklevel=3)
+    names = [name for index in indexes for name in index.names]
+    if not names:
+        raise UsageError(f"there are no images in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
+    if len(set(names)) < len(names):  # keys that begin anew in every shard
+        names = [f"{path.stem}/{name}" for path, index in zip(shards, indexes, strict=True) for name in index.names]
+    places = np.concatenate(
+        [
+            np.stack([np.full(len(index.names), number), index.offsets, index.sizes], 1)
+            for number, index in enumerate(indexes)
+        ]
+    )
+    own = np.concatenate([index.labels for index in indexes])
+    captions = [caption for index in indexes for caption in index.captions]
+    labels, classes = None, []
+    chosen = np.arange(len(names))
+    if (own != NO_LABEL).any() and options.split is None:
+        if (own == NO_LABEL).any():
+            warn(
+                f"{location}: no labels are used, since {(own == NO_LABEL).sum():,} of {len(own):,} images have none",
+                stacklevel=3,
+            )
+        else:
+            labels, classes = own.tolist(), [str(number) for number in range(int(own.max()) + 1)]
+    else:
+        part = part_of_names(location, names, options.split)
+        chosen, names, labels, classes = np.array(part.numbers, np.int64), part.names, part.labels, part.classes
+        if (own[chosen] != NO_LABEL).all() and len(chosen):
+            labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
+    found = [size_and_date(path) for path in shards]
+    images = TarImages(options.decoding, shards, found, places[chosen], names, labels, classes)
+    if any(captions):
+        images.captions = Names([captions[number] for number in chosen.tolist()])
+    images.left_out = left_out
+    return images
+
+
+def expand(location: str, ending: str) -> list[Path]:
+    """The files that a location means, in order: a path, a folder, a pattern, or ranges such as `{00..12}` and `{a,b}`.
+
+    Raises:
+        UsageError: one of them is not there.
+    """
+    paths = []
+    for text in _braces(str(Path(location).expanduser())):
+        path = Path(text)
+        if path.is_dir():
+            inside = sorted(path.glob(f"*{ending}"))
+            if not inside:
+                raise UsageError(f"there are no {ending} files in {path}")
+            paths += inside
+        elif path.exists():
+            paths.append(path)
+        else:
+            matches = sorted(map(Path, glob.glob(text)))  # noqa: PTH207, Path.glob takes no absolute pattern
+            if not matches:
+                raise UsageError(
+                    f"there is no file {text!r}; give a file, a folder, a pattern or a range {{0000..0099}}"
+                )
+            paths += matches
+    return paths
+
+
+def _braces(text: str) -> list[str]:
+    """`a{01..03}` and `a{x,y}` written out."""
+    match = re.search(r"\{(\d{1,12})\.\.(\d{1,12})\}|\{([^{}]*,[^{}]*)\}", text)
+    if match is None:
+        return [text]
+    if match[3] is not None:
+        parts = match[3].split(",")
+    else:
+        first, last = int(match[1]), int(match[2])
+        if not 0 <= last - first < 10**6:
+            raise UsageError(f"the range {match[0]} must go up, by fewer than a million shards")
+        parts = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
+    return [one for part in parts for one in _braces(text[: match.start()] + part + text[match.end() :])]
+
+
+def index_shards(shards: Sequence[Path], options: OpenOptions) -> list[ShardIndex]:
+    """The index of every shard: from the cache where size and date of the shard are the same, else made anew."""
+    done = 0
+    indexes = []
+    with ThreadPoolExecutor(min(8, len(shards))) as pool:
+        for index in pool.map(_indexed, shards):
+            indexes.append(index)
+            done += 1
+            if options.progress is not None:
+                options.progress(done, len(shards))
+    return indexes
+
+
+def _indexed(path: Path) -> ShardIndex:
+    found = size_and_date(path)
+    key = digest(["tar", VERSION, str(path.resolve()), found])
+    cached = cache_folder() / "indexes" / f"{key}.npz"
+    if cached.is_file():
+        try:
+            return _load(cached)
+        except UsageError:
+            pass  # a damaged index is made again
+    index = index_shard(path)
+    if not index.damage:
+        try:
+            _save(cached, index)
+        except OSError as error:  # a cache that cannot be written costs time, and nothing else
+            warn(f"the index of {path} cannot be kept: {in_words(error)}", stacklevel=2)
+    return index
+
+
+def index_shard(path: Path) -> ShardIndex:
+    """Reads the headers of a shard. What comes before a damaged place is kept, and the damage said.
+
+    Raises:
+        UsageError: the file cannot be opened, or is compressed.
+    """
+    images: list[tuple[str, str, int, int]] = []  # key, name, offset, size
+    labels: dict[str, int] = {}
+    captions: dict[str, str] = {}
+    damage = ""
+    try:
+        with open_regular(path) as file:
+            total = path.stat().st_size
+            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
+                raise UsageError(f"{path} is compressed and cannot be read by number; unpack it (gunzip, unzstd)")
+            file.seek(0)
+            try:
+                for member in _members(file):
+                    key, ending = _sample(member.name)
+                    if member.offset_data + member.size > total:
+                        damage = f"it is cut short in {member.name}"
+                        break
+                    if f".{ending.rpartition('.')[2]}" in EXTENSIONS:
+                        images.append((key, member.name, member.offset_data, member.size))
+                    elif ending in ("cls", "json", "txt") and member.size <= MOST_TEXT:
+                        file.seek(member.offset_data)  # the archive finds its own place again
+                        _metadata(key, ending, file.read(member.size), labels, captions)
+            except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+                damage = f"it is damaged after {len(images)} images ({in_words(error)})"
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {in_words(error)}") from None
+    if not images and not damage and total % 512:
+        damage = "it is no tar archive"
+    keys = [key for key, *_ in images]
+    return ShardIndex(
+        Names([name for _, name, _, _ in images]),
+        np.array([offset for *_, offset, _ in images], np.int64),
+        np.array([size for *_, size in images], np.int64),
+        np.array([labels.get(key, NO_LABEL) for key in keys], np.int64),
+        Names([captions.get(key, "") for key in keys]),
+        damage,
+    )
+
+
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The regular, visible files of an archive."""
+    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+            if (
+                member.isreg()
+                and not member.issparse()
+                and not any(part.startswith(".") for part in _parts(member.name))
+            ):
+                member.name = member.name.removeprefix("./")
+                yield member
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part != "."]
+
+
+def _sample(name: str) -> tuple[str, str]:
+    """The key of a member, all up to the first dot of the file's name, and its ending in lower case, all after it."""
+    folder, slash, file = name.rpartition("/")
+    stem, _, ending = file.partition(".")
+    return folder + slash + stem, ending.lower()
+
+
+def _metadata(key: str, ending: str, data: bytes, labels: dict[str, int], captions: dict[str, str]) -> None:
+    """Takes label and caption of a sample out of one of its files; what is not understood is no label."""
+    text = data.decode("utf-8", "replace").strip()
+    if ending == "txt":
+        captions[key] = text
+    elif ending == "cls":
+        if text.isdecimal() and len(text) < 7:
+            labels[key] = int(text)
+    else:
+        try:
+            table = json.loads(text)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(table, dict):
+            return
+        label = table.get("label", table.get("cls"))
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < 10**6:
+            labels.setdefault(key, label)
+        caption = table.get("caption", table.get("text"))
+        if isinstance(caption, str):
+            captions.setdefault(key, caption)
+
+
+def _save(path: Path, index: ShardIndex) -> None:
+    arrays: dict[str, Any] = {"offsets": index.offsets, "sizes": index.sizes, "labels": index.labels}
+    for what, texts in (("names", index.names), ("captions", index.captions)):
+        data = b"\0".join(text.replace("\0", " ").encode("utf-8", "surrogatepass") for text in texts)
+        arrays[what] = np.frombuffer(data, np.uint8)
+    arrays["digest"] = np.frombuffer(_digest(arrays), np.uint8)
+    with atomic(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _load(path: Path) -> ShardIndex:
+    """A kept index, checked.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    with open_arrays(path) as file:
+        arrays: dict[str, Any] = {name: file.read(name, "N", np.int64) for name in ("offsets", "sizes", "labels")}
+        arrays |= {name: file.read(name, "N", np.uint8) for name in ("names", "captions")}
+        if file.read("digest", "32", np.uint8).tobytes() != _digest(arrays):
+            raise UsageError(f"{path} is damaged")
+    count = len(arrays["offsets"])
+    texts = {
+        name: Names(arrays[name].tobytes().decode("utf-8", "surrogatepass").split("\0") if count else [])
+        for name in ("names", "captions")
+    }
+    if len({len(arrays["sizes"]), len(arrays["labels"]), count, *(len(text) for text in texts.values())}) != 1:
+        raise UsageError(f"{path} is damaged")
+    return ShardIndex(texts["names"], arrays["offsets"], arrays["sizes"], arrays["labels"], texts["captions"])
+
+
+def _digest(arrays: dict[str, Any]) -> bytes:
+    hasher = hashlib.sha256()
+    for name in ("offsets", "sizes", "labels", "names", "captions"):
+        hasher.update(arrays[name].tobytes())
+    return hasher.digest()
