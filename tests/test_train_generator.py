@@ -50,7 +50,7 @@ def tokens(tmp_path: Path) -> Path:
     greys = np.random.default_rng(0).integers(0, 256, 120)
     squares = np.stack([np.full((8, 8, 3), grey, np.uint8) for grey in greys])
     labels = [int(grey >= 128) for grey in greys]
-    images = ArrayImages(squares, [f"{number:03d}" for number in range(120)], labels, ["dark", "light"])
+    images = ArrayImages(np.stack(squares), [f"{number:03d}" for number in range(120)], labels, ["dark", "light"])
     write_tokens(
         tmp_path / "tokens",
         images,
