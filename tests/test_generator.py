@@ -1,10 +1,7 @@
 """Generation: the published samples, equality of every way to decode, likelihoods, folders, in-painting."""
 
 import copy
-import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -125,30 +122,6 @@ def test_an_image_does_not_depend_on_its_batch(config):
     alone = generator.sample([LABELS[2]], seed=3, image_numbers=[2], **HOT)
     assert torch.equal(alone[0], together[2])
     assert not torch.equal(generator.sample(LABELS, seed=4, **HOT), together)
-
-
-def test_two_processes_make_the_images_of_one(tmp_path):
-    generator = make()
-    generator.save_pretrained(tmp_path / "generator")
-    script = (
-        "import json, sys, torch, lexel\n"
-        "torch.set_num_threads(1)\n"
-        "generator = lexel.Generator.from_pretrained(sys.argv[1])\n"
-        "rank, labels = int(sys.argv[2]), json.loads(sys.argv[3])\n"
-        "numbers = list(range(len(labels)))[rank::2]\n"
-        "found = generator.sample([labels[n] for n in numbers], 2.0, top_p=0.9, seed=9, image_numbers=numbers)\n"
-        "print(json.dumps(found.tolist()))\n"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path / "generator")]
-    processes = [
-        subprocess.Popen([*command, str(rank), json.dumps(LABELS)], stdout=subprocess.PIPE) for rank in range(2)
-    ]
-    found = torch.empty(5, 2, 3, dtype=torch.long)
-    for rank, process in enumerate(processes):
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        found[rank::2] = torch.tensor(json.loads(output))
-    assert torch.equal(found, generator.sample(LABELS, 2.0, top_p=0.9, seed=9))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine-power:1.5", "interval:0.34,0.67", "interval:0,0.5"])
@@ -441,10 +414,6 @@ def test_a_batch_larger_than_memory_is_split(monkeypatch, tmp_path, rows_that_fi
     monkeypatch.setattr(NextToken, "_sample", lambda self, batch: seen.append(len(batch.tokens)) or sample(self, batch))
     assert torch.equal(generator.sample(LABELS, 2.0), together)
     assert seen == calls
-
-
-def test_no_images_are_an_empty_batch():
-    assert make().sample([]).shape == (0, 2, 3)
 
 
 def test_progress_counts_up_to_every_token():

@@ -12,6 +12,7 @@ from lexel.convert import (
     fvq,
     ibq,
     llamagen,
+    masked,
     maskgit_vqgan,
     open_magvit2,
     simvq,
@@ -43,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         titok.FAMILY,
         maskgit_vqgan.FAMILY,
         *transformers.FAMILIES,
+        *masked.FAMILIES,
     )
 }
 

@@ -7,9 +7,11 @@ from lexel.generators.base import FREE, Generator, Predicted, TrainingLosses
 from lexel.generators.batch import SampleBatch
 from lexel.generators.conditions import CONDITIONS, Condition
 from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, read_config
+from lexel.generators.masked import Masked, MaskedConfig
 from lexel.generators.next_token import NextToken, NextTokenConfig
 
 GENERATORS["next_token"] = NextToken
+GENERATORS["masked"] = Masked
 
 __all__ = [
     "CONDITIONS",
@@ -18,6 +20,8 @@ __all__ = [
     "Condition",
     "Generator",
     "GeneratorConfig",
+    "Masked",
+    "MaskedConfig",
     "NetworkConfig",
     "NetworkOptions",
     "NextToken",

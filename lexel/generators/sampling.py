@@ -31,7 +31,9 @@ def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
     A schedule is a name and, after a colon, its numbers:
     - `constant`: the scale throughout, as IBQ and LlamaGen publish it;
     - `linear:start`: from `start` (default 1, off) at the first token to the scale at the last, as MAR;
-    - `cosine-power:power`: 1 + (scale - 1) (1 - cos(pi (t / tokens)^power)) / 2 at token t, as RAR (default power 1);
+    - `ramp`: 1 + (scale - 1) t / tokens at token t, as TiTok's masked generators;
+    - `cosine-power:power`: 1 + (scale - 1) (1 - cos(pi (t / tokens)^power)) / 2 at token t, as RAR (default power 1;
+      0 is constant);
     - `interval:begin,end`: the scale for tokens in [begin, end) of the image, given as shares of it, and 1 elsewhere
       (default 0.25,1: the first rows decide what the picture is of, and guidance there costs diversity).
 
@@ -39,7 +41,7 @@ def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
         UsageError: the name is unknown or its numbers are wrong.
     """
     name, _, text = schedule.partition(":")
-    defaults = {"constant": (), "linear": (1.0,), "cosine-power": (1.0,), "interval": (0.25, 1.0)}
+    defaults = {"constant": (), "linear": (1.0,), "ramp": (), "cosine-power": (1.0,), "interval": (0.25, 1.0)}
     if name not in defaults:
         raise unknown("cfg_schedule", name, defaults)
     try:
@@ -54,10 +56,12 @@ def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
     if name == "linear":
         (start,) = numbers
         return [start + (scale - start) * t / max(tokens - 1, 1) for t in range(tokens)]
+    if name == "ramp":
+        return [1 + (scale - 1) * t / tokens for t in range(tokens)]
     if name == "cosine-power":
         (power,) = numbers
-        if power <= 0:
-            raise UsageError(f"cfg_schedule {schedule!r}: the power must be above 0")
+        if power < 0:
+            raise UsageError(f"cfg_schedule {schedule!r}: the power must be at least 0")
         return [1 + (scale - 1) * (1 - math.cos(math.pi * (t / tokens) ** power)) / 2 for t in range(tokens)]
     if name == "interval":
         begin, end = numbers

@@ -7,7 +7,7 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
-from tests.parity import maskgit_vqgan, titok, vit
+from tests.parity import masked, maskgit_vqgan, titok, vit
 from tests.parity.fixture import Fixture
 
 CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
@@ -18,6 +18,8 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "TiTok one-stage": titok.single_stage,
     "TiTok stage-2 discriminator": titok.discriminator,
     "ViT-VQGAN": vit.check,
+    "MaskGIT generator of TiTok": masked.check,
+    "mask counts after each step": masked.check_schedules,
 }
 
 
