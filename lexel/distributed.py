@@ -44,15 +44,36 @@ def all_sum(values: Tensor) -> Tensor:
     return values if reachable is values else values.copy_(reachable)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of `values` over all processes; the gradient is that of the local values.
+@torch.no_grad()
+def group_mean(values: Tensor, weight: float, together: int) -> tuple[Tensor, Tensor]:
+    """The weighted mean of `values` over runs of `together` consecutive processes, and what a local value counts in it.
 
-    Data-parallel training averages gradients over processes, which makes it the gradient of the global mean.
+    Args:
+        values: of this process, any shape.
+        weight: of this process's values, for example its number of latents.
+        together: 1 leaves everything as it is; else a divisor of processes().
+
+    Returns:
+        The mean of this process's run, of the shape of `values`, and the factor () of gradients of the local values
+        with which their average over processes (data-parallel training) is the gradient of the mean.
     """
-    if processes() == 1:
-        return values
-    mean = all_sum(values.detach().clone()) / processes()
-    return mean + (values - values.detach())
+    if together == 1 or processes() == 1:
+        return values, values.new_ones(())
+    runs = values.new_zeros(processes() // together, values.numel() + 1)
+    own = runs[rank() // together]
+    own[:-1], own[-1] = weight * values.flatten(), weight
+    own = all_sum(runs)[rank() // together]
+    return (own[:-1] / own[-1]).view(values.shape), weight * together / own[-1]
+
+
+def mean_over_processes(values: Tensor, weight: float = 1.0, together: int | None = None) -> Tensor:
+    """The mean of `values` over all processes, or over runs of `together` consecutive ones.
+
+    The gradient is that of the local values: data-parallel training averages gradients over processes, which makes it
+    the gradient of the mean. `weight` is that of this process's values where processes have different shares.
+    """
+    mean, share = group_mean(values.detach(), weight, processes() if together is None else together)
+    return mean + share * (values - values.detach())
 
 
 @torch.no_grad()

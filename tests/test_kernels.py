@@ -27,6 +27,34 @@ def outcome(z: Tensor, codebook: Tensor, implementation: str, dtype: torch.dtype
     return {"z_q": z_q, "indices": indices, **terms, "d_z": d_z, "d_codebook": d_codebook}
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.02], ids=["listed", "wide"])
+@pytest.mark.parametrize("similarity", ["dot", "l2"])
+def test_parts_of_the_rows_have_batch_entropies_of_their_own(similarity, spread):
+    z, codebook = spread * normal(30, 8, dtype=torch.float64), normal(100, 8, seed=1, dtype=torch.float64)
+    options = {"similarity": similarity, "entropy_temperature": 0.05}
+    exact = outcome(z, codebook, "oracle", entropy_parts=3, **options)
+    found = outcome(z, codebook, "tiled", entropy_parts=3, **options)
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13, msg=name)
+    alone = [index_backpropagation(part, codebook, **options)[2]["entropy_batch"] for part in z.split(10)]
+    torch.testing.assert_close(found["entropy_batch"], torch.stack(alone).mean())
+    with pytest.raises(UsageError, match="entropy_parts must divide the 30 rows, got 4"):
+        index_backpropagation(z, codebook, entropy_parts=4)
+
+
+def test_a_second_derivative_is_refused_in_words_and_the_oracle_has_one():
+    z, codebook = normal(5, 4, dtype=torch.float64).requires_grad_(), normal(20, 4, seed=1, dtype=torch.float64)
+    for implementation in ("tiled", "oracle"):
+        z_q, _, terms = index_backpropagation(z, codebook, implementation=implementation)
+        (gradient,) = torch.autograd.grad(z_q.sum() + terms["entropy_sample"], z, create_graph=True)
+        if implementation == "tiled":
+            with pytest.raises(UsageError, match="index backpropagation has no second derivatives"):
+                gradient.sum().backward()
+        else:
+            gradient.sum().backward()
+            assert z.grad.isfinite().all()
+
+
 def distance(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
 
@@ -47,7 +75,7 @@ def test_tiles_agree_with_the_dense_formulas_in_float64(rows, size, dim, similar
 def cases() -> dict[str, tuple[Tensor, Tensor, dict]]:
     z, codebook = normal(48, 32), normal(700, 32, seed=1)
     return {
-        "broad": (z * 0.3, codebook, {}),
+        "wide": (z * 0.3, codebook, {}),
         "saturated": (z * 8, codebook, {}),
         "flat": (z * 1e-4, codebook, {}),
         "duplicate codes": (z, codebook[:350].repeat(2, 1), {}),
@@ -59,7 +87,7 @@ def cases() -> dict[str, tuple[Tensor, Tensor, dict]]:
         "a warm entropy": (z, codebook, {"entropy_temperature": 1.0}),
         "warmer than the softmax": (z, codebook, {"entropy_temperature": 3.0, "temperature": 0.5}),
         "cold": (z, codebook, {"temperature": 0.05}),
-        "some rows broad": (torch.cat([z[:24], z[24:] * 1e-4]), codebook, {}),
+        "some rows wide": (torch.cat([z[:24], z[24:] * 1e-4]), codebook, {}),
     }
 
 
@@ -176,7 +204,7 @@ def test_two_runs_agree_to_the_bit():
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_the_row_block_changes_rounding_only(rows):
     z, codebook = normal(60, 16), normal(900, 16, seed=1)
-    z[40:] *= 1e-4  # broad rows are done in blocks too
+    z[40:] *= 1e-4  # wide rows are done in blocks too
     whole, blocks = (outcome(z, codebook, "tiled", torch.float32, rows=r) for r in (None, rows))
     for name in whole:
         torch.testing.assert_close(blocks[name], whole[name], rtol=1e-5, atol=1e-7, msg=name)
@@ -242,8 +270,8 @@ def test_a_half_precision_scan_lists_the_same_codes_to_the_bit(dim, distances, s
     scores = queries.double() @ keys.double().T + (0 if bias is None else bias)
     assert torch.equal(fine.best, scores.argmax(1))
     counts = (scores >= scores.amax(1, keepdim=True) - slack).sum(1)
-    assert torch.equal(fine.broad, counts > WIDTH)
-    assert torch.equal((fine.scores > -torch.inf).sum(1)[~fine.broad], counts[~fine.broad])
+    assert torch.equal(fine.wide, counts > WIDTH)
+    assert torch.equal((fine.scores > -torch.inf).sum(1)[~fine.wide], counts[~fine.wide])
 
 
 def brute_force(z: Tensor, codebook: Tensor, similarity: str) -> Tensor:
@@ -347,12 +375,12 @@ def test_no_tensor_grows_with_rows_times_codes():
     z, codebook = normal(rows, dim).requires_grad_(), normal(size, dim, seed=1).requires_grad_()
     with Allocations() as seen:
         from lexel.kernels import tiled
-        from lexel.kernels.problem import Problem
+        from lexel.kernels.inputs import Inputs
 
-        problem = Problem(z.detach(), codebook.detach(), None, False, 1.0, 0.01, True, 8)
-        found = tiled.forward(problem)
+        inputs = Inputs(z.detach(), codebook.detach(), None, False, 1.0, 0.01, True, 8, 1, 1)
+        found = tiled.forward(inputs)
         one = torch.ones(())
-        tiled.backward(problem, found, torch.ones(rows, dim), torch.ones(rows, dim), one, one)
+        tiled.backward(inputs, found, torch.ones(rows, dim), torch.ones(rows, dim), one, one)
     assert seen.largest <= rows * size / 16  # the maxima of groups; the dense path makes nine of rows x size
 
 

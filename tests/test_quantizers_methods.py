@@ -1,7 +1,9 @@
 """What is particular to each method: its formulas against dense ones, its options, its schedules."""
 
+import contextlib
 import inspect
 import math
+import pickle
 import re
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from lexel.quantizers import (
     build,
     build_bank,
     load_bank,
+    registry,
     save_bank,
 )
 from lexel.quantizers.base import as_vectors, rotate, straight_through, weighted_sum
@@ -236,6 +239,20 @@ def test_bsq_lies_on_the_sphere_and_its_entropies_equal_those_over_the_table(cod
     torch.testing.assert_close(losses["entropy_batch"], expected[1])
 
 
+@pytest.mark.parametrize("codebook_dim", [6, 16])
+def test_the_encoders_gradient_passes_the_signs_of_bsq_and_is_scaled_afterwards(codebook_dim):
+    quantizer = BSQ(64, codebook_dim).double()
+    z, g = latents(3, codebook_dim, 7).double().requires_grad_(), latents(3, codebook_dim, 7, seed=3).double()
+    z_q, _, losses = quantizer(z)
+    # Released: u = z / |z|, s = u + stop(sign(u) - u), z_q = s / sqrt(D).
+    released = F.normalize(z, dim=1) / codebook_dim**0.5
+    torch.testing.assert_close(
+        torch.autograd.grad(z_q, z, g, retain_graph=True)[0], torch.autograd.grad(released, z, g, retain_graph=True)[0]
+    )
+    distance = (F.normalize(z, dim=1) - z_q.detach()).square().sum(1).mean()  # a sum over channels
+    torch.testing.assert_close(losses["commitment"], distance)
+
+
 def test_bsq_sums_the_batch_entropy_over_groups_of_bits():
     z = latents(3, 6, 7).double()
     together = BSQ(64, 6, group_bits=3).double()(z).losses["entropy_batch"]
@@ -270,6 +287,18 @@ def test_fsq_rounds_each_channel_to_its_levels():
     ends = quantizer(torch.tensor([[-50.0, -50.0], [0.0, 50.0], [50.0, 50.0]]))
     torch.testing.assert_close(ends.z_q, torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 0.0]]))
     assert ends.indices.tolist() == [0, 4, 5]  # channel 0 is the lowest digit
+
+
+def test_two_levels_of_fsq_are_parted_at_zero():
+    quantizer = FSQ(2, 1, levels=[2]).double()
+    z = torch.tensor([[-3.0], [-0.01], [0.01], [3.0]], dtype=torch.float64, requires_grad=True)
+    z_q, indices, _ = quantizer(z)
+    assert indices.tolist() == [0, 0, 1, 1]
+    assert z_q.flatten().tolist() == [-1, -1, 0, 0]
+    z_q.sum().backward()
+    half = 1.001 / 2
+    torch.testing.assert_close(z.grad, half * (1 - z.detach().tanh() ** 2))
+    assert FSQ(64, 6, levels=[2] * 6)(latents(1, 6, 999)).indices.unique().numel() / 64 > 0.4
 
 
 def test_fsq_has_the_tanhs_gradient():
@@ -587,6 +616,18 @@ def test_a_bank_of_another_size_or_no_bank_at_all_is_refused(tmp_path):
         load_bank(tmp_path / "gone.safetensors")
 
 
+@pytest.mark.parametrize("hidden", [None, 256])
+def test_vqgan_lc_starts_as_released(hidden):
+    quantizer = VQGANLC(4096, 8, hidden=hidden)
+    if hidden is None:  # N(0, 1/8) on 768 features
+        assert quantizer.projector[0].weight.std().item() == pytest.approx(8**-0.5, rel=0.05)
+        assert quantizer.codebook.std().item() == pytest.approx((768 / 8) ** 0.5, rel=0.2)
+    else:  # two layers as PyTorch starts them: codes of about a tenth, not sixteen
+        bound = 768**-0.5
+        assert quantizer.projector[0].weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+        assert 0.05 < quantizer.codebook.std().item() < 0.3
+
+
 def test_the_projector_can_have_a_hidden_layer():
     quantizer = VQGANLC(32, 4, feature_dim=6, hidden=10)
     bank, first, last = quantizer.bank, quantizer.projector[0], quantizer.projector[2]
@@ -752,3 +793,61 @@ def test_the_example_in_the_documentation_of_a_class_works(kind, tmp_path, monke
     assert cls.__name__ in example or kind == "table"
     names = {**vars(lexel.quantizers), "torch": torch, "quantizer": VQ(16, 16), "z": latents(2, 16, 4)}
     exec(example, {**names, "features": latents(1024, 768), "step": 1, "steps": 2})
+
+
+# options
+
+
+SMALL = {"codebook_size": 64, "codebook_dim": 8}
+NONSENSE = ["32", 1.5, True, [3], {"a": 1}, None, float("nan"), float("inf"), -1, 0, 10**30, 2**62]
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+@pytest.mark.parametrize("name", ["codebook_size", "codebook_dim"])
+def test_a_size_that_is_no_size_is_refused_in_one_line(kind, name):
+    for value in NONSENSE:
+        with pytest.raises(UsageError, match=name) as refused:
+            build(kind, {**SMALL, name: value})
+        assert "\n" not in str(refused.value)
+    for value in ("32", 1.5, True, [3], float("nan"), -1, 0, 10**30):
+        with pytest.raises(UsageError, match=name):
+            QUANTIZERS[kind](**{**SMALL, name: value})
+
+
+@pytest.mark.parametrize("kind", sorted(QUANTIZERS))
+def test_an_option_of_any_value_builds_or_is_refused_in_one_line(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in inspect.signature(QUANTIZERS[kind]).parameters:
+        for value in [*NONSENSE, 1e-320, 1e300, "", [], [2.5], [10**30], ["x"], {}]:
+            with contextlib.suppress(UsageError), torch.device("meta"):
+                build(kind, {**SMALL, name: value})
+
+
+@pytest.mark.parametrize("kind", [*sorted(QUANTIZERS), "table", "none"])
+def test_the_type_of_every_option_is_known(kind):
+    for name, parameter in inspect.signature(registry.quantizer_class(kind)).parameters.items():
+        assert parameter.annotation is not parameter.empty, name
+
+
+def test_a_table_beyond_any_memory_is_refused_before_it_is_made():
+    with pytest.raises(UsageError, match=r"a table of 1073741824 x 64 numbers takes 256 GiB; at most 64 GiB"):
+        VQ(2**30, 64)
+    with pytest.raises(UsageError, match="group_bits = 9"):
+        LFQ(2**36, 36)
+    assert LFQ(2**36, 36, group_bits=9)(latents(1, 36, 4)).losses["entropy_batch"].isfinite()
+
+
+def test_a_base_has_the_size_of_the_structure():
+    with pytest.raises(UsageError, match="base_options cannot hold codebook_dim"):
+        Residual(16, 4, base_options={"codebook_dim": 3})
+    with pytest.raises(UsageError, match="unknown gradient 'rotate'"):
+        Residual(16, 4, base_options={"gradient": "rotate"})
+
+
+def test_a_bank_can_be_pickled_and_counts_as_loaded_with_the_weights(tmp_path):
+    missing = VQGANLC(32, 4, bank=tmp_path / "gone.safetensors", feature_dim=6)
+    other = pickle.loads(pickle.dumps(missing))
+    other.load_state_dict(VQGANLC(32, 4, feature_dim=6).state_dict())
+    assert other(latents(2, 4, 5)).z_q.isfinite().all()
+    with pytest.raises(UsageError, match="does not exist"):
+        missing(latents(2, 4, 5))

@@ -123,7 +123,8 @@ def test_sign_codes_and_their_entropies_equal_vector_quantize_pytorch(spherical)
     # Their logarithm stops at 1e-5, ours is exact.
     torch.testing.assert_close(result.losses["entropy_sample"], breakdown.per_sample_entropy, atol=2e-3, rtol=0)
     torch.testing.assert_close(result.losses["entropy_batch"], breakdown.batch_entropy, atol=2e-3, rtol=0)
-    torch.testing.assert_close(result.losses["commitment"], breakdown.commitment)
+    # The released BSQ sums the commitment over channels, they average it.
+    torch.testing.assert_close(result.losses["commitment"], (6 if spherical else 1) * breakdown.commitment)
 
 
 @pytest.mark.parametrize("levels", [[8, 5, 5, 5], [7, 5, 4], [3]], ids=str)

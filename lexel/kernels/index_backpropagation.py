@@ -1,22 +1,30 @@
 """Index backpropagation (https://arxiv.org/abs/2412.02692): one call, three implementations."""
 
-import os
-from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexel.errors import UsageError, unknown
+from lexel.distributed import processes
+from lexel.errors import UsageError
 from lexel.kernels import oracle, tiled
-from lexel.kernels.problem import Problem
-from lexel.kernels.search import WIDTH, minus_squares, near_codes
+from lexel.kernels.inputs import (
+    Implementation,
+    Inputs,
+    Similarity,
+    as_scores,
+    check_rows,
+    check_similarity,
+    choose_implementation,
+    differentiable_once,
+    is_traced,
+    no_transform,
+    second_derivatives,
+)
+from lexel.kernels.search import WIDTH
 
-Implementation = Literal["oracle", "tiled", "triton", "auto"]
-IMPLEMENTATIONS = ("oracle", "tiled", "triton", "auto")
-Similarity = Literal["dot", "l2", "cosine"]
-SIMILARITIES = ("dot", "l2", "cosine")
+NAME = "index backpropagation"
 
 
 def index_backpropagation(
@@ -25,16 +33,18 @@ def index_backpropagation(
     *,
     temperature: float = 1.0,
     entropy_temperature: float = 0.01,
-    implementation: str = "auto",
-    similarity: str = "dot",
+    implementation: Implementation = "auto",
+    similarity: Similarity = "dot",
     entropy: bool = True,
     rows: int | None = None,
+    entropy_parts: int = 1,
+    entropy_processes: int = 1,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Quantizes rows z (N, D) by a codebook (K, D) with the straight-through estimator on the one-hot over all codes.
 
     The value of z_q is the chosen code; its gradient is that of softmax(logits / temperature) @ codebook in the
     softmax, and reaches the chosen code beside it. Logits are z.e ("dot"), -|z - e|^2 ("l2") or the cosine of the
-    angle ("cosine"). The pass can be run backward more than once; there are no second derivatives.
+    angle ("cosine"). The pass can be run backward more than once; only the oracle has second derivatives.
 
     Args:
         temperature: of the softmax that carries z_q's gradient, above 0.
@@ -44,6 +54,10 @@ def index_backpropagation(
         entropy: False leaves out both entropy terms and their cost.
         rows: how many rows the tiled backward pass takes at a time; it holds two buffers of rows x K. Fewer save
             memory and cost time.
+        entropy_parts: into how many equal consecutive parts the rows are divided for the batch entropy, which is then
+            the mean over the parts; it divides N.
+        entropy_processes: how many consecutive processes share a batch entropy, a divisor of their number; above 1 all
+            processes have to make the call.
 
     Returns:
         z_q (N, D), indices int64 (N,), and scalars: `quantization` (mean squared error, gradient to both sides and
@@ -52,23 +66,27 @@ def index_backpropagation(
         float32, whatever autocast says.
 
     Raises:
-        UsageError: shapes do not fit, the batch is empty, a temperature is not above 0, or a name is unknown.
+        UsageError: shapes do not fit, the batch is empty, a temperature is not above 0, or a name is unknown; on a
+            second derivative, and under torch.func's vmap and jvp.
     """
-    _check(z, codebook)
+    check_rows(z, codebook)
     for name, value in (("temperature", temperature), ("entropy_temperature", entropy_temperature)):
         if not value > 0:
             raise UsageError(f"{name} must be above 0, got {value}")
-    if similarity not in SIMILARITIES:
-        raise unknown("similarity", similarity, SIMILARITIES)
+    check_similarity(similarity)
     if rows is not None and rows < 1:
         raise UsageError(f"rows must be at least 1, got {rows}")
-    implementation = _choose(implementation, z)
+    if entropy_parts < 1 or len(z) % entropy_parts:
+        raise UsageError(f"entropy_parts must divide the {len(z)} rows, got {entropy_parts}")
+    if entropy_processes < 1 or processes() % entropy_processes:
+        raise UsageError(f"entropy_processes must divide the {processes()} processes, got {entropy_processes}")
+    chosen_implementation = choose_implementation(implementation, z)
 
     dtype = torch.promote_types(z.dtype, torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         z, codebook = z.to(dtype), codebook.to(dtype)
-        queries, keys, distance = _as_scores(z, codebook, similarity)
-        problem = Problem(
+        queries, keys, distance = as_scores(z, codebook, similarity)
+        inputs = Inputs(
             queries,
             keys,
             None if keys is codebook else codebook,
@@ -77,11 +95,15 @@ def index_backpropagation(
             entropy_temperature,
             entropy,
             rows or tiled.rows_at_a_time(len(keys), z.is_cuda),
+            entropy_parts,
+            entropy_processes,
         )
-        if implementation == "oracle":
-            z_q, chosen, indices, sample, batch = oracle.index_backpropagation(problem)
+        if chosen_implementation == "oracle":
+            z_q, chosen, indices, sample, batch = oracle.index_backpropagation(inputs)
+        elif is_traced(queries, keys):
+            z_q, chosen, indices, sample, batch, *_ = _forward_operator(*inputs, chosen_implementation)
         else:
-            z_q, chosen, indices, sample, batch, *_ = _forward(*problem, implementation)
+            z_q, chosen, indices, sample, batch, *_ = _IndexBackpropagation.apply(*inputs, chosen_implementation)
         terms = {
             "quantization": F.mse_loss(z_q, z),
             "commitment": F.mse_loss(z, chosen.detach()),
@@ -92,82 +114,59 @@ def index_backpropagation(
     return z_q, indices, terms
 
 
-@torch.no_grad()
-def nearest(z: Tensor, codebook: Tensor, similarity: str = "l2", implementation: str = "auto") -> Tensor:
-    """The index of the best row of codebook (K, D) for each row of z (N, D): int64 (N,).
-
-    Decided in exact arithmetic on the inputs as they come in (under autocast too); ties go to the lowest index.
-
-    Args:
-        similarity: "l2" takes the smallest distance, "dot" the largest product, "cosine" the smallest angle.
-        implementation: as in `index_backpropagation`.
-
-    Raises:
-        UsageError: shapes do not fit, the batch is empty, or a name is unknown.
-    """
-    _check(z, codebook)
-    if similarity not in SIMILARITIES:
-        raise unknown("similarity", similarity, SIMILARITIES)
-    implementation = _choose(implementation, z)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    with torch.autocast(z.device.type, enabled=False):
-        queries, keys, distance = _as_scores(z.to(dtype), codebook.to(dtype), similarity)
-        if implementation == "oracle":
-            return oracle.nearest(queries, keys, distance)
-        return _search(queries, keys, distance, implementation)
+def _forward(*options: Any) -> tuple[Tensor, ...]:
+    """z_q, the chosen codes, and the state of `tiled.forward`, from the fields of Inputs and an implementation."""
+    inputs = Inputs(*options[:-1])
+    state = tiled.forward(inputs, options[-1])
+    z_q = F.embedding(state.indices, inputs.keys if inputs.codes is None else inputs.codes)
+    return z_q, z_q.clone(), *state
 
 
-def _as_scores(z: Tensor, codebook: Tensor, similarity: str) -> tuple[Tensor, Tensor, bool]:
-    """Queries and keys whose products are the logits, up to a constant in each row; True: -|keys|^2 is to be added."""
-    if similarity == "dot":
-        return z, codebook, False
-    if similarity == "cosine":
-        return F.normalize(z, dim=1), F.normalize(codebook, dim=1), False
-    # -|z - e|^2 = 2 z.e - |e|^2 - |z|^2; neither a softmax over codes nor its entropy sees the last term.
-    return 2 * z, codebook, True
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    queries, keys, codes, *ctx.options = inputs
+    ctx.save_for_backward(queries, keys, codes, *output[2:])
+    ctx.mark_non_differentiable(output[2], *output[5:])
+    ctx.set_materialize_grads(False)  # a loss of one term pays for that term only
 
 
-def _check(z: Tensor, codebook: Tensor) -> None:
-    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
-        raise UsageError(
-            f"z must be (N, D) and codebook (K, D) with the same D, got {tuple(z.shape)} and {tuple(codebook.shape)}"
-        )
-    if z.shape[0] == 0:
-        raise UsageError("z has no rows: an empty batch cannot be quantized")
-    if codebook.shape[0] == 0:
-        raise UsageError("codebook has no rows")
-    if not z.is_floating_point() or not codebook.is_floating_point():
-        raise UsageError(f"z and codebook must be floating point, got {z.dtype} and {codebook.dtype}")
+def _backward(*options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and codes from the fields of Inputs, an implementation, and what came back."""
+    *fields, implementation, state, soft, hard, sample, batch = options
+    return tiled.backward(Inputs(*fields), tiled.ForwardState(*state), soft, hard, sample, batch, implementation)
 
 
-def _choose(implementation: str, z: Tensor) -> str:
-    if implementation not in IMPLEMENTATIONS:
-        raise unknown("implementation", implementation, IMPLEMENTATIONS)
-    if implementation == "triton":
-        if not (z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-            raise UsageError(f"implementation 'triton' needs a CUDA device, got {z.device}; use 'tiled'")
-        if z.dtype == torch.float64:
-            raise UsageError("implementation 'triton' computes in float32, got float64; use 'tiled'")
-        if find_spec("triton") is None:
-            raise UsageError("implementation 'triton' needs the triton package; install it or use 'tiled'")
-    # The kernels have not been timed on a GPU yet: until they are shown to be faster, tiles are the choice everywhere.
-    return "tiled" if implementation == "auto" else implementation
+def _incoming(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of z_q, of all chosen codes, and of both entropies, from those of the outputs."""
+    z_q, chosen, _, sample, batch = grads[:5]
+    hard = z_q if chosen is None else chosen if z_q is None else z_q + chosen
+    return z_q, hard, sample, batch
 
 
-@torch.library.custom_op("lexel::search", mutates_args=())
-def _search(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
-    bias = minus_squares(keys) if distance else None
-    return near_codes(queries, keys, bias, implementation=implementation).best
+class _IndexBackpropagation(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup)
 
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        queries, keys, codes, *state = ctx.saved_tensors
+        incoming = _incoming(grads)
+        with torch.no_grad():
+            d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, state, *incoming)
+        gradients = (d_queries, d_keys, None if codes is None else d_codes)
+        return *differentiable_once(NAME, gradients, (queries, keys, codes, *incoming)), *[None] * len(ctx.options)
 
-@_search.register_fake
-def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
-    return queries.new_empty(len(queries), dtype=torch.int64)
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise no_transform(NAME, "vmap")
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Any) -> Any:
+        raise no_transform(NAME, "jvp")
 
 
 # Custom operators are opaque to torch.compile: the step around them compiles without a graph break.
 @torch.library.custom_op("lexel::index_backpropagation", mutates_args=())
-def _forward(
+def _forward_operator(
     queries: Tensor,
     keys: Tensor,
     codes: Tensor | None,
@@ -176,18 +175,18 @@ def _forward(
     entropy_temperature: float,
     entropy: bool,
     rows: int,
+    parts: int,
+    together: int,
     implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    problem = Problem(queries, keys, codes, distance, temperature, entropy_temperature, entropy, rows)
-    found = tiled.forward(problem, implementation)
-    z_q = F.embedding(found.indices, keys if codes is None else codes)
-    return z_q, z_q.clone(), *found
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (distance, temperature, entropy_temperature, entropy, rows, parts, together, implementation)
+    return _forward(queries, keys, codes, *options)  # type: ignore[return-value]
 
 
-@_forward.register_fake
+@_forward_operator.register_fake
 def _(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     entropy: bool = rest[4]
-    n, size = len(queries), len(keys)
+    n, size = len(queries), rest[6] * len(keys)
     listed = (n, WIDTH) if entropy else (0,)
     return (
         torch.empty_like(queries),
@@ -199,11 +198,12 @@ def _(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         queries.new_empty(listed, dtype=torch.float64),
         queries.new_empty(size if entropy else 0, dtype=torch.float64),
         queries.new_empty(n if entropy else 0, dtype=torch.bool),
+        queries.new_empty((), dtype=torch.float64),
     )
 
 
 @torch.library.custom_op("lexel::index_backpropagation_backward", mutates_args=())
-def _backward(
+def _backward_operator(
     queries: Tensor,
     keys: Tensor,
     codes: Tensor | None,
@@ -212,37 +212,34 @@ def _backward(
     entropy_temperature: float,
     entropy: bool,
     rows: int,
+    parts: int,
+    together: int,
     implementation: str,
-    found: list[Tensor],
+    state: list[Tensor],
     soft: Tensor | None,
     hard: Tensor | None,
     sample: Tensor | None,
     batch: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    problem = Problem(queries, keys, codes, distance, temperature, entropy_temperature, entropy, rows)
-    gradients = tiled.backward(problem, tiled.Found(*found), soft, hard, sample, batch, implementation)
-    return gradients.queries, gradients.keys, gradients.codes
+    options = (distance, temperature, entropy_temperature, entropy, rows, parts, together, implementation)
+    return _backward(queries, keys, codes, *options, state, soft, hard, sample, batch)
 
 
-@_backward.register_fake
+@_backward_operator.register_fake
 def _(queries: Tensor, keys: Tensor, codes: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     d_codes = queries.new_empty(0) if codes is None else torch.empty_like(codes)
     return torch.empty_like(queries), torch.empty_like(keys), d_codes
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, keys, codes, *ctx.options = inputs
-    ctx.save_for_backward(queries, keys, codes, *output[2:])
-    ctx.mark_non_differentiable(output[2], *output[5:])
-    ctx.set_materialize_grads(False)  # a loss of one term pays for that term only
-
-
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    z_q, chosen, _, sample, batch = grads[:5]
-    queries, keys, codes, *found = ctx.saved_tensors
-    hard = z_q if chosen is None else chosen if z_q is None else z_q + chosen
-    d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, found, z_q, hard, sample, batch)
-    return d_queries, d_keys, None if codes is None else d_codes, *[None] * len(ctx.options)
+    queries, keys, codes, *state = ctx.saved_tensors
+    gradients = _backward_operator(queries, keys, codes, *ctx.options, state, *_incoming(grads))
+    return *gradients[:2], None if codes is None else gradients[2], *[None] * len(ctx.options)
 
 
-_forward.register_autograd(_gradients, setup_context=_setup)
+def _no_gradients(ctx: Any, *grads: Tensor | None) -> None:
+    raise second_derivatives(NAME)
+
+
+_forward_operator.register_autograd(_gradients, setup_context=_setup)
+_backward_operator.register_autograd(_no_gradients)

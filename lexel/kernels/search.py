@@ -9,24 +9,64 @@ therefore runs in bfloat16 where the processor multiplies that faster.
 import math
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lexel.kernels import oracle
+from lexel.kernels.inputs import (
+    Implementation,
+    Similarity,
+    as_scores,
+    check_rows,
+    check_similarity,
+    choose_implementation,
+    is_traced,
+)
+
 ROWS = 1024  # rows scanned together
 TILE = 1024  # codes scanned together: a tile of float32 scores (4 MiB) stays in the cache
 GROUP = 16  # codes that share one maximum
-WIDTH = 16  # near codes listed for a row; a row with more is broad
+WIDTH = 16  # near codes listed for a row; a row with more is wide
 
 
-class Near(NamedTuple):
+@torch.no_grad()
+def nearest(
+    z: Tensor, codebook: Tensor, similarity: Similarity = "l2", implementation: Implementation = "auto"
+) -> Tensor:
+    """The index of the best row of codebook (K, D) for each row of z (N, D): int64 (N,).
+
+    Decided in exact arithmetic on the inputs as they come in (under autocast too); ties go to the lowest index.
+
+    Args:
+        similarity: "l2" takes the smallest distance, "dot" the largest product, "cosine" the smallest angle.
+        implementation: as in `index_backpropagation`.
+
+    Raises:
+        UsageError: shapes do not fit, the batch is empty, or a name is unknown.
+    """
+    check_rows(z, codebook)
+    check_similarity(similarity)
+    chosen = choose_implementation(implementation, z)
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    with torch.autocast(z.device.type, enabled=False):
+        queries, keys, distance = as_scores(z.to(dtype), codebook.to(dtype), similarity)
+        if chosen == "oracle":
+            return oracle.nearest(queries, keys, distance)
+        if is_traced(queries, keys):
+            return _search_operator(queries, keys, distance, chosen)
+        indices: Tensor = _Search.apply(queries, keys, distance, chosen)
+        return indices
+
+
+class Candidates(NamedTuple):
     """The codes of each row whose exact score lies within a slack of the best one."""
 
     best: Tensor  # (N,) int64, the lowest code at the maximum
     codes: Tensor  # (N, WIDTH) int64 ascending, filled up with 0
     scores: Tensor  # (N, WIDTH) float64, filled up with -inf
-    broad: Tensor  # (N,) bool: more than WIDTH codes are near; the lists of such a row are empty
+    wide: Tensor  # (N,) bool: more than WIDTH codes are near; the lists of such a row are empty
 
 
 class Norms(NamedTuple):
@@ -44,7 +84,7 @@ def near_codes(
     slack: float = 0.0,
     scan: torch.dtype | None = None,
     implementation: str = "tiled",
-) -> Near:
+) -> Candidates:
     """Lists the codes within `slack` of the best score queries @ keys.T + bias.
 
     Args:
@@ -60,7 +100,49 @@ def near_codes(
     maxima = _group_maxima if implementation == "tiled" else _triton_maxima
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
     blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
-    return Near(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    return Candidates(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+
+
+def _search(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
+    bias = minus_squares(keys) if distance else None
+    return near_codes(queries, keys, bias, implementation=implementation).best
+
+
+class _Search(torch.autograd.Function):
+    """The search as torch.func sees it: it has no derivative, and under vmap each member is searched by itself."""
+
+    forward = staticmethod(_search)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
+        return None, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], queries: Tensor, keys: Tensor, *rest: Any) -> Any:
+        parts = [
+            [part] * info.batch_size if dim is None else list(part.unbind(dim))
+            for part, dim in zip((queries, keys), in_dims, strict=False)
+        ]
+        found = [_Search.apply(each, table, *rest) for each, table in zip(*parts, strict=True)]
+        return torch.stack(found), 0
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Any) -> None:
+        return None
+
+
+@torch.library.custom_op("lexel::search", mutates_args=())
+def _search_operator(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
+    return _search(queries, keys, distance, implementation)
+
+
+@_search_operator.register_fake
+def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
+    return queries.new_empty(len(queries), dtype=torch.int64)
 
 
 def minus_squares(keys: Tensor) -> Tensor:
@@ -112,7 +194,7 @@ def _near_block(
     scan: torch.dtype,
     norms: Norms,
     group_maxima: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor],
-) -> Near:
+) -> Candidates:
     maxima = group_maxima(queries, keys, bias, scan)  # (n, groups)
     best = maxima.amax(1).to(queries.dtype)
     below = slack + 2 * _scan_error(queries, bias, scan, norms)
@@ -122,10 +204,10 @@ def _near_block(
         below += 2 * 1.01 * 2.0**-10 * queries.norm(dim=1) * norms.keys  # PyTorch's settings may allow TF32 products
     lowest = best - below  # a code computed below this is not within the slack of the best
     near_groups = maxima >= lowest[:, None].to(maxima.dtype)
-    broad = ~lowest.isfinite()  # the scan overflowed or met a NaN
+    wide = ~lowest.isfinite()  # the scan overflowed or met a NaN
     if near_groups.count_nonzero() > len(queries):
-        broad |= near_groups.count_nonzero(1) > WIDTH
-    rows, groups = (near_groups & ~broad[:, None]).nonzero(as_tuple=True)
+        wide |= near_groups.count_nonzero(1) > WIDTH
+    rows, groups = (near_groups & ~wide[:, None]).nonzero(as_tuple=True)
     del maxima, near_groups
     rows, codes = _codes_of_groups(queries, keys, bias, slack, norms, rows, groups)
 
@@ -141,18 +223,18 @@ def _near_block(
 
     counts = torch.bincount(rows, minlength=len(queries))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]  # 0, 1, ... in each row
-    broad |= counts > WIDTH
-    listed = ~broad[rows]
+    wide |= counts > WIDTH
+    listed = ~wide[rows]
     where = (rows[listed], place[listed])
     near = codes.new_zeros(len(queries), WIDTH).index_put(where, codes[listed])
     near_scores = scores.new_full((len(queries), WIDTH), -torch.inf).index_put(where, scores[listed])
     first = (near_scores >= (maximum - ties)[:, None]).int().argmax(1, keepdim=True)
-    found = Near(near.gather(1, first).squeeze(1), near, near_scores, broad)
+    found = Candidates(near.gather(1, first).squeeze(1), near, near_scores, wide)
 
-    some = broad.nonzero().squeeze(1)
+    some = wide.nonzero().squeeze(1)
     if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
         again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, group_maxima)
-        return Near(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
+        return Candidates(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
     if len(some):
         found.best[some] = _search_exactly(queries[some], keys, bias)
     return found

@@ -12,7 +12,7 @@ that are multiplied: the exact cancellation in S - sum p S survives float32.
 
 The entropies use q = softmax(L / tau) with a small tau, which multiplies rounding errors by 1 / tau. Codes further
 than tau (log K + CUT) below a row's best hold less than exp(-CUT) of its mass together; they are dropped, and the rest,
-mostly one or two codes, is done in float64. Rows with more than `search.WIDTH` such codes are broad: they are done
+mostly one or two codes, is done in float64. Rows with more than `search.WIDTH` such codes are wide: they are done
 against all codes, in float64 where tau is the smaller temperature.
 """
 
@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lexel.distributed import group_mean
+from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
-from lexel.kernels.problem import Problem
 from lexel.kernels.search import TILE, minus_squares, near_codes
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
@@ -32,16 +33,17 @@ CUT = {torch.float32: 28.0, torch.float64: 46.0}
 FLOOR = 40.0
 
 
-class Found(NamedTuple):
-    """What the forward pass finds; the last four are empty without entropies."""
+class ForwardState(NamedTuple):
+    """What the forward pass finds and the backward pass needs; `near` to `wide` are empty without entropies."""
 
     indices: Tensor  # (N,) int64
     sample: Tensor  # () mean entropy of the rows
     batch: Tensor  # () entropy of the mean row
-    near: Tensor  # (N, WIDTH) int64, the codes that hold a row's mass at the entropy temperature
+    near: Tensor  # (N, WIDTH) int64, the codes that hold a row's logit_grad_sum at the entropy temperature
     q: Tensor  # (N, WIDTH) float64, their probabilities; 0 where there are fewer
-    mean: Tensor  # (K,) float64, the mean of q over the rows
-    broad: Tensor  # (N,) bool, rows that have no such list
+    mean: Tensor  # (parts * K,) float64, the mean of q over the rows of each part, and of the same part elsewhere
+    wide: Tensor  # (N,) bool, rows that have no such list
+    share: Tensor  # () float64, what the rows here count in `mean`; 1 where all processes have equally many
 
 
 class Gradients(NamedTuple):
@@ -58,33 +60,46 @@ def rows_at_a_time(size: int, cuda: bool) -> int:
     return max(16, min(most, budget // size))
 
 
-def forward(problem: Problem, implementation: str = "tiled") -> Found:
+def forward(inputs: Inputs, implementation: str = "tiled") -> ForwardState:
     """Indices and entropies; `implementation` is that of the scan."""
-    queries, keys, bias, tau = problem.queries, problem.keys, _bias(problem), problem.entropy_temperature
-    slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if problem.entropy else 0.0
+    queries, keys, bias, tau = inputs.queries, inputs.keys, _bias(inputs), inputs.entropy_temperature
+    slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if inputs.entropy else 0.0
     near = near_codes(queries, keys, bias, slack, implementation=implementation)
-    if not problem.entropy:
+    if not inputs.entropy:
         scalar, empty = queries.new_zeros(()), queries.new_empty(0, dtype=torch.float64)
-        return Found(near.best, scalar, scalar.clone(), near.codes[:0].clone(), empty, empty.clone(), near.broad[:0])
+        return ForwardState(
+            near.best,
+            scalar,
+            scalar.clone(),
+            near.codes[:0].clone(),
+            empty,
+            empty.clone(),
+            near.wide[:0],
+            empty.new_ones(()),
+        )
 
-    # A broad row's list is empty, and its softmax is no number: it takes part below.
-    q = (near.scores / tau).softmax(1).masked_fill(near.broad[:, None], 0.0)
+    # A wide row's list is empty, and its softmax is no number: it takes part below.
+    q = (near.scores / tau).softmax(1).masked_fill(near.wide[:, None], 0.0)
     entropies = -torch.special.xlogy(q, q).sum(1)
-    mean = add_rows(q.new_zeros(len(keys)), near.codes.flatten(), q.flatten())
-    for some in _broad_blocks(problem, near.broad):
-        log_q = _log_softmax(problem, some, bias)
+    mean = add_rows(q.new_zeros(inputs.parts * len(keys)), _in_part(inputs, near.codes).flatten(), q.flatten())
+    for some in _wide_blocks(inputs, near.wide):
+        log_q = _log_softmax(inputs, some, bias)
         q_some = log_q.exp()
         entropies[some] = -(q_some * log_q).sum(1).double()
-        mean += q_some.sum(0, dtype=torch.float64)
-    mean /= len(queries)
+        if inputs.parts == 1:
+            mean += q_some.sum(0, dtype=torch.float64)
+        else:
+            add_rows(mean.view(inputs.parts, -1), _part(inputs, some), q_some.double())
+    mean /= len(queries) // inputs.parts
+    mean, share = group_mean(mean, len(queries), inputs.together)
     sample = entropies.mean().to(queries.dtype)
-    batch = -(mean * (mean + EPS).log()).sum().to(queries.dtype)
-    return Found(near.best, sample, batch, near.codes, q, mean, near.broad)
+    batch = -(mean * (mean + EPS).log()).sum().div(inputs.parts).to(queries.dtype)
+    return ForwardState(near.best, sample, batch, near.codes, q, mean, near.wide, share)
 
 
 def backward(
-    problem: Problem,
-    found: Found,
+    inputs: Inputs,
+    state: ForwardState,
     soft: Tensor | None,
     hard: Tensor | None,
     sample: Tensor | None,
@@ -100,36 +115,38 @@ def backward(
         batch: (), the gradient of the entropy of the mean row.
         implementation: of the pass through the softmax.
     """
-    queries, keys, codes = problem.queries, problem.keys, problem.codes
+    queries, keys, codes = inputs.queries, inputs.keys, inputs.codes
     into = Gradients(
         torch.zeros_like(queries) if soft is None else torch.empty_like(queries),
         torch.zeros_like(keys) if soft is None else torch.empty_like(keys),
         queries.new_empty(0) if codes is None else torch.zeros_like(codes),
     )
-    mass = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
+    logit_grad_sum = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
     if soft is not None and implementation == "triton":
         from lexel.kernels import triton_kernels  # needs the triton package
 
-        d_queries, d_keys, mass = triton_kernels.soft(problem, soft, _bias(problem))
+        d_queries, d_keys, logit_grad_sum = triton_kernels.soft(inputs, soft, _bias(inputs))
         into = Gradients(d_queries, d_keys, into.codes)
     elif soft is not None:
-        _soft(problem, soft, into, mass)
+        _soft(inputs, soft, into, logit_grad_sum)
     if sample is not None or batch is not None:
-        zero = found.mean.new_zeros(())
-        _entropies(problem, found, zero if sample is None else sample, zero if batch is None else batch, into, mass)
-    if problem.distance:
-        into.keys.addcmul_(keys, mass[:, None], value=-2)
+        zero = state.mean.new_zeros(())
+        _entropies(
+            inputs, state, zero if sample is None else sample, zero if batch is None else batch, into, logit_grad_sum
+        )
+    if inputs.distance:
+        into.keys.addcmul_(keys, logit_grad_sum[:, None], value=-2)
     if hard is not None:
-        add_rows(into.keys if codes is None else into.codes, found.indices, hard)
+        add_rows(into.keys if codes is None else into.codes, state.indices, hard)
     return into
 
 
-def _soft(problem: Problem, g: Tensor, into: Gradients, mass: Tensor) -> None:
+def _soft(inputs: Inputs, g: Tensor, into: Gradients, logit_grad_sum: Tensor) -> None:
     """Writes the gradient through the softmax of the straight-through one-hot."""
-    queries, keys, bias, temperature = problem.queries, problem.keys, _bias(problem), problem.temperature
-    codes = keys if problem.codes is None else problem.codes
+    queries, keys, bias, temperature = inputs.queries, inputs.keys, _bias(inputs), inputs.temperature
+    codes = keys if inputs.codes is None else inputs.codes
     g = g / temperature
-    rows = min(problem.rows, len(queries))
+    rows = min(inputs.rows, len(queries))
     p, dl = queries.new_empty(rows, len(keys)), queries.new_empty(rows, len(keys))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
@@ -147,63 +164,80 @@ def _soft(problem: Problem, g: Tensor, into: Gradients, mass: Tensor) -> None:
             torch.mm(dl[:n].T, queries[part], out=into.keys)
         else:
             into.keys.addmm_(dl[:n].T, queries[part])
-        if problem.distance:
-            mass += dl[:n].sum(0)
+        if inputs.distance:
+            logit_grad_sum += dl[:n].sum(0)
 
 
-def _entropies(problem: Problem, found: Found, sample: Tensor, batch: Tensor, into: Gradients, mass: Tensor) -> None:
+def _entropies(
+    inputs: Inputs, state: ForwardState, sample: Tensor, batch: Tensor, into: Gradients, logit_grad_sum: Tensor
+) -> None:
     """Adds the gradients of both entropies."""
-    queries, keys = problem.queries, problem.keys
-    scale = 1 / (len(queries) * problem.entropy_temperature)
-    pull = (found.mean + EPS).log() + found.mean / (found.mean + EPS)  # (K,)
+    queries, keys = inputs.queries, inputs.keys
+    scale = 1 / (len(queries) * inputs.entropy_temperature)
+    batch = batch * state.share.to(batch.dtype)
+    d_batch = (state.mean + EPS).log() + state.mean / (state.mean + EPS)  # (parts * K,)
 
-    def slope(q: Tensor, log_q: Tensor, pull: Tensor) -> Tensor:
-        surprise = log_q - (q * log_q).sum(1, keepdim=True)
-        relief = pull - (q * pull).sum(1, keepdim=True)
-        return -scale * q * (sample.to(q.dtype) * surprise + batch.to(q.dtype) * relief)
+    def slope(q: Tensor, log_q: Tensor, d_batch: Tensor) -> Tensor:
+        centred_log_q = log_q - (q * log_q).sum(1, keepdim=True)
+        centred_d_batch = d_batch - (q * d_batch).sum(1, keepdim=True)
+        return -scale * q * (sample.to(q.dtype) * centred_log_q + batch.to(q.dtype) * centred_d_batch)
 
     # The slopes of a row add up to zero and its codes lie close together: their sum is taken before rounding.
     d_queries = torch.zeros_like(queries, dtype=torch.float64)
 
     # Rows with a list: one or two codes each.
-    listed = slope(found.q, torch.where(found.q > 0, found.q, 1.0).log(), pull[found.near])
-    row, place = (found.q > 0).nonzero(as_tuple=True)
-    code, value = found.near[row, place], listed[row, place]
+    listed = slope(state.q, torch.where(state.q > 0, state.q, 1.0).log(), d_batch[_in_part(inputs, state.near)])
+    row, place = (state.q > 0).nonzero(as_tuple=True)
+    code, value = state.near[row, place], listed[row, place]
     add_rows(d_queries, row, value[:, None] * keys[code])
     value = value.to(queries.dtype)
     add_rows(into.keys, code, value[:, None] * queries[row])
-    add_rows(mass, code, value)
+    add_rows(logit_grad_sum, code, value)
 
     # Broad rows: all codes.
-    bias = _bias(problem)
-    for some in _broad_blocks(problem, found.broad):
-        log_q = _log_softmax(problem, some, bias)
-        dl = slope(log_q.exp(), log_q, pull.to(log_q.dtype))
+    bias = _bias(inputs)
+    for some in _wide_blocks(inputs, state.wide):
+        log_q = _log_softmax(inputs, some, bias)
+        of_parts = d_batch.view(inputs.parts, -1).to(log_q.dtype)
+        dl = slope(log_q.exp(), log_q, of_parts if inputs.parts == 1 else of_parts[_part(inputs, some)])
         for start in range(0, len(keys), TILE):
             part = slice(start, start + TILE)
             d_queries[some] += dl[:, part] @ keys[part].to(dl.dtype)
         dl = dl.to(queries.dtype)
         into.keys.addmm_(dl.T, queries[some])
-        mass += dl.sum(0)
+        logit_grad_sum += dl.sum(0)
     into.queries.add_(d_queries)
 
 
-def _broad_blocks(problem: Problem, broad: Tensor) -> tuple[Tensor, ...]:
+def _part(inputs: Inputs, rows: Tensor) -> Tensor:
+    """The part of the batch to which each row belongs."""
+    return rows.div(len(inputs.queries) // inputs.parts, rounding_mode="floor")
+
+
+def _in_part(inputs: Inputs, near: Tensor) -> Tensor:
+    """Listed codes (N, WIDTH) as positions in `mean`, which has K numbers for each part."""
+    if inputs.parts == 1:
+        return near
+    rows = torch.arange(len(near), device=near.device)
+    return near + len(inputs.keys) * _part(inputs, rows)[:, None]
+
+
+def _wide_blocks(inputs: Inputs, wide: Tensor) -> tuple[Tensor, ...]:
     """Broad rows, a few at a time: some eight buffers of float64 take what the two of the softmax take."""
-    return broad.nonzero().squeeze(1).split(max(1, problem.rows // 8))
+    return wide.nonzero().squeeze(1).split(max(1, inputs.rows // 8))
 
 
-def _bias(problem: Problem) -> Tensor | None:
-    return minus_squares(problem.keys) if problem.distance else None
+def _bias(inputs: Inputs) -> Tensor | None:
+    return minus_squares(inputs.keys) if inputs.distance else None
 
 
-def _log_softmax(problem: Problem, some: Tensor, bias: Tensor | None) -> Tensor:
+def _log_softmax(inputs: Inputs, some: Tensor, bias: Tensor | None) -> Tensor:
     """log q of some rows against all codes: (n, K)."""
     # Logits divided by a small temperature multiply float32 rounding; at the softmax's own it is as for the softmax.
-    wide = problem.entropy_temperature < problem.temperature
-    queries = problem.queries[some].to(torch.float64 if wide else problem.queries.dtype)
-    logits = _products(queries, problem.keys, bias, queries.new_empty(len(queries), len(problem.keys)))
-    return logits.div_(problem.entropy_temperature).log_softmax(1)
+    double = inputs.entropy_temperature < inputs.temperature
+    queries = inputs.queries[some].to(torch.float64 if double else inputs.queries.dtype)
+    logits = _products(queries, inputs.keys, bias, queries.new_empty(len(queries), len(inputs.keys)))
+    return logits.div_(inputs.entropy_temperature).log_softmax(1)
 
 
 def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

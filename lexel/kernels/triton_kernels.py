@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lexel.kernels.problem import Problem
+from lexel.kernels.inputs import Inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of bfloat16 numbers, not the numbers
@@ -350,12 +350,12 @@ def group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, half: bool,
     return maxima
 
 
-def soft(problem: Problem, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def soft(inputs: Inputs, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients through the softmax of the straight-through one-hot: queries' (N, D), keys' (K, D), and sum dL (K,)."""
-    queries, keys, g = problem.queries.contiguous(), problem.keys.contiguous(), g.contiguous()
-    codes = keys if problem.codes is None else problem.codes.contiguous()
+    queries, keys, g = inputs.queries.contiguous(), inputs.keys.contiguous(), g.contiguous()
+    codes = keys if inputs.codes is None else inputs.codes.contiguous()
     n, size, dim = len(queries), len(keys), keys.shape[1]
-    scale = 1 / problem.temperature
+    scale = 1 / inputs.temperature
     shift = queries if bias is None else bias.to(queries.dtype)
     blocks, tiles = triton.cdiv(n, BLOCK_N), triton.cdiv(size, BLOCK_K)
     splits = max(1, min(8, math.ceil(PROGRAMS / blocks), tiles))
@@ -373,11 +373,11 @@ def soft(problem: Problem, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
     total = (partial[1] * weights).sum(0)
     mean = (partial[2] * weights).sum(0) / total
 
-    inputs = (queries, keys, codes, shift, g, maximum, total, mean)
+    arguments = (queries, keys, codes, shift, g, maximum, total, mean)
     d_queries = queries.new_empty(splits, n, dim)
-    _queries_kernel[(blocks, splits, chunks)](*inputs, d_queries, n, size, dim, scale, tiles, **options, OUT=out)
+    _queries_kernel[(blocks, splits, chunks)](*arguments, d_queries, n, size, dim, scale, tiles, **options, OUT=out)
     d_keys, mass = torch.empty_like(keys), queries.new_empty(size)
     _keys_kernel[(triton.cdiv(size, BLOCK_K), chunks)](
-        *inputs, d_keys, mass, n, size, dim, scale, blocks, **options, OUT=out
+        *arguments, d_keys, mass, n, size, dim, scale, blocks, **options, OUT=out
     )
     return d_queries.sum(0), d_keys, mass

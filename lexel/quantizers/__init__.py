@@ -15,6 +15,7 @@ from lexel.quantizers.lfq import LFQ
 from lexel.quantizers.product import Product
 from lexel.quantizers.registry import QUANTIZERS, build, outline
 from lexel.quantizers.residual import Residual
+from lexel.quantizers.running import frozen_statistics
 from lexel.quantizers.simvq import SimVQ
 from lexel.quantizers.soft import Soft
 from lexel.quantizers.vq import VQ
@@ -65,6 +66,7 @@ __all__ = [
     "Table",
     "build",
     "build_bank",
+    "frozen_statistics",
     "load_bank",
     "outline",
     "save_bank",

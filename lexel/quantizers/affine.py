@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from lexel.distributed import all_sum, processes
-from lexel.errors import UsageError
+from lexel.distributed import all_sum
+from lexel.quantizers import bounds
 from lexel.quantizers.base import Quantized, as_vectors, choose, full_precision
 from lexel.quantizers.projected import ProjectedVQ
+from lexel.quantizers.running import Recall, recomputing, statistics_move
 
 # Of the sum of all variances, added to every one: more than float32 rounds off a covariance, so that it has a Cholesky
 # factor, and a direction without latents still tells codes apart.
@@ -46,10 +47,10 @@ class Affine(ProjectedVQ):
         gradient: str = "straight_through",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, gradient)
-        if not 0 <= decay < 1:
-            raise UsageError(f"decay must be in [0, 1), got {decay}")
-        self.decay = decay
+        self.decay = bounds.decay(decay)
         self.spread = choose("spread", spread, ("full", "channel"))
+        self._recall = Recall()
+        self._recalled: tuple[Tensor, Tensor] | None = None  # the statistics of a forward pass that is repeated
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
         self.register_buffer("mean", torch.zeros(codebook_dim))
         self.register_buffer("covariance", torch.eye(codebook_dim))
@@ -59,26 +60,36 @@ class Affine(ProjectedVQ):
         self.steps: Tensor
 
     def project(self) -> Tensor:
-        covariance = self.covariance.double()
+        mean, covariance = self._recalled or (self.mean, self.covariance)
+        covariance = covariance.double()
         floor = FLOOR * covariance.trace().clamp_min(torch.finfo(torch.float32).tiny)
         covariance = covariance + floor * torch.eye(self.codebook_dim).to(floor)
         if self.spread == "channel":
-            return self.mean + self.weight * covariance.diagonal().sqrt().to(self.mean)
+            return mean + self.weight * covariance.diagonal().sqrt().to(mean)
         # Without a check, which would raise at latents that are NaN: training has a clear word for those.
-        root = torch.linalg.cholesky_ex(covariance).L.to(self.mean)
-        return self.mean + self.weight @ root.T
+        root = torch.linalg.cholesky_ex(covariance).L.to(mean)
+        return mean + self.weight @ root.T
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         if self.training:
-            self._follow(as_vectors(z.detach()))
-        return super().forward(z)
+            vectors = as_vectors(z.detach())
+            if statistics_move(vectors):
+                self._follow(vectors)
+                self._recall.keep(vectors, self.mean.clone(), self.covariance.clone())
+            elif recomputing():
+                self._recalled = self._recall.find(vectors)
+        try:
+            return super().forward(z)
+        finally:
+            self._recalled = None
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor) -> None:
         """One step of the running mean and covariance on latents (N, D) of every process."""
         vectors = vectors.to(self.mean.dtype)
-        count = len(vectors) * processes()
+        # Processes may have different numbers of latents.
+        count = all_sum(torch.tensor(float(len(vectors)), dtype=vectors.dtype, device=vectors.device))
         mean = all_sum(vectors.sum(0)) / count
         centred = vectors - mean
         covariance = all_sum(centred.T @ centred) / count

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.base import Quantizer, cosine_decay
 
 
@@ -23,7 +24,8 @@ class Annealed(Quantizer):
         super().__init__(codebook_size, codebook_dim)
         if not (tau_start > 0 and tau_end > 0):
             raise UsageError(f"tau_start and tau_end must be above 0, got {tau_start} and {tau_end}")
-        self.tau_start, self.tau_end = tau_start, tau_end
+        self.tau_start = bounds.temperature("tau_start", tau_start)
+        self.tau_end = bounds.temperature("tau_end", tau_end)
         self.register_buffer("progress", torch.zeros(()))
 
     @property

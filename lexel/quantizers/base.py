@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
 from lexel.kernels import SIMILARITIES, Similarity, nearest
+from lexel.quantizers import bounds
 
 
 class Quantized(NamedTuple):
@@ -38,6 +39,10 @@ def full_precision(method: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tenso
     def run(self: "Quantizer", z: Tensor) -> Any:
         if z.dim() < 2 or z.shape[1] != self.latent_dim:
             raise UsageError(f"latents must be (B, {self.latent_dim}, *grid), got {tuple(z.shape)}")
+        if not z.is_floating_point():
+            raise UsageError(f"latents must be floating point, got {z.dtype}")
+        if z.numel() == 0:  # before any statistics move
+            raise UsageError(f"an empty batch cannot be quantized, got latents {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
             return method(self, z.to(torch.promote_types(z.dtype, torch.float32)))
 
@@ -69,16 +74,15 @@ class Quantizer(nn.Module):
     straight_through: bool = False  # the decoder's gradient skips the codebook on its way to the latents
     batch_dependent: bool = False  # training looks at the whole batch (EMA, affine) or at chance (Gumbel)
     comparable_norms: bool = True  # latents and codes are compared as they are, so that their lengths should agree
+    stores_table: bool = True  # K x D numbers lie in memory; False where codes follow from their index
     starts_collapsed: bool = False  # all codes are alike before the first training steps, by design
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
         super().__init__()
-        if codebook_size < 2:
-            raise UsageError(f"codebook_size must be at least 2, got {codebook_size}")
-        if codebook_dim < 1:
-            raise UsageError(f"codebook_dim must be at least 1, got {codebook_dim}")
-        self.codebook_size = codebook_size
-        self.codebook_dim = codebook_dim
+        self.codebook_size = bounds.integer("codebook_size", codebook_size, 2, 2**53)
+        self.codebook_dim = bounds.integer("codebook_dim", codebook_dim, 1, 2**16)
+        if self.stores_table:
+            bounds.table(codebook_size, codebook_dim)
 
     @property
     def latent_dim(self) -> int:
@@ -254,7 +258,7 @@ Name = TypeVar("Name", bound=str)
 
 def choose(what: str, given: Name, choices: Mapping[str, Any] | tuple[str, ...]) -> Name:
     """`given` if it is one of the choices; a clear error otherwise."""
-    if given not in choices:
+    if not isinstance(given, str) or given not in choices:
         raise unknown(what, given, choices)
     return given
 

@@ -4,8 +4,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.quantizers.base import Quantizer
+from lexel.quantizers.base import Quantizer, straight_through
 from lexel.quantizers.lfq import LFQ
+from lexel.quantizers.statistics import Statistics
 
 
 class BSQ(LFQ):
@@ -13,7 +14,9 @@ class BSQ(LFQ):
 
     So the error is bounded, and the entropies use p(code) = softmax(2 z.c / temperature) with normalised z. The
     sample entropy is exact; the batch entropy is summed over groups of bits, which does not see correlations
-    between groups. Channels beyond or below log2 K work as in LFQ; below it codes leave the sphere.
+    between groups. The commitment term is summed over channels. The decoder's gradient passes the signs by and is
+    then divided by sqrt(D), as in the released code. Channels beyond or below log2 K work as in LFQ; below it codes
+    leave the sphere.
 
         BSQ(codebook_size=2**18, codebook_dim=18)
 
@@ -25,6 +28,7 @@ class BSQ(LFQ):
         group_bits: bits in a group of the batch entropy; 9 is the released class's, its recipes use 1.
         epsilon: inside the logarithm of the batch entropy.
         gradient: "straight_through" or "rotation".
+        statistics: the images over which a batch entropy is taken, as in LFQ; "process" is the released code's.
     """
 
     LOSS_WEIGHTS = {"commitment": 0.0, "entropy_sample": 0.1, "entropy_batch": -0.1}
@@ -38,12 +42,21 @@ class BSQ(LFQ):
         group_bits: int | None = 9,
         epsilon: float = 1e-8,
         gradient: str = "straight_through",
+        statistics: Statistics = "process",
     ) -> None:
-        super().__init__(codebook_size, codebook_dim, temperature, bit_order, group_bits, epsilon, gradient)
+        super().__init__(codebook_size, codebook_dim, temperature, bit_order, group_bits, epsilon, gradient, statistics)
         self.scale = codebook_dim**-0.5
 
     def _prepare(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=1)
+
+    def _commitment(self, z: Tensor, z_q: Tensor) -> Tensor:
+        return F.mse_loss(z, z_q) * self.codebook_dim  # summed over channels, as released
+
+    def _pass_gradient(self, z: Tensor, z_q: Tensor) -> Tensor:
+        if self.gradient == "straight_through":  # past the signs, which are scaled afterwards
+            return straight_through(self.scale * z, z_q)
+        return super()._pass_gradient(z, z_q)
 
     def bake(self) -> Quantizer:
         if max(self.lattice.sizes) > 2:

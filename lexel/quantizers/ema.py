@@ -8,9 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.distributed import all_rows, all_sum
-from lexel.errors import UsageError
 from lexel.kernels import nearest
-from lexel.quantizers.base import GRADIENTS, Advice, Quantized, Quantizer, as_vectors, choose, full_precision
+from lexel.quantizers import bounds
+from lexel.quantizers.base import (
+    GRADIENTS,
+    Advice,
+    Quantized,
+    Quantizer,
+    as_grid,
+    as_vectors,
+    choose,
+    full_precision,
+    lookup,
+)
+from lexel.quantizers.running import Recall, recomputing, statistics_move
 
 
 class EMA(Quantizer):
@@ -49,13 +60,12 @@ class EMA(Quantizer):
         gradient: str = "straight_through",
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
-        if not 0 <= decay < 1:
-            raise UsageError(f"decay must be in [0, 1), got {decay}")
-        self.decay = decay
-        self.epsilon = epsilon
+        self.decay = bounds.decay(decay)
+        self.epsilon = bounds.number("epsilon", epsilon, 0, 1)
         self.start = choose("start", start, ("normal", "kmeans"))
-        self.restart_below = restart_below
+        self.restart_below = bounds.number("restart_below", restart_below, 0)
         self.gradient = choose("gradient", gradient, GRADIENTS)
+        self._recall = Recall()
         self.register_buffer("weight", torch.randn(codebook_size, codebook_dim))
         self.register_buffer("counts", torch.ones(codebook_size))  # average number of latents per batch
         self.register_buffer("sums", self.weight.clone())  # average sum of those latents
@@ -67,12 +77,21 @@ class EMA(Quantizer):
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        if self.training:
-            indices = self._learn(as_vectors(z.detach())).view(z.shape[0], *z.shape[2:])
-        else:
-            indices = self.assign(z)
-        z_q = self.indices_to_codes(indices)
+        indices, codes = self._quantize(as_vectors(z.detach()))
+        indices, z_q = indices.view(z.shape[0], *z.shape[2:]), as_grid(codes, z)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, {"commitment": F.mse_loss(z, z_q)})
+
+    def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """The indices (N,) and codes (N, D) of latents (N, D); in training the averages move in between."""
+        if self.training and statistics_move(vectors):
+            indices = self._learn(vectors)
+            codes = lookup(indices, self.weight)
+            self._recall.keep(vectors, indices, codes)
+            return indices, codes
+        if self.training and recomputing() and (found := self._recall.find(vectors)) is not None:
+            return found
+        indices = nearest(vectors, self.weight)
+        return indices, lookup(indices, self.weight)
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor) -> Tensor:

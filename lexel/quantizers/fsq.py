@@ -11,6 +11,9 @@ from lexel.errors import UsageError
 from lexel.quantizers.base import Quantized, Quantizer, as_grid, as_vectors, full_precision, straight_through
 from lexel.quantizers.lattice import Lattice, LatticeQuantizer
 
+MOST_FACTORED = 2**32  # codes whose factors are looked for
+MOST_LEVELS = 2**22  # a dimension; float32 tells hardly more values apart
+
 
 class FSQ(LatticeQuantizer):
     """Squashes each dimension into a range of L levels by tanh and rounds. No table, no loss terms.
@@ -31,13 +34,23 @@ class FSQ(LatticeQuantizer):
 
     def __init__(self, codebook_size: int, codebook_dim: int, levels: Sequence[int] | None = None) -> None:
         super().__init__(codebook_size, codebook_dim)
+        if levels is None and codebook_size > MOST_FACTORED:
+            raise UsageError(f"FSQ with {codebook_size} codes needs levels, a list of integers with that product")
         chosen = choose_levels(codebook_size, codebook_dim) if levels is None else tuple(levels)
+        if any(not isinstance(level, int) or isinstance(level, bool) for level in chosen):
+            raise UsageError(f"levels must be integers, got {list(chosen)}")
         if math.prod(chosen) != codebook_size or min(chosen, default=0) < 2:
+            if codebook_size > MOST_FACTORED:
+                raise UsageError(
+                    f"levels must be at least 2 each and multiply to codebook_size {codebook_size}, got {list(chosen)}"
+                )
             suggestion = list(choose_levels(codebook_size, codebook_dim))
             raise UsageError(
                 f"levels must be at least 2 each and multiply to codebook_size {codebook_size}, got {list(chosen)}; "
                 f"try {suggestion}"
             )
+        if max(chosen) > MOST_LEVELS:
+            raise UsageError(f"a dimension has at most {MOST_LEVELS} levels, got {list(chosen)}; give more channels")
         if len(chosen) > codebook_dim:
             raise UsageError(f"{len(chosen)} levels need at least as many channels, got codebook_dim {codebook_dim}")
         self.lattice = Lattice(chosen, codebook_dim, low_first=True)

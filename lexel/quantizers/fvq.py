@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.base import choose
 from lexel.quantizers.projected import ProjectedVQ
+
+HEADS = 4  # of the attention in the bridge
 
 
 class FVQ(ProjectedVQ):
@@ -78,12 +81,15 @@ class VQBridge(nn.Module):
 
     def __init__(self, codebook_size: int, codebook_dim: int, patch: int | None, width: int, depth: int) -> None:
         super().__init__()
-        if width < 4 or width % 4:
-            raise UsageError(f"width must be a multiple of the 4 heads, got {width}")
+        bounds.integer("width", width, 1, 2**14)
+        bounds.integer("depth", depth, 0, 64)
+        if width % HEADS:
+            raise UsageError(f"width must be a multiple of the {HEADS} heads, got {width}")
         if patch is None:
             largest = 4 if codebook_size < 65536 else 8
             patch = next(p for p in (8, 4, 2, 1) if p <= largest and codebook_size % (p * p) == 0)
-        if patch < 1 or codebook_size % (patch * patch):
+        bounds.integer("patch", patch, 1, 2**10)
+        if codebook_size % (patch * patch):
             raise UsageError(f"squares of {patch} x {patch} codes do not tile {codebook_size} codes; try patch=1")
         squares = codebook_size // patch**2
         rows = next(r for r in range(math.isqrt(squares), 0, -1) if squares % r == 0)
@@ -121,7 +127,9 @@ class _Block(nn.Module):
         self.narrow = nn.Linear(2 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        heads = self.qkv(self.norm1(tokens)).view(len(tokens), 3, 4, -1).permute(1, 2, 0, 3)  # (3, heads, T, width / 4)
+        heads = (
+            self.qkv(self.norm1(tokens)).view(len(tokens), 3, HEADS, -1).permute(1, 2, 0, 3)
+        )  # (3, heads, T, width / 4)
         attended = F.scaled_dot_product_attention(*heads.unbind(0))
         tokens = tokens + self.out(attended.transpose(0, 1).flatten(1))
         return tokens + self.narrow(F.gelu(self.widen(self.norm2(tokens)), approximate="tanh"))

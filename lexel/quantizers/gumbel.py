@@ -4,6 +4,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
@@ -71,17 +72,18 @@ class Gumbel(Annealed):
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        logits = self.logits(as_vectors(z))  # (N, K)
+        weight, bias, codebook = (part.to(z.dtype) for part in (self.logits.weight, self.logits.bias, self.weight))
+        logits = F.linear(as_vectors(z), weight, bias)  # (N, K)
         log_p = logits.log_softmax(1)
         losses = {"kl": (log_p.exp() * (log_p + math.log(self.codebook_size))).sum(1).mean()}
         if not self.training:
             indices = self.assign(z)
-            return Quantized(self.indices_to_codes(indices), indices, losses)
+            return Quantized(self.indices_to_codes(indices).to(z.dtype), indices, losses)
         noise = -torch.empty_like(logits).exponential_().log()
         p = ((logits + noise) / self.temperature).softmax(1)
         rows = p.argmax(1)
-        codes = p @ self.weight
+        codes = p @ codebook
         if self.hard:
             # The one-hot's codes in value and for the table; the softmax's gradient for the logits, 0 in value.
-            codes = lookup(rows, self.weight) + (p - p.detach()) @ self.weight.detach()
+            codes = lookup(rows, codebook) + (p - p.detach()) @ codebook.detach()
         return Quantized(as_grid(codes, z), rows.view(z.shape[0], *z.shape[2:]), losses)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import UsageError
 from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation
+from lexel.quantizers import bounds
 from lexel.quantizers.base import Advice, Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
+from lexel.quantizers.statistics import Statistics, check_statistics, groups
 
 
 class IBQ(Quantizer):
@@ -31,6 +32,9 @@ class IBQ(Quantizer):
             0 (published) to 1.
         entropy: False leaves out both entropy terms and their cost.
         rows: how many latents the backward pass takes at a time; fewer save memory and cost time (docs/performance.md).
+        statistics: the images over which a batch entropy is taken. "process": the batch of each process, as in the
+            released code, where that is 4 images; a number (4 for the published runs): that many, with the same result
+            on any number of processes; "global": the batches of all processes.
     """
 
     LOSS_WEIGHTS = {
@@ -51,27 +55,23 @@ class IBQ(Quantizer):
         identity: float = 0.0,
         entropy: bool = True,
         rows: int | None = None,
+        statistics: Statistics = "process",
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
-        for name, value in (("temperature", temperature), ("entropy_temperature", entropy_temperature)):
-            if not value > 0:
-                raise UsageError(f"{name} must be above 0, got {value}")
-        if not 0 <= identity <= 1:
-            raise UsageError(f"identity must be from 0 to 1, got {identity}")
-        self.temperature = temperature
-        self.entropy_temperature = entropy_temperature
+        self.temperature = bounds.temperature("temperature", temperature)
+        self.entropy_temperature = bounds.temperature("entropy_temperature", entropy_temperature)
         self.similarity = choose("similarity", similarity, SIMILARITIES)
-        self.identity = identity
+        self.identity = bounds.number("identity", identity, 0, 1)
         self.entropy = entropy
-        if rows is not None and rows < 1:
-            raise UsageError(f"rows must be at least 1, got {rows}")
-        self.rows = rows
+        self.rows = None if rows is None else bounds.integer("rows", rows, 1, 2**31)
+        self.statistics = check_statistics(statistics)
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         vectors = as_vectors(z)
+        parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
         z_q, indices, losses = index_backpropagation(
             vectors,
             self.codebook,
@@ -80,6 +80,8 @@ class IBQ(Quantizer):
             similarity=self.similarity,
             entropy=self.entropy,
             rows=self.rows,
+            entropy_parts=parts,
+            entropy_processes=together,
         )
         if self.identity:
             z_q = z_q + self.identity * (vectors - vectors.detach())

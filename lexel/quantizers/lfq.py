@@ -1,12 +1,15 @@
 """Lookup-free quantization: a code is the signs of the latent (MAGVIT-v2 https://arxiv.org/abs/2310.05737,
 Open-MAGVIT2 https://arxiv.org/abs/2409.04410)."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.distributed import mean_over_processes
 from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.base import (
     GRADIENTS,
     Quantized,
@@ -16,6 +19,9 @@ from lexel.quantizers.base import (
     full_precision,
 )
 from lexel.quantizers.lattice import Lattice, LatticeQuantizer, entropy, mean_distribution, sample_entropy
+from lexel.quantizers.statistics import Groups, Statistics, check_statistics, groups
+
+JOINT = 2**28  # codes whose mean distribution is held at once
 
 
 class LFQ(LatticeQuantizer):
@@ -39,6 +45,9 @@ class LFQ(LatticeQuantizer):
             all; None is exact.
         epsilon: inside the logarithm of the batch entropy; 1e-5 is the released code's.
         gradient: "straight_through" or "rotation".
+        statistics: the images over which a batch entropy is taken. "process": the batch of each process, as in the
+            released code; a number: that many, with the same result on any number of processes; "global": the batches
+            of all processes.
     """
 
     LOSS_WEIGHTS = {"commitment": 0.25, "entropy_sample": 0.1, "entropy_batch": -0.1}
@@ -52,19 +61,25 @@ class LFQ(LatticeQuantizer):
         group_bits: int | None = None,
         epsilon: float = 1e-5,
         gradient: str = "straight_through",
+        statistics: Statistics = "process",
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         bits = codebook_size.bit_length() - 1
         if codebook_size != 2**bits:
             raise UsageError(f"codes of signs come in powers of two, got codebook_size {codebook_size}; try {2**bits}")
-        if group_bits is not None and group_bits < 1:
-            raise UsageError(f"group_bits must be at least 1, got {group_bits}")
-        self.temperature = temperature
-        self.group_bits = group_bits
-        self.epsilon = epsilon
+        self.temperature = bounds.temperature("temperature", temperature)
+        self.group_bits = None if group_bits is None else bounds.integer("group_bits", group_bits, 1, 64)
+        self.epsilon = bounds.number("epsilon", epsilon, 0, 1)
+        self.statistics = check_statistics(statistics)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         dimensions = min(bits, codebook_dim)
         levels = tuple(2 ** (bits // dimensions + (i < bits % dimensions)) for i in range(dimensions))
+        largest = max(math.prod(levels[i : i + (group_bits or dimensions)]) for i in range(dimensions))
+        if largest > JOINT:
+            raise UsageError(
+                f"the batch entropy over {codebook_size} codes needs {largest} numbers; "
+                f"group_bits = {min(9, dimensions)} sums it over groups of dimensions"
+            )
         low_first = choose("bit_order", bit_order, ("low_first", "high_first")) == "low_first"
         self.lattice = Lattice(levels, codebook_dim, low_first)
         self.scale = 1.0  # the value of a single bit
@@ -84,7 +99,7 @@ class LFQ(LatticeQuantizer):
         losses = {
             "commitment": self._commitment(z, z_q),
             "entropy_sample": sample_entropy(log_p),  # low where latents are sure of their code
-            "entropy_batch": self._batch_entropy(log_p),
+            "entropy_batch": self._batch_entropy(log_p, groups(self.statistics, z.shape[0], self.training)),
         }
         return Quantized(self._pass_gradient(z, z_q), indices.view(z.shape[0], *z.shape[2:]), losses)
 
@@ -105,13 +120,18 @@ class LFQ(LatticeQuantizer):
         return F.mse_loss(z, z_q)
 
     def _pass_gradient(self, z: Tensor, z_q: Tensor) -> Tensor:
+        """z_q in value, with the gradient that the method gives z."""
         return GRADIENTS[self.gradient](z, z_q)
 
-    def _batch_entropy(self, log_p: list[Tensor]) -> Tensor:
+    def _batch_entropy(self, log_p: list[Tensor], images: Groups) -> Tensor:
+        """The entropy of the mean distribution, summed over groups of dimensions, averaged over groups of images."""
         size = self.group_bits or len(log_p)
-        groups = [log_p[i : i + size] for i in range(0, len(log_p), size)]
-        means = [mean_over_processes(mean_distribution(group)) for group in groups]
-        return torch.stack([entropy(mean, self.epsilon) for mean in means]).sum()
+        terms = []
+        for i in range(0, len(log_p), size):
+            for rows in zip(*(p.chunk(images.parts) for p in log_p[i : i + size]), strict=True):
+                mean = mean_over_processes(mean_distribution(list(rows)), len(rows[0]), images.together)
+                terms.append(entropy(mean, self.epsilon))
+        return torch.stack(terms).sum() / images.parts
 
     def _log_p(self, vectors: Tensor) -> list[Tensor]:
         """For each dimension the log-probabilities (N, levels) of its levels."""

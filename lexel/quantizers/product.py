@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.base import Quantized, Quantizer, full_precision
 from lexel.quantizers.stacked import Stacked, mean_terms
 
@@ -38,8 +39,9 @@ class Product(Stacked):
         base: str = "vq",
         base_options: Mapping[str, Any] | None = None,
     ) -> None:
-        parts = min(2, codebook_dim) if parts is None else parts
-        if not 1 <= parts <= codebook_dim:
+        bounds.integer("codebook_dim", codebook_dim, 1, 2**16)
+        parts = min(2, codebook_dim) if parts is None else bounds.integer("parts", parts, 1, 1024)
+        if parts > codebook_dim:
             raise UsageError(f"parts must be from 1 to codebook_dim {codebook_dim}, got {parts}")
         dims = [codebook_dim // parts + (q < codebook_dim % parts) for q in range(parts)]
         super().__init__(codebook_size, codebook_dim, base, base_options, dims)

@@ -13,6 +13,7 @@ from lexel.quantizers.base import (
     lookup,
     vq_terms,
 )
+from lexel.quantizers.running import transformed
 
 
 class ProjectedVQ(Quantizer):
@@ -41,9 +42,14 @@ class ProjectedVQ(Quantizer):
             if self.training or torch.compiler.is_compiling():
                 self._kept = None
                 return self.project()
-            state = tuple((t.data_ptr(), t._version, t.dtype) for t in (*self.parameters(), *self.buffers()))
-            if self._kept is None or self._kept[0] != state:
+            parts = (*self.parameters(), *self.buffers())
+            if any(part.is_inference() or transformed(part) for part in parts):  # they do not count their changes
                 with torch.no_grad():
+                    return self.project()
+            state = tuple((part.data_ptr(), part._version, part.dtype) for part in parts)
+            if self._kept is None or self._kept[0] != state:
+                # Outside inference mode, so that the table can be used in training code later.
+                with torch.inference_mode(False), torch.no_grad():
                     self._kept = state, self.project()
             return self._kept[1]
 

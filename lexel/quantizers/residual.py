@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, full_precision
 from lexel.quantizers.stacked import Stacked, mean_terms
 
@@ -46,10 +46,8 @@ class Residual(Stacked):
         shared: bool = False,
         shrink: float = 1.0,
     ) -> None:
-        if depth < 1:
-            raise UsageError(f"depth must be at least 1, got {depth}")
-        if not shrink > 0:
-            raise UsageError(f"shrink must be above 0, got {shrink}")
+        bounds.integer("depth", depth, 1, 256)
+        bounds.number("shrink", shrink, 1e-6, 1e6)
         super().__init__(codebook_size, codebook_dim, base, base_options, [codebook_dim] * (1 if shared else depth))
         self.books = depth
         self.comparable_norms = False  # a latent is compared with a sum of codes

@@ -1,11 +1,13 @@
 """Soft vector quantization with an annealed temperature (appendix B of https://arxiv.org/abs/2412.02692)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lexel.kernels.inputs import differentiable_once, no_transform
+from lexel.quantizers import bounds
 from lexel.quantizers.annealed import Annealed
 from lexel.quantizers.base import (
     Quantized,
@@ -16,6 +18,7 @@ from lexel.quantizers.base import (
 )
 
 TILE = 4096  # codes in hand at a time
+NAME = "the soft assignment of Soft VQ"
 
 
 class Soft(Annealed):
@@ -53,7 +56,7 @@ class Soft(Annealed):
         hard_from: float = 1.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
-        self.hard_from = hard_from
+        self.hard_from = bounds.number("hard_from", hard_from, 0, 1)
         self.similarity = choose("similarity", similarity, ("dot", "l2"))
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
@@ -61,7 +64,7 @@ class Soft(Annealed):
     def forward(self, z: Tensor) -> Quantized:
         if not self.training:
             indices = self.assign(z)
-            z_q = self.indices_to_codes(indices)
+            z_q = self.indices_to_codes(indices).to(z.dtype)
             return Quantized(z_q, indices, {"gap": z_q.new_zeros(())})
         keys: Tensor = self.weight
         bias = self.weight.new_zeros(self.codebook_size)
@@ -84,7 +87,7 @@ def soft_assign(
     tile's probabilities again from the saved log-normaliser.
     """
     dtype = z.dtype
-    average, indices = _SoftAssign.apply(
+    average, indices, _ = _SoftAssign.apply(
         z, keys.to(dtype), bias.to(dtype), values.to(dtype), temperature.to(dtype), tile
     )
     return average, indices
@@ -92,7 +95,9 @@ def soft_assign(
 
 class _SoftAssign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, keys, bias, values, temperature, tile):  # type: ignore[no-untyped-def]
+    def forward(
+        z: Tensor, keys: Tensor, bias: Tensor, values: Tensor, temperature: Tensor, tile: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         highest = z.new_full((len(z), 1), -torch.inf)  # the largest logit so far,
         total = torch.zeros_like(highest)  # sum of exp(logit - highest),
         weighted = z.new_zeros(len(z), values.shape[1])  # and sum of exp(logit - highest) * value
@@ -108,24 +113,37 @@ class _SoftAssign(torch.autograd.Function):
             total = total * shrink + p.sum(1, keepdim=True)
             weighted = weighted * shrink + p @ values[part]
             highest = higher
-        average = weighted / total
-        ctx.save_for_backward(z, keys, bias, values, temperature, average, highest + total.log())
-        ctx.tile = tile
-        ctx.mark_non_differentiable(indices)
-        return average, indices
+        return weighted / total, indices, highest + total.log()
 
     @staticmethod
-    def backward(ctx, gradient, _):  # type: ignore[no-untyped-def]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        *tensors, ctx.tile = inputs
+        average, indices, normaliser = output
+        ctx.save_for_backward(*tensors, average, normaliser)
+        ctx.mark_non_differentiable(indices, normaliser)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         z, keys, bias, values, temperature, average, normaliser = ctx.saved_tensors
-        centre = (gradient * average).sum(1, keepdim=True)
-        z_grad = torch.zeros_like(z)
-        keys_grad, bias_grad, values_grad = torch.empty_like(keys), torch.empty_like(bias), torch.empty_like(values)
-        for start in range(0, len(keys), ctx.tile):
-            part = slice(start, start + ctx.tile)
-            p = (torch.addmm(bias[part], z, keys[part].T) / temperature - normaliser).exp_()
-            values_grad[part] = p.T @ gradient
-            slope = p.mul_((gradient @ values[part].T).sub_(centre)).div_(temperature)  # d loss / d logits
-            z_grad.addmm_(slope, keys[part])
-            keys_grad[part] = slope.T @ z
-            bias_grad[part] = slope.sum(0)
-        return z_grad, keys_grad, bias_grad, values_grad, None, None
+        with torch.no_grad():
+            centre = (gradient * average).sum(1, keepdim=True)
+            z_grad = torch.zeros_like(z)
+            keys_grad, bias_grad, values_grad = torch.empty_like(keys), torch.empty_like(bias), torch.empty_like(values)
+            for start in range(0, len(keys), ctx.tile):
+                part = slice(start, start + ctx.tile)
+                p = (torch.addmm(bias[part], z, keys[part].T) / temperature - normaliser).exp_()
+                values_grad[part] = p.T @ gradient
+                slope = p.mul_((gradient @ values[part].T).sub_(centre)).div_(temperature)  # d loss / d logits
+                z_grad.addmm_(slope, keys[part])
+                keys_grad[part] = slope.T @ z
+                bias_grad[part] = slope.sum(0)
+        gradients = (z_grad, keys_grad, bias_grad, values_grad)
+        return *differentiable_once(NAME, gradients, (z, keys, bias, values, gradient)), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise no_transform(NAME, "vmap")
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Any) -> Any:
+        raise no_transform(NAME, "jvp")

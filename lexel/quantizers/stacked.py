@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import unknown
+from lexel.errors import UsageError, unknown
 from lexel.quantizers.base import Advice, Quantizer
 from lexel.quantizers.registry import QUANTIZERS, build
 
@@ -22,14 +22,19 @@ class Stacked(Quantizer):
         levels: the quantizers.
     """
 
+    books: int
+    stores_table = False  # its levels do
+
     def __init__(
         self, codebook_size: int, codebook_dim: int, base: str, base_options: Mapping[str, Any] | None, dims: list[int]
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
-        bases = [name for name, kind in QUANTIZERS.items() if not issubclass(kind, Stacked)]
-        if base not in (*bases, "table"):
-            raise unknown("base quantizer", base, bases)
+        if base in ("none", *(name for name, kind in QUANTIZERS.items() if issubclass(kind, Stacked))):
+            raise unknown("base quantizer", base, simple())
         options = dict(base_options or {})
+        for name in ("codebook_size", "codebook_dim"):
+            if name in options:
+                raise UsageError(f"base_options cannot hold {name}: it is the quantizer's own {name}")
         self.levels = nn.ModuleList(
             build(base, {"codebook_size": codebook_size, "codebook_dim": dim, **options}) for dim in dims
         )
@@ -41,8 +46,6 @@ class Stacked(Quantizer):
         self.batch_dependent = self[0].batch_dependent
         self.comparable_norms = self[0].comparable_norms
         self.starts_collapsed = self[0].starts_collapsed
-
-    books: int
 
     def __len__(self) -> int:
         return self.books
@@ -61,6 +64,11 @@ class Stacked(Quantizer):
     def anneal(self, progress: float) -> None:
         for level in self:
             level.anneal(progress)
+
+
+def simple() -> list[str]:
+    """The names of quantizers that are not made of others."""
+    return [name for name, kind in QUANTIZERS.items() if not issubclass(kind, Stacked)]
 
 
 def mean_terms(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
+from lexel.quantizers import bounds
 from lexel.quantizers.projected import ProjectedVQ
 
 
@@ -46,6 +47,9 @@ class VQGANLC(ProjectedVQ):
         gradient: str = "straight_through",
     ) -> None:
         super().__init__(codebook_size, codebook_dim, gradient)
+        bounds.table(codebook_size, bounds.integer("feature_dim", feature_dim, 1, 2**20))
+        if hidden is not None:
+            bounds.integer("hidden", hidden, 1, 2**20)
         self._missing: str | None = None
         features = torch.empty(codebook_size, feature_dim)
         if bank is None:
@@ -62,19 +66,25 @@ class VQGANLC(ProjectedVQ):
             self._missing = str(bank)
         self.register_buffer("bank", features)
         self.bank: Tensor
-        self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_missing", None))
+        self.register_load_state_dict_post_hook(_bank_loaded)
         widths = [feature_dim, codebook_dim] if hidden is None else [feature_dim, hidden, codebook_dim]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.projector = nn.Sequential(*layers[:-1])
-        for layer in layers[::2]:
-            nn.init.normal_(layer.weight, std=codebook_dim**-0.5)  # type: ignore[arg-type]
+        if hidden is None:  # the released start of a single layer; two start as PyTorch starts them, as released
+            nn.init.normal_(layers[0].weight, std=codebook_dim**-0.5)  # type: ignore[arg-type]
 
     def project(self) -> Tensor:
         if self._missing is not None:
             raise UsageError(f"the bank {self._missing} does not exist; make it with `build_bank` and `save_bank`")
         return self.projector(self.bank)
+
+
+def _bank_loaded(module: nn.Module, incompatible_keys: object) -> None:
+    """Weights bring the bank along. A function of the module, so that the quantizer can be pickled."""
+    assert isinstance(module, VQGANLC)
+    module._missing = None
 
 
 def build_bank(

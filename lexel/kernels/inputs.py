@@ -1,0 +1,123 @@
+"""What the kernels are given: choices, checks of shapes, and the inputs that all implementations share."""
+
+import os
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lexel.errors import UsageError, unknown
+
+Implementation = Literal["oracle", "tiled", "triton", "auto"]
+IMPLEMENTATIONS = ("oracle", "tiled", "triton", "auto")
+Similarity = Literal["dot", "l2", "cosine"]
+SIMILARITIES = ("dot", "l2", "cosine")
+
+
+class Inputs(NamedTuple):
+    """The inputs of both passes of index backpropagation."""
+
+    queries: Tensor  # (N, D), float32 or float64
+    keys: Tensor  # (K, D)
+    codes: Tensor | None  # (K, D), what z_q is made of; None where the keys are the codes
+    distance: bool  # logits are queries @ keys.T - |keys|^2
+    temperature: float
+    entropy_temperature: float
+    entropy: bool
+    rows: int  # rows of the backward pass at a time; it holds two buffers of rows x K
+    parts: int  # equal consecutive parts of the rows, each with a batch entropy of its own
+    together: int  # consecutive processes that share a batch entropy
+
+
+def check_rows(z: Tensor, codebook: Tensor) -> None:
+    """Refuses what is no z (N, D) and codebook (K, D)."""
+    if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
+        raise UsageError(
+            f"z must be (N, D) and codebook (K, D) with the same D, got {tuple(z.shape)} and {tuple(codebook.shape)}"
+        )
+    if z.shape[0] == 0:
+        raise UsageError("z has no rows: an empty batch cannot be quantized")
+    if codebook.shape[0] == 0:
+        raise UsageError("codebook has no rows")
+    if not z.is_floating_point() or not codebook.is_floating_point():
+        raise UsageError(f"z and codebook must be floating point, got {z.dtype} and {codebook.dtype}")
+
+
+def check_similarity(similarity: str) -> None:
+    """Refuses a similarity that is not in SIMILARITIES."""
+    if similarity not in SIMILARITIES:
+        raise unknown("similarity", similarity, SIMILARITIES)
+
+
+def choose_implementation(implementation: str, z: Tensor) -> str:
+    """The implementation that serves z; refuses one that cannot."""
+    if implementation not in IMPLEMENTATIONS:
+        raise unknown("implementation", implementation, IMPLEMENTATIONS)
+    if implementation == "triton":
+        if not (z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+            raise UsageError(f"implementation 'triton' needs a CUDA device, got {z.device}; use 'tiled'")
+        if z.dtype == torch.float64:
+            raise UsageError("implementation 'triton' computes in float32, got float64; use 'tiled'")
+        if find_spec("triton") is None:
+            raise UsageError("implementation 'triton' needs the triton package; install it or use 'tiled'")
+    # The kernels have not been timed on a GPU yet: until they are shown to be faster, tiles are the choice everywhere.
+    return "tiled" if implementation == "auto" else implementation
+
+
+def as_scores(z: Tensor, codebook: Tensor, similarity: str) -> tuple[Tensor, Tensor, bool]:
+    """Queries and keys whose products are the logits, up to a constant in each row; True: -|keys|^2 is to be added."""
+    if similarity == "dot":
+        return z, codebook, False
+    if similarity == "cosine":
+        return F.normalize(z, dim=1), F.normalize(codebook, dim=1), False
+    # -|z - e|^2 = 2 z.e - |e|^2 - |z|^2; neither a softmax over codes nor its entropy sees the last term.
+    return 2 * z, codebook, True
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether tensors stand for others (a compiler at work, fake or meta tensors), so that values cannot be looked at.
+
+    A custom operator then keeps the computation in one piece. Only then: the first call of a custom operator imports
+    torch._dynamo, which takes seconds and 170 MiB.
+    """
+    return torch.compiler.is_compiling() or any(
+        t is not None and (t.is_meta or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__) for t in tensors
+    )
+
+
+class _Refused(torch.autograd.Function):
+    """A gradient as it is; its own gradient is an error."""
+
+    @staticmethod
+    def forward(what: str, gradient: Tensor, *sources: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.what = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise second_derivatives(ctx.what)
+
+
+def second_derivatives(what: str) -> UsageError:
+    """The error for differentiating a gradient."""
+    return UsageError(f"{what} has no second derivatives: its gradient cannot be differentiated again")
+
+
+def differentiable_once(
+    what: str, gradients: tuple[Tensor | None, ...], sources: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """Gradients made from sources, such that differentiating them again raises UsageError instead of giving nothing."""
+    if not torch.is_grad_enabled():
+        return gradients
+    given = [source for source in sources if source is not None]
+    return tuple(None if g is None else _Refused.apply(what, g, *given) for g in gradients)
+
+
+def no_transform(what: str, transform: str) -> UsageError:
+    """The error for a function transform that a kernel does not have."""
+    return UsageError(f"{what} cannot be transformed by torch.func's {transform}; call it on rows (N, D)")
