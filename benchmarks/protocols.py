@@ -14,25 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from lexel.data import ImageSet, open_images
 from lexel.evaluate import evaluate_tokenizer
 from lexel.metrics import PROTOCOLS
+from lexel.token_spec import TokenSpec
 
 PATCH = 384
 
 
-class Palette(nn.Module):
+class Palette:
     """A tokenizer without training: 4 x 4 pixels become one of 16 x 16 x 16 colours."""
-
-    codebook_size = 4096
-    downsampling = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.quantizer = nn.Identity()
 
     def encode(self, images: Tensor) -> Tensor:
         levels = ((F.avg_pool2d(images, 4) + 1) / 2 * 15).round().long().clamp(0, 15)
@@ -41,6 +35,9 @@ class Palette(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         levels = torch.stack([indices // 256, indices // 16 % 16, indices % 16], 1)
         return F.interpolate(levels.float() / 15 * 2 - 1, scale_factor=4, mode="bilinear")
+
+    def token_spec(self, height: int, width: int) -> TokenSpec:
+        return TokenSpec(((height // 4, width // 4),), 4096)
 
     def fingerprint(self) -> str:
         return "palette of 4096 colours"

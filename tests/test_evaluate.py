@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
+from toys import Grey
 
 from lexel.config import check
 from lexel.data import TRANSFORMS, ArrayImages, to_images
 from lexel.data.tokens import write_tokens
 from lexel.errors import UsageError
 from lexel.evaluate import (
+    Metric,
     compare_results,
     evaluate_samples,
     evaluate_tokenizer,
@@ -41,27 +42,6 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 QUICK = dataclasses.replace(  # a network of 16 features that needs no file, at 32 px
     PROTOCOLS["lexel"], name="quick", network="random", size=32, samples=20, reference_features=15, lpips=()
 )
-
-
-class Grey(nn.Module):
-    """Stands in for a tokenizer: the mean of every 4 x 4 patch as one of 64 greys."""
-
-    codebook_size = 64
-    downsampling = 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.quantizer = nn.Identity()
-
-    def encode(self, images: Tensor) -> Tensor:
-        return ((F.avg_pool2d(images, 4).mean(1) + 1) / 2 * 63).round().long()
-
-    def decode(self, indices: Tensor) -> Tensor:
-        grey = indices[:, None].float() / 63 * 2 - 1
-        return F.interpolate(grey, scale_factor=4).expand(-1, 3, -1, -1)
-
-    def fingerprint(self) -> str:
-        return "grey"
 
 
 def pictures(count: int = 23, size: int = 32, seed: int = 0) -> np.ndarray:
@@ -184,6 +164,14 @@ class Stopped(Exception):
     pass
 
 
+class Rows(Metric):
+    """Moments of rows."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.states = {"moments": MomentState(3)}
+
+
 def stop_after(count: int):
     def progress(done: int, total: int) -> None:
         if done >= count:
@@ -214,7 +202,7 @@ def test_an_evaluation_stopped_while_its_result_is_made_looks_at_nothing_again(t
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr("lexel.evaluate.reconstructions.frechet_terms", stop)
+        patch.setattr("lexel.evaluate.metrics.frechet.frechet_terms", stop)
         with pytest.raises(Stopped):
             evaluate_tokenizer(Grey(), image_set(), QUICK, **options)
     seen: list[tuple[int, int]] = []
@@ -236,26 +224,23 @@ def test_a_partial_state_of_another_evaluation_is_refused(tmp_path):
 
 def test_parts_of_several_processes_are_taken_over_by_one_and_none_counts_twice(tmp_path):
     """Two processes of an earlier run, stopped at different places, and a leftover that the first already holds."""
-    from lexel.evaluate.stream import Partial, Seen
+    from lexel.evaluate.stream import Partial, Visited
 
-    def part(numbers: list[int]) -> tuple[dict, Seen]:
-        states, seen = {"moments": MomentState(3)}, Seen(10)
-        rows = torch.arange(30.0).view(10, 3)[numbers]
-        states["moments"].add(rows)
-        seen.add(torch.zeros(len(numbers), 3, 1, 1), torch.tensor(numbers))
-        return states, seen
+    def part(numbers: list[int]) -> tuple[dict, Visited]:
+        metrics, visited = {"moments": Rows()}, Visited(10)
+        metrics["moments"].states["moments"].add(torch.arange(30.0).view(10, 3)[numbers])
+        visited.add(torch.zeros(len(numbers), 3, 1, 1), torch.tensor(numbers, dtype=torch.int64))
+        return metrics, visited
 
     for name, numbers in (("part-0.pt", [0, 2, 4, 1]), ("part-1.pt", [3, 5]), ("part-2.pt", [1, 2])):
         partial = Partial(tmp_path, {})
         partial.path = tmp_path / name
         partial.save(*part(numbers))
-    states, seen = {"moments": MomentState(3)}, Seen(10)
-    Partial(tmp_path, {}).load(states, seen)
-    assert seen.done.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
-    assert int(states["moments"].n) == 6
-    states, seen = {"moments": MomentState(3)}, Seen(10)
-    Partial(tmp_path, {}).load(states, seen)  # again: what the first process took over is not taken twice
-    assert int(states["moments"].n) == 6
+    for _ in range(2):  # again: what the first process took over is not taken twice
+        metrics, visited = part([])
+        Partial(tmp_path, {}).load(metrics, visited)
+        assert visited.done.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+        assert int(metrics["moments"].states["moments"].n) == 6
 
 
 def test_unreadable_images_are_named_counted_and_left_out(tmp_path):

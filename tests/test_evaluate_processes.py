@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from test_evaluate import QUICK, Grey, Stopped, assert_same, image_set, pictures, save, stop_after
+from test_evaluate import QUICK, Stopped, assert_same, image_set, pictures, save, stop_after
+from toys import Grey
 
 from lexel.evaluate import evaluate_samples, evaluate_tokenizer
 

@@ -1,53 +1,84 @@
-"""What a feature network is shown of a batch, and what is kept of what it saw."""
+"""Which feature network a metric gets, and what of it decides numbers."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from lexel import networks
-from lexel.metrics import Protocol, contiguous_splits, deal, shuffled
-from lexel.metrics.pixels import on_unit_scale
-from lexel.networks import FeatureNetwork, Features
-from lexel.runtime import Runtime, cache_folder
+from lexel.errors import UsageError
+from lexel.metrics import Protocol
+from lexel.networks import FeatureNetwork
+from lexel.runtime import cache_folder
 
 OFFLINE = "efficientnet_lite0"  # stands in where FID's Inception is not at hand; a package carries its weights
-GROUPS = 10  # of samples, each left out once for the confidence intervals
 
 
-class Plan(NamedTuple):
-    """Where each sample number belongs: a function of the numbers alone."""
+class Networks:
+    """The feature networks of an evaluation, each built when a metric first asks for it.
 
-    group: Tensor  # int64 (N,): left out together, for the intervals
-    split: Tensor  # int64 (N,): of the inception score
-    splits: int
+    Args:
+        protocol: names the network of metrics that name none.
+        name: a network to use instead of the protocol's.
+        weights: the weights file of the protocol's network, or of `name`.
+        device: where they run.
 
-    @classmethod
-    def of(cls, count: int, protocol: Protocol) -> "Plan":
-        rule = protocol.score
-        split = contiguous_splits(count, rule.splits, rule.split_size)
-        split = shuffled(split, seed=0) if rule.shuffle else split
-        return cls(deal(count, GROUPS), split, int(split.max()) + 1 if count else 1)
+    Attributes:
+        warnings: what was used instead of what the protocol names.
+        reasons: why a network cannot be had, by its name; None for the protocol's.
+    """
 
+    def __init__(self, protocol: Protocol, name: str | None, weights: str | Path | None, device: torch.device) -> None:
+        self.protocol, self.name, self.weights, self.device = protocol, name, weights, device
+        self.warnings: list[str] = []
+        self.reasons: dict[str | None, str] = {}
+        self._built: dict[str, FeatureNetwork] = {}
 
-def network_for(
-    protocol: Protocol, name: str | None, path: str | Path | None, where: Runtime, warnings: list[str]
-) -> FeatureNetwork:
-    """The network asked for; else the protocol's, if its weights are here; else the offline one, with a word on it."""
-    if name is None:
-        at_hand = protocol.network != "inception" or path is not None or _cached("inception")
-        name = protocol.network if at_hand else OFFLINE
-        if not at_hand:
-            warnings.append(
-                f"protocol {protocol.name!r} looks through {protocol.network}, whose weights are not here: numbers are"
-                f" of {name} and carry its name; give the weights file to get the published ones"
+    def get(self, name: str | None) -> FeatureNetwork | None:
+        """The network of this name, or the protocol's for None; None where its weights are not found.
+
+        Raises:
+            UsageError: the caller asked for a network or gave weights, and it cannot be had.
+        """
+        if name in self.reasons:
+            return None
+        asked = name is None and (self.name is not None or self.weights is not None)
+        chosen = name or self._chosen()
+        if chosen not in self._built:
+            try:
+                self._built[chosen] = self._build(chosen, self.weights if name is None else None)
+            except UsageError as error:
+                if asked or chosen not in networks.FEATURE_NETWORKS:
+                    raise
+                self.reasons[name] = str(error)
+                return None
+        return self._built[chosen]
+
+    @property
+    def main(self) -> FeatureNetwork | None:
+        """The network of metrics that name none, if one of them has asked for it."""
+        return self._built.get(self._chosen())
+
+    def _chosen(self) -> str:
+        """The network asked for; else the protocol's, if its weights are here; else the offline one, with a warning."""
+        wanted = self.protocol.network
+        if self.name is not None:
+            return self.name
+        if wanted != "inception" or self.weights is not None or _cached("inception"):
+            return wanted
+        if not self.warnings:
+            self.warnings.append(
+                f"protocol {self.protocol.name!r} uses {wanted}, whose weights are not here: numbers are"
+                f" of {OFFLINE} and carry its name; give the weights file to get the published ones"
             )
-    own = name == protocol.network  # the protocol's choices are about its own network
-    bias = protocol.score.bias if own else None
-    built = networks.build(name, path, protocol.resize if own else None, bias).to(where.device)
-    # On a CPU this layout is the faster one, most of all for depthwise convolutions.
-    return built.to(memory_format=torch.channels_last) if where.device.type == "cpu" else built  # type: ignore[call-overload]
+        return OFFLINE
+
+    def _build(self, name: str, weights: str | Path | None) -> FeatureNetwork:
+        own = name == self.protocol.network  # the protocol's choices are about its own network
+        bias = self.protocol.score.bias if own else None
+        built = networks.build(name, weights, self.protocol.resize if own else None, bias).to(self.device)
+        # On a CPU this layout is the faster one, most of all for depthwise convolutions.
+        return built.to(memory_format=torch.channels_last) if self.device.type == "cpu" else built  # type: ignore[call-overload]
 
 
 def _cached(name: str) -> bool:
@@ -67,53 +98,9 @@ def described(network: FeatureNetwork | None) -> dict[str, Any] | None:
     }
 
 
-def look(
-    states: dict[str, Any],
-    side: str,
-    extractor: FeatureNetwork | None,
-    protocol: Protocol,
-    images: Tensor,
-    numbers: Tensor,
-    plan: Plan,
-) -> None:
-    """Shows images to the network and adds what it sees to the states of this side (`made.pooled`, `real.pooled`, ...).
-
-    Args:
-        states: by `side.part`; parts are `pooled`, `spatial`, `score` and `bank`, any of them may be missing.
-        side: real or made.
-        images: (B, 3, H, W) in [-1, 1].
-        numbers: int64 (B,), of the samples.
-    """
-    mine = {name.removeprefix(f"{side}."): state for name, state in states.items() if name.startswith(f"{side}.")}
-    if extractor is None or not mine:
-        return
-    features = see(extractor, shown(images, protocol))
-    group = plan.group[numbers]
-    if "pooled" in mine:
-        mine["pooled"].add(features.pooled, group)
-    if "spatial" in mine:
-        mine["spatial"].add(features.spatial, group)
-    if "score" in mine:
-        mine["score"].add(features.logits, plan.split[numbers], group)
-    if "bank" in mine:
-        mine["bank"].add(features.pooled, numbers)
-
-
-def see(extractor: FeatureNetwork, images: Tensor) -> Features:
-    """What the network sees in images; on a CPU a few at a time, which its caches hold: 2.2 times as fast as 32."""
-    if images.device.type != "cpu":
-        return extractor(images)
-    parts = [extractor(part) for part in images.split(4)]
-    spatial = None if parts[0].spatial is None else torch.cat([part.spatial for part in parts])
-    return Features(torch.cat([part.pooled for part in parts]), torch.cat([part.logits for part in parts]), spatial)
-
-
-def shown(images: Tensor, protocol: Protocol) -> Tensor:
-    """Images in [-1, 1] as the protocol lets a network see them: clamped, and on the levels of a file if it says so."""
-    return on_unit_scale(images, protocol.rounding) * 2 - 1
+REFERENCE_CHOICES = ("transform", "size", "rounding", "reading", "division", "file")
 
 
 def reference_choices(protocol: Protocol) -> dict[str, Any]:
     """What of a protocol decides the statistics of its real side."""
-    names = ("transform", "size", "rounding")
-    return {name: getattr(protocol, name) for name in names}
+    return {name: getattr(protocol, name) for name in REFERENCE_CHOICES}

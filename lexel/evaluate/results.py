@@ -1,4 +1,4 @@
-"""A result as plain data: with all that is needed to compare it with another, and refusals where that is no good."""
+"""Results of evaluations as plain data: writing, reading, and comparing those that are on one scale."""
 
 import json
 import math
@@ -6,17 +6,18 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lexel import __version__, checkpoint
-from lexel.distributed import processes
-from lexel.errors import UsageError, unknown
+from lexel.distributed import broadcast, processes
+from lexel.errors import UsageError
+from lexel.evaluate.metric import Values
 from lexel.evaluate.sources import Source
-from lexel.evaluate.stream import Seen
-from lexel.evaluate.values import Values
+from lexel.evaluate.stream import Visited
 from lexel.metrics import Protocol
 from lexel.runtime import Runtime
 
@@ -42,7 +43,9 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Dif
             raise UsageError(
                 f"results of different {what}s cannot be compared: {one} and {other}; evaluate both under one"
             )
-    one, other = ({k: v for k, v in r["protocol"].items() if k not in ("summary", "why")} for r in (a, b))
+    # What an earlier version had no choice of was as the default is now.
+    defaults = _plain(Protocol("", "", "").choices())
+    one, other = (defaults | {k: v for k, v in r["protocol"].items() if k not in ("summary", "why")} for r in (a, b))
     for name in one | other:
         if one.get(name) != other.get(name):
             raise UsageError(
@@ -56,11 +59,12 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Dif
         ("data", ("data", "fingerprint")),
         ("reference", ("reference", "statistics")),
         ("LPIPS weights", ("lpips",)),
+        *((f"weights of {name}", ("weights", name)) for name in a.get("weights") or {}),
     ):
         if what == "data" and a["kind"] == "generation":
             continue  # the samples are what is compared
         one, other = _at(a, path), _at(b, path)
-        if None in (one, other) and path[0] in ("network", "lpips"):
+        if None in (one, other) and path[0] in ("network", "lpips", "weights"):
             continue  # one of them was not measured with any, so no number of it is shared
         if one != other:
             raise UsageError(f"results cannot be compared: the {what} differs ({_short(one)} and {_short(other)})")
@@ -76,49 +80,107 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Dif
 def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
     """Writes a result as JSON, atomically; what is no number (an infinite PSNR) becomes null."""
     with checkpoint.atomic(path) as partial:
-        partial.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(_plain(result), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+
+
+class _Named(_Model):
+    name: str
+
+
+class _Network(_Model):
+    name: str
+    fingerprint: str
+    resize: str
+
+
+class _Data(_Model):
+    images: int = Field(ge=0)
+    fingerprint: str
+
+
+class _Result(_Model):
+    """What a result file must hold; more may stand in it."""
+
+    kind: Literal["reconstruction", "generation"]
+    metrics: dict[str, Number]
+    intervals: dict[str, dict[str, Number]] = {}
+    warnings: list[str] = []
+    protocol: _Named
+    network: _Network | None = None
+    lpips: dict[str, str] | None = None
+    weights: dict[str, dict[str, Any]] | None = None
+    reference: dict[str, Any] | None = None
+    data: _Data
 
 
 def read_result(path: str | Path) -> dict[str, Any]:
-    """Reads what `write_result` wrote."""
+    """Reads what `write_result` wrote.
+
+    Raises:
+        UsageError: there is no such file, or it holds no result.
+    """
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is not a file; give a result of `lexel evaluate --json`")
     result = checkpoint.read_json(path)
-    if not {"kind", "protocol", "metrics", "data"} <= result.keys():
-        raise UsageError(f"{path} is no result of `lexel evaluate`")
-    return result
+    try:
+        _Result.model_validate(result)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UsageError(f"{path} is no result of `lexel evaluate`: {where[:80]}: {first['msg']}") from None
+    return {"intervals": {}, "warnings": [], **result}
 
 
 def as_result(
     identity: Mapping[str, Any],
     protocol: Protocol,
     source: Source,
-    seen: Seen,
+    visited: Visited,
     values: Values,
     warnings: list[str],
     where: Runtime,
     started: float,
 ) -> dict[str, Any]:
-    unreadable = dict(sorted(seen.unreadable.items()))
+    """A result as plain data.
+
+    Args:
+        identity: kind, network, tokenizer, weights and precision of the evaluation.
+        protocol: the conventions.
+        source: the images.
+        visited: which of them were measured.
+        values: the numbers.
+        warnings: beside those of the numbers.
+        where: the device.
+        started: `time.monotonic()` at the start.
+    """
+    unreadable = dict(sorted(visited.unreadable.items()))
     if unreadable:
         name, reason = next(iter(unreadable.items()))
         warnings = [*warnings, f"{len(unreadable)} images could not be read and were left out; {name}: {reason}"]
-    shown = dict(list(unreadable.items())[:20])
+    weights = {name: about for name, about in identity["weights"].items() if about}
     return {
         "kind": identity["kind"],
         "metrics": values.metrics,
         "intervals": values.intervals,
-        "warnings": [*warnings, *values.warnings],
-        "protocol": _finite(protocol.table()),  # lists for tuples, as a file gives them back
+        "warnings": [*broadcast(warnings), *values.warnings],
+        "protocol": _plain(protocol.table()),
         "network": identity["network"],
-        "lpips": identity.get("lpips"),
+        "lpips": weights.pop("lpips", None),
+        "weights": weights,
         "tokenizer": identity.get("tokenizer"),
         "data": {
-            "images": seen.count,
-            "fingerprint": seen.fingerprint,
+            "images": visited.count,
+            "fingerprint": visited.fingerprint,
             "size": list(source.size),
-            "unreadable": {"count": len(unreadable), "reasons": shown},
+            "unreadable": {"count": len(unreadable), "reasons": dict(list(unreadable.items())[:20])},
         },
         "versions": {
             "lexel": __version__,
@@ -133,18 +195,11 @@ def as_result(
     }
 
 
-def wanted_of(offered: Sequence[str], asked: Sequence[str] | None) -> set[str]:
-    for name in asked or ():
-        if name not in offered:
-            raise unknown("metric", name, offered)
-    return set(offered if asked is None else asked)
-
-
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Difference:
     one, other = a["metrics"][name], b["metrics"][name]
     gap = None if one is None or other is None else other - one
     spans = [result["intervals"].get(name, {}) for result in (a, b)]
-    if not all("low" in span for span in spans):
+    if not all(span.get(end) is not None for span in spans for end in ("low", "high")):
         return Difference(one, other, gap, None)
     return Difference(one, other, gap, spans[0]["high"] < spans[1]["low"] or spans[1]["high"] < spans[0]["low"])
 
@@ -156,11 +211,12 @@ def _at(result: Mapping[str, Any], path: Sequence[str]) -> Any:
     return value
 
 
-def _finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Lists for tuples, as a file gives them back, and null for what is no number."""
     if isinstance(value, Mapping):
-        return {str(name): _finite(part) for name, part in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [_plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

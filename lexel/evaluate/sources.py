@@ -1,7 +1,9 @@
-"""Where images come from: folders and sets, .npz files, token sets. All of them numbered, read in ascending order."""
+"""Sources of images: folders and sets, .npz files, token sets. All of them numbered, read in ascending order."""
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -9,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lexel.arrays import open_arrays
 from lexel.data import (
     TRANSFORMS,
     ImageSet,
@@ -22,16 +25,16 @@ from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
 from lexel.errors import UsageError, unknown
 from lexel.metrics import NpzImages, Protocol
+from lexel.metrics.pixels import divided_in_float64
 from lexel.runtime import Runtime
-from lexel.spacing import evenly_spaced
-from lexel.tokenizer import Tokenizer
+from lexel.token_spec import TokenSpec
 
 
 class Source:
     """Numbered images of one size, read in ascending order. Images come out float (B, 3, H, W) in [-1, 1]."""
 
-    size: tuple[int, int]  # height, width
-    name: str
+    size: tuple[int, int]  # height, width; (0, 0) for images of any size
+    sorted_by_class: bool = False  # whether images of several classes come one class after the other
 
     def __init__(self) -> None:
         self.unreadable: dict[str, str] = {}
@@ -48,44 +51,68 @@ class Source:
         raise NotImplementedError
 
 
-NATIVE = "native"  # stands where a transform's name stands: pictures in their own sizes
+NATIVE = "native"  # stands where a transform's name stands: images in their own sizes
 
 
 class Pictures(Source):
-    """A set of pictures of any sizes, through a transform; whole and one by one where that is None."""
+    """Images of a set, resized and cropped by a transform; whole and one by one where that is None.
 
-    def __init__(self, images: ImageSet, transform: Transform | None, workers: int, chosen: Sequence[int]) -> None:
+    Args:
+        images: the set.
+        protocol: how files are read, and in which precision bytes are divided.
+        transform: makes squares.
+        workers: processes that read.
+        chosen: numbers of the images to take, ascending; all of them by default.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        protocol: Protocol,
+        transform: Transform | None,
+        workers: int = 0,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
-        self._images = images if len(chosen) == len(images) else images.subset(chosen)
+        images = images.as_stored() if protocol.reading == "stored" else images
+        self.images = images if chosen is None or len(chosen) == len(images) else images.subset(chosen)
         self._transform, self._workers = transform, workers
+        self._in_float64 = protocol.division == "float64" and images.depth == 8
         self.size = (0, 0) if transform is None else (transform.size, transform.size)
+        labels = self.images.labels
+        self.sorted_by_class = labels is not None and _ascending(labels)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def batches(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         if not len(numbers):
             return
-        part = self._images.subset(numbers)
+        part = self.images.subset(numbers)
         at_once = 1 if self._transform is None else batch_size
         batches = ordered_batches(part, self._transform, at_once, workers=self._workers)
-        place = torch.tensor(numbers)
+        number_of = torch.tensor(numbers)
         for batch in batches:
-            yield batch.images, place[batch.numbers]
+            images = divided_in_float64(batch.images) if self._in_float64 else batch.images
+            yield images, number_of[batch.numbers]
         self.unreadable.update(batches.unreadable)
 
     def listing(self) -> str:
-        return self._images.fingerprint()
+        return self.images.fingerprint()
 
 
 class Archive(Source):
-    """The images in an .npz file."""
+    """The images in an .npz file (`arr_0`); class labels beside them (`arr_1`) are ADM's sampler's."""
 
     def __init__(self, path: Path, limit: int | None = None) -> None:
         super().__init__()
         self._images = NpzImages(path)
         self._count = min(len(self._images), limit or len(self._images))
         self.size = (self._images.shape[1], self._images.shape[2])
+        with open_arrays(path) as arrays:
+            if "arr_1" in arrays and np.issubdtype(arrays.header("arr_1").dtype, np.integer):
+                labels = arrays.read("arr_1").ravel()[: self._count].tolist()
+                self.sorted_by_class = _ascending(labels)
 
     def __len__(self) -> int:
         return self._count
@@ -102,32 +129,62 @@ class Archive(Source):
 class Tokens(Source):
     """A token set, decoded as it is read."""
 
-    def __init__(self, tokens: TokenSet, tokenizer: Tokenizer, where: Runtime, limit: int | None) -> None:
+    def __init__(self, tokens: TokenSet, tokenizer: "ImageTokenizer", where: Runtime, limit: int | None) -> None:
         super().__init__()
-        fingerprint = tokenizer.fingerprint()
-        tokens.require(fingerprint)
-        self._tokens, self._tokenizer, self._where = tokens, tokenizer.to(where.device), where
+        tokens.require(tokenizer.fingerprint())
+        self._tokens, self._tokenizer, self._where = tokens, on_device(tokenizer, where.device), where
         self._count = min(len(tokens), limit or len(tokens))
-        self.size = tokenizer.image_size(tokens.grid[-tokenizer.autoencoder.axes :])
+        self.size = (0, 0)
+        if self._count:
+            images, _ = next(self.batches([0], 1))
+            self.size = (images.shape[-2], images.shape[-1])
+        labels = None if tokens.labels is None else tokens.labels[: self._count].tolist()
+        self.sorted_by_class = labels is not None and _ascending(labels)
 
     def __len__(self) -> int:
         return self._count
 
+    @torch.no_grad()
     def batches(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for first in range(0, len(numbers), batch_size):
             chosen = list(numbers[first : first + batch_size])
             with self._where.autocast():
-                yield (
-                    self._tokenizer.decode(self._tokens.tokens(chosen).to(self._where.device)).float(),
-                    torch.tensor(chosen),
-                )
+                images = self._tokenizer.decode(self._tokens.tokens(chosen).to(self._where.device)).float()
+            yield images, torch.tensor(chosen)
 
     def listing(self) -> str:
         histogram = self._tokens.histogram().tolist()
         return digest([self._tokens.fingerprint, list(self._tokens.names), self._count, histogram])
 
 
-class AsItIs(Transform):
+class ImageTokenizer(typing.Protocol):
+    """What is measured: anything that turns images into indices and back, a `lexel.Tokenizer` or another library's."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] to indices int64 (B, *grid), or (B, books, *grid)."""
+        ...
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices to images (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def token_spec(self, height: int, width: int) -> TokenSpec:
+        """How the tokens of an image of height x width pixels lie."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A text that names the weights."""
+        ...
+
+
+def on_device(tokenizer: ImageTokenizer, device: torch.device) -> ImageTokenizer:
+    """The tokenizer on a device, if it is a module that can be moved."""
+    if isinstance(tokenizer, torch.nn.Module):
+        tokenizer.to(device)
+    return tokenizer
+
+
+class RequireSize(Transform):
     """Refuses pictures of another size instead of changing them: generated images are measured as they are."""
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -141,15 +198,16 @@ class AsItIs(Transform):
 
 def open_samples(
     samples: str | Path | ImageSet | TokenSet,
-    tokenizer: Tokenizer | None,
+    tokenizer: ImageTokenizer | None,
+    protocol: Protocol,
     where: Runtime,
     workers: int,
     limit: int | None,
 ) -> Source:
-    """Generated images behind one face, whatever they lie in; see `evaluate_samples`."""
+    """Opens generated images: a folder, an .npz or .npy file, a token set or an ImageSet; see `evaluate_samples`."""
     if isinstance(samples, str | Path):
         path = Path(samples).expanduser()
-        if path.suffix == ".npz":
+        if path.suffix in (".npz", ".npy"):
             return Archive(path, limit)
         if (path / INDEX).is_file():
             samples = TokenSet.open(path)
@@ -158,10 +216,10 @@ def open_samples(
             raise UsageError(f"{samples.folder} holds tokens; give the tokenizer that made them to decode them")
         return Tokens(samples, tokenizer, where, limit)
     images = open_set(samples, None, None)
-    height, width = _size_of_first(images)
+    height, width = _size_of_first(images.as_stored() if protocol.reading == "stored" else images)
     if height != width:
         raise UsageError(f"samples must be square, got {height} x {width} pixels")
-    return Pictures(images, AsItIs(height), workers, range(min(len(images), limit or len(images))))
+    return Pictures(images, protocol, RequireSize(height), workers, range(min(len(images), limit or len(images))))
 
 
 def _size_of_first(images: ImageSet) -> tuple[int, int]:
@@ -180,26 +238,20 @@ def open_set(source: str | Path | ImageSet, split: str | None, size: int | None)
     return source if isinstance(source, ImageSet) else open_images(source, split, size)
 
 
-def chosen_numbers(count: int, limit: int | None) -> Sequence[int]:
-    """At most `limit` of `count` numbers, evenly spaced.
-
-    Raises:
-        UsageError: the limit is below 2.
-    """
-    if limit is not None and limit < min(2, count):
-        raise UsageError(f"limit must be at least 2 images, got {limit}")
-    return evenly_spaced(count, limit)
+def _ascending(labels: Sequence[int]) -> bool:
+    """Whether there are several classes and they come one after the other."""
+    return len(set(labels)) > 1 and all(a <= b for a, b in pairwise(labels))
 
 
 def resized(protocol: Protocol, size: int | Literal["native"] | None) -> Protocol:
-    """The protocol at another size of images, if one is given; whole pictures of size 0 for "native"."""
+    """The protocol at another size of images, if one is given; whole images of size 0 for "native"."""
     if size == "native":
         return dataclasses.replace(protocol, transform=NATIVE, size=0)
     return protocol if size is None or size == protocol.size else dataclasses.replace(protocol, size=size)
 
 
 def transform_of(protocol: Protocol) -> Transform | None:
-    """What makes squares of pictures under a protocol; None leaves them whole."""
+    """The transform of a protocol; None leaves images whole."""
     if protocol.transform == NATIVE:
         return None
     if protocol.transform not in TRANSFORMS:

@@ -1,8 +1,9 @@
-"""Taking in images by their numbers: shared by processes without padding, interrupted and taken up again."""
+"""Which images were measured, and the partial state of an evaluation that was interrupted."""
 
+import copy
 import hashlib
-import time
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from torch import Tensor
 
 from lexel import checkpoint
 from lexel.data import to_uint8
-from lexel.distributed import barrier, broadcast, gather, processes, rank
+from lexel.data.images import digest
+from lexel.distributed import barrier, gather, processes, rank
 from lexel.errors import UsageError
-from lexel.evaluate.sources import Source, digest
+from lexel.evaluate.metric import Metric
+from lexel.metrics.states import restored
 
-Progress = Callable[[int, int], None]  # called with (images done, images of this process)
 
-
-class Seen:
-    """Which samples were taken in, what their pixels were, and which could not be read."""
+class Visited:
+    """Which samples were measured, what their pixels were, and which could not be read."""
 
     def __init__(self, count: int) -> None:
         self.done = torch.zeros(count, dtype=torch.bool)
@@ -31,7 +32,7 @@ class Seen:
         for picture in to_uint8(images):
             self._digest += int.from_bytes(hashlib.sha256(picture.data).digest(), "big")
 
-    def merge(self, other: "Seen") -> None:
+    def merge(self, other: "Visited") -> None:
         self.done |= other.done
         self.unreadable |= other.unreadable
         self._digest += other._digest
@@ -42,7 +43,7 @@ class Seen:
         parts = gather(self.state_dict())
         self.load_state_dict(parts[0])
         for part in parts[1:]:
-            other = Seen(len(self.done))
+            other = Visited(len(self.done))
             other.load_state_dict(part)
             self.merge(other)
 
@@ -58,58 +59,28 @@ class Seen:
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "unreadable": self.unreadable, "digest": str(self._digest % 2**256)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done, self.unreadable, self._digest = state["done"], state["unreadable"], int(state["digest"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
 
-
-@torch.no_grad()
-def stream(
-    source: Source,
-    states: dict[str, Any],
-    take: Callable[[Tensor, Tensor], None],
-    identity: Mapping[str, Any],
-    batch_size: int,
-    resume: str | Path | None,
-    save_every: float,
-    progress: Progress | None,
-) -> Seen:
-    """Takes in every sample of this process's share, once, and joins the states of all processes.
-
-    The partial state stays until the caller has its result and calls `forget`.
-    """
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    seen = Seen(len(source))
-    partial = None if resume is None else Partial(Path(resume), identity)
-    if partial is not None:
-        partial.load(states, seen)
-    remaining = (~broadcast(seen.done)).nonzero().flatten()[rank() :: processes()].tolist()
-    done, saved = 0, time.monotonic()
-    for images, numbers in source.batches(remaining, batch_size):
-        take(images, numbers)
-        seen.add(images, numbers)
-        done += len(numbers)
-        if partial is not None and time.monotonic() - saved >= save_every:
-            partial.save(states, seen)
-            saved = time.monotonic()
-        if progress is not None:
-            progress(done, len(remaining))
-    seen.unreadable.update(source.unreadable)
-    if partial is not None:
-        partial.save(states, seen)  # what follows takes a while too: nothing is to be looked at twice
-    for state in (*states.values(), seen):
-        state.all_reduce()
-    if seen.count < 2:
-        reasons = "; ".join(f"{name}: {why}" for name, why in list(seen.unreadable.items())[:1])
-        raise UsageError(f"at least two readable images are needed, got {seen.count}{reasons and f' ({reasons})'}")
-    return seen
+        Raises:
+            UsageError: it is of another number of samples, or damaged.
+        """
+        (self.done,) = restored(state, "visited samples", done=(torch.bool, (len(self.done),)))
+        unreadable, digits = state.get("unreadable"), state.get("digest")
+        if not isinstance(unreadable, dict) or not all(
+            isinstance(part, str) for item in unreadable.items() for part in item
+        ):
+            raise UsageError("a saved state of visited samples is damaged: it has no reasons")
+        if not isinstance(digits, str) or not re.fullmatch("[0-9]{1,78}", digits):
+            raise UsageError("a saved state of visited samples is damaged: it has no digest")
+        self.unreadable, self._digest = dict(unreadable), int(digits)
 
 
 class Partial:
     """The states of an evaluation that is under way, in a folder: one file a process, each whole or not there.
 
-    The processes may be others next time. The first of them then takes over everything that was saved; a file whose
-    samples it already has is passed over, so that no sample counts twice.
+    The number of processes may change between runs: rank 0 merges all saved parts. A part whose samples it already has
+    is passed over, so that no sample counts twice.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -119,42 +90,49 @@ class Partial:
         self.identity = digest(dict(identity))
         self.path = folder / f"part-{rank()}.pt"
 
-    def load(self, states: dict[str, Any], seen: Seen) -> None:
+    def load(self, metrics: Mapping[str, Metric], visited: Visited) -> None:
+        """Takes over what was saved, on rank 0.
+
+        Raises:
+            UsageError: it is of another evaluation, or damaged.
+        """
         if rank() == 0:
-            parts = [checkpoint.load_state(path) for path in sorted(self.folder.glob("part-*.pt"))]
-            for part in parts:
-                if part.get("identity") != self.identity or not states.keys() <= part["states"].keys():
-                    raise UsageError(
-                        f"{self.folder} holds the partial state of another evaluation; finish it with the same"
-                        " arguments, delete it, or give another folder"
-                    )
-            for part in sorted(parts, key=lambda part: -int(part["seen"]["done"].sum())):
-                self._take_over(part, states, seen)
+            parts = []
+            for path in sorted(self.folder.glob("part-*.pt")):
+                state = checkpoint.load_state(path)
+                states = state.get("states")
+                if state.get("identity") != self.identity or not isinstance(states, Mapping):
+                    raise self._foreign()
+                if not metrics.keys() <= states.keys():
+                    raise self._foreign()
+                try:
+                    part = Visited(len(visited.done))
+                    part.load_state_dict(state.get("seen") or {})
+                    others = {name: _alike(metric, states[name]) for name, metric in metrics.items()}
+                except UsageError as error:
+                    raise UsageError(f"{path} is damaged ({error}); delete it") from None
+                parts.append((part, others))
+            for part, others in sorted(parts, key=lambda part: -part[0].count):
+                if (part.done & ~visited.done).any():
+                    for name, metric in metrics.items():
+                        metric.merge(others[name])
+                    visited.merge(part)
             if parts:
-                self.save(states, seen)
+                self.save(metrics, visited)
         barrier()
 
-    def _take_over(self, part: dict[str, Any], states: dict[str, Any], seen: Seen) -> None:
-        other = Seen(len(seen.done))
-        other.load_state_dict(part["seen"])
-        if not (other.done & ~seen.done).any():
-            return
-        fresh = seen.count == 0
-        for name, state in states.items():
-            if fresh:
-                state.load_state_dict(part["states"][name])
-            else:
-                another = _alike(state)
-                another.load_state_dict(part["states"][name])
-                state.merge(another)
-        seen.merge(other)
+    def save(self, metrics: Mapping[str, Metric], visited: Visited) -> None:
+        kept = {name: metric.state_dict() for name, metric in metrics.items()}
+        checkpoint.save_state(self.path, {"identity": self.identity, "states": kept, "seen": visited.state_dict()})
 
-    def save(self, states: dict[str, Any], seen: Seen) -> None:
-        kept = {name: state.state_dict() for name, state in states.items()}
-        checkpoint.save_state(self.path, {"identity": self.identity, "states": kept, "seen": seen.state_dict()})
+    def _foreign(self) -> UsageError:
+        return UsageError(
+            f"{self.folder} holds the partial state of another evaluation; finish it with the same arguments, delete"
+            " it, or give another folder"
+        )
 
 
-def forget(resume: str | Path | None) -> None:
+def discard_partial(resume: str | Path | None) -> None:
     """Removes the partial state of an evaluation whose result is there."""
     barrier()
     if resume is None or rank() != 0:
@@ -166,8 +144,12 @@ def forget(resume: str | Path | None) -> None:
         folder.rmdir()
 
 
-def _alike(state: Any) -> Any:
-    """An object of the same class, to be filled by `load_state_dict`."""
-    another = object.__new__(type(state))
-    another.__dict__.update(state.__dict__)
+def _alike(metric: Metric, saved: Any) -> Metric:
+    """A metric of the same kind that holds a saved state."""
+    if not isinstance(saved, Mapping):
+        raise UsageError("a state is no table")
+    another = copy.copy(metric)
+    another.states = {name: copy.copy(state) for name, state in metric.states.items()}
+    another.left_out = {}
+    another.load_state_dict(saved)
     return another

@@ -1,10 +1,10 @@
-"""What images, features and indices are measured with. Conventions are arguments; protocols.py names sets of them."""
+"""Formulas and accumulators for images, features and indices. Conventions are arguments; protocols.py names sets."""
 
 from lexel.metrics.frechet import frechet_distance, frechet_distance_of_features, frechet_terms
 from lexel.metrics.health import CodeHistogram, GradientHealth, gradient_health
 from lexel.metrics.inception import ScoreState, contiguous_splits, inception_score, shuffled
 from lexel.metrics.intervals import Interval, deal, jackknife
-from lexel.metrics.kernel import KernelDistance, kernel_distance, polynomial_mmd
+from lexel.metrics.kernel import KernelDistance, gaussian_mmd, kernel_distance, polynomial_mmd
 from lexel.metrics.moments import FeatureBank, MeanState, Moments, MomentState
 from lexel.metrics.neighbours import PrecisionRecall, precision_recall
 from lexel.metrics.pixels import psnr, psnr_of, squared_error, ssim
@@ -44,6 +44,7 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_of_features",
     "frechet_terms",
+    "gaussian_mmd",
     "gradient_health",
     "inception_score",
     "jackknife",

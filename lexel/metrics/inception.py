@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lexel.distributed import all_sum
 from lexel.errors import UsageError
+from lexel.metrics.states import restored
 
 
 class ScoreState:
@@ -66,7 +67,14 @@ class ScoreState:
         return {"n": self.n, "total": self.total, "negentropy": self.negentropy}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.n, self.total, self.negentropy = state["n"], state["total"], state["negentropy"]
+        splits, groups, classes = self.total.shape
+        self.n, self.total, self.negentropy = restored(
+            state,
+            "an inception score",
+            n=(torch.int64, (splits, groups)),
+            total=(torch.float64, (splits, groups, classes)),
+            negentropy=(torch.float64, (splits, groups)),
+        )
 
 
 def contiguous_splits(samples: int, count: int | None = 10, size: int | None = None) -> Tensor:
@@ -78,7 +86,11 @@ def contiguous_splits(samples: int, count: int | None = 10, size: int | None = N
         size: samples a split, the last one shorter, as the ADM evaluator cuts (5,000).
     """
     numbers = torch.arange(samples)
-    return numbers // size if size is not None else numbers * (count or 1) // max(samples, 1)
+    if size is not None:
+        return numbers // size
+    count = count or 1
+    starts = torch.arange(1, count) * samples // count  # as torch-fidelity cuts where `count` does not divide `samples`
+    return torch.bucketize(numbers, starts, right=True)
 
 
 def shuffled(splits: Tensor, seed: int) -> Tensor:

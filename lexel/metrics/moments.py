@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lexel.distributed import all_sum, gather, processes
 from lexel.errors import UsageError
+from lexel.metrics.states import restored
 
 
 class Moments(NamedTuple):
@@ -84,7 +85,13 @@ class MomentState:
         return {"n": self.n, "total": self.total, "outer": self.outer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.n, self.total, self.outer = state["n"], state["total"], state["outer"]
+        self.n, self.total, self.outer = restored(
+            state,
+            "moments",
+            n=(torch.int64, (self.groups,)),
+            total=(torch.float64, (self.groups, self.dim)),
+            outer=(torch.float64, (self.groups, self.dim, self.dim)),
+        )
 
 
 class MeanState:
@@ -118,7 +125,7 @@ class MeanState:
         return {"sums": self.sums}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = state["sums"]
+        (self.sums,) = restored(state, "a mean", sums=(torch.float64, (3,)))
 
 
 class FeatureBank:
@@ -164,4 +171,9 @@ class FeatureBank:
         return {"rows": rows, "numbers": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rows, self._numbers = [state["rows"]], [state["numbers"]]
+        rows, numbers = restored(
+            state, "features", rows=(torch.float32, (None, self.dim)), numbers=(torch.int64, (None,))
+        )
+        if len(rows) != len(numbers):
+            raise UsageError(f"a saved state of features is damaged: {len(rows)} rows have {len(numbers)} numbers")
+        self._rows, self._numbers = [rows], [numbers]

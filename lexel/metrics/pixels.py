@@ -4,8 +4,12 @@ Images are float (B, 3, H, W) in [-1, 1] and are clamped. Both metrics are compu
 value an image. SSIM is Wang et al. 2004, https://doi.org/10.1109/TIP.2003.819861.
 """
 
+import io
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from lexel.errors import UsageError, unknown
@@ -19,7 +23,8 @@ ROUNDINGS = {
     "round": lambda unit: (unit * 255).round() / 255,
 }
 CHANNELS = ("rgb", "luma")
-WINDOWS = ("uniform", "gaussian")
+WINDOW_SIDES = {"uniform": 7, "gaussian": 11}  # pixels
+WINDOWS = tuple(WINDOW_SIDES)
 
 
 def on_unit_scale(images: Tensor, rounding: str = "float") -> Tensor:
@@ -27,6 +32,28 @@ def on_unit_scale(images: Tensor, rounding: str = "float") -> Tensor:
     if rounding not in ROUNDINGS:
         raise unknown("rounding", rounding, ROUNDINGS)
     return ROUNDINGS[rounding](((images + 1) / 2).clamp(0, 1))
+
+
+def divided_in_float64(images: Tensor) -> Tensor:
+    """Images (..., H, W) of 8-bit levels v, v / 127.5 - 1 taken in float64 and then rounded to float32.
+
+    The nearest level of each value decides, so that images divided in float32 go in as well.
+    """
+    levels = torch.arange(256, dtype=torch.float64, device="cpu" if images.device.type == "mps" else images.device)
+    table = (levels / 127.5 - 1).to(images.device, torch.float32)
+    return table[((images + 1) * 127.5).round().clamp(0, 255).long()]
+
+
+def through_jpeg(images: Tensor, quality: int) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1], rounded to 8 bits, as they come back from JPEG files of Pillow."""
+    levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+    decoded = []
+    for picture in levels:
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "JPEG", quality=quality)
+        decoded.append(np.asarray(Image.open(buffer)))
+    pixels = torch.from_numpy(np.stack(decoded)).movedim(-1, 1).to(images.device)
+    return pixels.to(torch.float32).div_(127.5).sub_(1).to(images.dtype)
 
 
 def squared_error(images: Tensor, reconstructions: Tensor, rounding: str = "float", channels: str = "rgb") -> Tensor:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lexel.distributed import gather, processes
+from lexel.errors import UsageError
+from lexel.metrics.states import restored
 
 
 class WindowUsage:
@@ -69,7 +71,12 @@ class WindowUsage:
         return {"numbers": self._numbers, "tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._numbers, self._tokens = state["numbers"], state["tokens"]
+        numbers, tokens = restored(
+            state, "a window of tokens", numbers=(torch.int64, (None,)), tokens=(torch.int64, (None, None))
+        )
+        if len(numbers) != len(tokens):
+            raise UsageError(f"a saved state of a window is damaged: {len(tokens)} rows have {len(numbers)} numbers")
+        self._numbers, self._tokens = numbers, tokens
 
 
 class MovingUsage:

@@ -16,18 +16,20 @@ from lexel.runtime import exact_float32
 
 
 class Features(NamedTuple):
-    """What a feature network sees in a batch of images."""
+    """What a feature network computes of a batch of images."""
 
-    pooled: Tensor  # (B, dims), for Fréchet distances, precision and recall
-    logits: Tensor  # (B, classes), for inception scores
-    spatial: Tensor | None  # (B, spatial_dims), a map flattened as (h, w, c); None where nothing is published
+    pooled: Tensor  # (B, dims), for Fréchet distances, precision and recall, kernel distances
+    logits: Tensor | None = None  # (B, classes), for inception scores; None where the network has no classes
+    spatial: Tensor | None = None  # (B, spatial_dims), a map flattened as (h, w, c); None where nothing is published
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen classifier behind a metric. Every number made with it must carry its `name`.
+    """A frozen network whose features metrics are taken of. Every number made with it carries its `name`.
 
     It is a constant: always in eval mode, without parameters or gradients, in full precision, saved nowhere.
-    A subclass sets the constants below and implements `load`, `_network` and `_normalise`.
+    A subclass sets the constants below and implements `load`, `_network` and `_normalise`. Class scores and a spatial
+    map are optional: a network without them (`classifier = None`, `spatial_dims = None`) serves every metric that
+    needs pooled features alone.
 
     Args:
         tensors: the weights, by the names of `_network`.
@@ -36,12 +38,11 @@ class FeatureNetwork(nn.Module):
     """
 
     name: ClassVar[str]
-    input_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     side: ClassVar[int]  # pixels, of the images that the layers see
-    dims: ClassVar[int]
-    classes: ClassVar[int]
+    dims: ClassVar[int]  # of the pooled features
+    classes: ClassVar[int] = 0  # of the logits
     spatial_dims: ClassVar[int | None] = None
-    classifier: ClassVar[str]  # which of the layers turns pooled features into logits
+    classifier: ClassVar[str | None] = None  # the linear layer that turns pooled features into logits
     resize_rule: str = "clean"
     logit_bias: bool = True
 
@@ -84,6 +85,8 @@ class FeatureNetwork(nn.Module):
         with exact_float32(images.device.type):
             images = resize(images.to(dtype), self.side, self.resize_rule)
             pooled, spatial = self.network(self._normalise(images))
+            if self.classifier is None:
+                return Features(pooled, None, spatial)
             classifier = self.network.get_submodule(self.classifier)
             assert isinstance(classifier, nn.Linear)
             bias = classifier.bias if self.logit_bias else None

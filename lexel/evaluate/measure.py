@@ -1,0 +1,169 @@
+"""One pass over images under every evaluation: of tokenizers, of samples, of a reference, and of validation."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel.distributed import broadcast, processes, rank
+from lexel.errors import UsageError
+from lexel.evaluate.features import Networks
+from lexel.evaluate.metric import Batch, Context, Metric, Values, unmet
+from lexel.evaluate.sources import Source
+from lexel.evaluate.stream import Partial, Visited
+from lexel.metrics import ReferenceStatistics
+
+ProgressCallback = Callable[[int, int], None]  # called with (images done, images of this process)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an evaluation runs; nothing here changes its numbers, but `limit` and `precision`.
+
+    Attributes:
+        limit: at most so many images.
+        batch_size: images at a time.
+        device, precision: where the tokenizer runs; features and metrics are always taken in float32 and above.
+        workers: processes that read images; 0 reads them here.
+        cache: keeps statistics of real images by the fingerprint of data, protocol and network, and finds them again.
+        resume: a folder for the partial state; the same call goes on where the last one was stopped. Removed at the
+            end. With a network of D features it holds about 160 * D^2 bytes.
+        save_every: seconds between writes of the partial state.
+        progress: called after every batch.
+    """
+
+    limit: int | None = None
+    batch_size: int = 32
+    device: str = "auto"
+    precision: str = "float32"
+    workers: int = 0
+    cache: bool = True
+    resume: str | Path | None = None
+    save_every: float = 120.0
+    progress: ProgressCallback | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.limit is not None and self.limit < 2:
+            raise UsageError(f"limit must be at least 2 images, got {self.limit}")
+
+    def changed(self, changes: Mapping[str, Any]) -> "Options":
+        """The same with some attributes changed."""
+        return dataclasses.replace(self, **changes) if changes else self
+
+
+@torch.no_grad()
+def measure(
+    source: Source,
+    metrics: Mapping[str, Metric],
+    batch_of: Callable[[Tensor, Tensor], Batch],
+    options: Options | None = None,
+    identity: Mapping[str, Any] | None = None,
+) -> Visited:
+    """Feeds every image of a source to metrics, once; then each process has the sums of all.
+
+    Under torch.distributed every process calls it with the same arguments; they share the images without padding.
+
+    Args:
+        source: numbered images.
+        metrics: by name; they are filled.
+        batch_of: makes a batch of images (B, 3, H, W) and their numbers int64 (B,), as the source gives them: passes
+            them through a tokenizer, for instance.
+        options: batch size, progress, and where the partial state lies.
+        identity: what the partial state is of; with another one it is refused.
+
+    Returns:
+        Which images were measured. The partial state stays until `discard_partial` is called.
+
+    Raises:
+        UsageError: fewer than two images can be read, or the partial state is of another evaluation.
+    """
+    options = options or Options()
+    visited = Visited(len(source))
+    partial = None if options.resume is None else Partial(Path(options.resume), identity or {})
+    if partial is not None:
+        partial.load(metrics, visited)
+    remaining = (~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
+    done, saved = 0, time.monotonic()
+    for images, numbers in source.batches(remaining, options.batch_size):
+        batch = batch_of(images, numbers)
+        for metric in metrics.values():
+            metric.update(batch)
+        visited.add(images, numbers)
+        done += len(numbers)
+        if partial is not None and time.monotonic() - saved >= options.save_every:
+            partial.save(metrics, visited)
+            saved = time.monotonic()
+        if options.progress is not None:
+            options.progress(done, len(remaining))
+    visited.unreadable.update(source.unreadable)
+    if partial is not None:
+        partial.save(metrics, visited)  # what follows takes a while too: no image is to be measured twice
+    for metric in metrics.values():
+        metric.all_reduce()
+    visited.all_reduce()
+    if visited.count < 2:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(visited.unreadable.items())[:1])
+        raise UsageError(f"at least two readable images are needed, got {visited.count}{reasons and f' ({reasons})'}")
+    return visited
+
+
+def build_metrics(
+    classes: Mapping[str, type[Metric]],
+    context: Context,
+    networks: Networks,
+    warnings: list[str],
+    references: Mapping[str | None, ReferenceStatistics] | None = None,
+) -> dict[str, Metric]:
+    """The metrics that can be taken in a context, each with its feature network; a warning for each that cannot.
+
+    Args:
+        classes: by name.
+        context: without a network.
+        networks: gives the network of each.
+        warnings: what is left out is added here, with the reason.
+        references: statistics of the real images by the name of the network; None is the protocol's.
+
+    Raises:
+        UsageError: none of them can.
+    """
+    built, left_out = {}, {}
+    for name, kind in classes.items():
+        network = networks.get(kind.network) if "features" in kind.needs else None
+        own = dataclasses.replace(context, network=network, reference=(references or {}).get(kind.network))
+        reason = networks.reasons.get(kind.network) if "features" in kind.needs else None
+        reason = reason or unmet(kind, own)
+        if reason is None:
+            built[name] = kind(own)
+            if not built[name].states:  # nothing of it can be measured
+                reason = "; ".join(built.pop(name).left_out.values()) or "it measures nothing here"
+        if reason is not None:
+            left_out[name] = reason
+    warnings += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
+    if not built:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UsageError(f"nothing can be measured: {reasons or 'no metric was asked for'}")
+    return built
+
+
+def results_of(metrics: Mapping[str, Metric]) -> Values:
+    """The numbers of metrics, computed on rank 0 (eigenvalues take a while) and broadcast.
+
+    A metric that fails (too few images for it, a damaged statistic) is left out with a warning.
+    """
+    values = Values()
+    for name, metric in metrics.items() if rank() == 0 else ():
+        try:
+            values.update(metric.compute())
+        except UsageError as error:
+            metric.left_out[name] = str(error)
+        for number, reason in metric.left_out.items():
+            values.metrics.pop(number, None)
+            values.intervals.pop(number, None)
+            values.warnings.append(f"{number} is left out: {reason}")
+    return broadcast(values)
