@@ -17,6 +17,7 @@ NETWORKS = {  # a family in each of its shapes; every family of the table must b
     "next_token": {},
     "next_token-factorised": {"head": "factorised", "factors": [5, 6]},
     "next_token-start": {"modulated": False},
+    "random_order": {"hidden": 48},
     "masked": {"hidden": 48},
     "masked-uvit": {"hidden": 48, "network": "uvit"},
     "masked-mage": {"hidden": 48, "network": "mage", "decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2},
@@ -254,7 +255,7 @@ def test_options_of_another_family_are_refused_with_its_own():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"kind": "maskd"}, "unknown generator 'maskd'; choose from masked, next_token"),
+        ({"kind": "maskd"}, "unknown generator 'maskd'; choose from masked, next_token, random_order"),
         ({"kind": "masked", "schedule": "sine"}, "schedule"),
         ({"kind": "masked", "decoder_width": 64}, "decoder_width reaches nothing with network = 'bert'"),
         ({"kind": "masked", "network": "mage", "unmasked_weight": 0.2}, "unmasked_weight reaches nothing"),
@@ -294,3 +295,26 @@ def test_old_folders_with_options_that_reached_nothing_load(tmp_path):
     config["transformer"] |= {"gamma_init": 1e-5, "pair_layers": 4, "factors": [3, 10]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert Generator.from_pretrained(tmp_path).config == generator.config
+
+
+def test_random_orders_are_annealed_to_raster_order():
+    generator = make("random_order", anneal_from=0.5, anneal_to=0.75)
+    shares = []
+    for progress in (0.0, 0.5, 0.625, 0.75, 1.0):
+        generator.anneal(progress)
+        shares.append(generator.permuted)
+    assert shares == [1.0, 1.0, 0.5, 0.0, 0.0]
+    tokens, labels = torch.arange(12).view(2, 2, 3), torch.tensor([0, 1])
+    loss = generator.losses(tokens, labels)["nll"]
+    torch.testing.assert_close(loss, generator.nll(tokens, labels).mean())  # now in raster order
+
+
+def test_known_tokens_may_come_first_in_a_random_order():
+    generator = make("random_order")
+    given = torch.tensor([[[FREE, FREE, 3], [FREE, 9, FREE]]])
+    changed = given.clone()
+    changed[0, 1, 1] = 10  # a token that stands after the first ones
+    for order, differs in (("raster", False), ("given_first", True)):
+        a, b = (generator.sample([0], given=each, order=order, top_k=1) for each in (given, changed))
+        assert torch.equal(a[given >= 0], given[given >= 0])
+        assert (a[0, 0] != b[0, 0]).any() == differs

@@ -190,6 +190,79 @@ UVIT = GeneratorLayout(
 )
 
 
+# ---------------------------------------------------------------------------------------------- RAR
+
+
+def _prepare_rar(entries: Entries) -> None:
+    rows, codes = len(entries["embeddings.weight"].tensor), len(entries["lm_head.weight"].tensor)
+    parts = {"tokens": (0, codes), "unused.mask": (codes, codes + 1), "classes": (codes + 1, rows)}
+    cut(entries, "embeddings.weight", parts)
+    for name, tables in RAR_TABLES.items():
+        entry = entries[name]
+        entries[name] = entry._replace(tensor=entry.tensor[0])
+        tokens = len(entry.tensor[0]) - RAR_SPARE[name]  # the published tables have rows to spare
+        sizes = {"first": 2, "tokens": tokens, "all": tokens + 2}
+        begin, parts = 0, {}
+        for part, size in tables.items():
+            end = len(entry.tensor[0]) if size == "rest" else begin + sizes[size]
+            parts[part], begin = (begin, end), end
+        cut(entries, name, parts)
+    entries["cls_token"] = entries["cls_token"]._replace(tensor=entries["cls_token"].tensor.flatten())
+
+
+RAR_SPARE = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
+RAR_TABLES = {
+    "pos_embed": {"positions": "all", "unused.positions": "rest"},
+    "target_aware_pos_embed": {"unused.before": "first", "targets": "tokens", "unused.targets": "rest"},
+    "timesteps_embeddings": {"steps": "all", "unused.steps": "rest"},
+}
+
+
+def _rar_config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
+    codes, width = tensors[f"{PREFIX}head.weight"].shape
+    head_dim = len(tensors[f"{PREFIX}blocks.0.query_norm.weight"])
+    return {
+        "kind": "random_order",
+        "codebook_size": codes,
+        **shape(len(tensors[f"{PREFIX}targets"])),
+        "classes": len(tensors[f"{PREFIX}classes.weight"]) - 1,
+        "width": width,
+        "layers": count(tensors, r"transformer\.blocks\.(\d+)\..*"),
+        "heads": width // head_dim,
+        "hidden": tensors[f"{PREFIX}blocks.0.feed_forward.fc1.weight"].shape[0],
+    }
+
+
+RAR_BLOCKS = {
+    "norm1": "norm1",
+    r"attn\.qkv": "qkv",
+    r"attn\.q_norm": "query_norm",
+    r"attn\.k_norm": "key_norm",
+    r"attn\.proj": "out",
+    "norm2": "norm2",
+    r"mlp\.fc1": "feed_forward.fc1",
+    r"mlp\.fc2": "feed_forward.fc2",
+    r"adaLN_modulation\.1": "modulation",
+}
+RAR = GeneratorLayout(
+    "rar",
+    "RAR generators",
+    ["embeddings.weight", "lm_head.weight", "cls_token", "target_aware_pos_embed", "timesteps_embeddings"],
+    _prepare_rar,
+    [
+        ("tokens", "transformer.tokens.weight"),
+        ("classes", "transformer.classes.weight"),
+        ("cls_token", "transformer.first"),
+        ("(positions|targets|steps)", r"transformer.\1"),
+        *((rf"blocks\.(\d+)\.{name}{ENDS}", rf"transformer.blocks.\1.{our}.\2") for name, our in RAR_BLOCKS.items()),
+        (rf"adaln_before_head\.adaLN_modulation\.1{ENDS}", r"transformer.modulation.\1"),
+        (rf"lm_head{ENDS}", r"transformer.head.\1"),
+    ],
+    {r"unused\..*": "rows that no position or token reaches", "attn_mask": "computed, not learned"},
+    _rar_config,
+)
+
+
 def _family(layout: GeneratorLayout) -> Family:
     return Family(
         layout.family,
@@ -199,4 +272,4 @@ def _family(layout: GeneratorLayout) -> Family:
     )
 
 
-FAMILIES = [_family(BERT), _family(UVIT)]
+FAMILIES = [_family(BERT), _family(UVIT), _family(RAR)]

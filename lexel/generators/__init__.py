@@ -9,9 +9,11 @@ from lexel.generators.conditions import CONDITIONS, Condition
 from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, read_config
 from lexel.generators.masked import Masked, MaskedConfig
 from lexel.generators.next_token import NextToken, NextTokenConfig
+from lexel.generators.random_order import RandomOrder, RandomOrderConfig
 
 GENERATORS["next_token"] = NextToken
 GENERATORS["masked"] = Masked
+GENERATORS["random_order"] = RandomOrder
 
 __all__ = [
     "CONDITIONS",
@@ -27,6 +29,8 @@ __all__ = [
     "NextToken",
     "NextTokenConfig",
     "Predicted",
+    "RandomOrder",
+    "RandomOrderConfig",
     "SampleBatch",
     "TrainingLosses",
     "read_config",

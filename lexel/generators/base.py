@@ -87,6 +87,9 @@ class Generator(nn.Module):
         """
         raise NotImplementedError
 
+    def anneal(self, progress: float) -> None:
+        """Told before each training step which share of training is done; for families that change what they learn."""
+
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor | None:
         """Negative log-likelihood of every token in nats, (B, T); an upper bound where the family says so, or None."""
         return None
