@@ -167,7 +167,7 @@ def from_hub(message: str) -> Iterator[None]:
     from huggingface_hub import errors
 
     # The last is of the HTTP library underneath, which differs between versions of the client.
-    hub_errors = (errors.HfHubHTTPError, errors.HFValidationError, OSError, errors.HTTPError)
+    hub_errors = (errors.HfHubHTTPError, errors.HFValidationError, OSError, errors.HTTPError)  # type: ignore[attr-defined]
     try:
         yield
     except hub_errors as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lexel.data.depth import (
     CHANNELS,
@@ -170,7 +170,7 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
             return _pixels(image, file, decoding)
     except UnreadableImage:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UnreadableImage(name, _why_unknown(start)) from None
     except MemoryError:
         raise UnreadableImage(name, "there is not enough memory to decode it") from None
