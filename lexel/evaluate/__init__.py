@@ -10,6 +10,7 @@ Networks other than FID's Inception give numbers that carry the network's name: 
 from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan, Values
 from lexel.evaluate.metrics import METRICS
+from lexel.evaluate.recipe import EvaluationConfig
 from lexel.evaluate.reconstructions import evaluate_tokenizer
 from lexel.evaluate.references import reference_statistics
 from lexel.evaluate.results import Difference, compare_results, read_result, write_result
@@ -23,6 +24,7 @@ __all__ = [
     "Batch",
     "Context",
     "Difference",
+    "EvaluationConfig",
     "ImageTokenizer",
     "Metric",
     "Options",

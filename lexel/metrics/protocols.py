@@ -11,6 +11,7 @@ from typing import Any
 
 from lexel.errors import UsageError, unknown
 from lexel.metrics import pixels
+from lexel.networks.resize import RESIZE
 
 RECONSTRUCTION = ("frechet", "inception_score", "psnr", "ssim", "lpips", "usage")
 GENERATION = ("frechet", "spatial_frechet", "inception_score", "precision_recall", "kid")
@@ -219,7 +220,7 @@ PROTOCOLS: dict[str, Protocol] = {
 def protocol(name: str | Protocol) -> Protocol:
     """The protocol of that name, or the given one; the choices of one's own are checked.
 
-    Names of transforms, networks, resize rules and metrics are looked up where they are used.
+    Names of transforms, networks and metrics are looked up where they are used.
 
     Raises:
         UsageError: there is no such protocol, or a choice in it is unknown.
@@ -233,6 +234,7 @@ def protocol(name: str | Protocol) -> Protocol:
         *(("rounding", rounding, pixels.ROUNDINGS) for rounding in roundings),
         *(("channels", channels, pixels.CHANNELS) for channels in (name.psnr.channels, name.ssim.channels)),
         ("SSIM window", name.ssim.window, pixels.WINDOWS),
+        ("resize rule", name.resize, RESIZE),
         ("division", name.division, DIVISIONS),
         ("file", name.file, FILES),
         ("reading", name.reading, READINGS),

@@ -3,9 +3,10 @@
 from typing import Any
 
 from lexel import checkpoint
-from lexel.errors import UsageError
+from lexel.errors import UsageError, unknown
 from lexel.evaluate.metric import Batch, Context, Metric, Values
 from lexel.losses import LPIPS
+from lexel.losses.perceptual import NETWORKS
 from lexel.metrics import MeanState
 from lexel.metrics.pixels import on_unit_scale
 
@@ -19,6 +20,8 @@ class LPIPSDistance(Metric):
         super().__init__(context)
         self.networks: dict[str, LPIPS] = {}
         for name in context.protocol.lpips:
+            if name not in NETWORKS:
+                raise unknown("LPIPS network", name, NETWORKS)
             try:
                 network = LPIPS(name).to(context.device)
             except UsageError as error:  # its weights are not found

@@ -1,0 +1,55 @@
+"""Evaluations that a recipe lists to be run while it trains."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from lexel.config import Config
+from lexel.evaluate.measure import Options
+from lexel.evaluate.metrics import wanted
+from lexel.evaluate.reconstructions import evaluate_tokenizer
+from lexel.evaluate.sources import ImageTokenizer
+from lexel.metrics.protocols import protocol
+
+
+class EvaluationConfig(Config):
+    """One `[[train.evaluations]]` table: what is measured, on what, and how often."""
+
+    data: str  # the real images: a folder, or a source such as photos
+    every: int = Field(ge=1)  # steps
+    split: str | None = None
+    protocol: str = "lexel"
+    metrics: list[str] | None = None  # of lexel.evaluate.METRICS; the protocol's by default
+    size: int | Literal["native"] | None = None  # the protocol's by default
+    network: str | None = None
+    weights: str | None = None  # a file, of the network
+    limit: int | None = Field(default=None, ge=2)  # images, evenly spaced
+
+    def check(self) -> None:
+        """Looks the names up, so that a typing error ends a training before it begins.
+
+        Raises:
+            UsageError: there is no such protocol or metric.
+        """
+        rules = protocol(self.protocol)
+        wanted(rules.reconstruction if self.metrics is None else self.metrics)
+
+    def run(self, tokenizer: ImageTokenizer, options: Options | None = None) -> dict[str, Any]:
+        """The result of `evaluate_tokenizer`; every process calls it, and gets the same. No random state changes.
+
+        Raises:
+            UsageError: as `evaluate_tokenizer`.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return evaluate_tokenizer(
+                tokenizer,
+                self.data,
+                self.protocol,
+                split=self.split,
+                size=self.size,
+                metrics=self.metrics,
+                network=self.network,
+                weights=self.weights,
+                options=(options or Options()).changed({"limit": self.limit}),
+            )
