@@ -75,6 +75,11 @@ class Tokenizer(nn.Module):
         return self.quantizer.codebook_size
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """The published weight of every loss term that `forward` returns: the quantizer's and the autoencoder's."""
+        return {**self.autoencoder.LOSS_WEIGHTS, **self.quantizer.LOSS_WEIGHTS}
+
+    @property
     def downsampling(self) -> int | None:
         """How many pixels of a side one index stands for; None where indices have no place in the image."""
         return self.autoencoder.downsampling
@@ -138,7 +143,9 @@ class Tokenizer(nn.Module):
             z_q: quantized latents.
             text: features of a text (B, L, C) where the decoder is guided by one.
         """
-        z = self.from_codes(z_q.to(self._dtype))
+        return self._decoded(self.from_codes(z_q.to(self._dtype)), text)
+
+    def _decoded(self, z: Tensor, text: Tensor | None) -> Tensor:
         images = self.decoder(z) if text is None else self.decoder(z, text.to(self._dtype))
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
@@ -146,7 +153,9 @@ class Tokenizer(nn.Module):
         """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
         self._check_images(images)
         quantized = self.quantizer(self.latents(images))
-        return Reconstruction(self.decode_codes(quantized.z_q, text), quantized)
+        z = self.from_codes(quantized.z_q.to(self._dtype))
+        losses = quantized.losses | self.autoencoder.losses(images, z)
+        return Reconstruction(self._decoded(z, text), quantized._replace(losses=losses))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """The contract every autoencoder keeps: images to latents on a grid, and back."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from lexel.config import Config
 from lexel.errors import UsageError
@@ -33,6 +34,7 @@ class Autoencoder(nn.Module):
 
     config_class: ClassVar[type[AutoencoderConfig]]
     axes: ClassVar[int] = 2  # of the grid: 2 for maps, 1 for sequences
+    LOSS_WEIGHTS: ClassVar[Mapping[str, float]] = {}  # every term that `losses` may return, with its published weight
 
     encoder: nn.Module  # images (B, channels, H, W) to (B, z_channels, *grid)
     decoder: nn.Module  # (B, z_channels, *grid) to images (B, channels, H, W), not clamped
@@ -104,6 +106,15 @@ class Autoencoder(nn.Module):
         if factor is None:
             raise NotImplementedError(f"{type(self).__name__} has no downsampling and must say what its grid is")
         return factor
+
+    def losses(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
+        """Terms of the training loss that the autoencoder adds, unweighted; mostly none.
+
+        Args:
+            images: (B, channels, H, W), to learn from.
+            z: what the decoder takes of them, (B, decoder_channels, *grid).
+        """
+        return {}
 
     def projection(self, channels_in: int, channels_out: int) -> nn.Module:
         """The layer between latents and codes, (B, channels_in, *grid) to (B, channels_out, *grid)."""

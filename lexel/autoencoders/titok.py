@@ -3,6 +3,7 @@
 Facts of sizes, names and conventions are those of bytedance/1d-tokenizer.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from lexel.autoencoders.base import Autoencoder, AutoencoderConfig
 from lexel.autoencoders.maskgit import Decoder as PixelDecoder
 from lexel.autoencoders.maskgit import MaskGITConfig
 from lexel.autoencoders.vision_transformer import Block, DividedSize, from_unit, to_unit
+from lexel.checkpoint import load_strict
 from lexel.config import Config
 from lexel.errors import UsageError
 
@@ -86,6 +88,7 @@ class TiTok(Autoencoder):
 
     config_class = TiTokConfig
     axes = 1
+    LOSS_WEIGHTS = {"proxy_codes": 1.0}  # cross-entropy of another tokenizer's codes, in the first stage of training
     config: TiTokConfig
     decoder: "Decoder"
 
@@ -93,6 +96,39 @@ class TiTok(Autoencoder):
         super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.z_channels = config.encoder.width
+        self.proxy_codes: Callable[[Tensor], Tensor] | None = None  # images to the codes (B, h, w) to predict
+
+    def predict_codes_of(self, codes: Callable[[Tensor], Tensor], codebook: Tensor, decoder: nn.Module) -> None:
+        """Prepares the first stage of training: the decoder learns another tokenizer's codes.
+
+        Args:
+            codes: images (B, C, H, W) to that tokenizer's codes, int64 (B, h, w).
+            codebook: its table (K, D), taken over and held as it is, as is
+            decoder: its decoder.
+
+        Raises:
+            UsageError: this autoencoder predicts no codes, or those of another kind of tokenizer.
+        """
+        head = self.decoder.head
+        if not isinstance(head, CodeHead) or head.pixels is None:
+            raise UsageError("codes are predicted with autoencoder.head = 'codes' and a table autoencoder.proxy.pixels")
+        if codebook.shape != head.codebook.shape:
+            raise UsageError(
+                f"autoencoder.proxy has codes of {tuple(head.codebook.shape)}, the other tokenizer "
+                f"{tuple(codebook.shape)} (codebook_size, z_channels)"
+            )
+        load_strict(head.pixels, decoder.state_dict(), "the other tokenizer's decoder")
+        with torch.no_grad():
+            head.codebook.copy_(codebook)
+        head.pixels.requires_grad_(False)
+        head.codebook.requires_grad_(False)
+        self.proxy_codes = codes
+
+    def losses(self, images: Tensor, z: Tensor) -> dict[str, Tensor]:
+        if self.proxy_codes is None:
+            return {}
+        logits = self.code_logits(z).float()
+        return {"proxy_codes": F.cross_entropy(logits, self.proxy_codes(images))}
 
     def code_logits(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         """Logits (B, K, h, w) of another tokenizer's codes from what the decoder takes, (B, width, tokens).
@@ -196,7 +232,7 @@ class Decoder(nn.Module):
 
     def features(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         """What the head sees: (B, width, h, w) of latents (B, width, tokens), and features of a text (B, L, C)."""
-        batch, count = len(z), self.grid[0] * self.grid[1]
+        batch, count = z.shape[0], self.grid[0] * self.grid[1]
         image = torch.cat([self.class_token, self.mask_token.expand(count, -1)]) + self.positions
         parts = [image.expand(batch, -1, -1), z.transpose(1, 2) + self.token_positions]
         if self.text is not None:
@@ -246,7 +282,7 @@ class PixelHead(nn.Module):
         rows, columns = x.shape[2:]
         patches = self.patches(x).unflatten(1, (self.patch, self.patch, self.channels))  # (B, p, p, C, h, w)
         images = patches.permute(0, 3, 4, 1, 5, 2).reshape(
-            len(x), self.channels, rows * self.patch, columns * self.patch
+            x.shape[0], self.channels, rows * self.patch, columns * self.patch
         )
         return from_unit(self.conv_out(images))
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import torch
 from pydantic import Field, model_validator
 
+from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
 from lexel.errors import UsageError
@@ -176,8 +177,10 @@ class TrainConfig(LoopConfig):
     def _terms(self) -> "TrainConfig":
         if self.weights.get("adversarial") and self.discriminator is None:
             raise ValueError("weights.adversarial needs a section [train.discriminator]")
-        if not any(self.weights.get(term) for term in ("l1", "l2", "lpips")):
-            raise ValueError("weights needs a reconstruction term: l1, l2 or lpips")
+        if not any(self.weights.get(term) for term in ("l1", "l2", "lpips", "proxy_codes")):
+            raise ValueError(
+                "weights needs a reconstruction term: l1, l2 or lpips (proxy_codes in TiTok's first stage)"
+            )
         refuse_unused(self, ("lpips",), bool(self.weights.get("lpips")), "weights.lpips")
         micro_batch = self.batch_size // self.accumulation
         group = self.discriminator.norm_images if self.discriminator is not None else None
@@ -192,7 +195,7 @@ class InitConfig(Config):
     """The model a training starts from."""
 
     source: str  # a run, a tokenizer folder, a published checkpoint or a hub id
-    what: Literal["all", "decoder", "codebook"] = "all"  # see `lexel.train.tokenizer.initialise`
+    what: Literal["all", "decoder", "codebook", "proxy"] = "all"  # see `lexel.train.tokenizer.initialise`
 
 
 class TokenizerRecipe(Config):
@@ -210,8 +213,10 @@ class TokenizerRecipe(Config):
             tokenizer.grid(self.data.size, self.data.size)
         except UsageError as error:
             raise ValueError(f"data.size = {self.data.size} does not fit the autoencoder: {error}") from None
-        known = {*IMAGE_TERMS, *(term for kind in QUANTIZERS.values() for term in kind.LOSS_WEIGHTS)}
-        own = {*IMAGE_TERMS, *tokenizer.quantizer.LOSS_WEIGHTS}
+        weights = [kind.LOSS_WEIGHTS for kind in QUANTIZERS.values()]
+        weights += [kind.LOSS_WEIGHTS for kind in AUTOENCODERS.values()]
+        known = {*IMAGE_TERMS, *(term for table in weights for term in table)}
+        own = {*IMAGE_TERMS, *tokenizer.loss_weights}
         for term, weight in self.train.weights.items():
             if term not in known | own:
                 raise ValueError(
@@ -219,7 +224,7 @@ class TokenizerRecipe(Config):
                 )
             if weight and term not in own:
                 raise ValueError(
-                    f"train.weights.{term} = {weight:g} has no effect: the quantizer has no such loss term, only "
+                    f"train.weights.{term} = {weight:g} has no effect: the model has no such loss term, only "
                     f"{', '.join(sorted(own - {*IMAGE_TERMS})) or 'none'} (--set train.weights.{term}=none)"
                 )
         return self
@@ -227,8 +232,7 @@ class TokenizerRecipe(Config):
     def resolved(self) -> "TokenizerRecipe":
         """With the weight of every loss term written out."""
         with torch.device("meta"):
-            quantizer = Tokenizer(self.model).quantizer  # residual and product have the weights of their base
-        weights = {**quantizer.LOSS_WEIGHTS, **self.train.weights}
+            weights = {**Tokenizer(self.model).loss_weights, **self.train.weights}
         return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
 
 

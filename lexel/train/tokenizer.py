@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel import provenance
+from lexel.autoencoders import TiTok
 from lexel.checkpoint import load_strict
 from lexel.data import training_batches
 from lexel.data.config import open_data
@@ -300,7 +301,8 @@ def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None
     `what` = "all" takes every weight. "decoder" takes every weight and lets only the decoder (with the 1x1 convolution
     before it) learn, so that indices keep their meaning. "codebook" takes the encoder and the decoder and starts with
     a new quantizer, which may be of another kind, size or dimension; the 1x1 convolutions are taken where the dimension
-    is the same.
+    is the same. "proxy" takes nothing but the tokenizer whose codes TiTok's decoder learns in its first stage, which
+    must be there for the whole training, resumed or not.
 
     Args:
         tokenizer: changed in place.
@@ -311,6 +313,10 @@ def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None
     Raises:
         UsageError: the source is of another architecture.
     """
+    if init.what == "proxy":
+        proxy = initial if initial is not None else load_tokenizer(init.source)
+        predict_codes_of(tokenizer, proxy, init.source)
+        return
     if load:
         source: Tokenizer = initial if initial is not None else load_tokenizer(init.source)
         ours, theirs = tokenizer.config, source.config
@@ -339,6 +345,24 @@ def initialise(tokenizer: Tokenizer, init: InitConfig, initial: Tokenizer | None
     if init.what == "decoder":
         for frozen_part in (tokenizer.encoder, tokenizer.to_codes, tokenizer.quantizer):
             frozen_part.requires_grad_(False)
+
+
+def predict_codes_of(tokenizer: Tokenizer, proxy: Tokenizer, source: str) -> None:
+    """Prepares a TiTok tokenizer's first stage of training: its decoder predicts the codes of `proxy`."""
+    network = tokenizer.autoencoder
+    if not isinstance(network, TiTok):
+        raise UsageError(f"init.what = 'proxy' is for titok autoencoders, got {tokenizer.config.autoencoder.kind}")
+    wanted = network.config.proxy and network.config.proxy.pixels
+    if proxy.config.autoencoder != wanted or proxy.config.projections:
+        raise UsageError(
+            f"init.source {source} is not the tokenizer of autoencoder.proxy.pixels: that has the autoencoder "
+            f"{wanted!r} and projections = false, got {proxy.config.autoencoder!r} and projections = "
+            f"{str(proxy.config.projections).lower()}"
+        )
+    proxy.eval().requires_grad_(False)
+    network.predict_codes_of(
+        lambda images: proxy.to(images.device).encode(images), proxy.quantizer.codebook, proxy.decoder
+    )
 
 
 def load_run(folder: str | Path, weights: Literal["average", "live", "best"] = "average") -> Tokenizer:
