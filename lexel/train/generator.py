@@ -124,13 +124,17 @@ class Learner:
         conditions = to_device(self.generator.condition.of_batch(batch), device).split(size)
 
         total = torch.zeros((), device=device)
+        logged: dict[str, Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         for number, (tokens, condition) in enumerate(zip(indices, conditions, strict=True)):
             with self._no_sync_unless(last=number == len(indices) - 1):
                 with self.processes.runtime.autocast():
-                    loss = torch.stack(list(self.ddp_module(tokens, condition).values())).sum()
+                    terms = self.ddp_module(tokens, condition)
+                    loss = torch.stack(list(terms.values())).sum()
                 self.scaler.scale(loss / len(indices)).backward()
             total += loss.detach() / len(indices)
+            for name, term in terms.items():
+                logged[name] = logged.get(name, 0.0) + term.detach() / len(indices)
 
         set_learning_rate(self.optimizer, lr)
         for group in self.optimizer.param_groups:
@@ -138,7 +142,9 @@ class Learner:
         norm = optimizer_step(self.optimizer, self.scaler, list(self.generator.parameters()), self.config.clip)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        return {"loss": total, "bits_per_token": total / math.log(2), "gradient_norm": norm}
+        if logged.keys() == {"nll"}:  # the loss is the likelihood: told in bits, as validation tells it
+            logged = {"bits_per_token": total / math.log(2)}
+        return {"loss": total, **logged, "gradient_norm": norm}
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Averages gradients over processes with the last micro-batch only."""
@@ -162,9 +168,12 @@ def shard(generator: Generator, processes: Processes) -> None:
 
 @torch.no_grad()
 def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int | None) -> dict[str, float | None]:
-    """Bits per token of images not learned from, beside the entropy of the unigram distribution."""
+    """Bits per token of images not learned from, beside the entropy of the unigram distribution.
+
+    A family without a likelihood is measured by its loss, `loss`, instead.
+    """
     generator, processes = learner.generator, learner.processes
-    device = processes.device
+    device, likely = processes.device, True
     generator.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     histogram = torch.zeros(generator.config.transformer.codebook_size, dtype=torch.int64, device=device)
@@ -172,13 +181,17 @@ def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int 
     for indices, condition, real in _padded(batches, processes, generator):
         with processes.runtime.autocast():
             nll = generator.nll(indices, condition)
-        assert nll is not None
+            if nll is None:  # one number for all tokens of the batch
+                nll = sum(generator.losses(indices, condition).values()) + torch.zeros(len(indices), 1, device=device)
+                likely = False
         nll = nll.double()
         count = torch.full((), nll[:real].numel(), device=device, dtype=torch.float64)
         sums += torch.stack([nll[:real].sum(), count])
         histogram += torch.bincount(indices[:real].flatten(), minlength=len(histogram))
     generator.train()
     nats, count = all_sum(sums).tolist()
+    if not likely:
+        return {"loss": nats / max(count, 1), "images": count}
     histogram = all_sum(histogram)
     return {
         "bits_per_token": nats / max(count, 1) / math.log(2),
@@ -258,6 +271,7 @@ def train_generator(
         batches = source.batches(config, session.first, processes.rank, processes.count)
         for step in session.steps():
             lr, decay = config.lr * step.lr_factor, config.decay(step.number, step.steps)
+            generator.anneal(step.number / step.steps)
             losses = learner.step(next(batches), lr, decay)
             session.log(step, losses, {"lr": lr})
             if step.validates:
