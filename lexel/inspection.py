@@ -49,7 +49,7 @@ def _of_recipe(source: str | Path) -> dict[str, Any]:
         with torch.device("meta"):
             facts |= _shape(Tokenizer(recipe.model))
     else:
-        facts |= recipe.generator.model_dump(mode="json")
+        facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}
     facts |= {f"parameters of the {name}": count for name, count in planned.parameters.items()}
     facts["memory, estimated (GiB)"] = round(sum(planned.memory.values()) / 2**30, 2)
     return facts
@@ -110,7 +110,8 @@ def _codebook(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _of_generator(generator: Generator) -> dict[str, Any]:
-    facts = {"kind": "generator", **generator.config.transformer.model_dump(mode="json")}
+    network = generator.config.transformer
+    facts = {**network.model_dump(mode="json"), "family": network.kind, "kind": "generator"}
     facts |= {"parameters": _count(generator), "tokenizer": generator.config.tokenizer}
     return facts | {f"provenance: {name}": value for name, value in generator.provenance.items()}
 

@@ -1,6 +1,6 @@
 """Images from a generator, written as they come: a grid to look at, a set to measure, or the tokens themselves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lexel.arrays import read_array
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, to_uint8
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
 from lexel.metrics.statistics import NpzWriter
+from lexel.networks import FeatureNetwork
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
@@ -21,6 +23,9 @@ INT8 = "int8"  # the decoding implementation that rounds weights
 MEASURED = 2  # images on which its cost is measured
 ALL = "all"  # in place of class names: every class
 WRITERS = (".png", ".jpg", ".jpeg", ".webp", ".npz", ".npy")
+
+
+Condition = Sequence[int] | torch.Tensor | int  # classes, features of captions, or how many images
 
 
 class Written(NamedTuple):
@@ -52,9 +57,44 @@ def class_labels(generator: Generator, names: Sequence[str], per_class: int, see
     return labels.tolist()
 
 
+def asked_for(
+    generator: Generator,
+    names: Sequence[str] | None,
+    captions: torch.Tensor | None,
+    per_class: int,
+    seed: int | None = None,
+) -> Condition:
+    """The condition of each image to sample, of the kind that the generator has learned.
+
+    Args:
+        generator: says which kind that is.
+        names: of classes, for a class condition: see `class_labels`.
+        captions: features (N, length, features), for a text condition.
+        per_class: images of each class or caption; of an unconditional generator, of all.
+        seed: of a random order of classes.
+
+    Raises:
+        UsageError: what the kind needs was not given, or another was.
+    """
+    kind = generator.condition.kind
+    given = {"class": names is not None, "text": captions is not None}
+    for other, there in given.items():
+        if there and other != kind:
+            raise UsageError(f"the generator's condition is {kind!r}; it takes no {'classes' if names else 'captions'}")
+    if kind == "none":
+        return per_class
+    if kind == "text":
+        if captions is None:
+            raise UsageError("the generator's condition is 'text'; give --captions FILE, features of captions (.npy)")
+        return captions.repeat_interleave(per_class, 0)
+    if names is None:
+        raise UsageError("the generator's condition is 'class'; give --classes, by number or label")
+    return class_labels(generator, names, per_class, seed)
+
+
 def write_samples(
     generator: Generator,
-    labels: Sequence[int],
+    condition: Condition,
     out: str | Path,
     runtime: Runtime,
     tokenizer: Tokenizer | None = None,
@@ -62,112 +102,222 @@ def write_samples(
     columns: int | None = None,
     given: torch.Tensor | None = None,
     progress: Callable[[int, int | None], None] | None = None,
+    candidates: int = 1,
+    classifier: FeatureNetwork | None = None,
     **settings: Any,
 ) -> Written:
-    """Samples an image for each label and writes them to one file, whose ending says how.
+    """Samples images and writes them to one file, whose ending says how.
 
     `.png`, `.jpg`, `.webp`: a grid. `.npz`: images as ADM's evaluator takes them (`arr_0`, uint8), as a stream, so that
-    50,000 of them never lie in memory. `.npy`: the tokens, int64 (N, h, w).
+    50,000 of them never lie in memory. `.npy`: the tokens, int64 (N, *grid).
 
     Args:
         generator: put on the runtime's device.
-        labels: the class of each image.
+        condition: the class of each image, features of captions (N, length, features), or how many images.
         out: the file.
         runtime: device and precision.
         tokenizer: makes images of tokens; the one in the generator's folder by default.
         first_number: number of the first image in the random stream.
         columns: of a grid; about as many as rows by default.
-        given: int64 (N, h, w), tokens that stay as they are, -1 where they are to be sampled; of one image for all, or
+        given: int64 (N, *grid), tokens that stay as they are, -1 where they are to be sampled; of one image for all, or
             of each.
         progress: called with (images done, images).
+        candidates: images that are sampled for each that is written: the one whose class is the likeliest to the
+            classifier is kept (rejection sampling, as of VQ-VAE-2 and VQGAN, at an acceptance rate of 1 / candidates).
+        classifier: with logits of the generator's classes, in their order; needed for candidates.
         settings: of `Generator.sample`.
 
     Raises:
-        UsageError: the ending is unknown, or there is no tokenizer.
+        UsageError: the ending is unknown, there is no tokenizer, or the classifier does not know the classes.
     """
     out = Path(out)
     ending = out.suffix.lower()
     if ending not in WRITERS:
         raise UsageError(f"{out} has no known ending; choose from {', '.join(WRITERS)}")
-    if not labels:
-        raise UsageError("there are no classes to sample from")
+    count = condition if isinstance(condition, int) else len(condition)
+    if not count:
+        raise UsageError("there is nothing to sample: no classes, captions or images are asked for")
     if given is not None:
-        if len(given) not in (1, len(labels)):
-            raise UsageError(f"tokens are given for {len(given)} images; 1 or {len(labels)} are needed")
-        given = given.expand(len(labels), *given.shape[1:])
+        if len(given) not in (1, count):
+            raise UsageError(f"tokens are given for {len(given)} images; 1 or {count} are needed")
+        given = given.expand(count, *given.shape[1:])
     generator = generator.to(runtime.device).eval()
-    if ending == ".npy":
-        tokens = [
-            part.cpu().numpy() for part in _sampled(generator, labels, runtime, first_number, given, progress, settings)
-        ]
-        with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
-            np.save(file, np.concatenate(tokens))
-        return _written(generator, labels, out, settings)
+    if ending == ".npy" and candidates == 1:
+        parts = _sampled(generator, condition, count, runtime, first_number, given, progress, settings)
+        _save_tokens(out, parts)
+        return _written(generator, condition, out, settings)
     decoder = (tokenizer or generator.tokenizer).to(runtime.device)
     if runtime.device.type == "cuda":  # half-precision convolutions are fastest with channels last
         decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
-    parts = _sampled(generator, labels, runtime, first_number, given, progress, settings)
+    if candidates == 1:
+        parts = _sampled(generator, condition, count, runtime, first_number, given, progress, settings)
+    else:
+        judge = Judge(candidates, classifier, decoder, runtime)
+        parts = _best(generator, judge, condition, runtime, first_number, given, progress, settings)
+    if ending == ".npy":
+        _save_tokens(out, parts)
+        return _written(generator, condition, out, settings)
     pictures = (_pictures(decoder, part, runtime) for part in parts)
     if ending == ".npz":
         first = next(pictures)
-        with NpzWriter(out, (len(labels), *first.shape[1:])) as writer:
+        with NpzWriter(out, (count, *first.shape[1:])) as writer:
             writer.add(first)
             for more in pictures:
                 writer.add(more)
-        return _written(generator, labels, out, settings)
+        return _written(generator, condition, out, settings)
     grid = picture_grid(np.concatenate(list(pictures)), columns)
     with atomic(out) as path:
         Image.fromarray(grid).save(path)
-    return _written(generator, labels, out, settings)
+    return _written(generator, condition, out, settings)
 
 
-def _written(generator: Generator, labels: Sequence[int], out: Path, settings: Mapping[str, Any]) -> Written:
+def _save_tokens(out: Path, parts: Iterable[torch.Tensor]) -> None:
+    tokens = np.concatenate([part.cpu().numpy() for part in parts])
+    with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"
+        np.save(file, tokens)
+
+
+def _written(generator: Generator, condition: Condition, out: Path, settings: Mapping[str, Any]) -> Written:
     """The result, with what int8 weights cost on the first few images if they were used."""
     if settings.get("implementation") != INT8 or not isinstance(generator, NextToken):
         return Written(out, None, 0)
-    few = list(labels[:MEASURED])
+    few = _cut(condition, 0, MEASURED)
     kept = {name: settings[name] for name in ("cfg_scale", "cfg_schedule", "temperature", "seed") if name in settings}
     tokens = generator.sample(few, implementation=INT8, **kept)
-    return Written(out, generator.extra_bits(tokens, few, INT8), len(few))
+    return Written(out, generator.extra_bits(tokens, few, INT8), len(tokens))
+
+
+def _cut(condition: Condition, begin: int, end: int) -> Condition:
+    """The images [begin, end) of a condition."""
+    if isinstance(condition, int):
+        return max(0, min(end, condition) - begin)
+    return condition[begin:end]
 
 
 def _sampled(
     generator: Generator,
-    labels: Sequence[int],
+    condition: Condition,
+    count: int,
     runtime: Runtime,
     first: int,
     given: torch.Tensor | None,
-    progress: Any,
-    settings: Any,
-) -> Any:
+    progress: Callable[[int, int | None], None] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[torch.Tensor]:
+    """Tokens of the images, as many at once as are decoded and written together."""
     at_once = max(AT_ONCE, settings.get("batch_size") or 0)
-    for begin in range(0, len(labels), at_once):
-        part = torch.tensor(labels[begin : begin + at_once], device=runtime.device)
-        numbers = range(first + begin, first + begin + len(part))
-        report = None if progress is None else _images_done(progress, begin, len(part), len(labels))
-        known = None if given is None else given[begin : begin + len(part)].to(runtime.device)
+    for begin in range(0, count, at_once):
+        end = min(begin + at_once, count)
+        report = None if progress is None else _images_done(progress, begin, end - begin, count)
+        known = None if given is None else given[begin:end].to(runtime.device)
         yield generator.sample(
-            part, image_numbers=numbers, given=known, dtype=runtime.half, progress=report, **settings
+            _cut(condition, begin, end),
+            image_numbers=range(first + begin, first + end),
+            given=known,
+            dtype=runtime.half,
+            progress=report,
+            **settings,
         )
 
 
-def read_tokens(path: str | Path) -> torch.Tensor:
-    """Tokens of images from an .npy file, int64 (N, h, w); those of one image may be (h, w).
+class Judge:
+    """Rejection sampling: keeps the best of several candidates by a classifier's probability of the class.
+
+    Args:
+        candidates: images for each that is kept, at least 2.
+        classifier: a network with class scores.
+        tokenizer: makes images of tokens.
+        runtime: device and precision.
 
     Raises:
-        UsageError: the file is missing or holds no integers of that shape.
+        UsageError: there are too few candidates, or the network has no classes.
     """
-    path = Path(path)
-    if not path.is_file():
+
+    def __init__(
+        self, candidates: int, classifier: FeatureNetwork | None, tokenizer: Tokenizer, runtime: Runtime
+    ) -> None:
+        if candidates < 2:
+            raise UsageError(f"candidates must be at least 1 (1 is off), got {candidates}")
+        if classifier is None or not classifier.classes:
+            raise UsageError("candidates need a classifier: a feature network with class scores")
+        self.candidates, self.tokenizer, self.runtime = candidates, tokenizer, runtime
+        self.classifier = classifier.to(runtime.device)
+
+    def best(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The best of every `candidates` images of tokens (N * candidates, *grid), of classes (N,): (N, *grid)."""
+        with self.runtime.autocast():
+            images = self.tokenizer.decode(tokens).float()
+        logits = self.classifier(images).logits
+        probabilities = logits.log_softmax(-1).view(len(labels), self.candidates, -1)
+        scores = probabilities.gather(2, labels.view(-1, 1, 1).expand(-1, self.candidates, 1))[..., 0]
+        rows = torch.arange(len(labels), device=tokens.device) * self.candidates + scores.argmax(1)
+        return tokens[rows]
+
+
+def _best(
+    generator: Generator,
+    judge: Judge,
+    condition: Condition,
+    runtime: Runtime,
+    first: int,
+    given: torch.Tensor | None,
+    progress: Callable[[int, int | None], None] | None,
+    settings: Mapping[str, Any],
+) -> Iterator[torch.Tensor]:
+    """The best candidates. Those of image n are the images n m to n m + m - 1 of the random stream."""
+    if isinstance(condition, int) or generator.condition.kind != "class":
+        raise UsageError("candidates are chosen by their class; the generator has none")
+    known = getattr(generator.condition, "classes", 0)
+    if judge.classifier.classes != known:
+        raise UsageError(
+            f"the classifier {judge.classifier.name} knows {judge.classifier.classes} classes, the generator {known}; "
+            "they must be the same, in the same order"
+        )
+    labels = generator.condition.check(condition)
+    each = judge.candidates
+    many = labels.repeat_interleave(each)
+    repeated = None if given is None else given.repeat_interleave(each, 0)
+    at_once = max(1, AT_ONCE // each)
+    for begin in range(0, len(labels), at_once):
+        end = min(begin + at_once, len(labels))
+        report = None if progress is None else _images_done(progress, begin, end - begin, len(labels))
+        tokens = generator.sample(
+            many[begin * each : end * each],
+            image_numbers=range((first + begin) * each, (first + end) * each),
+            given=None if repeated is None else repeated[begin * each : end * each].to(runtime.device),
+            dtype=runtime.half,
+            progress=report,
+            **settings,
+        )
+        yield judge.best(tokens, labels[begin:end])
+
+
+def read_tokens(path: str | Path, grid: tuple[int, ...] = (0, 0)) -> torch.Tensor:
+    """Tokens of images from an .npy file, int64 (N, *grid); those of one image may be (*grid).
+
+    Args:
+        path: the file.
+        grid: of an image's tokens; only the number of its axes is used.
+
+    Raises:
+        UsageError: the file is missing or damaged, or holds no integers of that shape.
+    """
+    if not Path(path).is_file():
         raise UsageError(f"{path} is not a file; give tokens as .npy, such as `lexel sample --out tokens.npy` writes")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise UsageError(f"{path} cannot be read as .npy: {error}") from None
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3) or not np.issubdtype(array.dtype, np.integer):
-        raise UsageError(f"{path} must hold integers (N, h, w)")
-    return torch.from_numpy(array.astype(np.int64).reshape(-1, *array.shape[-2:]))
+    array = read_array(path, kind=np.integer)
+    if array.ndim not in (len(grid), len(grid) + 1):
+        raise UsageError(f"{path} must hold integers (N, {', '.join('hwd'[: len(grid)])}), got {array.shape}")
+    return torch.from_numpy(array.astype(np.int64)).reshape(-1, *array.shape[-len(grid) :])
+
+
+def read_captions(path: str | Path) -> torch.Tensor:
+    """Features of captions from an .npy file, float (N, length, features).
+
+    Raises:
+        UsageError: the file is missing or damaged, or holds no numbers of that shape.
+    """
+    return torch.from_numpy(read_array(path, "N L F", np.floating).astype(np.float32))
 
 
 def _images_done(

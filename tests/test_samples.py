@@ -12,6 +12,8 @@ from lexel.autoencoders import VQGANConfig
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
+from lexel.generators.config import network_config
+from lexel.networks import Features
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -103,7 +105,7 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
     with pytest.raises(UsageError, match="tokens are given for 2 images; 1 or 3 are needed"):
         write_samples(generator, [0, 1, 2], tmp_path / "t.npy", HERE, given=known.repeat(2, 1, 1))
     (tmp_path / "text.npy").write_text("no tokens")
-    for name, message in [("none.npy", "is not a file"), ("text.npy", "cannot be read as .npy")]:
+    for name, message in [("none.npy", "is not a file"), ("text.npy", "cannot be read")]:
         with pytest.raises(UsageError, match=message):
             samples.read_tokens(tmp_path / name)
 
@@ -111,7 +113,7 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
 def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):
     with pytest.raises(UsageError, match=r"s.gif has no known ending; choose from .png"):
         write_samples(generator, [0], tmp_path / "s.gif", HERE)
-    with pytest.raises(UsageError, match="no classes to sample from"):
+    with pytest.raises(UsageError, match="nothing to sample"):
         write_samples(generator, [], tmp_path / "s.png", HERE)
     with pytest.raises(UsageError, match="fingerprint"):
         write_samples(generator, [0], tmp_path / "s.png", HERE, tokenizer=Tokenizer(generator.tokenizer.config))
@@ -143,3 +145,46 @@ def test_the_pictures_of_a_gpu_are_those_of_the_cpu(generator, tmp_path, precisi
     assert there.tokenizer.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     difference = pictures[0]["arr_0"].astype(int) - pictures[1]["arr_0"]
     assert np.abs(difference).max() <= (1 if precision == "float32" else 8)
+
+
+class Brightness(torch.nn.Module):
+    """Stands in for a classifier of three classes: the brighter the likelier class 2, the darker class 0."""
+
+    name, classes = "brightness", 3
+
+    def forward(self, images: torch.Tensor) -> Features:
+        light = images.mean((1, 2, 3))
+        return Features(light[:, None], torch.stack([-light, torch.zeros_like(light), light], 1) * 10)
+
+
+def test_the_best_of_several_candidates_is_kept_whatever_is_made_at_once(generator, tmp_path, monkeypatch):
+    every = generator.sample([0] * 4 + [2] * 4, seed=3)
+    light = generator.tokenizer.decode(every).mean((1, 2, 3))
+    expected = torch.stack([every[light[:4].argmin()], every[4 + light[4:].argmax()]])
+    for at_once in (64, 4):
+        monkeypatch.setattr(samples, "AT_ONCE", at_once)
+        arguments = {"candidates": 4, "classifier": Brightness(), "seed": 3}
+        found = np.load(write_samples(generator, [0, 2], tmp_path / "s.npy", HERE, **arguments))
+        assert np.array_equal(found, expected.numpy())
+
+
+def test_candidates_need_a_classifier_of_the_generators_classes(generator, tmp_path):
+    with pytest.raises(UsageError, match="candidates need a classifier"):
+        write_samples(generator, [0], tmp_path / "s.npy", HERE, candidates=2)
+    other = Brightness()
+    other.classes = 10
+    with pytest.raises(UsageError, match="brightness knows 10 classes, the generator 3"):
+        write_samples(generator, [0], tmp_path / "s.npy", HERE, candidates=2, classifier=other)
+
+
+def test_what_is_asked_for_is_of_the_generators_condition(generator):
+    assert samples.asked_for(generator, ["1", "0"], None, 2) == [1, 1, 0, 0]
+    with pytest.raises(UsageError, match="give --classes"):
+        samples.asked_for(generator, None, None, 2)
+    with pytest.raises(UsageError, match="takes no captions"):
+        samples.asked_for(generator, None, torch.zeros(1, 2, 3), 2)
+    table = generator.config.transformer.model_dump() | {"condition": {"kind": "none"}}
+    free = Generator(GeneratorConfig(transformer=network_config(table)))
+    assert samples.asked_for(free, None, None, 3) == 3
+    with pytest.raises(UsageError, match="takes no classes"):
+        samples.asked_for(free, ["1"], None, 3)

@@ -17,9 +17,10 @@ class MaskGITConfig(ConvolutionalConfig):
 
     kind: Literal["maskgit"] = "maskgit"
     residual_blocks: int = Field(default=2, ge=1)  # in each level, and between the deepest levels
+    middle_blocks: int | None = Field(default=None, ge=1)  # between the deepest levels, where it is another number
 
     def identity(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
+        return self.model_dump(mode="json", exclude={"middle_blocks"} if self.middle_blocks is None else None)
 
 
 class MaskGIT(Convolutional):
@@ -46,7 +47,7 @@ class Encoder(nn.Module):
         widths, groups, blocks = config.widths, config.groups, config.residual_blocks
         self.conv_in = conv3x3(config.channels, config.width, bias=False)
         self.levels = nn.ModuleList(level(before, after, blocks, groups) for before, after in pairwise(widths))
-        self.middle = level(widths[-1], widths[-1], blocks, groups)
+        self.middle = level(widths[-1], widths[-1], config.middle_blocks or blocks, groups)
         self.norm_out = norm(widths[-1], groups)
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
 
@@ -66,7 +67,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths, groups, blocks = [*config.widths[1:], config.widths[-1]], config.groups, config.residual_blocks
         self.conv_in = conv3x3(config.z_channels, widths[-1])
-        self.middle = level(widths[-1], widths[-1], blocks, groups)
+        self.middle = level(widths[-1], widths[-1], config.middle_blocks or blocks, groups)
         # Numbered by resolution like the encoder's levels, and run from the last to the first.
         self.levels = nn.ModuleList(level(before, after, blocks, groups) for after, before in pairwise(widths))
         self.upsamples = nn.ModuleList(Upsample(width) for width in widths[1:-1])

@@ -126,16 +126,24 @@ def _with_interval(value: float | None, interval: "Mapping[str, Any] | None") ->
 
 def sample(
     source: Annotated[str, typer.Argument(metavar="RUN", help="A generator: a run, a model folder or a checkpoint.")],
-    classes: Annotated[str, typer.Option(help="Class numbers or labels, comma-separated: 0,3,Food & Drink; or all.")],
     out: Annotated[
         Path, typer.Option(help="Output: .png or .jpg (a grid), .npz (samples for evaluation) or .npy (tokens).")
     ],
-    per_class: Annotated[int, typer.Option(min=1, help="Images of each class.")] = 4,
+    classes: Annotated[
+        str | None, typer.Option(help="Class numbers or labels, comma-separated: 0,3,Food & Drink; or all.")
+    ] = None,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="Features of captions (.npy, float (N, length, features)), for a text condition."),
+    ] = None,
+    per_class: Annotated[
+        int, typer.Option(min=1, help="Images of each class or caption; of an unconditional generator: in all.")
+    ] = 4,
     cfg_scale: Annotated[
         str, typer.Option(help="Classifier-free guidance, 1 is off; one value per sub-token if two: 1.9,2.0.")
     ] = "1",
     cfg_schedule: Annotated[
-        str, typer.Option(help="Guidance over the image: constant, linear:1, cosine-power:1, interval:0.25,1.")
+        str, typer.Option(help="Guidance over the image: constant, linear:1, ramp, cosine-power:1, interval:0.25,1.")
     ] = "constant",
     temperature: Annotated[str, typer.Option(help="Softmax temperature; one value per sub-token if two: 1.1,1.0.")] = (
         "1"
@@ -152,6 +160,19 @@ def sample(
     ] = None,
     given: Annotated[
         Path | None, typer.Option(help="Tokens to keep (.npy, int64 (N, h, w)), -1 where to sample: in-painting.")
+    ] = None,
+    candidates: Annotated[
+        int,
+        typer.Option(min=1, help="Sample this many for each image; keep the one that --classifier finds likeliest."),
+    ] = 1,
+    classifier: Annotated[
+        str | None, typer.Option(help="Feature network with the generator's classes, for --candidates.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="option=value", help="Option of the family: steps=8, choice_temperature=4.5, ..."
+        ),
     ] = None,
     in_order: Annotated[
         bool,
@@ -172,24 +193,34 @@ def sample(
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Generates images of the named classes."""
+    """Generates images of classes, of captions, or of nothing in particular, as the generator has learned."""
+    from lexel import networks
+    from lexel.config import parse_override
     from lexel.loading import load_generator, load_tokenizer
     from lexel.runtime import runtime
-    from lexel.samples import class_labels, read_tokens, write_samples
+    from lexel.samples import asked_for, read_captions, read_tokens, write_samples
 
     where = runtime(device, precision)
-    known = read_tokens(given) if given else None
     scales, temperatures = (
         number_or_numbers(cfg_scale, "--cfg-scale"),
         number_or_numbers(temperature, "--temperature"),
     )
+    options = dict(parse_override(text) for text in set_ or ())
     generator = load_generator(source, weights)
+    known = read_tokens(given, generator.grid) if given else None
+    judge = networks.build(classifier) if classifier else None
     shuffled = out.suffix.lower() in (".npz", ".npy") and not in_order and (known is None or len(known) == 1)
-    labels = class_labels(generator, names(classes), per_class, seed if shuffled else None)
+    condition = asked_for(
+        generator,
+        None if classes is None else names(classes),
+        None if captions is None else read_captions(captions),
+        per_class,
+        seed if shuffled else None,
+    )
     with progress("sample") as update:
         written = write_samples(
             generator,
-            labels,
+            condition,
             out,
             where,
             load_tokenizer(tokenizer) if tokenizer else None,
@@ -197,6 +228,8 @@ def sample(
             per_class,
             known,
             update,
+            candidates,
+            judge,
             cfg_scale=scales,
             cfg_schedule=cfg_schedule,
             temperature=temperatures,
@@ -207,7 +240,9 @@ def sample(
             window=window,
             implementation=implementation,
             batch_size=batch_size,
+            **options,
         )
-    print(f"{len(labels)} images in {out}")
+    count = condition if isinstance(condition, int) else len(condition)
+    print(f"{count} images in {out}")
     if written.extra_bits is not None:
         print(f"int8 adds {written.extra_bits:+.4f} bits a token (on {written.measured_on} images)")

@@ -12,6 +12,7 @@ from lexel.convert import (
     fvq,
     ibq,
     llamagen,
+    mage,
     masked,
     maskgit_vqgan,
     open_magvit2,
@@ -45,6 +46,7 @@ FAMILIES: dict[str, Family] = {
         maskgit_vqgan.FAMILY,
         *transformers.FAMILIES,
         *masked.FAMILIES,
+        mage.FAMILY,
     )
 }
 

@@ -30,12 +30,14 @@ def sizes(tensors: Names, source: str, decoder: str = "decoder") -> dict[str, An
     require(tensors, [*needed, f"{decoder}.conv_in.weight", f"{decoder}.conv_out.weight"], source)
     widths = [tensors[name].shape[0] for name in needed]
     channels, width = tensors[f"{decoder}.conv_out.weight"].shape[:2]
+    residual, middle = (count(tensors, rf"{decoder}\.{part}\.(\d+)\..*") for part in (r"levels\.0", "middle"))
     return {
         "kind": "maskgit",
         "channels": channels,
         "width": width,
         "multipliers": [level_width // width for level_width in widths],
-        "residual_blocks": count(tensors, rf"{decoder}\.levels\.0\.(\d+)\..*"),
+        "residual_blocks": residual,
+        "middle_blocks": None if middle == residual else middle,
         "z_channels": tensors[f"{decoder}.conv_in.weight"].shape[1],
         "groups": 32,
     }

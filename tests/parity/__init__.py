@@ -7,7 +7,7 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
-from tests.parity import masked, maskgit_vqgan, rar, titok, vit
+from tests.parity import mage, masked, maskgit_vqgan, rar, titok, vit
 from tests.parity.fixture import Fixture
 
 CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
@@ -21,6 +21,7 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "MaskGIT generator of TiTok": masked.check,
     "mask counts after each step": masked.check_schedules,
     "RAR generator": rar.check,
+    "MAGE": mage.check,
 }
 
 

@@ -1,0 +1,115 @@
+"""MAGE: its tokenizer, encoder, decoder, loss and sampler."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel.generators.batch import SampleBatch
+from lexel.generators.masked import Masked, MaskedOptions
+from lexel.generators.sampling import guidance_scales
+from tests.parity.fixture import Fixture, Run
+
+
+class PublishedDraws:
+    """The likeliest token, and the recorded Gumbel noise."""
+
+    def __init__(self, gumbel: list[Tensor]) -> None:
+        self.noise = gumbel
+
+    def tokens(self, step: int, logits: Tensor, temperature: float, filters: dict[str, Any]) -> Tensor:
+        return logits.argmax(-1)
+
+    def gumbel(self, step: int) -> Tensor:
+        return self.noise[step]
+
+
+def check(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model: Masked = run.load("mage")
+        tokenizer = model.tokenizer.to(run.dtype)
+        tokens = tokenizer.encode(2 * run["x"] - 1)  # the published encoder takes pixels of 0 to 1
+        run.same("gt_indices", tokens)
+        flat, count = tokens.flatten(1), model.token_spec.cells
+        condition = model.condition.example(len(flat))
+        noise = run.content["inputs"]["mask_noise"]
+        rates = torch.full((len(flat),), run.content["inputs"]["mask_rate"], dtype=torch.float64)
+        ranks = noise.argsort(1).argsort(1)
+        dropped, masked = ranks < -(-count // 2), ranks < (count * rates).ceil()[:, None]
+        run.same("token_drop_mask", torch.nn.functional.pad(dropped, (1, 0)))
+        run.same("token_all_mask", torch.nn.functional.pad(masked, (1, 0)))
+        hidden = flat.masked_fill(masked, model.mask)
+        run.close("latent", model.transformer.encode(hidden, condition, dropped))
+        logits = model.transformer(hidden, condition, dropped)
+        run.close("logits_codebook_part", logits, run.expected["logits_codebook_part"][:, 1:])
+        loss = model.mage_losses(flat, condition, rates, noise)["masked_nll"]
+        run.close("loss", loss)
+        loss.backward()
+        gradients = published_gradients(model)
+        for name, theirs in run.expected["grads"].items():
+            ours = gradients[name]
+            rows = (..., slice(0, theirs.shape[-1])) if name == "mlm_layer.bias" else slice(0, len(theirs))
+            theirs, ours = comparable(name, theirs, ours[rows], model)
+            run.close(f"grads:{name}", ours, theirs)
+        generate(run, model)
+
+
+def comparable(name: str, theirs: Tensor, ours: Tensor, model: Masked) -> tuple[Tensor, Tensor]:
+    """Pads ours with zeros for published rows that the network does not reach."""
+    padded = torch.zeros_like(theirs, dtype=ours.dtype)
+    padded[tuple(slice(0, size) for size in ours.shape)] = ours
+    return theirs, padded
+
+
+def published_gradients(model: Masked) -> dict[str, Tensor]:
+    grads = {name.removeprefix("transformer."): value.grad for name, value in model.named_parameters()}
+    tokens, codes = grads.pop("tokens.weight"), model.mask
+    words = torch.zeros(codes + 1001, tokens.shape[1], dtype=tokens.dtype)
+    words[:codes], words[codes + 76], words[-1] = tokens[:codes], grads.pop("start.weight")[0], tokens[codes]
+    found = {
+        "token_emb.word_embeddings.weight": words,
+        "token_emb.position_embeddings.weight": grads.pop("positions"),
+        "decoder_pos_embed_learned": grads.pop("decoder_positions")[None],
+        "mlm_layer.bias": grads.pop("bias")[None, None],
+    }
+    renames = {
+        "embedding_norm": "token_emb.LayerNorm",
+        "attention.qkv": "attn.qkv",
+        "attention.out": "attn.proj",
+        "feed_forward": "mlp",
+        "to_decoder": "decoder_embed",
+        "to_vectors": "mlm_layer.fc",
+        "vector_norm": "mlm_layer.ln",
+    }
+    for name, gradient in grads.items():
+        for ours, theirs in renames.items():
+            name = name.replace(ours, theirs)
+        if gradient is not None:
+            found[name] = gradient
+    return found
+
+
+def generate(run: Run, model: Masked) -> None:
+    settings, expected = run.content["inputs"]["generate"], run.expected["generate"]
+    steps, count = settings["num_iter"], len(expected["ids"])
+    options = MaskedOptions(
+        steps=steps, schedule="cosine", order="maskgit", choice_temperature=settings["choice_temperature"]
+    )
+    batch = SampleBatch(
+        condition=model.condition.example(count),
+        null=None,
+        tokens=torch.full((count, model.token_spec.cells), -1),
+        scales=[guidance_scales("constant", 1.0, steps)],
+        filters=[{"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}],
+        seed=0,
+        numbers=list(range(count)),
+        options=options,
+        dtype=None,
+        report=lambda share: None,
+    )
+    with torch.no_grad():
+        found = model.fill(batch, PublishedDraws([run.cast(noise) for noise in settings["gumbel"]]))
+        run.same("generate: ids", found, expected["ids"])
+        codes = model.tokenizer.quantizer.indices_to_codes(found.view(count, *model.grid))
+        image = model.tokenizer.decode_codes(codes)  # not clamped
+        run.close("generate: image", (image + 1) / 2, expected["image"])
