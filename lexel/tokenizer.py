@@ -125,8 +125,8 @@ class Tokenizer(nn.Module):
         Raises:
             UsageError: images of this size do not fit.
         """
-        books = getattr(self.quantizer, "books", None)
-        return TokenSpec((self.grid(height, width),), self.codebook_size, books)
+        grids = self.quantizer.token_grids(self.grid(height, width))
+        return TokenSpec(grids, self.codebook_size, self.quantizer.books)
 
     def latents(self, images: Tensor) -> Tensor:
         """The encoder's result before quantization: (B, D, *grid), at least float32."""
@@ -172,25 +172,20 @@ class Tokenizer(nn.Module):
             return self.quantizer.assign(self.latents(images))
 
     @torch.no_grad()
-    def decode(self, indices: Tensor, text: Tensor | None = None) -> Tensor:
+    def decode(self, indices: Tensor, text: Tensor | None = None, grid: tuple[int, ...] | None = None) -> Tensor:
         """Images (B, C, H, W) clamped to [-1, 1] from indices (B, *grid), or (B, Q, *grid) for Q books.
 
         Args:
             indices: of the codes.
             text: features of a text (B, L, C) where the decoder is guided by one.
+            grid: of the latents, where tokens of several scales (B, T) are not those of a square image.
 
         Raises:
             UsageError: indices are not integers of such a shape in [0, codebook_size).
         """
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
-        books = getattr(self.quantizer, "books", None)  # residual and product quantizers have several
-        axes = self.autoencoder.axes
-        if indices.dim() != 1 + axes + (books is not None) or (books is not None and indices.shape[1] != books):
-            grid = "h, w" if axes == 2 else "N"
-            shape = f"(B, {grid})" if books is None else f"(B, {books}, {grid})"
-            raise UsageError(f"indices must be {shape}, got {tuple(indices.shape)}")
-        self.autoencoder.image_size(tuple(indices.shape[-axes:]))  # raises where no image has this grid
+        grid = self._grid_of(indices, grid)
         indices = indices.long()
         if indices.numel():
             low, high = (int(bound) for bound in indices.aminmax())
@@ -198,7 +193,7 @@ class Tokenizer(nn.Module):
                 wrong = low if low < 0 else high
                 raise UsageError(f"indices must be in [0, {self.codebook_size}), got {wrong}")
         with self._evaluating():
-            return self.decode_codes(self.quantizer.indices_to_codes(indices), text).clamp(-1, 1)
+            return self.decode_codes(self.quantizer.indices_to_codes(indices, grid), text).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`.
@@ -271,6 +266,24 @@ class Tokenizer(nn.Module):
             raise UsageError(
                 f"images must be floating-point in [-1, 1], got {images.dtype}; bytes become x / 127.5 - 1"
             )
+
+    def _grid_of(self, indices: Tensor, grid: tuple[int, ...] | None) -> tuple[int, ...]:
+        """The grid of latents that indices belong to; refuses indices whose shape no image has."""
+        axes, books = self.autoencoder.axes, self.quantizer.books
+        example = self.quantizer.index_shape((2,) * axes)
+        if indices.dim() != 1 + len(example):
+            places = "T" if len(example) < axes else "h, w" if axes == 2 else "N"
+            shape = f"(B, {places})" if books is None else f"(B, {books}, {places})"
+            raise UsageError(f"indices must be {shape}, got {tuple(indices.shape)}")
+        given = tuple(indices.shape[1:])
+        if grid is None:
+            grid = self.quantizer.latent_grid(given)
+        elif given != self.quantizer.index_shape(grid):
+            raise UsageError(
+                f"indices of the grid {grid} must be (B, *{self.quantizer.index_shape(grid)}), got {given}"
+            )
+        self.autoencoder.image_size(grid)
+        return grid
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:

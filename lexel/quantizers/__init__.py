@@ -12,6 +12,8 @@ from lexel.quantizers.gaussian import Gaussian
 from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.ibq import IBQ
 from lexel.quantizers.lfq import LFQ
+from lexel.quantizers.multiscale import Multiscale
+from lexel.quantizers.nested import Nested
 from lexel.quantizers.product import Product
 from lexel.quantizers.registry import QUANTIZERS, build, outline
 from lexel.quantizers.residual import Residual
@@ -38,6 +40,8 @@ QUANTIZERS.update(
         "affine": Affine,
         "residual": Residual,
         "product": Product,
+        "multiscale": Multiscale,
+        "nested": Nested,
     }
 )
 
@@ -57,6 +61,8 @@ __all__ = [
     "Cosine",
     "Gaussian",
     "Gumbel",
+    "Multiscale",
+    "Nested",
     "Product",
     "Quantized",
     "Quantizer",

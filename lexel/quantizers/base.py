@@ -71,6 +71,7 @@ class Quantizer(nn.Module):
     similarity: Similarity = "l2"  # how the table is searched
     gradient: str = "own"  # a name in GRADIENTS where the decoder's gradient skips the codebook; else "own"
     books: int | None = None  # indices are (B, books, *grid), one codebook each; None: (B, *grid)
+    prefixes: bool = False  # the first of the books decode without the others
     straight_through: bool = False  # the decoder's gradient skips the codebook on its way to the latents
     batch_dependent: bool = False  # training looks at the whole batch (EMA, affine) or at chance (Gumbel)
     comparable_norms: bool = True  # latents and codes are compared as they are, so that their lengths should agree
@@ -95,9 +96,26 @@ class Quantizer(nn.Module):
         assert isinstance(self.weight, Tensor)
         return self.weight
 
+    def token_grids(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The grids in which an image's indices lie, coarse to fine, where its latents are (D, *grid)."""
+        return (grid,)
+
     def index_shape(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of an image's indices where its latents are (D, *grid)."""
+        """The shape of an image's indices where its latents are (D, *grid): (*grid), or (books, *grid)."""
         return grid if self.books is None else (self.books, *grid)
+
+    def latent_grid(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The grid of the latents of an image whose indices have a shape; `index_shape` the other way round.
+
+        Raises:
+            UsageError: no grid has indices of this shape.
+        """
+        if self.books is None:
+            return shape
+        if not shape or not (shape[0] == self.books or (self.prefixes and 1 <= shape[0] <= self.books)):
+            books = f"1 to {self.books}" if self.prefixes else self.books
+            raise UsageError(f"indices must be (B, {books}, *grid), got (B, {', '.join(map(str, shape))})")
+        return shape[1:]
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes latents (B, D, *grid)."""
@@ -109,8 +127,13 @@ class Quantizer(nn.Module):
         """The index of each latent, without losses: int64 (B, *grid) for z (B, D, *grid)."""
         return nearest(as_vectors(z), self.codebook, self.similarity).view(z.shape[0], *z.shape[2:])
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
-        """The codes that indices (B, *grid) name: (B, D, *grid)."""
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        """The codes that indices name: (B, D, *grid).
+
+        Args:
+            indices: int64 (B, *index_shape(grid)).
+            grid: of the latents; needed where the shape of the indices does not tell it (several scales in one row).
+        """
         return lookup(indices, self.codebook).movedim(-1, 1)
 
     def bake(self) -> "Quantizer":

@@ -36,7 +36,7 @@ class Continuous(Quantizer):
     def assign(self, z: Tensor) -> Tensor:
         raise UsageError(_NONE)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         raise UsageError(_NONE)
 
     def bake(self) -> Quantizer:

@@ -61,7 +61,7 @@ class Cosine(Quantizer):
         z_q = F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
         return Quantized(GRADIENTS[self.gradient](z if self.raw_gradient else unit, z_q), indices, vq_terms(unit, z_q))
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
 
     def dead_codes(self, seen: Mapping[str, float]) -> Advice:

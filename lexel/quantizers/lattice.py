@@ -88,7 +88,7 @@ class LatticeQuantizer(Quantizer):
         """Codes (..., D) of indices (...,)."""
         return self.lattice.repeat_channels(self.values(self.lattice.digits(indices)))
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return self.codes(indices).movedim(-1, 1)
 
     @torch.no_grad()

@@ -56,7 +56,7 @@ class Product(Stacked):
         ]
         return torch.stack(padded)
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         parts = zip(self, indices.unbind(1), strict=True)
         return torch.cat([level.indices_to_codes(part) for level, part in parts], 1)
 

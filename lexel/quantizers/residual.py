@@ -57,7 +57,7 @@ class Residual(Stacked):
     def codebook(self) -> Tensor:
         return torch.stack([level.codebook * self.shrink**q for q, level in enumerate(self)])
 
-    def indices_to_codes(self, indices: Tensor) -> Tensor:
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         parts = zip(self, indices.unbind(1), strict=True)
         codes = [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(parts)]
         return torch.stack(codes).sum(0)
@@ -73,10 +73,7 @@ class Residual(Stacked):
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        results, left = [], z
-        for q, level in enumerate(self):
-            results.append(level(left / self.shrink**q))
-            left = left - results[-1].z_q.detach() * self.shrink**q
+        results = self.levels_of(z)
         indices = torch.stack([result.indices for result in results], 1)
         if self.gradient in GRADIENTS:
             z_q = GRADIENTS[self.gradient](z, self.indices_to_codes(indices))
@@ -84,9 +81,39 @@ class Residual(Stacked):
             z_q = torch.stack([result.z_q * self.shrink**q for q, result in enumerate(results)]).sum(0)
         return Quantized(z_q, indices, mean_terms([result.losses for result in results]))
 
+    def levels_of(self, z: Tensor) -> list[Quantized]:
+        """What each level makes of what the levels before it left, in units of shrink^q."""
+        results: list[Quantized] = []
+        left = z
+        for q, level in enumerate(self):
+            results.append(level(left / self.shrink**q))
+            left = left - results[-1].z_q.detach() * self.shrink**q
+        return results
+
+    def soft_targets(self, z: Tensor, temperature: float = 0.5) -> Tensor:
+        """softmax(-|rest - code|^2 / temperature) at each level along the chosen codes, as RQ-Transformer learns from.
+
+        Args:
+            z: latents (B, D, *grid).
+            temperature: 0.5 is the published one.
+
+        Returns:
+            (B, Q, *grid, K), in float32 at least: as many numbers as latents times codes times levels.
+        """
+        bounds.temperature("temperature", temperature)
+        targets, left = [], z.to(torch.promote_types(z.dtype, torch.float32))
+        with torch.no_grad():
+            for q, level in enumerate(self):
+                rows = (left / self.shrink**q).movedim(1, -1)
+                codes = level.codebook.to(rows.dtype)
+                distances = rows.square().sum(-1, keepdim=True) - 2 * rows @ codes.T + codes.square().sum(1)
+                targets.append((-distances / temperature).softmax(-1))
+                left = left - level.indices_to_codes(level.assign(left / self.shrink**q)) * self.shrink**q
+        return torch.stack(targets, 1)
+
     def bake(self) -> Quantizer:
         tables = [level.bake() for level in self]
-        baked = Residual(self.codebook_size, self.codebook_dim, self.books, "table", shrink=self.shrink)
+        baked = type(self)(self.codebook_size, self.codebook_dim, self.books, "table", shrink=self.shrink)
         baked.levels = nn.ModuleList(tables)
         baked.similarity = self.similarity
         return baked.eval()

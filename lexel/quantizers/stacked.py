@@ -1,5 +1,6 @@
 """Several quantizers for one latent: what residual and product quantization share."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,15 +30,7 @@ class Stacked(Quantizer):
         self, codebook_size: int, codebook_dim: int, base: str, base_options: Mapping[str, Any] | None, dims: list[int]
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
-        if base in ("none", *(name for name, kind in QUANTIZERS.items() if issubclass(kind, Stacked))):
-            raise unknown("base quantizer", base, simple())
-        options = dict(base_options or {})
-        for name in ("codebook_size", "codebook_dim"):
-            if name in options:
-                raise UsageError(f"base_options cannot hold {name}: it is the quantizer's own {name}")
-        self.levels = nn.ModuleList(
-            build(base, {"codebook_size": codebook_size, "codebook_dim": dim, **options}) for dim in dims
-        )
+        self.levels = nn.ModuleList(build_base(base, codebook_size, dim, base_options) for dim in dims)
         self.books = len(dims)
         self.LOSS_WEIGHTS = self[0].LOSS_WEIGHTS
         self.similarity = self[0].similarity
@@ -66,9 +59,19 @@ class Stacked(Quantizer):
             level.anneal(progress)
 
 
-def simple() -> list[str]:
-    """The names of quantizers that are not made of others."""
-    return [name for name, kind in QUANTIZERS.items() if not issubclass(kind, Stacked)]
+def build_base(base: str, codebook_size: int, codebook_dim: int, options: Mapping[str, Any] | None) -> Quantizer:
+    """The quantizer inside a structure of quantizers.
+
+    Raises:
+        UsageError: it is a structure itself, its name or an option is unknown, or an option is out of its range.
+    """
+    simple = [name for name, kind in QUANTIZERS.items() if "base" not in inspect.signature(kind).parameters]
+    if base == "none" or (base in QUANTIZERS and base not in simple):
+        raise unknown("base quantizer", base, simple)
+    for name in ("codebook_size", "codebook_dim"):
+        if name in (options or {}):
+            raise UsageError(f"base_options cannot hold {name}: it is the quantizer's own {name}")
+    return build(base, {"codebook_size": codebook_size, "codebook_dim": codebook_dim, **(options or {})})
 
 
 def mean_terms(losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:

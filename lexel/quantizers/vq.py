@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lexel.kernels import SIMILARITIES, Similarity
 from lexel.quantizers.base import (
     GRADIENTS,
     ONLY_CHOSEN_LEARN,
@@ -30,13 +31,21 @@ class VQ(Quantizer):
         codebook_size: number of codes, K.
         codebook_dim: length of a code, D.
         gradient: how the decoder's gradient reaches the latents: "straight_through" or "rotation".
+        similarity: how the nearest code is found, "l2", "dot" or "cosine"; z_q is the code at its own length.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     straight_through = True
 
-    def __init__(self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through") -> None:
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        gradient: str = "straight_through",
+        similarity: Similarity = "l2",
+    ) -> None:
         super().__init__(codebook_size, codebook_dim)
+        self.similarity = choose("similarity", similarity, SIMILARITIES)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
 

@@ -1,0 +1,95 @@
+"""Nested dropout over the levels of residual codes, so that every prefix of them decodes
+(https://arxiv.org/abs/1402.0915; over residual levels in SoundStream https://arxiv.org/abs/2107.03312)."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lexel.errors import UsageError
+from lexel.quantizers import bounds
+from lexel.quantizers.base import GRADIENTS, Quantized, choose, full_precision
+from lexel.quantizers.residual import Residual
+from lexel.quantizers.stacked import mean_terms
+
+
+class Nested(Residual):
+    """Residual quantization whose decoder sees, in training, only the first levels of each image.
+
+    How many are kept is drawn for every image. Levels that are left out still choose, and learn, what the ones before
+    them left, so indices always have all levels; in evaluation all are kept. `indices_to_codes` takes the first levels
+    alone: (B, q, *grid) with q up to `depth`.
+
+        nested = Nested(codebook_size=1024, codebook_dim=16, depth=8)
+        coarse = nested.indices_to_codes(nested.assign(z)[:, :2])
+
+    Args:
+        codebook_size: number of codes of one level, K.
+        codebook_dim: length of a code, D.
+        depth: number of levels, Q.
+        base: the quantizer of a level, any simple one in QUANTIZERS.
+        base_options: further options of the base.
+        shared: whether all levels use the same quantizer.
+        shrink: as in Residual.
+        keep: "uniform", any number of levels from `least` is as likely; "powers", any power of two and `depth`.
+        full: the probability that all levels are kept, before any other is drawn.
+        least: the smallest number of levels kept.
+    """
+
+    batch_dependent = True  # on chance
+    prefixes = True
+
+    def __init__(
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        depth: int = 4,
+        base: str = "vq",
+        base_options: Mapping[str, Any] | None = None,
+        shared: bool = False,
+        shrink: float = 1.0,
+        keep: Literal["uniform", "powers"] = "uniform",
+        full: float = 0.0,
+        least: int = 1,
+    ) -> None:
+        super().__init__(codebook_size, codebook_dim, depth, base, base_options, shared, shrink)
+        self.batch_dependent = True
+        self.full = bounds.number("full", full, 0, 1)
+        self.least = bounds.integer("least", least, 1, depth)
+        counts = range(least, depth + 1)
+        if choose("keep", keep, ("uniform", "powers")) == "powers":
+            self.counts = [count for count in counts if count == depth or count & (count - 1) == 0]
+        else:
+            self.counts = list(counts)
+
+    def draw(self, images: int, device: torch.device) -> Tensor:
+        """The number of levels kept for each image: int64 (images,)."""
+        choices = torch.tensor(self.counts, device=device)
+        drawn = choices[torch.randint(len(self.counts), (images,), device=device)]
+        return drawn.where(torch.rand(images, device=device) >= self.full, torch.full_like(drawn, self.books))
+
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        if not 1 <= indices.shape[1] <= self.books:
+            raise UsageError(f"indices must have 1 to {self.books} levels, got {tuple(indices.shape)}")
+        codes = [
+            level.indices_to_codes(part) * self.shrink**q
+            for q, (level, part) in enumerate(zip(self, indices.unbind(1), strict=False))
+        ]
+        return torch.stack(codes).sum(0)
+
+    @full_precision
+    def forward(self, z: Tensor) -> Quantized:
+        if not self.training:
+            return super().forward(z)
+        results = self.levels_of(z)
+        indices = torch.stack([result.indices for result in results], 1)
+        kept = self.draw(len(z), z.device).view(-1, *[1] * (z.dim() - 1))  # (B, 1, *1)
+        own = [result.z_q * self.shrink**q for q, result in enumerate(results)]
+        if self.gradient in GRADIENTS:
+            levels = zip(self, indices.unbind(1), strict=True)
+            own = [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(levels)]
+        z_q = torch.stack([part.where(q < kept, torch.zeros_like(part)) for q, part in enumerate(own)]).sum(0)
+        if self.gradient in GRADIENTS:
+            z_q = GRADIENTS[self.gradient](z, z_q)
+        return Quantized(z_q, indices, mean_terms([result.losses for result in results]))
