@@ -141,7 +141,8 @@ class Codec:
         """
         if self.transform is None:
             raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
-        tokenizer, size = self.tokenizer, self.transform.size
+        tokenizer = self.tokenizer
+        spec = tokenizer.token_spec(self.transform.size, self.transform.size)
 
         def indices(images: Tensor) -> Tensor:
             with self.runtime.autocast():
@@ -152,8 +153,10 @@ class Codec:
             open_images(source, split, self.transform.size),
             self.transform,
             indices,
-            grid=tokenizer.token_spec(size, size).shape,
-            codebook_size=tokenizer.codebook_size,
+            grid=spec.shape,
+            codebook_size=spec.codebook_size,
+            books=spec.books,
+            grids=None if len(spec.grids) == 1 else spec.grids,
             fingerprint=tokenizer.fingerprint(),
             crops=crops,
             seed=seed,

@@ -93,10 +93,11 @@ class RunFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> "RunFolder":
-        """A run to read from; its recipe says what ranks its checkpoints."""
+        """A run to read from; recipe and validations say what ranks its checkpoints."""
         run = cls(path, writes=False)
         if run.recipe.is_file() and "generator" in run.read_recipe():
-            run.best, run.higher_is_better = "bits_per_token", False
+            measured = any("bits_per_token" in line for line in run.lines("validation"))
+            run.best, run.higher_is_better = "bits_per_token" if measured else "loss", False
         return run
 
     def read_recipe(self) -> dict[str, Any]:

@@ -80,6 +80,11 @@ class Tokenizer(nn.Module):
         return {**self.autoencoder.LOSS_WEIGHTS, **self.quantizer.LOSS_WEIGHTS}
 
     @property
+    def continuous(self) -> bool:
+        """Whether there is no codebook: tokens are then the latents (B, D, *grid)."""
+        return isinstance(self.quantizer, quantizers.Continuous)
+
+    @property
     def downsampling(self) -> int | None:
         """How many pixels of a side one index stands for; None where indices have no place in the image."""
         return self.autoencoder.downsampling
@@ -176,13 +181,15 @@ class Tokenizer(nn.Module):
         """Images (B, C, H, W) clamped to [-1, 1] from indices (B, *grid), or (B, Q, *grid) for Q books.
 
         Args:
-            indices: of the codes.
+            indices: of the codes; latents (B, D, *grid) for a continuous tokenizer.
             text: features of a text (B, L, C) where the decoder is guided by one.
             grid: of the latents, where tokens of several scales (B, T) are not those of a square image.
 
         Raises:
             UsageError: indices are not integers of such a shape in [0, codebook_size).
         """
+        if self.continuous:
+            return self._decode_latents(indices, text)
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
         grid = self._grid_of(indices, grid)
@@ -194,6 +201,18 @@ class Tokenizer(nn.Module):
                 raise UsageError(f"indices must be in [0, {self.codebook_size}), got {wrong}")
         with self._evaluating():
             return self.decode_codes(self.quantizer.indices_to_codes(indices, grid), text).clamp(-1, 1)
+
+    def _decode_latents(self, latents: Tensor, text: Tensor | None) -> Tensor:
+        axes, dim = self.autoencoder.axes, self.quantizer.codebook_dim
+        if not latents.dtype.is_floating_point or latents.dim() != 2 + axes or latents.shape[1] != dim:
+            grid = "h, w" if axes == 2 else "N"
+            raise UsageError(
+                f"a continuous tokenizer decodes latents, float (B, {dim}, {grid}), "
+                f"got {latents.dtype} {tuple(latents.shape)}"
+            )
+        self.autoencoder.image_size(tuple(latents.shape[2:]))
+        with self._evaluating():
+            return self.decode_codes(latents, text).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`.

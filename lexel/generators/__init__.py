@@ -6,14 +6,20 @@
 from lexel.generators.base import FREE, Generator, Predicted, TrainingLosses
 from lexel.generators.batch import SampleBatch
 from lexel.generators.conditions import CONDITIONS, Condition
-from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, read_config
+from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, family_of, read_config
+from lexel.generators.continuous import Continuous
+from lexel.generators.flow import Flow
 from lexel.generators.masked import Masked, MaskedConfig
 from lexel.generators.next_token import NextToken, NextTokenConfig
 from lexel.generators.random_order import RandomOrder, RandomOrderConfig
+from lexel.generators.residual import ResidualGenerator
 
 GENERATORS["next_token"] = NextToken
 GENERATORS["masked"] = Masked
 GENERATORS["random_order"] = RandomOrder
+GENERATORS["residual"] = ResidualGenerator
+GENERATORS["continuous"] = Continuous
+GENERATORS["flow"] = Flow
 
 __all__ = [
     "CONDITIONS",
@@ -33,5 +39,6 @@ __all__ = [
     "RandomOrderConfig",
     "SampleBatch",
     "TrainingLosses",
+    "family_of",
     "read_config",
 ]

@@ -20,6 +20,7 @@ from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter
 from lexel.generators.conditions import Condition
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig, read_config
 from lexel.generators.sampling import check_filters, guidance_scales
+from lexel.quantizers import Quantizer
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
@@ -50,6 +51,7 @@ class Generator(nn.Module):
 
     Config: ClassVar[type[NetworkConfig]]
     SampleOptions: ClassVar[type[BaseConfig]] = NoOptions
+    has_likelihood: ClassVar[bool] = True  # whether `nll` is defined
     transformer: Any  # the family's network; it has `condition` and takes `checkpointing`
 
     def __new__(cls, config: GeneratorConfig | None = None) -> "Generator":
@@ -115,6 +117,11 @@ class Generator(nn.Module):
         """Draws that make one token: 1, or 2 with a factorised head."""
         return 1
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether the network sees the vectors of codes, which the tokenizer has."""
+        return False
+
     def layers(self) -> list[nn.Module]:
         """The parts that are sharded, and recomputed, one by one."""
         return [*self.transformer.blocks]
@@ -130,6 +137,15 @@ class Generator(nn.Module):
     def grid(self) -> tuple[int, ...]:
         """The grid of an image's tokens."""
         return self.config.transformer.shape
+
+    @property
+    def sampled_shape(self) -> tuple[int, ...]:
+        """The shape of one sampled image: the grid of its tokens."""
+        return self.grid
+
+    def nothing(self, count: int) -> Tensor:
+        """Tokens of so many images that mean nothing, for processes that have run out of images."""
+        return torch.zeros(count, *self.sampled_shape, dtype=torch.long, device=self.device)
 
     @property
     def token_spec(self) -> TokenSpec:
@@ -236,7 +252,7 @@ class Generator(nn.Module):
             )
             done.append(self._sample(batch))
             batch.report(1.0)
-        return torch.cat(done).view(count, *self.grid) if done else tokens.view(0, *self.grid)
+        return torch.cat(done).view(count, *self.sampled_shape) if done else tokens.new_zeros(0, *self.sampled_shape)
 
     def flat(self, tokens: Tensor) -> Tensor:
         """Tokens (B, *grid) or (B, T) in raster order, int64 (B, T); only shape and type are checked, without a wait.
@@ -311,6 +327,17 @@ class Generator(nn.Module):
         """Makes `tokenizer` the one whose tokens these are, and records its fingerprint."""
         self.config = self.config.model_copy(update={"tokenizer": tokenizer.fingerprint()})
         self._tokenizer = [tokenizer]
+
+    def quantizer(self) -> Quantizer:
+        """The tokenizer's quantizer, on the device of the generator.
+
+        Raises:
+            UsageError: there is no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if next(tokenizer.parameters()).device != self.device:
+            tokenizer.to(self.device)
+        return tokenizer.quantizer
 
     def check_tokenizer(self, fingerprint: str, what: str) -> None:
         """Refuses tokens of another tokenizer; `what` names where they come from."""

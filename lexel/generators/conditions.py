@@ -30,7 +30,7 @@ class Condition(nn.Module):
     rotated = False  # whether its rows keep their queries and keys under rotary positions
     length = 1  # rows before the tokens
     dropout = 0.0  # the share that training drops to the null condition
-    guided = True  # whether there is a null condition to guide by
+    guided: bool = True  # whether there is a null condition to guide by
 
     def check(self, given: Any) -> Tensor:
         """What a caller gave, as a tensor (B, ...).
@@ -79,26 +79,25 @@ class ClassLabels(Condition, nn.Embedding):
         width: channels of the network.
         classes: how many, the null class not counted.
         dropout: the share of labels that training replaces by the null class.
+        null_class: whether there is a null class; without one nothing is dropped and guidance is refused.
     """
 
     name = "classes"
     kind = "class"
 
-    def __init__(self, width: int, classes: int = 1000, dropout: float = 0.1) -> None:
+    def __init__(self, width: int, classes: int = 1000, dropout: float = 0.1, null_class: bool = True) -> None:
         if classes < 1 or not 0 <= dropout <= 1:
             raise UsageError(f"a class condition needs classes >= 1 and dropout in [0, 1], got {classes} and {dropout}")
-        nn.Embedding.__init__(self, classes + 1, width)
-        self.classes, self.dropout = classes, dropout
+        nn.Embedding.__init__(self, classes + null_class, width)
+        self.classes, self.dropout, self.guided = classes, dropout if null_class else 0.0, null_class
 
     def check(self, given: Any) -> Tensor:
         labels = torch.as_tensor(given, dtype=torch.long if isinstance(given, Sequence) and not given else None)
         if labels.dim() != 1 or labels.dtype.is_floating_point or labels.dtype == torch.bool:
             raise UsageError(f"class_labels must be integers (B,), got {labels.dtype} {tuple(labels.shape)}")
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > self.classes):
-            raise UsageError(
-                f"class_labels must be in [0, {self.classes}] ({self.classes} is the null class), "
-                f"got {int(labels.min())} to {int(labels.max())}"
-            )
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= self.num_embeddings):
+            null = f"[0, {self.classes}] ({self.classes} is the null class)" if self.guided else f"[0, {self.classes})"
+            raise UsageError(f"class_labels must be in {null}, got {int(labels.min())} to {int(labels.max())}")
         return labels.to(self.weight.device, torch.long)
 
     def shown(self, count: int) -> Tensor:

@@ -101,6 +101,11 @@ class NetworkConfig(Config):
         return {name: value for name, value in table.items() if name not in newer or value != newer[name]}
 
 
+def family_of(config: NetworkConfig) -> type["Generator"]:
+    """The class of the family whose options these are."""
+    return registry.lookup(GENERATORS, config.kind, "generator", GROUP)
+
+
 def network_config(table: Any) -> Any:
     """The typed options of a family, by their `kind`; a recipe without one means next_token.
 

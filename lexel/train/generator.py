@@ -29,7 +29,7 @@ from lexel.data import to_uint8
 from lexel.data.tokens import TokenBatch
 from lexel.distributed import all_sum, barrier
 from lexel.errors import UsageError
-from lexel.generators import Generator, GeneratorConfig, NetworkConfig, TrainingLosses
+from lexel.generators import Generator, GeneratorConfig, NetworkConfig, TrainingLosses, family_of
 from lexel.loading import load_generator
 from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import RunningMeans, optimizer_step, seed_step, set_learning_rate, to_device
@@ -170,34 +170,48 @@ def shard(generator: Generator, processes: Processes) -> None:
 def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int | None) -> dict[str, float | None]:
     """Bits per token of images not learned from, beside the entropy of the unigram distribution.
 
-    A family without a likelihood is measured by its loss, `loss`, instead.
+    For a family without a likelihood its `loss` instead, with random numbers that the images' numbers decide.
     """
     generator, processes = learner.generator, learner.processes
-    device, likely = processes.device, True
+    device = processes.device
     generator.eval()
+    if not generator.has_likelihood:
+        return _validation_loss(learner, source, batch_size, limit)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
     histogram = torch.zeros(generator.config.transformer.codebook_size, dtype=torch.int64, device=device)
     batches = source.measured(batch_size, limit, processes.rank, processes.count)
     for indices, condition, real in _padded(batches, processes, generator):
         with processes.runtime.autocast():
             nll = generator.nll(indices, condition)
-            if nll is None:  # one number for all tokens of the batch
-                nll = sum(generator.losses(indices, condition).values()) + torch.zeros(len(indices), 1, device=device)
-                likely = False
+        assert nll is not None
         nll = nll.double()
         count = torch.full((), nll[:real].numel(), device=device, dtype=torch.float64)
         sums += torch.stack([nll[:real].sum(), count])
         histogram += torch.bincount(indices[:real].flatten(), minlength=len(histogram))
     generator.train()
     nats, count = all_sum(sums).tolist()
-    if not likely:
-        return {"loss": nats / max(count, 1), "images": count}
     histogram = all_sum(histogram)
     return {
         "bits_per_token": nats / max(count, 1) / math.log(2),
         "histogram_bits": entropy_bits(histogram) if source.histogram_bits is None else source.histogram_bits,
         "tokens": count,
     }
+
+
+def _validation_loss(
+    learner: Learner, source: TokenSource, batch_size: int, limit: int | None
+) -> dict[str, float | None]:
+    generator, processes = learner.generator, learner.processes
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)  # loss, images
+    batches = source.measured(batch_size, limit, processes.rank, processes.count)
+    for number, (tokens, condition, real) in enumerate(_padded(batches, processes, generator)):
+        with torch.random.fork_rng(), processes.runtime.autocast():
+            torch.manual_seed(number * processes.count + processes.rank)
+            loss = torch.stack(list(generator.losses(tokens, condition).values())).sum()
+        sums += torch.stack([loss.double() * real, torch.full_like(loss, real, dtype=torch.float64)])
+    generator.train()
+    total, count = all_sum(sums).tolist()
+    return {"loss": total / max(count, 1), "images": count}
 
 
 def _padded(
@@ -209,7 +223,7 @@ def _padded(
     until all are through.
     """
     device = processes.device
-    nothing = torch.zeros(1, *generator.grid, dtype=torch.long, device=device)
+    nothing = generator.nothing(1)
     while True:
         batch = next(batches, None)
         if not processes.any(batch is not None):
@@ -250,13 +264,14 @@ def train_generator(
     config = recipe.train
     processes = Processes(device, config.precision, config.trackers, Path(out))
     source = TokenSource(recipe, processes.runtime)
+    family = family_of(recipe.generator)
     with Session(
         recipe,
         out,
         processes,
         source.names,
         tokenizer=source.fingerprint,
-        best="bits_per_token",
+        best="bits_per_token" if family.has_likelihood else "loss",
         higher_is_better=False,
         progress=progress,
     ) as session:
@@ -264,6 +279,10 @@ def train_generator(
         generator = Generator(
             GeneratorConfig(transformer=recipe.generator, tokenizer=source.fingerprint, class_names=source.class_names)
         )
+        if generator.needs_tokenizer:
+            if source.tokenizer is None:
+                raise UsageError(f"a {recipe.generator.kind} generator sees the vectors of codes; set data.tokenizer")
+            generator.attach(source.tokenizer)
         if recipe.init is not None and not session.resumed:
             initialise(generator, recipe.init.source, initial)
         learner = Learner(config, generator, processes)
@@ -284,6 +303,7 @@ def train_generator(
                 origin = provenance.of_run(recipe.model_dump(mode="json"), session.done, "live")
                 exported.save_pretrained(session.run.path, source.tokenizer, origin)
                 if source.tokenizer is not None:
+                    exported.attach(source.tokenizer)
                     samples = show(exported.to(processes.device), source.tokenizer, config.seed)
                     session.run.snapshot(session.done, {"samples": samples})
     barrier()

@@ -14,7 +14,6 @@ from lexel.generators import NetworkConfig
 from lexel.loading import load_tokenizer
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
-from lexel.token_spec import TokenSpec
 from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
 from lexel.train.validation import readable_batches, require_readable
 
@@ -61,7 +60,7 @@ class TokenSource:
         if self.tokenizer is not None:
             tokens.require(self.tokenizer.fingerprint())
         classes = tokens.classes if tokens.labels is not None else None
-        model.check_fits(TokenSpec((tokens.grid,), tokens.codebook_size), classes, str(tokens.folder))
+        model.check_fits(tokens.token_spec, classes, str(tokens.folder))
         others = self.validation.classes if self.validation.labels is not None else None
         self._validation_classes = _matching_classes(classes, others, str(self.validation.folder))
         self.names: dict[str, Sequence[str]] = {"training": self.training.names, "validation": self.validation.names}
@@ -134,7 +133,7 @@ class TokenSource:
         assert self.tokenizer is not None
         with self.runtime.autocast():
             z = self.tokenizer.latents(batch.images.to(self.runtime.device))
-            indices = self.tokenizer.quantizer.assign(z)
+            indices = z if self.tokenizer.continuous else self.tokenizer.quantizer.assign(z)
         return TokenBatch(indices, batch.labels, batch.numbers)
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from lexel import checkpoint
 from lexel.errors import UsageError
+from lexel.token_spec import TokenSpec
 
 INDEX = "tokens.json"
 MANIFEST_PARTIAL = "unfinished.json"  # what INDEX will say, while shards are still missing
@@ -44,13 +45,24 @@ class Manifest(_Description):
     labelled: bool
     attribution: str | None
     provenance: dict[str, Any] | None
+    books: Positive | None = None
+    grids: Annotated[list[list[Positive]], Field(min_length=2)] | None = None
     shards: Count | None = None
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """How the tokens of an image lie."""
+        if self.grids is not None:
+            return TokenSpec(tuple(tuple(grid) for grid in self.grids), self.codebook_size, self.books)
+        return TokenSpec((tuple(self.grid[self.books is not None :]),), self.codebook_size, self.books)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         wanted = index_dtype(self.codebook_size).name
         if self.dtype != wanted:
             raise ValueError(f"dtype is {self.dtype!r} where {self.codebook_size} codes need {wanted}")
+        if list(self.token_spec.shape) != self.grid:
+            raise ValueError(f"grid is {self.grid} where books and grids give {list(self.token_spec.shape)}")
         if self.shards not in (None, -(-self.images // self.shard_size)):
             raise ValueError(f"{self.shards} shards do not hold {self.images} images of {self.shard_size} a shard")
         return self

@@ -42,6 +42,7 @@ class TokenSet:
 
     Attributes:
         grid: shape of an image's indices.
+        token_spec: how they lie: grids, codebooks.
         codebook_size: indices lie below it.
         crops: versions of each image; the first is the centred one.
         fingerprint: of the tokenizer that made them.
@@ -64,6 +65,7 @@ class TokenSet:
         self.folder = folder
         self.facts = facts
         self.grid = tuple(manifest.grid)
+        self.token_spec = manifest.token_spec
         self.codebook_size = manifest.codebook_size
         self.crops = manifest.crops
         self.fingerprint = manifest.fingerprint

@@ -44,6 +44,8 @@ def write_tokens(
     *,
     grid: Sequence[int],
     codebook_size: int,
+    books: int | None = None,
+    grids: Sequence[Sequence[int]] | None = None,
     fingerprint: str,
     crops: int = 1,
     seed: int = 0,
@@ -67,6 +69,8 @@ def write_tokens(
         encode: images (B, 3, H, W) in [-1, 1] to int64 indices (B, *grid).
         grid: shape of an image's indices: (h, w), or (Q, h, w) for residual and product codes.
         codebook_size: indices lie below it.
+        books: codebooks a cell, the first axis of `grid`; None where a cell has one index.
+        grids: of each scale or level, where `grid` is the flat layout of several.
         fingerprint: of the tokenizer; readers can ask for it.
         crops: versions of each picture. The first is the centred one; the others are random, and a function of
             (seed, version, number of the picture).
@@ -107,6 +111,8 @@ def write_tokens(
         "labelled": images.labels is not None,
         "attribution": images.attribution,
         "provenance": provenance,
+        **({} if books is None else {"books": books}),
+        **({} if grids is None else {"grids": [list(each) for each in grids]}),
     }
     plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
     _begin(folder, plan)

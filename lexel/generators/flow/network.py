@@ -1,0 +1,157 @@
+"""Diffusion transformer: patches of latents, time and condition by AdaLN (DiT, https://arxiv.org/abs/2212.09748)."""
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lexel.generators.blocks import MLP, Attention, call
+from lexel.generators.flow.diffusion import time_features
+
+TIME_WIDTH = 256
+
+
+class TimeEmbedding(nn.Module):
+    """Times (N,) as vectors (N, C): sinusoids through two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
+
+    def initialise(self) -> None:
+        """Normals of 0.02 for both matrices."""
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, time: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        exact = time.double() if dtype == torch.float64 else time
+        return self.mlp(time_features(exact, TIME_WIDTH).to(dtype))  # (N, C)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Shifts and scales tokens (N, T, C) by (N, C)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """A transformer block whose norms and residuals the condition modulates (AdaLN-Zero)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = MLP(width, int(width * mlp_ratio), "tanh")
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)  # (N, C) each
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, C)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, C)
+
+
+class FinalLayer(nn.Module):
+    """Tokens to pixels of patches, modulated by the condition."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, outputs)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, 1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, outputs)
+
+
+class PatchEmbedding(nn.Module):
+    """Patches of latents as tokens: (N, C, H, W) to (N, H W / p^2, width)."""
+
+    def __init__(self, channels: int, patch: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, patch)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).transpose(1, 2)
+
+
+class DiffusionTransformer(nn.Module):
+    """Noised latents (N, C, H, W), times (N,) and conditions (N, width) to outputs (N, outputs, H, W).
+
+    Args:
+        grid: height and width of the latents.
+        channels: channels of the latents.
+        outputs: channels of the output: twice `channels` where a variance is learned.
+        patch: side of a patch, in latents.
+        width: channels of the transformer.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP by `width`.
+    """
+
+    pos_embed: Tensor
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        channels: int,
+        outputs: int,
+        patch: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+    ) -> None:
+        super().__init__()
+        self.grid, self.patch = grid, patch
+        self.x_embedder = PatchEmbedding(channels, patch, width)
+        self.t_embedder = TimeEmbedding(width)
+        rows, columns = grid[0] // patch, grid[1] // patch
+        self.pos_embed = nn.Parameter(sinusoidal_positions(rows, columns, width), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch * patch * outputs)
+
+    def initialise(self) -> None:
+        """Sets every initial value: Xavier for linear layers, zeros where blocks and output must start as nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.zeros_(cast(Tensor, self.x_embedder.proj.bias))
+        self.t_embedder.initialise()
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(
+        self,
+        z: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        run: Callable[..., Tensor] = call,
+    ) -> Tensor:
+        """Outputs (N, outputs, H, W). `run` calls a block: a place to recompute activations."""
+        x = self.x_embedder(z) + self.pos_embed.to(z.dtype)  # (N, T, width)
+        condition = self.t_embedder(time) + condition  # (N, width)
+        for block in self.blocks:
+            x = run(block, x, condition)
+        x = self.final_layer(x, condition)  # (N, T, p * p * outputs)
+        rows, columns = self.grid[0] // self.patch, self.grid[1] // self.patch
+        patches = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (N, r, c, p, q, outputs)
+        return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, outputs, H, W)
+
+
+def sinusoidal_positions(rows: int, columns: int, width: int) -> Tensor:
+    """Fixed positions of a grid, row by row: (1, rows * columns, width); columns first, then rows."""
+
+    def table(positions: Tensor) -> Tensor:  # sines, then cosines
+        frequencies = 1 / 10_000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+        angles = positions.double()[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.cat([table(column.flatten()), table(row.flatten())], 1).float()[None]

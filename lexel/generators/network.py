@@ -1,0 +1,42 @@
+"""What the networks of all families have: a condition under the name of its kind, and blocks that may be recomputed."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lexel.generators.conditions import Condition
+from lexel.generators.config import NetworkConfig
+
+
+class ConditionedNetwork(nn.Module):
+    """A network with a condition.
+
+    Args:
+        config: of the family.
+        width: channels of the condition's rows.
+    """
+
+    def __init__(self, config: NetworkConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        condition = config.make_condition(width)
+        self.condition_name = condition.name
+        self.add_module(condition.name, condition)
+        # Recompute the activations of every block in the backward pass: the memory of one block, a third more time.
+        self.checkpointing = False
+
+    @property
+    def condition(self) -> Condition:
+        """The condition's module, which has another name for each kind."""
+        return cast(Condition, self.get_submodule(self.condition_name))
+
+    def pooled(self, prepared: Tensor) -> Tensor:
+        """One vector an image, (B, width), of a checked condition; in training it is dropped to the null condition."""
+        return self.condition.pooled(self.condition(self.condition.drop(prepared)))[:, 0]
+
+    def run(self, block: nn.Module, *inputs: Any) -> Any:
+        """A block's output; recomputed in the backward pass where `checkpointing` says so."""
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)

@@ -1,0 +1,366 @@
+"""Generators of latents and of residual codes: oracles, sampling, in-painting, training."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_transformer import shake
+from torch import Tensor
+
+from lexel.errors import UsageError
+from lexel.generators import FREE, Generator, GeneratorConfig
+from lexel.generators.config import network_config
+from lexel.generators.continuous.generator import hidden_after
+from lexel.generators.flow.diffusion import Diffusion, cosine_betas, ddim_steps, linear_betas, spaced_steps
+from lexel.generators.flow.transport import PATHS, Transport, solve_ode, solve_sde
+from lexel.generators.latents import normal
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+GRID = {"rows": 4, "columns": 6, "classes": 5}
+SMALL = {"width": 32, "layers": 2, "heads": 4}
+FAMILIES = {
+    "flow": {"kind": "flow", "channels": 4, **GRID, **SMALL},
+    "flow-heun": {"kind": "flow", "channels": 4, "path": "gvp", **GRID, **SMALL},
+    "flow-noise": {"kind": "flow", "channels": 4, "prediction": "noise", "patch": 1, **GRID, **SMALL},
+    "diffusion": {
+        "kind": "flow", "channels": 4, "objective": "diffusion", "learned_variance": True, **GRID, **SMALL
+    },
+    "continuous": {
+        "kind": "continuous", "channels": 4, "head_width": 32, "head_layers": 2, "buffer": 3, **GRID, **SMALL
+    },
+    "continuous-patches": {
+        "kind": "continuous", "channels": 4, "patch": 2, "head_width": 32, "head_layers": 2, "buffer": 3,
+        "decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2, **GRID, **SMALL,
+    },
+    "residual": {"kind": "residual", "books": 3, "codebook_dim": 4, "depth_layers": 1, **GRID, **SMALL},
+    "residual-tables": {
+        "kind": "residual", "books": 3, "codebook_dim": 0, "depth_layers": 1, "cumulative": False,
+        "shared_classifier": False, "sigmoid_gelu": True, **GRID, **SMALL,
+    },
+}  # fmt: skip
+OPTIONS = {
+    "flow": {"steps": 5},
+    "flow-heun": {"steps": 4, "method": "heun"},
+    "flow-noise": {"steps": 5, "method": "sde"},
+    "diffusion": {"steps": 5},
+    "continuous": {"steps": 4, "diffusion_steps": 3},
+    "continuous-patches": {"steps": 3, "diffusion_steps": 3},
+    "residual": {"top_k": 9},
+    "residual-tables": {"temperature": 1.2},
+}
+
+
+def tokenizer(residual: bool) -> Tokenizer:
+    quantizer = {"kind": "vq", "codebook_size": 11, "codebook_dim": 4}
+    if residual:
+        quantizer = {"kind": "residual", "codebook_size": 11, "codebook_dim": 4, "depth": 3}
+    autoencoder = {
+        "kind": "vqgan", "width": 8, "multipliers": [1, 1], "z_channels": 4, "groups": 4, "residual_blocks": 1,
+        "attention_levels": [], "middle_attention": False,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    made = Tokenizer(TokenizerConfig.model_validate({"autoencoder": autoencoder, "quantizer": quantizer}))
+    return made.double().eval()
+
+
+def make(name: str, codes: bool = True) -> Generator:
+    """A generator of codes, with a tokenizer where it needs one; or of the latents of a continuous tokenizer."""
+    table = {**FAMILIES[name], "codebook_size": 11 if codes else 1}
+    generator = Generator(GeneratorConfig(transformer=network_config(table)))
+    shake(generator)
+    generator = generator.double().eval()
+    if generator.needs_tokenizer:
+        generator.attach(tokenizer(table["kind"] == "residual"))
+    return generator
+
+
+def some_tokens(generator: Generator, count: int) -> Tensor:
+    return torch.randint(0, 11, (count, *generator.grid), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request) -> str:
+    return request.param
+
+
+def test_an_image_depends_on_neither_its_batch_nor_its_place(name):
+    generator = make(name)
+    guided = {"cfg_scale": 2.0, "seed": 3, **OPTIONS[name]}
+    together = generator.sample([0, 1, 2, 3], **guided)
+    assert together.shape == (4, *generator.grid)
+    assert 0 <= together.min() <= together.max() < 11
+    alone = [generator.sample([n], image_numbers=[n], **guided) for n in (3, 2, 1, 0)]
+    assert torch.equal(torch.cat(alone[::-1]), together)
+    assert torch.equal(generator.sample([0, 1, 2, 3], batch_size=3, **guided), together)
+    assert not torch.equal(generator.sample([0, 1, 2, 3], **{**guided, "seed": 4}), together)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow-heun", "flow-noise", "diffusion", "continuous", "continuous-patches"])
+def test_latents_of_a_continuous_tokenizer_are_sampled_as_they_are(name):
+    generator = make(name, codes=False)
+    together = generator.sample([0, 1, 2], 1.5, seed=3, **OPTIONS[name])
+    assert together.shape == (3, 4, 4, 6)
+    assert together.is_floating_point()
+    alone = torch.cat([generator.sample([n], 1.5, seed=3, image_numbers=[n], **OPTIONS[name]) for n in range(3)])
+    torch.testing.assert_close(alone, together, rtol=1e-9, atol=1e-9)
+    losses = generator.train().losses(torch.randn(2, 4, 4, 6, dtype=torch.float64), torch.tensor([0, 1]))
+    assert all(loss.dim() == 0 for loss in losses.values())
+    with pytest.raises(UsageError, match=r"latents \(B, 4, 4, 6\)"):
+        generator.losses(torch.randn(2, 5, 4, 6), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("name", [each for each in FAMILIES if each != "flow-noise"])
+def test_given_tokens_stay_and_the_rest_is_sampled(name):
+    generator = make(name)
+    given = some_tokens(generator, 2)
+    free = torch.rand(given.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    free[1] = False
+    found = generator.sample([0, 1], 2.0, given=given.masked_fill(free, FREE), seed=1, **OPTIONS[name])
+    assert torch.equal(found[~free], given[~free])
+    assert (found >= 0).all()
+
+
+def test_a_folder_gives_the_same_generator_back(name, tmp_path):
+    generator = make(name).float()
+    generator.save_pretrained(tmp_path, provenance={"step": 3})
+    again = Generator.from_pretrained(tmp_path)
+    assert again.config == generator.config
+    assert again.provenance == {"step": 3}
+    assert again.fingerprint() == generator.fingerprint()
+    expected = generator.sample([0, 1], 2.0, **OPTIONS[name])
+    assert torch.equal(again.sample([0, 1], 2.0, **OPTIONS[name]), expected)
+    with torch.inference_mode():
+        assert torch.equal(Generator.from_pretrained(tmp_path).sample([0, 1], 2.0, **OPTIONS[name]), expected)
+    assert torch.equal(copy.deepcopy(generator).sample([0, 1], 2.0, **OPTIONS[name]), expected)
+    with torch.device("meta"):
+        assert all(parameter.is_meta for parameter in Generator(generator.config).parameters())
+
+
+def test_no_images_are_an_empty_batch(name):
+    generator = make(name)
+    assert generator.sample([], **OPTIONS[name]).shape == (0, *generator.grid)
+
+
+def test_progress_counts_up_to_every_token(name):
+    seen, generator = [], make(name)
+    generator.sample([0, 1, 2], batch_size=2, progress=lambda *done: seen.append(done), **OPTIONS[name])
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == 3 * math.prod(generator.grid)
+
+
+@pytest.mark.parametrize("name", ["flow", "diffusion", "continuous"])
+@pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_filters_of_tokens_are_refused_where_no_token_is_drawn(name, filters):
+    with pytest.raises(UsageError, match=f"{next(iter(filters))} reaches nothing"):
+        make(name).sample([0], **OPTIONS[name], **filters)
+
+
+def test_a_condition_may_be_a_caption_or_nothing(name):
+    for table, asked in (({"kind": "none"}, 2), ({"kind": "text", "features": 3, "length": 2}, [torch.ones(1, 3)] * 2)):
+        config = network_config({**FAMILIES[name], "codebook_size": 11, "condition": table})
+        generator = Generator(GeneratorConfig(transformer=config)).eval()
+        if generator.needs_tokenizer:
+            generator.attach(tokenizer(generator.config.transformer.kind == "residual").float())
+        assert generator.sample(asked, **OPTIONS[name]).shape == (2, *generator.grid)
+        prepared = generator.condition.check(asked)
+        sum(generator.train().losses(some_tokens(generator, 2), prepared).values()).backward()
+
+
+def test_the_sde_of_a_flow_refuses_given_tokens():
+    generator = make("flow")
+    with pytest.raises(UsageError, match="ODE samplers only"):
+        generator.sample([0], given=some_tokens(generator, 1), method="sde", steps=4)
+
+
+def test_a_family_that_needs_code_vectors_says_so_without_a_tokenizer():
+    generator = Generator(GeneratorConfig(transformer=network_config({**FAMILIES["flow"], "codebook_size": 11})))
+    with pytest.raises(UsageError, match="no tokenizer"):
+        generator.losses(some_tokens(generator, 1), torch.tensor([0]))
+
+
+def test_training_lowers_the_loss(name):
+    generator = make(name).float().train()
+    tokens, labels = some_tokens(generator, 4), torch.arange(4)
+    optimizer = torch.optim.Adam(generator.parameters(), 2e-3)
+    torch.manual_seed(0)
+    history = []
+    for _ in range(60):
+        loss = sum(generator.losses(tokens, labels).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-10:]) < 0.95 * sum(history[:10])
+
+
+def test_recomputed_blocks_give_the_same_gradients(name):
+    generator = make(name).train()
+    tokens, labels = some_tokens(generator, 2), torch.tensor([1, 2])
+    gradients = []
+    for recomputed in (False, True):
+        generator.transformer.checkpointing = recomputed
+        torch.manual_seed(0)
+        sum(generator.losses(tokens, labels).values()).backward()
+        gradients.append([p.grad.clone() for p in generator.parameters() if p.grad is not None])
+        generator.zero_grad()
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------- residual codes
+
+
+@pytest.mark.parametrize("name", ["residual", "residual-tables"])
+def test_the_cache_of_residual_codes_equals_the_whole_network(name):
+    generator = make(name)
+    greedy = generator.sample([0, 3], top_k=1)  # (2, 3, 4, 6)
+    logits = generator(greedy, torch.tensor([0, 3])).logits[0]
+    assert torch.equal(logits.argmax(-1).view(greedy.shape), greedy)
+    nll = generator.nll(greedy, torch.tensor([0, 3]))
+    expected = F.cross_entropy(logits.flatten(0, 1), greedy.flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(nll, expected)
+
+
+def test_a_later_code_does_not_change_the_likelihood_of_an_earlier_one():
+    generator = make("residual")
+    tokens = some_tokens(generator, 1)
+    changed = tokens.clone()
+    changed[0, 1, 2, 3] = (changed[0, 1, 2, 3] + 1) % 11  # depth 1 of position 15
+    before, after = (generator.nll(each, torch.tensor([0])).view(3, 24) for each in (tokens, changed))
+    assert torch.equal(before[:, :15], after[:, :15])
+    assert torch.equal(before[0, 15], after[0, 15])
+    assert not torch.equal(before[2, 15], after[2, 15])
+
+
+def test_residual_tokens_of_another_depth_are_refused_with_what_would_fit():
+    settings = make("residual").settings
+    with pytest.raises(UsageError, match=r"generator\.books = 3"):
+        settings.check_fits(tokenizer(True).token_spec(8, 12)._replace(books=4), ["a"] * 5, "tokens")
+    with pytest.raises(UsageError, match="one code at a place"):
+        settings.check_fits(tokenizer(False).token_spec(8, 12), ["a"] * 5, "tokens")
+    settings.check_fits(tokenizer(True).token_spec(8, 12), ["a"] * 5, "tokens")
+
+
+# ---------------------------------------------------------------------------------------------- diffusion and flows
+
+
+def test_noise_grows_until_nothing_is_left_of_the_data():
+    for betas in (linear_betas(), cosine_betas()):
+        schedule = Diffusion(betas)
+        assert (schedule.cumulative[1:] < schedule.cumulative[:-1]).all()
+        assert schedule.cumulative[-1] < 1e-4
+
+
+def test_visiting_every_step_is_the_schedule_itself():
+    schedule = Diffusion(linear_betas())
+    again = schedule.respaced(spaced_steps(1000, 1000))
+    torch.testing.assert_close(again.betas, schedule.betas, rtol=1e-10, atol=1e-12)
+    assert spaced_steps(1000, 1) == [0]
+    assert ddim_steps(1000, 4) == [0, 250, 500, 750]
+    with pytest.raises(UsageError, match="divisor"):
+        ddim_steps(1000, 999)
+    with pytest.raises(UsageError, match="from 1 to 1000"):
+        spaced_steps(1000, 1001)
+
+
+def test_a_perfect_prediction_of_noise_has_no_loss_but_that_of_its_variance():
+    schedule = Diffusion(linear_betas())
+    clean, noise = torch.randn(6, 3, 2, 2, dtype=torch.float64), torch.randn(6, 3, 2, 2, dtype=torch.float64)
+    step = torch.tensor([1, 10, 100, 500, 900, 999])
+    # A variance of the smallest kind is the true one, so the divergence vanishes as well.
+    perfect = lambda noised, steps: torch.cat([noise, torch.full_like(noise, -1)], 1)  # noqa: E731
+    terms = schedule.losses(perfect, clean, step, noise)
+    assert terms["noise"].abs().max() < 1e-20
+    assert terms["variance"].abs().max() < 1e-9
+
+
+def test_ddim_with_perfect_predictions_returns_the_data():
+    schedule = Diffusion(linear_betas()).respaced(spaced_steps(1000, 10))
+    clean, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    point = schedule.noised(clean, torch.tensor([9, 9]), noise)
+    for step in reversed(range(10)):
+        point = schedule.ddim_step(torch.cat([noise, torch.zeros_like(noise)], 1), point, step)
+    torch.testing.assert_close(point, clean, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_leads_from_noise_to_data_at_its_own_velocity(path):
+    transport = Transport(path)
+    data, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
+    end = transport.between(data, noise, torch.ones(2, dtype=torch.float64) - 1e-9)[0]
+    torch.testing.assert_close(end, data, rtol=1e-3, atol=1e-3)
+    time = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    before, after = (transport.between(data, noise, time + shift)[0] for shift in (-1e-6, 1e-6))
+    torch.testing.assert_close(transport.between(data, noise, time)[1], (after - before) / 2e-6, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("prediction", ["noise", "score"])
+def test_predictions_are_the_same_field_in_other_words(path, prediction):
+    data, noise = torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
+    time = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64)
+    transport = Transport(path, prediction)
+    point, velocity = transport.between(data, noise, time)
+    output = noise if prediction == "noise" else -noise / transport.parts(time, data).noise
+    torch.testing.assert_close(transport.velocity(output, point, time), velocity, rtol=1e-8, atol=1e-8)
+    assert transport.loss(lambda *_: output, data, noise, time).abs().max() < 1e-20
+
+
+@pytest.mark.parametrize("method, order", [("euler", 1), ("heun", 2), ("midpoint", 2)])
+def test_an_ode_sampler_has_its_order(method, order):
+    field = lambda x, t: -x * t[:, None]  # noqa: E731
+    start = torch.ones(1, 1, dtype=torch.float64)
+    errors = [abs(list(solve_ode(field, start, points, method))[-1].item() - math.exp(-0.5)) for points in (41, 81)]
+    assert 0.9 * 2**order < errors[0] / errors[1] < 1.1 * 2**order
+
+
+def test_an_sde_sampler_keeps_the_distribution():
+    """For normal data of deviation 2 the field is known; samples must have that deviation."""
+    transport = Transport()
+
+    def field(x, t):
+        data, noise = t[:, None], 1 - t[:, None]
+        variance = 4 * data**2 + noise**2
+        return (4 * data - noise) / variance * x  # E[data - noise | x]
+
+    draws = torch.Generator().manual_seed(0)
+    noise = torch.randn(20_000, 1, dtype=torch.float64, generator=draws)
+    draw = lambda number: torch.randn(20_000, 1, dtype=torch.float64, generator=draws)  # noqa: E731
+    found = list(solve_sde(transport, field, noise, 120, draw, interval=(0.0, 1.0)))[-1]
+    assert found.std().item() == pytest.approx(2, rel=0.03)
+
+
+def test_uniform_numbers_become_normal_ones():
+    found = normal((torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000)
+    assert found.mean().abs() < 1e-12
+    assert found.std().item() == pytest.approx(1, abs=1e-3)
+    assert normal(torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)).isfinite().all()
+
+
+def test_every_token_of_masked_autoregression_is_drawn_once():
+    for length, steps in ((16, 4), (256, 64), (3, 10)):
+        hidden, drawn = length, []
+        for step in range(steps):
+            after = hidden_after(length, hidden, step, steps)
+            drawn.append(hidden - after)
+            hidden = after
+        assert hidden == 0
+        assert sum(drawn) == length
+        assert min(drawn) >= 0
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"objective": "diffusion"}, "learned_variance = true"),
+        ({"objective": "diffusion", "learned_variance": True, "path": "gvp"}, "path reach nothing"),
+        ({"weighting": "velocity"}, "weighting reaches nothing"),
+        ({"patch": 5}, "patch = 5 does not divide"),
+        ({"width": 30}, "width must be a multiple"),
+    ],
+)
+def test_options_of_a_flow_that_do_not_go_together_are_refused(table, message):
+    with pytest.raises(UsageError, match=message):
+        network_config({**FAMILIES["flow"], **table})
