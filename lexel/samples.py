@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -104,6 +104,7 @@ def write_samples(
     progress: Callable[[int, int | None], None] | None = None,
     candidates: int = 1,
     classifier: FeatureNetwork | None = None,
+    rounding: Literal["round", "truncate"] = "round",
     **settings: Any,
 ) -> Written:
     """Samples images and writes them to one file, whose ending says how.
@@ -125,6 +126,7 @@ def write_samples(
         candidates: images that are sampled for each that is written: the one whose class is the likeliest to the
             classifier is kept (rejection sampling, as of VQ-VAE-2 and VQGAN, at an acceptance rate of 1 / candidates).
         classifier: with logits of the generator's classes, in their order; needed for candidates.
+        rounding: of pixels to 8 bits; SEED-Voken's sampler truncates, ADM's and LlamaGen's evaluations round.
         settings: of `Generator.sample`.
 
     Raises:
@@ -158,7 +160,7 @@ def write_samples(
     if ending == ".npy":
         _save_tokens(out, parts)
         return _written(generator, condition, out, settings)
-    pictures = (_pictures(decoder, part, runtime) for part in parts)
+    pictures = (_pictures(decoder, part, runtime, rounding) for part in parts)
     if ending == ".npz":
         first = next(pictures)
         with NpzWriter(out, (count, *first.shape[1:])) as writer:
@@ -327,9 +329,11 @@ def _images_done(
     return lambda done, tokens: progress(before + count * done // tokens, total)
 
 
-def _pictures(tokenizer: Tokenizer, indices: torch.Tensor, runtime: Runtime) -> np.ndarray:
+def _pictures(
+    tokenizer: Tokenizer, indices: torch.Tensor, runtime: Runtime, rounding: Literal["round", "truncate"]
+) -> np.ndarray:
     with runtime.autocast():
-        return to_uint8(tokenizer.decode(indices))
+        return to_uint8(tokenizer.decode(indices), rounding)
 
 
 def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2, scale: int = 1) -> np.ndarray:

@@ -235,3 +235,11 @@ def test_images_keep_channels_and_depth():
     images = to_images(deep)
     assert images.shape == (2, 7, 4, 5)
     assert np.array_equal(((images.double() + 1) * 32767.5).round().numpy().transpose(0, 2, 3, 1), deep)
+
+
+def test_truncated_pixels_are_those_of_the_published_sampler():
+    """(255 * (x + 1) / 2).astype(uint8) on clamped floats; on average half a level below the rounded ones."""
+    images = torch.rand(2, 3, 8, 8) * 2.4 - 1.2
+    published = (255 * ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).numpy()).astype(np.uint8)
+    assert np.array_equal(to_uint8(images, "truncate"), published)
+    assert 0.3 < (to_uint8(images).astype(int) - published).mean() < 0.7

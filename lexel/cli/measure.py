@@ -44,7 +44,7 @@ def evaluate(
         ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option(help="Compute only this metric of the protocol; may be repeated.")
+        list[str] | None, typer.Option(help="Compute only this metric, such as psnr or mmd; may be repeated.")
     ] = None,
     network: Annotated[
         str | None, typer.Option(help="Feature network for Fréchet distances and scores. Default: the protocol's.")
@@ -178,6 +178,10 @@ def sample(
         bool,
         typer.Option("--in-order", help="Write .npz and .npy class after class instead of in a seeded random order."),
     ] = False,
+    rounding: Annotated[
+        Literal["round", "truncate"],
+        typer.Option(help="Of pixels to 8 bits; truncate is what SEED-Voken's sampler does, half a level darker."),
+    ] = "round",
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer to decode with. Default: the generator's own.")
     ] = None,
@@ -230,6 +234,7 @@ def sample(
             update,
             candidates,
             judge,
+            rounding,
             cfg_scale=scales,
             cfg_schedule=cfg_schedule,
             temperature=temperatures,

@@ -22,9 +22,15 @@ def to_images(array: np.ndarray | Tensor) -> Tensor:
     return pixels.movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format).div_(half).sub_(1)
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (..., C, H, W) in [-1, 1] as a uint8 array (..., H, W, C): rounded, values outside clamped."""
-    pixels = images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255)
+def to_uint8(images: Tensor, rounding: Literal["round", "truncate"] = "round") -> np.ndarray:
+    """Images (..., C, H, W) in [-1, 1] as a uint8 array (..., H, W, C), values outside clamped.
+
+    Rounded to the nearest level, or truncated as some published samplers do, which darkens by half a level on average.
+    """
+    if rounding == "truncate":
+        pixels = images.detach().float().clamp(-1, 1).add_(1).div_(2).mul_(255).floor_()
+    else:
+        pixels = images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return pixels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
 
 
