@@ -147,7 +147,7 @@ def load_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def find_folder(source: str | Path, files: Iterable[str] = (CONFIG, WEIGHTS)) -> Path:
     """The local folder for a path or hub id; a repository's `files` (patterns) are fetched into the hub's cache."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists():

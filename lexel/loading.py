@@ -80,7 +80,7 @@ def load_generator(source: str | Path, weights: str | None = None) -> Generator:
 
 def find_run(source: str | Path) -> RunFolder | None:
     """The run with checkpoints that a path names, by its folder or by one of its checkpoints."""
-    path = Path(source)
+    path = Path(source).expanduser()
     folder = path.parent.parent if path.is_file() and path.parent.name == "checkpoints" else path
     if not folder.is_dir():
         return None
@@ -154,7 +154,7 @@ def own_transform(tokenizer: Tokenizer, size: int | None = None, name: str | Non
 
 def _step(source: str | Path) -> int | None:
     """The step of a checkpoint's path; None for a folder."""
-    path = Path(source)
+    path = Path(source).expanduser()
     return int(path.stem) if path.is_file() and path.stem.isdecimal() else None
 
 
@@ -173,7 +173,7 @@ def _averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_ours(source: str | Path) -> bool:
     """Whether a folder or hub repository is a Lexel model, or what is left of one."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         if (path / checkpoint.CONFIG).is_file():
             return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)

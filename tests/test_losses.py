@@ -334,7 +334,7 @@ def softplus(x: float) -> float:
             0.125 * sum(softplus(-x) for x in (2, 0.5, -1, 1)) + 0.125 * sum(softplus(x) for x in (-2, 0, 1, 3)),
         ),
         ("non_saturating", 0.125 * sum(softplus(x) for x in (-2, -0.5, 1, -1, -2, 0, 1, 3))),
-        ("non_saturating_image", 0.25 * (softplus(-1.25) + softplus(0)) + 0.25 * (softplus(-1) + softplus(2))),
+        ("non_saturating_image", 0.5 * (softplus(-1.25) + softplus(0)) + 0.5 * (softplus(-1) + softplus(2))),
     ],
 )
 def test_discriminator_losses_by_hand(kind, expected):

@@ -1,6 +1,7 @@
 """What several commands share: their options, a progress bar, and how they print."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,10 @@ def number_or_numbers(text: str, option: str) -> float | list[float]:
 
 @contextmanager
 def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, with speed and time left; yields `update(done, total, note, stage)`."""
+    """A progress bar with speed and time left; yields `update(done, total, note, stage)`.
+
+    Where standard error is no terminal, trainings (the unit "steps") write a plain line now and then instead.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -97,6 +101,9 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
     )
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(what) if unit == "steps" else lambda *_, **__: None
+        return
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -106,7 +113,7 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(what, total=None, note="")
 
         def update(done: int, total: int | None = None, note: str = "", stage: str = what) -> None:
@@ -115,6 +122,20 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, note=note, description=stage)
 
         yield update
+
+
+def _lines(what: str) -> Callable[..., None]:
+    """Progress for a log file: the first step, the last one, and one every LOG_SECONDS."""
+    last: dict[str, float] = {}  # when a stage was written
+
+    def update(done: int, total: int | None = None, note: str = "", stage: str = what) -> None:
+        now = time.monotonic()
+        if done != total and now - last.get(stage, -LOG_SECONDS) < LOG_SECONDS:
+            return
+        last[stage] = now
+        say(f"{stage}: step {done:,}{'' if total is None else f' of {total:,}'}{note and ', '}{note}")
+
+    return update
 
 
 def print_table(rows: Iterable[tuple[str, Any]]) -> None:

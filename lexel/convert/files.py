@@ -107,7 +107,7 @@ def read(source: str | Path) -> Published:
 
 def _find(source: str | Path) -> Path:
     """The file to read: itself, the one checkpoint of a folder, or the hub's."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return path
     if path.is_dir():

@@ -396,7 +396,7 @@ class Generator(nn.Module):
             raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
         generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
         generator.provenance = dict(config.get("provenance", {}))
-        generator._folder = Path(source)
+        generator._folder = Path(source).expanduser()
         return generator
 
     @classmethod

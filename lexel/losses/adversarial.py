@@ -14,7 +14,9 @@ from lexel.losses.precision import at_least_float32
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
-    """Half the sum of what the discriminator gets wrong on real and on generated images: a scalar.
+    """The discriminator's loss on real and on generated images: a scalar.
+
+    The mean of the two, but for "non_saturating_image", which is their sum.
 
     Args:
         kind: a key of DISCRIMINATOR_LOSSES.
@@ -73,7 +75,8 @@ DISCRIMINATOR_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hinge": _hinge,  # IBQ, VQGAN
     "vanilla": _cross_entropy,
     "non_saturating": _cross_entropy,  # the same discriminator: only the generators differ
-    "non_saturating_image": lambda real, fake: _cross_entropy(_of_images(real), _of_images(fake)),
+    # The released code (SEED-Voken) sums the two halves here, where its hinge loss has their mean.
+    "non_saturating_image": lambda real, fake: 2 * _cross_entropy(_of_images(real), _of_images(fake)),
 }
 
 GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -59,7 +59,8 @@ class Adversary:
         return generator_loss(self.config.generator_loss, self._logits(self.discriminator, reconstructions))
 
     def _logits(self, discriminator: nn.Module, images: Tensor) -> Tensor:
-        """Logits (B, 1, h, w); batch norm takes its statistics over `norm_images` images at a time."""
-        groups = images.split(self.config.norm_images or len(images))
+        """Logits (B, 1, h, w); batch norm takes its statistics over as many images as the recipe says."""
+        statistics = self.config.statistics
+        groups = images.split(len(images) if statistics == "process" else statistics)
         logits = [discriminator(group) for group in groups]
         return logits[0] if len(logits) == 1 else torch.cat(logits)

@@ -137,9 +137,9 @@ class DiscriminatorConfig(Config):
     lecam_decay: float = Field(default=0.999, ge=0, lt=1)
     lr: float | None = Field(default=None, gt=0)  # None is the tokenizer's
     first: bool = True  # it learns before the tokenizer in each step (IBQ); false: after it (VQGAN)
-    # Batch norm takes its statistics over this many images, whatever the number of processes and micro-batches; the
-    # published code has the images of one GPU. None: all images of a micro-batch, so that results depend on its size.
-    norm_images: int | None = Field(default=None, ge=1)
+    # The images over which batch norm takes its statistics: "process", those that a process takes at a time, or a number,
+    # with the same result on any number of processes. Published runs have as many as one GPU took.
+    statistics: Literal["process"] | Annotated[int, Field(ge=1)] = "process"
 
     @model_validator(mode="after")
     def _known(self) -> "DiscriminatorConfig":
@@ -152,7 +152,7 @@ class DiscriminatorConfig(Config):
             if getattr(self, name) not in table:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
         refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
-        refuse_unused(self, ("norm_images",), self.kind != "blur", "batch norm, which kind = 'blur' does not have")
+        refuse_unused(self, ("statistics",), self.kind != "blur", "batch norm, which kind = 'blur' does not have")
         buildable(self.build)
         return self
 
@@ -183,10 +183,10 @@ class TrainConfig(LoopConfig):
             )
         refuse_unused(self, ("lpips",), bool(self.weights.get("lpips")), "weights.lpips")
         micro_batch = self.batch_size // self.accumulation
-        group = self.discriminator.norm_images if self.discriminator is not None else None
-        if group is not None and micro_batch % group:
+        group = self.discriminator.statistics if self.discriminator is not None else "process"
+        if group != "process" and micro_batch % group:
             raise ValueError(
-                f"discriminator.norm_images = {group} does not divide a micro-batch of {micro_batch} images"
+                f"discriminator.statistics = {group} does not divide a micro-batch of {micro_batch} images"
             )
         return self
 

@@ -16,7 +16,7 @@ from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.train.optimization import RunningMeans, seed_step
 from lexel.train.processes import Processes
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe, TrainConfig
 
 GUARDED = ("loss", "gradient_norm", "discriminator")  # what must stay finite
 SMALLEST_SCALE = 2.0**-10  # half precision that overflows at this scale is no longer a matter of scale
@@ -121,6 +121,12 @@ class Session:
                 f"{config.accumulation} micro-batches; it must be a multiple of {processes.count * config.accumulation}"
             )
         self.micro_batch = config.batch_size // processes.count // config.accumulation
+        group = config.discriminator.statistics if isinstance(config, TrainConfig) and config.discriminator else None
+        if isinstance(group, int) and self.micro_batch % group:
+            raise UsageError(
+                f"train.discriminator.statistics = {group} does not divide the {self.micro_batch} images that each of "
+                f"{processes.count} processes takes at a time; use fewer processes or less accumulation"
+            )
         per_epoch = math.ceil(len(names["training"]) / config.batch_size)
         epochs = config.epochs or 0
         self.total, self.unit = (config.steps, 1) if config.steps is not None else (epochs * per_epoch, per_epoch)

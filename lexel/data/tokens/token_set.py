@@ -94,7 +94,7 @@ class TokenSet:
         Raises:
             UsageError: there is no token set, its writing was not finished, or a shard is missing or damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not folder.is_dir():
             raise UsageError(f"there is no folder {str(folder)!r}; give one that `lexel encode` wrote")
         if not (folder / INDEX).is_file():
