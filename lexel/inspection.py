@@ -66,7 +66,8 @@ def _of_run(folder: Path) -> dict[str, Any]:
         found = _of_generator(load_generator(folder)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
     found = _of_tokenizer(load_tokenizer(folder)) if saved else {"kind": "tokenizer"}
-    findings = diagnose(outline(recipe.model.quantizer), validation, train)
+    coded = [line for line in validation if {"usage", "perplexity"} <= line.keys()]  # continuous latents have no codes
+    findings = diagnose(outline(recipe.model.quantizer), coded, train) if coded or not validation else []
     return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}
 
 

@@ -371,7 +371,8 @@ def check_same_recipe(before: Mapping[str, Any], recipe: Config, folder: Path, b
         before = config.check(dict(before), type(recipe), str(folder)).model_dump(mode="json", exclude_none=True)
     old, new = flatten(before), flatten(now)
     one_has_none = ("init.source" in old) != ("init.source" in new)
-    if begun and one_has_none and "decoder" not in (old.get("init.what"), new.get("init.what")):  # which freezes parts
+    lasting = {"decoder", "proxy"} & {old.get("init.what"), new.get("init.what")}  # these matter at every step
+    if begun and one_has_none and not lasting:
         old, new = (
             {name: value for name, value in flat.items() if not name.startswith("init.")} for flat in (old, new)
         )

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lexel.data import Transform
     from lexel.tokenizer import Tokenizer
 
+LOG_SECONDS = 30.0  # between the lines of a training's progress in a log file
 LEFT_OUT = 20  # pictures that could not be used, named before the rest is only counted
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]

@@ -137,8 +137,8 @@ class DiscriminatorConfig(Config):
     lecam_decay: float = Field(default=0.999, ge=0, lt=1)
     lr: float | None = Field(default=None, gt=0)  # None is the tokenizer's
     first: bool = True  # it learns before the tokenizer in each step (IBQ); false: after it (VQGAN)
-    # The images over which batch norm takes its statistics: "process", those that a process takes at a time, or a number,
-    # with the same result on any number of processes. Published runs have as many as one GPU took.
+    # The images over which batch norm takes its statistics: "process", those that a process takes at a time, or a
+    # number, with the same result on any number of processes. Published runs have as many as one GPU took.
     statistics: Literal["process"] | Annotated[int, Field(ge=1)] = "process"
 
     @model_validator(mode="after")

@@ -1,0 +1,280 @@
+"""The frame of training: what several processes decide, what a step waits for, and what a run knows of its data."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lexel.config import check, dump
+from lexel.data import TRANSFORMS
+from lexel.data.files import UnreadableImage
+from lexel.data.images import ArrayImages
+from lexel.errors import UsageError
+from lexel.run_folder import RunFolder, read_metrics
+from lexel.train import load_recipe, train
+from lexel.train.recipes import TokenizerRecipe
+from lexel.train.tokenizer import train_tokenizer
+from lexel.train.validation import readable_batches, require_readable
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twelve little pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((20, 18), Image.Resampling.BILINEAR).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def tables(pictures, quantizer="vq", **train):
+    size = {} if quantizer == "none" else {"codebook_size": 16}
+    return {
+        "model": {
+            "quantizer": {"kind": quantizer, "codebook_dim": 4, **size},
+            "autoencoder": {
+                "width": 4,
+                "multipliers": [1, 2],
+                "residual_blocks": 1,
+                "attention_levels": [],
+                "middle_attention": False,
+                "z_channels": 4,
+                "groups": 2,
+            },
+        },
+        "data": {"source": str(pictures), "size": 16, "validation": 0.3},
+        "train": {
+            "steps": 8,
+            "batch_size": 4,
+            "lr": 1e-2,
+            "weights": {"l1": 1.0, "adversarial": 0.1},
+            "discriminator": {"layers": 1, "width": 4, "lecam": 0.05, "adaptive": True},
+            "log_every": 4,
+            "validate_every": 4,
+            "save_every": 8,
+            **train,
+        },
+    }
+
+
+def recipe(pictures, quantizer="vq", **train):
+    return check(tables(pictures, quantizer, **train), TokenizerRecipe, "test")
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+SLOW = """
+import sys, time, torch
+torch.set_num_threads(1)
+from lexel.errors import UsageError
+from lexel.run_folder import RunFolder
+from lexel.train import load_recipe, train
+from lexel.train.processes import Processes
+
+write = RunFolder.log
+def slow(run, *line):  # a network file system: the other processes read before this one has written
+    if run.writes:
+        time.sleep(0.5)
+    write(run, *line)
+RunFolder.log = slow
+done = train(load_recipe(sys.argv[1]), sys.argv[2], device="cpu")
+
+processes = Processes("cpu")
+def fail():
+    if processes.rank == 1:
+        raise UsageError("the disk of rank 1 is gone")
+try:
+    processes.together(fail)
+except UsageError as error:
+    print(done.step, done.finished, error, flush=True)
+"""
+
+
+def launch(script, arguments, processes=2, timeout=240):
+    """The outputs of processes started together; all must end well within the time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    workers = []
+    for rank in range(processes):
+        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        command = [sys.executable, "-c", script, *map(str, arguments)]
+        environment = {**os.environ, **own, "PYTHONPATH": str(Path(__file__).parents[1])}
+        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    try:
+        return [worker.communicate(timeout=timeout)[0] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_processes_agree_on_the_best_validation_however_slow_the_log_is(pictures, tmp_path):
+    chosen = recipe(pictures, validate_every=1, save_every=100)
+    (tmp_path / "recipe.toml").write_text(dump(chosen))
+    said = launch(SLOW, [tmp_path / "recipe.toml", tmp_path / "run"])
+    assert said == ["8 True the disk of rank 1 is gone\n"] * 2
+    lines = RunFolder(tmp_path / "run", writes=False).lines("validation")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+
+
+# ------------------------------------------------------------------------------------------------ waiting for a device
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select", "aten::_unique2"}
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__"}
+
+
+class CountWaits:
+    """Notes every operation whose result the host needs, and so waits for.
+
+    What is on the CPU on every machine does not count: pictures being read, and Adam's own step count.
+    """
+
+    def __init__(self):
+        self.places = []
+        outer = self
+
+        class Operations(TorchDispatchMode):  # below autograd, whatever calls them
+            def __torch_dispatch__(self, function, types, arguments=(), options=None):
+                outer.note(function.name().split(".")[0], WAITS)
+                return function(*arguments, **(options or {}))
+
+        class Methods(TorchFunctionMode):  # reads of a tensor that is on the CPU here, which below are nothing
+            def __torch_function__(self, function, types, arguments=(), options=None):
+                outer.note(getattr(function, "__name__", ""), READS)
+                return function(*arguments, **(options or {}))
+
+        self.modes = Operations(), Methods()
+
+    def note(self, name, watched):
+        if name in watched:
+            files = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-2]]
+            elsewhere = ("/torch/optim/", "/lexel/data/", "/lexel/kernels/")
+            if not any(folder in file for folder in elsewhere for file in files):
+                self.places.append((name, *[file for file in files if "/lexel/" in file][-2:]))
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "ibq", "simvq", "fsq", "lfq", "none"])
+def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictures, tmp_path, quantizer):
+    count, waits, seen = CountWaits(), {}, 0
+
+    def after(progress):
+        nonlocal seen
+        waits[progress.step], seen = count.places[seen:], len(count.places)
+
+    with count.modes[0], count.modes[1]:
+        train_tokenizer(recipe(pictures, quantizer), tmp_path / "run", device="cpu", progress=after)
+    assert len(waits[4]) > 0  # it logs: what waits is seen
+    for step in (2, 3, 6, 7):  # what is counted for step 5 is the validation after step 4
+        assert waits[step] == [], step
+
+
+# ------------------------------------------------------------------------------------------------ the data of a run
+
+
+def test_a_run_goes_on_where_its_pictures_have_moved(pictures, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path / "run", device="cpu")
+    moved = pictures.rename(tmp_path / "elsewhere")
+    assert train_tokenizer(recipe(moved, steps=9), tmp_path / "run", device="cpu").step == 9
+
+
+def test_a_run_refuses_other_pictures_and_says_how_many_differ(pictures, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path / "run", device="cpu")
+    for number in range(5):
+        shutil.copy(pictures / f"{number:02d}.png", pictures / f"new{number}.png")
+    with pytest.raises(
+        UsageError, match=r"other training images: \d+ pictures then, \d+ now, \d are new and \d are gone"
+    ):
+        train_tokenizer(recipe(pictures, steps=9), tmp_path / "run", device="cpu")
+
+
+def test_options_of_operation_may_change_when_a_run_goes_on(pictures, tmp_path):
+    train_tokenizer(recipe(pictures), tmp_path / "run", device="cpu")
+    table = tables(pictures, steps=9, validate_every=3, collapse_patience=0, keep_last=1)
+    table["data"] |= {"memory": 0.0, "on_error": "stop"}
+    assert train_tokenizer(check(table, TokenizerRecipe, "test"), tmp_path / "run", device="cpu").step == 9
+
+
+def test_a_fine_tuning_goes_on_without_the_model_it_started_from(pictures, tmp_path):
+    train_tokenizer(recipe(pictures, steps=2), tmp_path / "base", device="cpu")
+    table = tables(pictures, steps=2) | {"init": {"source": str(tmp_path / "base")}}
+    train_tokenizer(check(table, TokenizerRecipe, "test"), tmp_path / "run", device="cpu")
+    shutil.rmtree(tmp_path / "base")
+    table["train"]["steps"] = 3
+    assert train_tokenizer(check(table, TokenizerRecipe, "test"), tmp_path / "run", device="cpu").step == 3
+    assert train_tokenizer(recipe(pictures, steps=4), tmp_path / "run", device="cpu").step == 4  # without --init, too
+
+
+def test_damaged_lines_of_the_log_are_left_out_with_a_warning(tmp_path):
+    good = b'{"step": 3, "kind": "train", "seconds": 1.5, "loss": 0.25}\n'
+    bad = [b"\0\0\0\0\n", b"[]\n", b'{"step": -1, "kind": "train", "seconds": 1}\n', b'{"step": 1, "kind": "train"}\n']
+    bad += [b'{"step": 1, "kind": "train", "seconds": 1, "loss": NaN}\n', b"[" * 100_000 + b"\n", b"\xff\n"]
+    bad += [b'{"step": 1, "kind": 3, "seconds": 1}\n', b'{"step": true, "kind": "train", "seconds": 1}\n']
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join([good, *bad, good, b'{"step": 4, "ki']))
+    with pytest.warns(UserWarning, match=rf"{len(bad)} damaged lines are left out"):
+        lines = read_metrics(path)
+    assert lines == [{"step": 3, "kind": "train", "seconds": 1.5, "loss": 0.25}] * 2
+
+
+# ------------------------------------------------------------------------------------------------ validation
+
+
+class Holes(ArrayImages):
+    """Grey squares, number by number; those in `holes` cannot be read."""
+
+    def __init__(self, count, holes):
+        greys = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
+        super().__init__(greys, [f"{number:03d}" for number in range(count)])
+        self.holes = holes
+
+    def read(self, number):
+        if number in self.holes:
+            raise UnreadableImage(self.names[number], "damaged")
+        return super().read(number)
+
+
+def measured(images, limit, processes):
+    """The grey levels that are measured, over all processes."""
+    levels = []
+    for rank in range(processes):
+        batches = readable_batches(images, TRANSFORMS["published"](8), 3, limit, rank, processes, 0, "replace", {})
+        levels += [round((float(image.mean()) + 1) * 127.5) for batch in batches for image in batch.images]
+    return sorted(levels)
+
+
+def test_an_unreadable_picture_gives_its_place_to_the_next_readable_one():
+    images = Holes(20, holes={0, 2, 4, 8, 9, 10, 11})
+    assert measured(images, 5, 1) == [1, 5, 12, 16]  # of 0, 4, 8, 12, 16: the place of 8 to 11 has none
+    for processes in (2, 3):
+        assert measured(images, 5, processes) == [1, 5, 12, 16]
+    assert measured(images, None, 2) == [number for number in range(20) if number not in images.holes]
+
+
+def test_a_validation_set_without_a_readable_picture_is_refused_before_training():
+    require_readable(Holes(3, holes={0, 1}))
+    with pytest.raises(UsageError, match=r"none of the 3 validation images can be read; the first, 000: damaged"):
+        require_readable(Holes(3, holes={0, 1, 2}))
+
+
+def test_continuous_latents_train_and_validate_without_codes(pictures, tmp_path):
+    from lexel.inspection import inspect
+
+    (tmp_path / "recipe.toml").write_text(dump(recipe(pictures, "none")))
+    assert train(load_recipe(tmp_path / "recipe.toml"), tmp_path / "run", device="cpu").finished
+    last = RunFolder(tmp_path / "run", writes=False).lines("validation")[-1]
+    assert {"psnr", "l1", "latent_norm"} <= last.keys()
+    assert not {"usage", "perplexity", "quantization_error", "gradient_ratio"} & last.keys()
+    assert (tmp_path / "run" / "report.html").is_file()  # written by train(), not by the command alone
+    assert inspect(tmp_path / "run")["steps done"] == 8
