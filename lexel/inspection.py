@@ -13,11 +13,11 @@ from lexel.loading import load, load_generator, load_tokenizer
 from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.run_folder import read_metrics
+from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
-from lexel.train.generator import GeneratorRecipe
 from lexel.train.plan import plan
-from lexel.train.tokenizer import TokenizerRecipe
+from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
 SAMPLED = 4096  # codes among which the nearest neighbours are looked for
 
@@ -46,7 +46,7 @@ def _of_recipe(source: str | Path) -> dict[str, Any]:
     planned = plan(recipe)
     facts: dict[str, Any] = {"kind": "recipe"}
     if isinstance(recipe, TokenizerRecipe):
-        with torch.device("meta"):
+        with without_weights():
             facts |= _shape(Tokenizer(recipe.model))
     else:
         facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}

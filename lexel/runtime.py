@@ -1,12 +1,14 @@
 """Where and how code runs: device, precision, exact float32, cache folder, peak memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lexel.errors import UsageError, unknown
 
@@ -63,6 +65,30 @@ def exact_float32(device_type: str) -> Iterator[None]:
             yield
     finally:
         convolutions.fp32_precision, products.fp32_precision = before
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves tensors as they are where they would be filled with numbers drawn at random."""
+
+    DRAWING = (Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in self.DRAWING:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules made inside have shapes and no values (meta tensors); no random state is touched.
+
+    Drawing values for meta tensors would import PyTorch's compiler: seconds for nothing.
+    """
+    with torch.device("meta"), _WithoutInitialisation():
+        yield
 
 
 def cache_folder() -> Path:

@@ -15,6 +15,7 @@ from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.quantizers import Quantized
+from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
 
 
@@ -252,7 +253,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def with_weights(cls, config: TokenizerConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
         """A tokenizer in evaluation mode that takes over `tensors`, so that nothing is held twice."""
-        with torch.device("meta"):
+        with without_weights():
             tokenizer = cls(config)
         checkpoint.load_strict(tokenizer, tensors, source)
         if any(buffer.is_meta for buffer in tokenizer.buffers()):  # tables that are computed, never saved

@@ -128,3 +128,24 @@ def test_help_needs_neither_torch_nor_numpy():
         "import lexel.cli; lexel.cli.main()"
     )
     assert "train" in shown
+
+
+COMPILER = ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton"]
+HEAVY = [*COMPILER, "matplotlib", "sklearn", "scipy", "accelerate", "wandb", "diffusers", "onnx"]
+
+
+def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_commands_need(tmp_path):
+    run(
+        f"""import sys, torch, lexel
+from lexel.autoencoders import VQGANConfig
+from lexel.tokenizer import TokenizerConfig
+sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4)
+quantizer = dict(kind="ibq", codebook_size=16, codebook_dim=4)
+config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
+lexel.Tokenizer(config).save_pretrained({str(tmp_path / "t")!r})
+before = set(sys.modules)
+lexel.load({str(tmp_path / "t")!r})
+import lexel.codec, lexel.data, lexel.inspection, lexel.samples, lexel.train.generator, lexel.train.tokenizer
+late = sorted(set({HEAVY}) & set(sys.modules))
+assert not late, late"""
+    )

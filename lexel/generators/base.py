@@ -21,6 +21,7 @@ from lexel.generators.conditions import Condition
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig, read_config
 from lexel.generators.sampling import check_filters, guidance_scales
 from lexel.quantizers import Quantizer
+from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
@@ -402,7 +403,7 @@ class Generator(nn.Module):
     @classmethod
     def with_weights(cls, config: GeneratorConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
         """A generator in evaluation mode that takes over `tensors`, so that nothing is held twice."""
-        with torch.device("meta"):
+        with without_weights():
             generator = cls(config)
         checkpoint.load_strict(generator, tensors, source)
         return generator.eval()

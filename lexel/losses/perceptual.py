@@ -12,6 +12,7 @@ from lexel.networks import weights as pretrained
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.frozen import freeze
 from lexel.networks.vgg16 import VGG16
+from lexel.runtime import without_weights
 
 NETWORKS: dict[str, type[VGG16] | type[AlexNet]] = {"vgg": VGG16, "alex": AlexNet}
 
@@ -39,7 +40,7 @@ class LPIPS(nn.Module):
             raise unknown("LPIPS network", network, NETWORKS)
         self.network = network
         tensors = pretrained.load(f"lpips_{network}", weights)
-        with torch.device("meta"):  # every tensor comes from the file: nothing is drawn, no random state is touched
+        with without_weights():  # every tensor comes from the file: nothing is drawn, no random state is touched
             trunk = NETWORKS[network]()
         heads = [tensors.pop(f"heads.{number}") for number in range(len(trunk.TAP_WIDTHS))]
         trunk.load_state_dict(tensors, strict=True, assign=True)

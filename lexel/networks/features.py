@@ -12,7 +12,7 @@ from lexel import checkpoint
 from lexel.errors import UsageError, unknown
 from lexel.networks.frozen import freeze
 from lexel.networks.resize import RESIZE, resize
-from lexel.runtime import exact_float32
+from lexel.runtime import exact_float32, without_weights
 
 
 class Features(NamedTuple):
@@ -57,7 +57,7 @@ class FeatureNetwork(nn.Module):
         if logit_bias is not None:
             self.logit_bias = logit_bias
         self.fingerprint = checkpoint.fingerprint({"network": self.name}, tensors)  # of the weights alone
-        with torch.device("meta"):  # every tensor comes from outside: nothing is drawn, no random state is touched
+        with without_weights():  # every tensor comes from outside: nothing is drawn, no random state is touched
             network = self._network()
         network.load_state_dict(dict(tensors), strict=True, assign=True)
         self.network = freeze(network)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lexel.errors import UsageError
 from lexel.networks.features import FeatureNetwork
+from lexel.runtime import without_weights
 
 
 class Random(FeatureNetwork):
@@ -27,7 +28,7 @@ class Random(FeatureNetwork):
         if weights is not None:
             raise UsageError(f"the feature network 'random' takes no weights, got {weights}")
         generator = torch.Generator().manual_seed(0)
-        with torch.device("meta"):
+        with without_weights():
             shapes = {name: tensor.shape for name, tensor in cls._network().state_dict().items()}
         scales = {name: 1 / math.sqrt(math.prod(shape[1:])) for name, shape in shapes.items()}
         return {name: torch.randn(shape, generator=generator) * scales[name] for name, shape in shapes.items()}

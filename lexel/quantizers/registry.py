@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from lexel import registry
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantizer, Table
 from lexel.quantizers.continuous import Continuous
 from lexel.quantizers.gaussian import Gaussian
+from lexel.runtime import without_weights
 
 GROUP = "lexel.quantizers"  # the entry points by which other packages add theirs
 
@@ -54,5 +53,5 @@ def outline(table: Mapping[str, Any]) -> Quantizer:
         UsageError: as in `build`.
     """
     options = dict(table)
-    with torch.device("meta"):
+    with without_weights():
         return build(options.pop("kind", ""), options)

@@ -9,20 +9,10 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 from lexel import checkpoint, provenance
 from lexel.data import to_uint8
@@ -37,6 +27,9 @@ from lexel.train.processes import Processes
 from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.session import ProgressCallback, Session
 from lexel.train.tokens import TokenSource, entropy_bits
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
 
 __all__ = ["GeneratorRecipe", "Learner", "TrainedGenerator", "initialise", "load_generator_run", "train_generator"]
 
@@ -89,11 +82,15 @@ class Learner:
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole weights, on the CPU; every process must ask when they are sharded."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return dict(get_model_state_dict(self.generator, options=whole))  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes. The optimizer's part names parameters, so that a run may change its number of processes."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {
             "config": self.generator.config.model_dump(mode="json"),
@@ -107,6 +104,12 @@ class Learner:
         missing = sorted({"model", "optimizer", "scaler", "means"} - state.keys())
         if missing:
             raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            set_model_state_dict,
+            set_optimizer_state_dict,
+        )
+
         whole = StateDictOptions(full_state_dict=True)
         if self.config.fsdp:
             set_model_state_dict(self.generator, dict(state["model"]), options=whole)
@@ -140,16 +143,18 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["name"] == "matrices" or self.config.decay_norms else 0.0
         norm = optimizer_step(self.optimizer, self.scaler, list(self.generator.parameters()), self.config.clip)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        if self.config.fsdp:
+            from torch.distributed.tensor import DTensor
+
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if logged.keys() == {"nll"}:  # the loss is the likelihood: told in bits, as validation tells it
             logged = {"bits_per_token": total / math.log(2)}
         return {"loss": total, **logged, "gradient_norm": norm}
 
     def _no_sync_unless(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Averages gradients over processes with the last micro-batch only."""
-        if isinstance(self.generator, FSDPModule):
-            self.generator.set_requires_gradient_sync(last)
+        if self.config.fsdp:
+            cast("FSDPModule", self.generator).set_requires_gradient_sync(last)
             return contextlib.nullcontext()
         return self.processes.no_sync_unless(last, self.ddp_module)
 
@@ -158,6 +163,9 @@ def shard(generator: Generator, processes: Processes) -> None:
     """Spreads weights over the processes, block by block (FSDP); they are gathered as they are needed."""
     if not torch.distributed.is_initialized():
         raise UsageError("train.fsdp needs several processes; start them with `accelerate launch`, or set it to false")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     for layer in generator.layers():
         fully_shard(layer, mesh=mesh)

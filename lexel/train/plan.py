@@ -10,6 +10,7 @@ from lexel import config
 from lexel.generators import Generator, GeneratorConfig
 from lexel.losses.perceptual import NETWORKS
 from lexel.networks.frozen import freeze
+from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
@@ -47,7 +48,7 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     recipe = recipe.resolved()
     train = recipe.train
     batch = max(1, train.batch_size // processes // train.accumulation)
-    with torch.device("meta"):
+    with without_weights():
         tokenizer = Tokenizer(recipe.model)
         images = torch.empty(batch, 3, recipe.data.size, recipe.data.size)
         z, kept = _kept(tokenizer, tokenizer.encoder, images)
@@ -58,13 +59,13 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     kept += of_decoder
     frozen = 0
     if train.discriminator is not None and train.weights.get("adversarial"):
-        with torch.device("meta"):
+        with without_weights():
             discriminator = train.discriminator.build()
             _, judged = _kept(discriminator, discriminator, images)
         parameters["discriminator"] = sum(parameter.numel() for parameter in discriminator.parameters())
         kept += 2 * judged  # real and made, while the tokenizer's graph waits
     if train.weights.get("lpips"):
-        with torch.device("meta"):
+        with without_weights():
             trunk = freeze(NETWORKS[train.lpips]())
             _, seen = _kept(trunk, trunk, images.clone().requires_grad_(True))
         frozen = sum(tensor.numel() for tensor in [*trunk.parameters(), *trunk.buffers()])
@@ -82,7 +83,7 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
 def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
     train, sizes = recipe.train, recipe.generator
     batch = max(1, train.batch_size // processes // train.accumulation)
-    with torch.device("meta"):
+    with without_weights():
         network = Generator(GeneratorConfig(transformer=sizes))
         tokens = torch.zeros(batch, sizes.tokens, dtype=torch.int64)
         condition = network.condition.example(batch)

@@ -8,8 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator  # type: ignore[import-untyped]
-from accelerate.state import is_initialized  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +43,8 @@ class Processes:
         trackers: Sequence[str] = (),
         folder: Path | None = None,
     ) -> None:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+        from accelerate.state import is_initialized  # type: ignore[import-untyped]
         from accelerate.tracking import filter_trackers  # type: ignore[import-untyped]
 
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1

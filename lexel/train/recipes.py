@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-import torch
 from pydantic import Field, model_validator
 
 from lexel.autoencoders import AUTOENCODERS
@@ -20,6 +19,7 @@ from lexel.losses import (
     PatchDiscriminator,
 )
 from lexel.quantizers import QUANTIZERS
+from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -39,7 +39,7 @@ def refuse_unused(section: Config, names: tuple[str, ...], used: bool, needs: st
 
 def buildable(build: Callable[[], Network]) -> Network:
     """A network on the meta device, which holds no weights; UsageErrors are ValueErrors, so pydantic reports them."""
-    with torch.device("meta"):
+    with without_weights():
         try:
             return build()
         except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
@@ -231,7 +231,7 @@ class TokenizerRecipe(Config):
 
     def resolved(self) -> "TokenizerRecipe":
         """With the weight of every loss term written out."""
-        with torch.device("meta"):
+        with without_weights():
             weights = {**Tokenizer(self.model).loss_weights, **self.train.weights}
         return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
 
