@@ -31,7 +31,11 @@ OPERATIONAL = {
     "train.collapse_patience",
     "train.checkpointing",
     "train.trackers",
-    *(f"{section}.{name}" for section in ("data", "data.images") for name in ("workers", "memory", "on_error")),
+    *(
+        f"{section}.{name}"
+        for section in ("data", "data.images")
+        for name in ("workers", "memory", "on_error", "max_unreadable")
+    ),
 }
 LENGTHS = {"train.steps", "train.epochs"}  # a resumed run may grow, never shrink
 # What these name is compared by its content (`RunFolder.check_data`), so that it may move and be spelled otherwise.

@@ -286,3 +286,28 @@ def test_a_wrong_transform_is_refused_with_the_names():
     with pytest.raises(ValueError, match="adm, center_crop, crop, flip"):
         DataConfig(source="openmoji", size=32, transform="center")
     assert DataConfig(source="openmoji", size=32).make_transform().size == 32
+
+
+def test_more_unreadable_pictures_than_are_allowed_are_an_error(folder):
+    images = open_images(folder)  # 3 of 10 cannot be read
+    next(training_batches(images, CROP, 10, seed=0, max_unreadable=0.3))
+    with pytest.raises(UsageError, match=r"3 of 10 images cannot be read, more than max_unreadable = 0.2"):
+        next(training_batches(images, CROP, 10, seed=0, max_unreadable=0.2))
+    with pytest.raises(UsageError, match="max_unreadable"):
+        list(ordered_batches(images, CROP, 5, max_unreadable=0))
+    assert DataConfig(source="a", size=8, max_unreadable=0.01).max_unreadable == 0.01
+
+
+def test_jpegs_may_be_decoded_smaller_where_the_transform_shows_the_whole_side(tmp_path):
+    ramp = np.linspace(0, 255, 640)[None, :, None] * np.array([1.0, 0.5, 0.2]) + np.zeros((480, 640, 3))
+    ramp[:, ::80] = 255
+    for number in range(2):
+        Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / f"{number}.jpg", quality=95)
+    section = {"source": str(tmp_path), "size": 32, "transform": "titok", "memory": 0}
+    plain, scaled = (open_data(DataConfig(**section, jpeg_scaling=on))[0] for on in (False, True))
+    assert plain.read(0).shape == (480, 640, 3)
+    assert scaled.read(0).shape == (120, 160, 3)  # a quarter: an eighth would have 60 pixels, fewer than twice 32
+    a, b = (TRANSFORMS["titok"](32)(images.read(0)).astype(int) for images in (plain, scaled))
+    assert 0 < np.abs(a - b).max() <= 12
+    with pytest.raises(ValueError, match="jpeg_scaling does not go with the transform 'published'; it goes with adm"):
+        DataConfig(**section | {"transform": "published"}, jpeg_scaling=True)

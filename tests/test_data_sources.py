@@ -216,6 +216,8 @@ def test_a_shard_that_is_cut_short_is_named_and_read_as_far_as_it_goes(tmp_path)
     assert list(images.left_out) == [str(path)]
     for number in range(len(images)):
         assert images.read(number).shape == (8, 9, 3)
+    with pytest.raises(UsageError, match=r"1 of 3 shards are damaged, more than max_unreadable = 0.2"):
+        open_data(DataConfig(source=source, size=8, max_unreadable=0.2))
 
 
 def test_the_folders_of_an_archive_are_splits_and_classes(tmp_path):

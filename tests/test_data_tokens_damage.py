@@ -80,6 +80,7 @@ def test_a_damaged_plan_of_an_unfinished_set_is_refused_in_one_line(folder, coun
         ("tokens.json", {"grid": "2x2"}, "grid"),
         ("tokens.json", {"codebook_size": "256"}, "codebook_size"),
         ("tokens.json", {"codebook_size": 257}, "need uint16"),
+        ("tokens.json", {"codebook_size": 25}, "for 25 codes"),
         ("tokens.json", {"dtype": "object"}, "dtype"),
         ("tokens.json", {"crops": True}, "crops"),
         ("tokens.json", {"crops": 2}, "is needed"),
@@ -112,6 +113,11 @@ def test_a_changed_label_or_name_is_found(folder):
         with pytest.raises(UsageError, match="checksum"):
             TokenSet.open(copy)
         unsealed(path)
+        with pytest.raises(UsageError, match="lost its checksum"):
+            TokenSet.open(copy)
+        for other in copy.glob("*.json"):
+            if other != path:
+                unsealed(other)
         if key == "names":  # known without a checksum too: the set's own digest of all names
             with pytest.raises(UsageError, match="names in its shards"):
                 TokenSet.open(copy)

@@ -7,7 +7,7 @@ train; a run that starts again at step s gets the batches that the first run wou
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -29,9 +29,54 @@ OnError = Literal["replace", "stop"]
 class Batch(NamedTuple):
     """Some images of a set."""
 
-    images: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    images: Tensor  # (B, C, H, W) float32 in [-1, 1]
     labels: Tensor | None  # (B,) int64; None for a set without labels
     numbers: Tensor  # (B,) int64: which pictures of the set these are
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How one process gets its batches. Nothing here but `batch_size` changes which images are in them.
+
+    Attributes:
+        batch_size: images a batch; in training of all processes together, in order of this process alone.
+        rank, processes: this process, of how many; in training, processes must divide batch_size.
+        workers: processes that read pictures; 0 reads them here.
+        on_error: "replace" puts another picture in the place of an unreadable one, or leaves it out where every picture
+            comes once, and notes it in `.unreadable`; "stop" raises UnreadableImage.
+        prefetch: batches that each worker reads ahead.
+        device: where the batches shall lie; they travel as integers of 8 or 16 bits.
+        max_unreadable: the part of the set that may be unreadable before that is an error.
+    """
+
+    batch_size: int
+    rank: int = 0
+    processes: int = 1
+    workers: int = 0
+    on_error: OnError = "replace"
+    prefetch: int = 2
+    device: str | torch.device | None = None
+    max_unreadable: float = 1.0
+
+    def check(self, images: ImageSet) -> None:
+        """Raises UsageError for numbers that do not fit together."""
+        if len(images) == 0:
+            raise UsageError("the set holds no images")
+        if self.batch_size < 1:
+            raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 <= self.rank < self.processes:
+            raise UsageError(f"rank must lie in [0, {self.processes}) for {self.processes} processes, got {self.rank}")
+        if self.workers < 0:
+            raise UsageError(f"workers cannot be negative, got {self.workers}")
+
+    def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
+        """Raises UsageError once more images are unreadable than may be."""
+        if len(unreadable) > self.max_unreadable * len(images):
+            name, reason = next(iter(unreadable.items()))
+            raise UsageError(
+                f"{len(unreadable):,} of {len(images):,} images cannot be read, more than max_unreadable = "
+                f"{self.max_unreadable:g} allows; the first, {name}: {reason}"
+            )
 
 
 class Positions:
@@ -93,10 +138,7 @@ def training_batches(
     rank: int = 0,
     processes: int = 1,
     workers: int = 0,
-    *,
-    on_error: OnError = "replace",
-    prefetch: int = 2,
-    device: str | torch.device | None = None,
+    **options: Any,
 ) -> "TrainingBatches":
     """An endless iterator over the batches of step first_step, first_step + 1, ...
 
@@ -106,18 +148,13 @@ def training_batches(
         batch_size: images a step, all processes together.
         seed: decides the order and the crops.
         first_step: where to begin.
-        rank, processes: which slice of each batch to give; processes must divide batch_size.
-        workers: processes that read pictures; 0 reads them here.
-        on_error: "replace" takes the next readable picture of the set for an unreadable one and notes it in
-            `.unreadable`; "stop" raises UnreadableImage.
-        prefetch: batches that each worker reads ahead.
-        device: where the batches shall lie; they travel as uint8.
+        rank, processes, workers, **options: see `Loading`.
 
     Raises:
         UsageError: the sizes do not fit together, or no picture of the set is readable.
     """
     return TrainingBatches(
-        images, transform, batch_size, seed, first_step, rank, processes, workers, on_error, prefetch, device
+        images, transform, Loading(batch_size, rank, processes, workers, **options), seed, first_step
     )
 
 
@@ -125,34 +162,26 @@ class TrainingBatches(Iterator[Batch]):
     """What `training_batches` gives. `unreadable` holds the reasons of the pictures replaced so far, by name."""
 
     def __init__(
-        self,
-        images: ImageSet,
-        transform: Transform,
-        batch_size: int,
-        seed: int,
-        first_step: int,
-        rank: int,
-        processes: int,
-        workers: int,
-        on_error: OnError,
-        prefetch: int,
-        device: str | torch.device | None,
+        self, images: ImageSet, transform: Transform, loading: Loading, seed: int, first_step: int = 0
     ) -> None:
-        _check(images, batch_size, rank, processes, workers)
-        if batch_size % processes:
-            raise UsageError(f"{processes} processes cannot share a batch of {batch_size} images evenly")
+        loading.check(images)
+        if loading.batch_size % loading.processes:
+            raise UsageError(
+                f"{loading.processes} processes cannot share a batch of {loading.batch_size} images evenly"
+            )
         if first_step < 0:
             raise UsageError(f"the first step cannot be negative, got {first_step}")
-        self.images = images
+        self.images, self.loading = images, loading
         self.unreadable: dict[str, str] = {}
-        self._device = device
-        steps = _TrainingSteps(images, transform, batch_size, seed, rank, processes, on_error)
-        self._read = look_up(steps, _CountFrom(first_step), workers, prefetch)
+        steps = _TrainingSteps(images, transform, loading, seed)
+        self._read = look_up(steps, CountingSampler(first_step), loading.workers, loading.prefetch)
 
     def __next__(self) -> Batch:
         pictures = next(self._read)
-        self.unreadable.update(pictures.unreadable)
-        return _as_batch(pictures, self.images, self._device)
+        if pictures.unreadable:
+            self.unreadable.update(pictures.unreadable)
+            self.loading.check_unreadable(self.unreadable, self.images)
+        return _as_batch(pictures, self.images, self.loading.device)
 
 
 def ordered_batches(
@@ -162,10 +191,7 @@ def ordered_batches(
     rank: int = 0,
     processes: int = 1,
     workers: int = 0,
-    *,
-    on_error: OnError = "replace",
-    prefetch: int = 2,
-    device: str | torch.device | None = None,
+    **options: Any,
 ) -> "OrderedBatches":
     """Every readable picture once, in order, without random crops; iterate over it as often as you like.
 
@@ -176,51 +202,42 @@ def ordered_batches(
         images: the set.
         transform: makes squares of pictures; None gives them in their own size, for a batch_size of 1.
         batch_size: images a batch, of this process alone.
-        rank, processes: this process, of how many.
-        workers, prefetch, device: as in `training_batches`.
-        on_error: "replace" leaves unreadable pictures out and notes them in `.unreadable`; "stop" raises.
+        rank, processes, workers, **options: see `Loading`.
     """
-    return OrderedBatches(images, transform, batch_size, rank, processes, workers, on_error, prefetch, device)
+    return OrderedBatches(images, transform, Loading(batch_size, rank, processes, workers, **options))
 
 
 class OrderedBatches:
     """What `ordered_batches` gives. `unreadable` holds the reasons of the pictures left out so far, by name."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        transform: Transform | None,
-        batch_size: int,
-        rank: int,
-        processes: int,
-        workers: int,
-        on_error: OnError,
-        prefetch: int,
-        device: str | torch.device | None,
-    ) -> None:
-        _check(images, batch_size, rank, processes, workers)
-        if transform is None and batch_size != 1:
-            raise UsageError(f"pictures in their own size come one by one: batch_size must be 1, got {batch_size}")
-        self.images = images
+    def __init__(self, images: ImageSet, transform: Transform | None, loading: Loading) -> None:
+        loading.check(images)
+        if transform is None and loading.batch_size != 1:
+            raise UsageError(
+                f"pictures in their own size come one by one: batch_size must be 1, got {loading.batch_size}"
+            )
+        self.images, self.loading = images, loading
         self.unreadable: dict[str, str] = {}
-        self._batches = _OrderedNumbers(images, transform, batch_size, rank, processes, on_error)
-        self._workers, self._prefetch, self._device = workers, prefetch, device
+        self._batches = _OrderedNumbers(images, transform, loading)
 
     def __len__(self) -> int:
         """Batches, if every picture is readable."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for pictures in look_up(self._batches, range(len(self._batches)), self._workers, self._prefetch):
-            self.unreadable.update(pictures.unreadable)
+        order = range(len(self._batches))
+        for pictures in look_up(self._batches, order, self.loading.workers, self.loading.prefetch):
+            if pictures.unreadable:
+                self.unreadable.update(pictures.unreadable)
+                self.loading.check_unreadable(self.unreadable, self.images)
             if pictures.numbers:
-                yield _as_batch(pictures, self.images, self._device)
+                yield _as_batch(pictures, self.images, self.loading.device)
 
 
 class Pictures(NamedTuple):
     """A batch as it comes out of a worker."""
 
-    arrays: np.ndarray  # uint8 (B, H, W, 3)
+    arrays: np.ndarray  # uint8 or uint16 (B, H, W, C)
     numbers: list[int]
     unreadable: dict[str, str]  # the reasons, by name
 
@@ -231,19 +248,16 @@ class _TrainingSteps:
 
     images: ImageSet
     transform: Transform
-    batch_size: int
+    loading: Loading
     seed: int
-    rank: int
-    processes: int
-    on_error: OnError
     positions: Positions = field(init=False)
 
     def __post_init__(self) -> None:
         self.positions = Positions(len(self.images), self.seed)
 
     def __getitem__(self, step: int) -> Pictures:
-        share = self.batch_size // self.processes
-        first = step * self.batch_size + self.rank * share
+        share = self.loading.batch_size // self.loading.processes
+        first = step * self.loading.batch_size + self.loading.rank * share
         arrays, numbers, unreadable = [], [], {}
         for position in range(first, first + share):
             epoch, number = self.positions[position]
@@ -260,7 +274,7 @@ class _TrainingSteps:
             try:
                 return self.images.read(number), number, failed
             except UnreadableImage as error:
-                if self.on_error == "stop":
+                if self.loading.on_error == "stop":
                     raise
                 failed[error.name] = error.reason
                 number = (number + 1) % len(self.images)
@@ -274,28 +288,26 @@ class _OrderedNumbers:
 
     images: ImageSet
     transform: Transform | None
-    batch_size: int
-    rank: int
-    processes: int
-    on_error: OnError
+    loading: Loading
     numbers: Sequence[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.numbers = range(self.rank, len(self.images), self.processes)
+        self.numbers = range(self.loading.rank, len(self.images), self.loading.processes)
 
     def __len__(self) -> int:
-        return -(-len(self.numbers) // self.batch_size)
+        return -(-len(self.numbers) // self.loading.batch_size)
 
     def __getitem__(self, batch: int) -> Pictures:
-        numbers = self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return read_squares(self.images, numbers, self.transform, _centred, self.on_error)
+        size = self.loading.batch_size
+        numbers = self.numbers[batch * size : (batch + 1) * size]
+        return read_squares(self.images, numbers, self.transform, _centred, self.loading.on_error)
 
 
 def _centred(number: int) -> list[None]:
     return [None]
 
 
-class _CountFrom:
+class CountingSampler:
     """first, first + 1, first + 2, ... without end; an object that a DataLoader takes for a sampler."""
 
     def __init__(self, first: int) -> None:
@@ -305,7 +317,7 @@ class _CountFrom:
         return itertools.count(self.first)
 
 
-class _OrError(Dataset[Any]):
+class ErrorAsItem(Dataset[Any]):
     """A table whose errors for the user come out as items: a DataLoader would bury them in a worker's traceback."""
 
     def __init__(self, table: Any) -> None:
@@ -321,12 +333,12 @@ class _OrError(Dataset[Any]):
 def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pictures]:
     """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept."""
     loader: DataLoader[Any] = DataLoader(
-        _OrError(table),
+        ErrorAsItem(table),
         batch_size=None,  # an item is a whole batch already
         sampler=order,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        collate_fn=_as_it_is,
+        collate_fn=_unchanged,
         generator=torch.Generator(),  # else a DataLoader draws from the global stream, and validation moves training
     )
     for item in loader:
@@ -335,7 +347,7 @@ def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pic
         yield item
 
 
-def _as_it_is(item: Any) -> Any:
+def _unchanged(item: Any) -> Any:
     return item
 
 
@@ -371,14 +383,3 @@ def _as_batch(pictures: Pictures, images: ImageSet, device: str | torch.device |
         pixels, numbers = pixels.to(device), numbers.to(device)
         labels = None if labels is None else labels.to(device)
     return Batch(to_images(pixels), labels, numbers)
-
-
-def _check(images: ImageSet, batch_size: int, rank: int, processes: int, workers: int) -> None:
-    if len(images) == 0:
-        raise UsageError("the set holds no images")
-    if batch_size < 1:
-        raise UsageError(f"batch_size must be at least 1, got {batch_size}")
-    if not 0 <= rank < processes:
-        raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
-    if workers < 0:
-        raise UsageError(f"workers cannot be negative, got {workers}")

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Annotated, Literal
 from warnings import warn
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from lexel.config import Config
+from lexel.data.batches import OnError
 from lexel.data.files import PIXEL_LIMIT
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import CachedImages, ImageSet
@@ -19,18 +20,23 @@ HELD_OUT = 0.05  # of a folder that has no validation part of its own
 class DataConfig(Config):
     """Where images come from."""
 
-    source: str  # a folder, or an embedded set: openmoji, openmoji-subcategories, photos, photo-crops
-    # What to measure on: a path, a split of the source ("validation"; ./validation is a path), or the part of it to
-    # hold out (0.05).
-    # Left out: the source's own validation split where it has one, else 5 % of it.
+    source: str  # a path, an embedded set, or kind:location with a kind of SOURCES ("tar:shards/{0000..0099}.tar")
+    # What to measure on: another source, a split of this one ("validation"; ./validation is a path), or the part of it
+    # to hold out (0.05). Left out: the source's own validation split where it has one, else 5 % of it.
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     size: Annotated[int, Field(ge=1)]  # pixels a side
     transform: str = "published"  # a key of TRANSFORMS
+    channels: Annotated[int, Field(ge=1)] = 3  # 3: RGB, 1: grey, 4: RGB and alpha; others where the source has them
+    depth: Literal[8, 16] = 8  # bits a channel
     workers: Annotated[int, Field(ge=0)] = 0  # processes that read pictures; 0 reads them in the training process
-    memory: Annotated[float, Field(ge=0)] = 1.0  # GiB of decoded pictures to keep; only without workers
-    # "stop" ends the run at an unreadable picture; else another takes its place.
-    on_error: Literal["stop"] | None = None
+    # GiB of decoded pictures to keep; only without workers.
+    memory: Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)] = 1.0
+    # "stop" ends the run at an unreadable picture; "replace" puts another in its place.
+    on_error: OnError = "replace"
+    max_unreadable: Annotated[float, Field(ge=0, le=1)] = 1.0  # the part of the images that may be unreadable
     pixel_limit: Annotated[int, Field(ge=1)] = PIXEL_LIMIT  # pictures with more pixels are unreadable
+    # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice `size` is left: faster, not the same pixels.
+    jpeg_scaling: bool = False
 
     @field_validator("transform")
     @classmethod
@@ -38,6 +44,13 @@ class DataConfig(Config):
         if name not in TRANSFORMS:
             raise ValueError(f"choose from {', '.join(sorted(TRANSFORMS))}")
         return name
+
+    @model_validator(mode="after")
+    def _scalable(self) -> "DataConfig":
+        if self.jpeg_scaling and not TRANSFORMS[self.transform].shrinks:
+            names = ", ".join(sorted(name for name, transform in TRANSFORMS.items() if transform.shrinks))
+            raise ValueError(f"jpeg_scaling does not go with the transform {self.transform!r}; it goes with {names}")
+        return self
 
     def make_transform(self) -> Transform:
         """The transform that this section names, at its size."""
@@ -58,7 +71,17 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
     """
 
     def opened(source: str, split: str | None = None) -> ImageSet:
-        return open_images(source, split, config.size, progress=progress, pixel_limit=config.pixel_limit)
+        images = open_images(
+            source,
+            split,
+            config.size,
+            channels=config.channels,
+            depth=config.depth,
+            progress=progress,
+            pixel_limit=config.pixel_limit,
+            max_unreadable=config.max_unreadable,
+        )
+        return images.scaled_to(2 * config.size) if config.jpeg_scaling else images
 
     def training_part() -> ImageSet:
         try:

@@ -18,6 +18,7 @@ class OpenOptions:
         channels: of the arrays: 3 for RGB, 1 for grey, 4 for RGB and alpha; more where the source holds so many.
         depth: bits a channel, 8 or 16.
         pixel_limit: pictures with more pixels are unreadable.
+        max_unreadable: the part of the shards that may be damaged before that is an error.
         progress: called with (done, total) while something is made that is kept: drawings, an index of shards.
     """
 
@@ -27,6 +28,7 @@ class OpenOptions:
     depth: int = 8
     pixel_limit: int = PIXEL_LIMIT
     progress: Progress = None
+    max_unreadable: float = 1.0
 
     @property
     def decoding(self) -> Decoding:

@@ -78,6 +78,7 @@ def open_images(
     depth: int = 8,
     progress: Callable[[int, int], None] | None = None,
     pixel_limit: int = PIXEL_LIMIT,
+    max_unreadable: float = 1.0,
 ) -> ImageSet:
     """The pictures of a folder, a file, an embedded set, or any other entry of SOURCES.
 
@@ -94,6 +95,7 @@ def open_images(
         depth: bits a channel: 8 (uint8) or 16 (uint16).
         progress: called with (done, total) while drawings are rendered or shards indexed for the first time.
         pixel_limit: pictures with more pixels than this are unreadable.
+        max_unreadable: the part of the shards of a source that may be damaged before that is an error.
 
     Raises:
         NoSplit: the source has no such split (a UsageError).
@@ -103,7 +105,7 @@ def open_images(
         raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     if channels < 1 or depth not in (8, 16):
         raise UsageError(f"images have 1 or more channels of 8 or 16 bits, got {channels} of {depth}")
-    return _opened(source, OpenOptions(split, size, channels, depth, pixel_limit, progress))
+    return _opened(source, OpenOptions(split, size, channels, depth, pixel_limit, progress, max_unreadable))
 
 
 def _opened(source: str | Path, options: OpenOptions) -> ImageSet:

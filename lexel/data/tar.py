@@ -107,6 +107,11 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
     left_out = {str(path): index.damage for path, index in zip(shards, indexes, strict=True) if index.damage}
     if left_out:
         first, why = next(iter(left_out.items()))
+        if len(left_out) > options.max_unreadable * len(shards):
+            raise UsageError(
+                f"{len(left_out)} of {len(shards)} shards are damaged, more than max_unreadable = "
+                f"{options.max_unreadable:g} allows; the first, {first}: {why}"
+            )
         warn(f"{len(left_out)} of {len(shards)} shards are damaged and were read in part; {first}: {why}", stacklevel=3)
     names = [name for index in indexes for name in index.names]
     if not names:

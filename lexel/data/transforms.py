@@ -7,7 +7,6 @@ deterministic: crops are centred and nothing is mirrored. With one, crops lie an
 equally likely.
 """
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ class Transform:
     """Base: a size, and a rule that turns uint8 (H, W, 3) into uint8 (size, size, 3)."""
 
     description: ClassVar[str]
+    shrinks: ClassVar[bool] = False  # shows the whole width or height, antialiased: a smaller picture would do
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -71,6 +71,7 @@ class Flip(Published):
 class Adm(Transform):
     """ADM's way, also LlamaGen's and RAR's: halved by box averaging while possible, antialiased bicubic, a crop."""
 
+    shrinks = True
     description = "box halving, then antialiased bicubic, crop (ADM, LlamaGen, RAR)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -89,6 +90,7 @@ class TiTok(Transform):
     The longer side is rounded down and the centre is rounded to even, as torchvision does.
     """
 
+    shrinks = True
     description = "shorter side to size, antialiased bicubic, crop (TiTok, 1d-tokenizer)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -165,6 +167,7 @@ class RandomResized(Transform):
 class Stretch(Transform):
     """The whole picture, its shape given up: both sides to `size` by antialiased bicubic."""
 
+    shrinks = True
     description = "the whole picture, stretched to a square"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -176,6 +179,7 @@ class Stretch(Transform):
 class Pad(Transform):
     """The whole picture, its shape kept: the longer side to `size` by antialiased bicubic, centred on white."""
 
+    shrinks = True
     description = "the whole picture in its shape, on a white square"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
@@ -189,7 +193,7 @@ class Pad(Transform):
         return square
 
 
-TRANSFORMS: dict[str, Callable[[int], Transform]] = {
+TRANSFORMS: dict[str, type[Transform]] = {
     "published": Published,
     "flip": Flip,
     "adm": Adm,

@@ -213,6 +213,11 @@ class TokenizerRecipe(Config):
             tokenizer.grid(self.data.size, self.data.size)
         except UsageError as error:
             raise ValueError(f"data.size = {self.data.size} does not fit the autoencoder: {error}") from None
+        if self.model.autoencoder.channels != self.data.channels:
+            raise ValueError(
+                f"data.channels = {self.data.channels} and model.autoencoder.channels = "
+                f"{self.model.autoencoder.channels} must be equal"
+            )
         weights = [kind.LOSS_WEIGHTS for kind in QUANTIZERS.values()]
         weights += [kind.LOSS_WEIGHTS for kind in AUTOENCODERS.values()]
         known = {*IMAGE_TERMS, *(term for table in weights for term in table)}

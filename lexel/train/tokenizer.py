@@ -226,7 +226,7 @@ def train_tokenizer(
         session.resume(learner)
         average = learner.average.module
         assert isinstance(average, Tokenizer)
-        transform, on_error = data.make_transform(), data.on_error or "replace"
+        transform, on_error = data.make_transform(), data.on_error
         batches = training_batches(
             images,
             transform,
@@ -237,6 +237,7 @@ def train_tokenizer(
             processes.count,
             data.workers,
             on_error=on_error,
+            max_unreadable=data.max_unreadable,
         )
         start = math.inf if learner.adversary is None else learner.adversary.config.start
         unreadable: dict[str, str] = {}

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lexel.data import Batch, ImageSet, training_batches
-from lexel.data.batches import OnError
 from lexel.data.config import open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
@@ -74,7 +73,7 @@ class TokenSource:
         self.images, self.image_validation = open_data(data.images)
         require_readable(self.image_validation)
         self.transform, self.workers = data.images.make_transform(), data.images.workers
-        self.on_error: OnError = data.images.on_error or "replace"
+        self.on_error, self.max_unreadable = data.images.on_error, data.images.max_unreadable
         spec = self.tokenizer.token_spec(data.images.size, data.images.size)
         classes = _classes(self.images)
         model.check_fits(spec, classes, data.images.source)
@@ -97,6 +96,7 @@ class TokenSource:
             processes,
             self.workers,
             on_error=self.on_error,
+            max_unreadable=self.max_unreadable,
         )
         for batch in batches:
             self.unreadable.update(batches.unreadable)

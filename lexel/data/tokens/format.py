@@ -48,6 +48,7 @@ class Manifest(_Description):
     books: Positive | None = None
     grids: Annotated[list[list[Positive]], Field(min_length=2)] | None = None
     shards: Count | None = None
+    with_checksum: bool = False  # no key of the file: whether it has a checksum; its shards then have one too
 
     @property
     def token_spec(self) -> TokenSpec:
@@ -99,13 +100,15 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
         UsageError: the file is damaged, of another version, or does not describe tokens.
     """
     table = checkpoint.read_json(path)
+    with_checksum = CHECKSUM in table
     if table.get("format") != FORMAT:
         raise UsageError(f"{path} does not describe Lexel tokens")
     if table.get("version") != VERSION:
         raise UsageError(
             f"{path.parent} has version {short(table.get('version'))} of the format; this Lexel reads {VERSION}"
         )
-    return _checked(path, table, Manifest), table
+    manifest = _checked(path, table, Manifest)
+    return manifest.model_copy(update={"with_checksum": with_checksum}), table
 
 
 def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
@@ -114,7 +117,10 @@ def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
     Raises:
         UsageError: the file is damaged.
     """
-    shard = _checked(path, checkpoint.read_json(path), ShardDescription)
+    table = checkpoint.read_json(path)
+    if (CHECKSUM in table) != manifest.with_checksum:
+        raise UsageError(f"{path} is damaged: {INDEX} or it has lost its checksum; encode the images again")
+    shard = _checked(path, table, ShardDescription)
     if (shard.labels is not None) != manifest.labelled:
         raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
     most = max(shard.labels, default=-1) if shard.labels is not None else -1

@@ -259,7 +259,10 @@ class TokenSet:
                     found = hashlib.file_digest(file, "sha256").hexdigest()
                 if found != self._digests[number]:
                     raise UsageError(f"{path} is damaged: its content does not match its checksum; encode it again")
-            self._shards[number] = read_array(path, *self._layout(number), mapped=True)
+            indices = read_array(path, *self._layout(number), mapped=True)
+            if self._verify != "never" and indices.size and indices.max() >= self.codebook_size:
+                raise UsageError(f"{path} is damaged: it has the index {indices.max()} for {self.codebook_size} codes")
+            self._shards[number] = indices
         return self._shards[number]
 
     def _layout(self, number: int) -> tuple[str, type]:
