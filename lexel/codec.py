@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lexel.checkpoint import atomic
-from lexel.data import ImageSet, Transform, crop_back, open_images, ordered_batches, to_uint8
+from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.runtime import Runtime
@@ -50,6 +50,7 @@ class Codec:
         batch_size: pictures at a time; whole ones come one by one.
         workers: processes that read pictures.
         native_pixels: whole pictures with more pixels are left out and named.
+        pixel_limit: files with more pixels are not decoded, and named.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Codec:
         batch_size: int = 16,
         workers: int = 0,
         native_pixels: int = NATIVE_PIXELS,
+        pixel_limit: int = PIXEL_LIMIT,
     ) -> None:
         if transform is not None:
             tokenizer.grid(transform.size, transform.size)  # raises where the size does not fit
@@ -69,6 +71,17 @@ class Codec:
         self.batch_size = batch_size
         self.workers = workers
         self.native_pixels = native_pixels
+        self.pixel_limit = pixel_limit
+
+    def open(self, source: str | Path, split: str | None = None) -> ImageSet:
+        """The images of a source, with the channels that the tokenizer takes."""
+        return open_images(
+            source,
+            split,
+            self.transform.size if self.transform else None,
+            channels=self.tokenizer.config.autoencoder.channels,
+            pixel_limit=self.pixel_limit,
+        )
 
     def through(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) of any size through the vocabulary and back, clamped to [-1, 1]."""
@@ -107,7 +120,7 @@ class Codec:
             side_by_side: the original at the left of each.
             progress: called with (done, total).
         """
-        sets = [open_images(source, size=self.transform.size if self.transform else None) for source in sources]
+        sets = [self.open(source) for source in sources]
         unreadable: dict[str, str] = {}
         pairs = (pair for images in sets for pair in self.pairs(images, unreadable))
         pictures = (
@@ -150,7 +163,7 @@ class Codec:
 
         return write_tokens(
             out,
-            open_images(source, split, self.transform.size),
+            self.open(source, split),
             self.transform,
             indices,
             grid=spec.shape,
@@ -192,7 +205,7 @@ class Codec:
 def write_pngs(
     pictures: Iterable[tuple[str, np.ndarray]], out: str | Path, total: int, progress: ProgressCallback | None = None
 ) -> int:
-    """Writes named pictures, uint8 (H, W, 3), as PNG files under a folder; returns how many.
+    """Writes named pictures, uint8 (H, W, C), as PNG files under a folder; returns how many.
 
     Names may have folders in them; two that would share a file get numbers.
     """
@@ -210,7 +223,7 @@ def write_pngs(
             target = f"{plain}-{number}.png"
         taken.add(target)
         with atomic(out / target) as path:
-            Image.fromarray(picture).save(path)
+            Image.fromarray(to_display(picture)).save(path)
         if progress:
             progress(len(taken), total)
     return len(taken)

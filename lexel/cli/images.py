@@ -10,6 +10,7 @@ from lexel.cli.options import (
     DataArgument,
     Device,
     Out,
+    PixelLimit,
     Precision,
     RunArgument,
     Size,
@@ -36,6 +37,7 @@ def reconstruct(
     ** 22,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -47,7 +49,9 @@ def reconstruct(
 
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
-    codec = Codec(tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels)
+    codec = Codec(
+        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
+    )
     with progress("reconstruct") as update:
         done = codec.reconstruct(paths, out, side_by_side, update)
     print(f"{done.written:,} reconstructions in {out}")
@@ -73,6 +77,7 @@ def encode(
     ] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -85,7 +90,9 @@ def encode(
 
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
-    codec = Codec(tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers)
+    codec = Codec(
+        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, pixel_limit=pixel_limit
+    )
     with progress("encode") as update:
         tokens = codec.encode(data, out, split, crops, seed, update)
     if tokens is None:  # other processes are still at their shards; the last one prints

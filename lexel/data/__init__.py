@@ -1,6 +1,6 @@
 """Images in, batches out: folders and embedded sets, named transforms, and an order that can be repeated exactly."""
 
-from lexel.data.arrays import crop_back, pad_to_multiple, to_images, to_uint8
+from lexel.data.arrays import crop_back, pad_to_multiple, to_display, to_images, to_uint8
 from lexel.data.batches import Batch, ordered_batches, training_batches
 from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
 from lexel.data.folder import NoSplit
@@ -26,6 +26,7 @@ __all__ = [
     "ordered_batches",
     "pad_to_multiple",
     "read_image",
+    "to_display",
     "to_images",
     "to_uint8",
     "training_batches",

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexel.data.depth import to_channels
 from lexel.errors import UsageError
 
 
@@ -32,6 +33,14 @@ def to_uint8(images: Tensor, rounding: Literal["round", "truncate"] = "round") -
     else:
         pixels = images.detach().float().add(1).mul_(127.5).round_().clamp_(0, 255)
     return pixels.to(torch.uint8).movedim(-3, -1).contiguous().cpu().numpy()
+
+
+def to_display(array: np.ndarray) -> np.ndarray:
+    """uint8 pixels (..., H, W, C) as RGB for a screen: grey repeated, alpha on white, else the first three channels."""
+    channels = array.shape[-1]
+    if channels in (1, 4):
+        return to_channels(array, 3)
+    return array if channels == 3 else np.concatenate([array, array[..., -1:]], -1)[..., :3]
 
 
 def pad_to_multiple(images: Tensor, factor: int, mode: Literal["edge", "reflect"] = "edge") -> Tensor:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from PIL import Image
 
+from lexel.data import to_display
 from lexel.samples import picture_grid
 
 COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
@@ -99,7 +100,8 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
 
 
 def picture_rows(rows: Sequence[NDArray[Any]], caption: str = "", smallest: int = 64) -> Figure:
-    """Rows of equally many pictures (N, H, W, 3) uint8 in one image; small ones are enlarged without smoothing."""
+    """Rows of equally many pictures (N, H, W, C) uint8 in one image; small ones are enlarged without smoothing."""
+    rows = [to_display(row) for row in rows]
     scale = max(1, -(-smallest // min(rows[0].shape[1:3])))
     return Figure(_img(picture_grid(np.concatenate(rows), columns=len(rows[0]), scale=scale)), caption)
 
