@@ -7,8 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 import pytest
 import torch
+from random_network import Random
+
+from lexel.networks import FEATURE_NETWORKS
 
 torch.set_num_threads(1)
+
+FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import Grey
 
 from lexel import networks
-from lexel.data import ArrayImages, to_images
+from lexel.data import to_images
 from lexel.errors import UsageError
 from lexel.evaluate import (
     METRICS,
@@ -28,7 +28,6 @@ from lexel.evaluate import (
     read_result,
     write_result,
 )
-from lexel.losses import LPIPS
 from lexel.metrics import MeanState, frechet_distance_of_features, gaussian_mmd
 from lexel.networks import FEATURE_NETWORKS, FeatureNetwork
 
@@ -295,6 +294,17 @@ def test_a_partial_state_that_cannot_be_is_refused(tmp_path, partial, change):
         evaluate_tokenizer(Grey(), image_set(), windowed, **going_on(tmp_path))
 
 
+@pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_damaged_partial_state_is_gone_on_from_or_refused_in_one_line(tmp_path, partial, count):
+    windowed = dataclasses.replace(QUICK, usage=dataclasses.replace(QUICK.usage, window=300))
+
+    def go_on(path: Path) -> None:
+        with pytest.raises(Stopped):
+            evaluate_tokenizer(Grey(), image_set(), windowed, progress=stop_after(1), **going_on(tmp_path))
+
+    survives(go_on, partial, 6, count)
+
+
 @pytest.fixture(scope="module")
 def result() -> dict:
     return evaluate_tokenizer(Grey(), image_set(), QUICK, metrics=["psnr", "frechet"], cache=False)
@@ -359,8 +369,3 @@ def test_a_session_that_set_the_new_precision_switches_can_evaluate(monkeypatch)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
-
-
-def test_lpips_is_a_constant_of_the_metric():
-    assert isinstance(LPIPS("alex").train(), LPIPS)
-    assert ArrayImages(pictures(2), ["a", "b"]).as_stored().read(0).shape == (32, 32, 3)

@@ -12,10 +12,8 @@ from lexel.metrics import (
     CodeHistogram,
     FeatureBank,
     MeanState,
-    MovingUsage,
     ScoreState,
     WindowUsage,
-    batch_usage,
     contiguous_splits,
     deal,
     inception_score,
@@ -25,6 +23,39 @@ from lexel.metrics import (
     shuffled,
 )
 from lexel.metrics.neighbours import radii
+
+
+class MovingUsage:
+    """Codes whose moving average of hits a batch reaches a share of the uniform expectation (VAR's meter).
+
+    Args:
+        codebook_size: number of codes, K.
+        share: of the hits that every code would have if all were equal.
+    """
+
+    def __init__(self, codebook_size: int, share: float = 0.08) -> None:
+        self.share = share
+        self.batches = 0
+        self._hits = torch.zeros(codebook_size, dtype=torch.float64)
+        self._expected = 0.0
+
+    def add(self, indices: Tensor) -> None:
+        """Takes in one batch of indices; the average remembers 10 batches at first, 100 after the hundredth."""
+        hits = torch.bincount(indices.flatten().cpu(), minlength=len(self._hits)).double()
+        kept = 0.0 if self.batches == 0 else 0.9 if self.batches < 100 else 0.99
+        self._hits = kept * self._hits + (1 - kept) * hits
+        self._expected = indices.numel() / len(self._hits)
+        self.batches += 1
+
+    @property
+    def usage(self) -> float:
+        return float((self._hits >= self.share * self._expected).double().mean())
+
+
+def batch_usage(indices: Tensor, codebook_size: int, share: float = 0.01) -> float:
+    """Codes that one batch of indices hits more often than `share` of the uniform expectation, over K (UniTok's)."""
+    hits = torch.bincount(indices.flatten(), minlength=codebook_size)
+    return float((hits > share * indices.numel() / codebook_size).double().mean())
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -109,6 +109,18 @@ def test_a_truncated_cache_is_refused(toy, cache):
         weights.load("toy")
 
 
+def test_a_damaged_cache_gives_way_to_the_packages_file(toy, cache, monkeypatch):
+    path, tensors = toy
+    weights.load("toy", path)
+    kept = cache / "toy.safetensors"
+    kept.write_bytes(kept.read_bytes()[:40])
+    monkeypatch.setattr(weights, "_in_package", lambda name, published: path)
+    assert_equal(weights.load("toy"), tensors)
+    monkeypatch.undo()
+    monkeypatch.setenv("LEXEL_CACHE", str(cache.parent))
+    assert kept.stat().st_size > 40  # and it is whole again
+
+
 def test_a_kept_copy_of_another_file_is_refused(toy, cache, monkeypatch):
     weights.load("toy", toy[0])
     monkeypatch.setitem(weights.PUBLISHED, "toy", weights.PUBLISHED["toy"]._replace(sha256="00000000"))

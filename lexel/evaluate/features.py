@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from lexel import networks
+from lexel import networks, registry
 from lexel.errors import UsageError
 from lexel.metrics import Protocol
 from lexel.networks import FeatureNetwork
@@ -48,7 +48,7 @@ class Networks:
             try:
                 self._built[chosen] = self._build(chosen, self.weights if name is None else None)
             except UsageError as error:
-                if asked or chosen not in networks.FEATURE_NETWORKS:
+                if asked or chosen not in registry.names(networks.FEATURE_NETWORKS, networks.GROUP):
                     raise
                 self.reasons[name] = str(error)
                 return None

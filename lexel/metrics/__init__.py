@@ -17,7 +17,7 @@ from lexel.metrics.statistics import (
     read_statistics,
     write_statistics,
 )
-from lexel.metrics.usage import MovingUsage, WindowUsage, batch_usage
+from lexel.metrics.usage import WindowUsage
 
 __all__ = [
     "PROTOCOLS",
@@ -29,7 +29,6 @@ __all__ = [
     "MeanState",
     "MomentState",
     "Moments",
-    "MovingUsage",
     "NpzImages",
     "NpzWriter",
     "PrecisionRecall",
@@ -38,7 +37,6 @@ __all__ = [
     "ScoreState",
     "WindowUsage",
     "arrays_in",
-    "batch_usage",
     "contiguous_splits",
     "deal",
     "frechet_distance",

@@ -15,7 +15,7 @@ from lexel.metrics.moments import Moments
 
 
 class FrechetTerms(NamedTuple):
-    """A Fréchet distance and what it is made of."""
+    """A Fréchet distance and its parts."""
 
     distance: float
     mean: float  # |m1 - m2|^2

@@ -53,11 +53,11 @@ class ScoreState:
         if without is not None:
             n, total = n - self.n[:, without], total - self.total[:, without]
             negentropy = negentropy - self.negentropy[:, without]
-        seen = n > 0
-        if not seen.any():
+        filled = n > 0
+        if not filled.any():
             raise UsageError("an inception score needs at least one sample, got none")
-        marginal = total[seen].clamp(min=0) / n[seen, None]
-        return (negentropy[seen] / n[seen] - torch.special.xlogy(marginal, marginal).sum(1)).exp()
+        marginal = total[filled].clamp(min=0) / n[filled, None]
+        return (negentropy[filled] / n[filled] - torch.special.xlogy(marginal, marginal).sum(1)).exp()
 
     def score(self, without: int | None = None) -> float:
         """The mean over splits."""

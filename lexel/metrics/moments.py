@@ -56,13 +56,13 @@ class MomentState:
             self.outer[number].addmm_(members.T, members)
 
     def merge(self, other: "MomentState") -> None:
-        """Adds what another state has seen; the two must not share samples."""
+        """Adds the sums of another state; the two must not share samples."""
         self.n += other.n
         self.total += other.total
         self.outer += other.outer
 
     def all_reduce(self) -> None:
-        """Adds what every process has seen, if there are several."""
+        """Adds the sums of every process, if there are several."""
         self.n, self.total, self.outer = (all_sum(part) for part in (self.n, self.total, self.outer))
 
     def moments(self, without: int | None = None) -> Moments:

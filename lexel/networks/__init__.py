@@ -1,15 +1,16 @@
-"""Pretrained networks that losses and metrics look at images with. A new feature network is one file and one line."""
+"""Pretrained networks behind losses and metrics. A new feature network is one file and one line, or an entry point."""
 
 from pathlib import Path
 
-from lexel.errors import unknown
+from lexel import registry
 from lexel.networks.efficientnet_lite0 import EfficientNetLite0
 from lexel.networks.features import FeatureNetwork, Features
 from lexel.networks.inception import Inception
-from lexel.networks.random import Random
+
+GROUP = "lexel.networks"  # entry points of other packages
 
 FEATURE_NETWORKS: dict[str, type[FeatureNetwork]] = {
-    network.name: network for network in (EfficientNetLite0, Inception, Random)
+    network.name: network for network in (EfficientNetLite0, Inception)
 }
 
 
@@ -27,9 +28,7 @@ def build(
     Raises:
         UsageError: the name or the rule is unknown, or the weights are not found or not the published ones.
     """
-    if name not in FEATURE_NETWORKS:
-        raise unknown("feature network", name, FEATURE_NETWORKS)
-    network = FEATURE_NETWORKS[name]
+    network = registry.lookup(FEATURE_NETWORKS, name, "feature network", GROUP)
     return network(network.load(weights), resize, logit_bias)
 
 

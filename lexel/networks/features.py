@@ -1,4 +1,4 @@
-"""What a feature network is: images in; pooled features, class logits and a spatial map out."""
+"""The contract of feature networks: images in; pooled features, class logits and a spatial map out."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,5 +98,5 @@ class FeatureNetwork(nn.Module):
         raise NotImplementedError
 
     def _normalise(self, images: Tensor) -> Tensor:
-        """Resized images in [-1, 1] as the layers were trained to see them."""
+        """Resized images in [-1, 1] in the range that the layers were trained on."""
         raise NotImplementedError

@@ -57,7 +57,13 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
         if not source.is_file():
             raise UsageError(f"weights of {name}: {source} is not a file; {published.advice}")
     elif cached.is_file():
-        source = cached
+        try:
+            return _read_cached(cached, name, published)
+        except UsageError as damaged:  # the cache saves time; the package's own file will do
+            try:
+                source = _in_package(name, published)
+            except UsageError:
+                raise damaged from None
     else:
         source = _in_package(name, published)
 
@@ -148,7 +154,7 @@ def _in_package(name: str, published: Published) -> Path:
         path = Path(folder) / published.inside / published.file_name
         if path.is_file():
             return path
-    raise UsageError(f"the weights of {name} are not here: {published.advice}")
+    raise UsageError(f"weights of {name} not found; {published.advice}")
 
 
 def _sha256_of_file(path: Path) -> str:
