@@ -40,7 +40,7 @@ from lexel.quantizers import (
     save_bank,
 )
 from lexel.quantizers.base import as_vectors, rotate, straight_through, weighted_sum
-from lexel.quantizers.ema import draw, kmeans
+from lexel.quantizers.ema import kmeans, pick_rows
 from lexel.quantizers.fsq import choose_levels
 from lexel.quantizers.soft import soft_assign
 
@@ -163,8 +163,8 @@ def test_restart_gives_full_usage_where_plain_averages_collapse():
 
 def test_drawn_rows_differ_even_where_there_are_too_few():
     generator = torch.Generator().manual_seed(0)
-    assert len(torch.unique(draw(latents(10, 2), 10, generator), dim=0)) == 10
-    assert len(torch.unique(draw(latents(3, 2), 10, generator), dim=0)) == 10
+    assert len(torch.unique(pick_rows(latents(10, 2), 10, generator), dim=0)) == 10
+    assert len(torch.unique(pick_rows(latents(3, 2), 10, generator), dim=0)) == 10
 
 
 # cosine

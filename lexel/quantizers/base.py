@@ -76,6 +76,7 @@ class Quantizer(nn.Module):
     batch_dependent: bool = False  # training looks at the whole batch (EMA, affine) or at chance (Gumbel)
     comparable_norms: bool = True  # latents and codes are compared as they are, so that their lengths should agree
     stores_table: bool = True  # K x D numbers lie in memory; False where codes follow from their index
+    exact_in_training: bool = True  # z_q is what the indices name in training too, not an average, part or older code
     starts_collapsed: bool = False  # all codes are alike before the first training steps, by design
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:

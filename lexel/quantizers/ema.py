@@ -2,6 +2,7 @@
 restart of dead codes (https://arxiv.org/abs/2003.02836)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,8 @@ class EMA(Quantizer):
             before latents choose; 0 is off. RQ-VAE uses 1; with fewer latents in a batch than codes, stay below
             their ratio.
         gradient: "straight_through" or "rotation".
+        order: "move_first", as above; "look_up_first", as released: z_q is the code before it moves, and dead codes
+            are restarted after the averages have moved. z_q is then not what the indices name until evaluation.
     """
 
     LOSS_WEIGHTS = {"commitment": 0.25}
@@ -58,12 +61,15 @@ class EMA(Quantizer):
         start: str = "normal",
         restart_below: float = 0.0,
         gradient: str = "straight_through",
+        order: Literal["move_first", "look_up_first"] = "move_first",
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.decay = bounds.decay(decay)
         self.epsilon = bounds.number("epsilon", epsilon, 0, 1)
         self.start = choose("start", start, ("normal", "kmeans"))
         self.restart_below = bounds.number("restart_below", restart_below, 0)
+        self.look_up_first = choose("order", order, ("move_first", "look_up_first")) == "look_up_first"
+        self.exact_in_training = not self.look_up_first
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self._recall = Recall()
         self.register_buffer("weight", torch.randn(codebook_size, codebook_dim))
@@ -84,8 +90,7 @@ class EMA(Quantizer):
     def _quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """The indices (N,) and codes (N, D) of latents (N, D); in training the averages move in between."""
         if self.training and statistics_move(vectors):
-            indices = self._learn(vectors)
-            codes = lookup(indices, self.weight)
+            indices, codes = self._learn(vectors)
             self._recall.keep(vectors, indices, codes)
             return indices, codes
         if self.training and recomputing() and (found := self._recall.find(vectors)) is not None:
@@ -94,31 +99,34 @@ class EMA(Quantizer):
         return indices, lookup(indices, self.weight)
 
     @torch.no_grad()
-    def _learn(self, vectors: Tensor) -> Tensor:
-        """One step of the averages on latents (N, D); returns the indices (N,) they chose."""
+    def _learn(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the averages on latents (N, D); the indices (N,) they chose, and their codes (N, D)."""
         vectors = vectors.to(self.weight.dtype)
         if self.start == "kmeans" and self.steps == 0:
             centres, members = kmeans(all_rows(vectors), self.codebook_size)
             self._set(members >= 0, centres, members.clamp_min(1))
-        elif self.restart_below > 0:
+        elif self.restart_below > 0 and not self.look_up_first:
             self._restart(vectors)
         self.steps += 1
 
         indices = nearest(vectors, self.weight)
+        codes = lookup(indices, self.weight)
         counts = torch.zeros_like(self.counts).index_add_(0, indices, torch.ones_like(indices, dtype=vectors.dtype))
         self.counts.lerp_(all_sum(counts), 1 - self.decay)
         self.sums.lerp_(all_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors)), 1 - self.decay)
+        if self.restart_below > 0 and self.look_up_first:
+            self._restart(vectors)
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
         self.weight.copy_(self.sums / smoothed[:, None])
-        return indices
+        return indices, codes if self.look_up_first else lookup(indices, self.weight)
 
     def _restart(self, vectors: Tensor) -> None:
         dead = self.counts < self.restart_below
         if dead.any():
             # The step seeds the choice: processes agree, and a resumed run chooses as an uninterrupted one.
             generator = torch.Generator().manual_seed(int(self.steps))
-            codes = draw(all_rows(vectors), int(dead.sum()), generator)
+            codes = pick_rows(all_rows(vectors), int(dead.sum()), generator)
             self._set(dead, codes, torch.full_like(codes[:, 0], max(self.restart_below, 1.0)))
 
     def _set(self, which: Tensor, codes: Tensor, counts: Tensor) -> None:
@@ -135,7 +143,7 @@ class EMA(Quantizer):
 
 
 @torch.no_grad()
-def draw(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def pick_rows(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """`count` different rows of vectors (N, D); where N is smaller, rows repeat with noise of 1 % of their spread."""
     order = torch.randperm(len(vectors), generator=generator)
     if count <= len(vectors):
@@ -151,7 +159,7 @@ def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, T
 
     A centre that no row is nearest to stays where it is.
     """
-    centres = draw(vectors, count, torch.Generator().manual_seed(0))
+    centres = pick_rows(vectors, count, torch.Generator().manual_seed(0))
     members = torch.zeros(count, dtype=torch.int64, device=vectors.device)
     for _ in range(iterations):
         indices = nearest(vectors, centres)

@@ -1,13 +1,16 @@
 """Index Backpropagation Quantization (https://arxiv.org/abs/2412.02692)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lexel.errors import UsageError
 from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation
 from lexel.quantizers import bounds
-from lexel.quantizers.base import Advice, Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
+from lexel.quantizers.base import Advice, Quantized, Quantizer, Table, as_grid, as_vectors, choose, full_precision
 from lexel.quantizers.statistics import Statistics, check_statistics, groups
 
 
@@ -35,6 +38,8 @@ class IBQ(Quantizer):
         statistics: the images over which a batch entropy is taken. "process": the batch of each process, as in the
             released code, where that is 4 images; a number (4 for the published runs): that many, with the same result
             on any number of processes; "global": the batches of all processes.
+        normalize: what is brought to unit length before anything else: "latents" (in the loss terms too), "codes"
+            (`codebook` and z_q are unit vectors), "both" (spherical IBQ, Emu3.5's `l2_normalize`), or nothing.
     """
 
     LOSS_WEIGHTS = {
@@ -56,6 +61,7 @@ class IBQ(Quantizer):
         entropy: bool = True,
         rows: int | None = None,
         statistics: Statistics = "process",
+        normalize: Literal["latents", "codes", "both"] | None = None,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.temperature = bounds.temperature("temperature", temperature)
@@ -65,12 +71,35 @@ class IBQ(Quantizer):
         self.entropy = entropy
         self.rows = None if rows is None else bounds.integer("rows", rows, 1, 2**31)
         self.statistics = check_statistics(statistics)
+        if normalize is not None:
+            choose("normalize", normalize, ("latents", "codes", "both"))
+        self.normalize_latents = normalize in ("latents", "both")
+        self.normalize_codes = normalize in ("codes", "both")
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
 
+    @property
+    def codebook(self) -> Tensor:
+        return F.normalize(self.weight, dim=1) if self.normalize_codes else self.weight
+
+    @torch.no_grad()
+    @full_precision
+    def assign(self, z: Tensor) -> Tensor:
+        return super().assign(F.normalize(z, dim=1) if self.normalize_latents else z)
+
+    def bake(self) -> Quantizer:
+        if not self.normalize_latents or self.similarity == "dot":
+            return super().bake()  # a dot product chooses the same code at any length of a latent
+        if self.normalize_codes or self.similarity == "cosine":
+            return Table.of(self.codebook, "cosine")
+        raise UsageError(
+            "IBQ with normalised latents, other codes and similarity 'l2' has no table to search: "
+            "no search over unnormalised latents gives its indices"
+        )
+
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        vectors = as_vectors(z)
+        vectors = as_vectors(F.normalize(z, dim=1) if self.normalize_latents else z)
         parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
         z_q, indices, losses = index_backpropagation(
             vectors,

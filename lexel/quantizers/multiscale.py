@@ -76,6 +76,7 @@ class Multiscale(Quantizer):
         self.similarity = self.base.similarity
         self.gradient = self.base.gradient
         self.straight_through = self.base.straight_through
+        self.exact_in_training = self.base.exact_in_training
         self.batch_dependent = self.base.batch_dependent
         self.starts_collapsed = self.base.starts_collapsed
 
@@ -228,7 +229,9 @@ class Multiscale(Quantizer):
             terms.append(losses)
         flat = folded.flat(indices)
         if self.gradient in GRADIENTS:
-            if self.base.batch_dependent:  # running statistics have moved since the first scales
+            if not self.exact_in_training:
+                total = own
+            elif self.base.batch_dependent:  # running statistics have moved since the first scales
                 total = folded.fold(self.indices_to_codes(flat, tuple(z.shape[2:])).to(z.dtype))
             z_q = GRADIENTS[self.gradient](latents, total)
         else:
@@ -306,7 +309,8 @@ def _spread(scales: int, smoothers: int) -> list[int]:
     """Which smoother serves each scale: the nearest of evenly spread positions, the earlier one of two."""
     if smoothers == 1:
         return [0] * scales
-    margin = 1 / 3 / smoothers if smoothers == 4 else 1 / 2 / smoothers  # as released
-    ticks = [margin + (1 - 2 * margin) * i / (smoothers - 1) for i in range(smoothers)]
+    margin = 1 / 3 / smoothers if smoothers == 4 else 1 / 2 / smoothers  # as released, to the rounding of a tie
+    step = (1 - margin - margin) / (smoothers - 1)
+    ticks = [margin + i * step for i in range(smoothers)]
     positions = [scale / max(1, scales - 1) for scale in range(scales)]
     return [min(range(smoothers), key=lambda i: abs(ticks[i] - position)) for position in positions]

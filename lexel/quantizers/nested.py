@@ -39,6 +39,7 @@ class Nested(Residual):
 
     batch_dependent = True  # on chance
     prefixes = True
+    exact_in_training = False
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class Nested(Residual):
     ) -> None:
         super().__init__(codebook_size, codebook_dim, depth, base, base_options, shared, shrink)
         self.batch_dependent = True
+        self.exact_in_training = False
         self.full = bounds.number("full", full, 0, 1)
         self.least = bounds.integer("least", least, 1, depth)
         counts = range(least, depth + 1)

@@ -75,10 +75,12 @@ class Residual(Stacked):
     def forward(self, z: Tensor) -> Quantized:
         results = self.levels_of(z)
         indices = torch.stack([result.indices for result in results], 1)
-        if self.gradient in GRADIENTS:
+        if self.gradient in GRADIENTS and self.exact_in_training:
             z_q = GRADIENTS[self.gradient](z, self.indices_to_codes(indices))
         else:
             z_q = torch.stack([result.z_q * self.shrink**q for q, result in enumerate(results)]).sum(0)
+            if self.gradient in GRADIENTS:
+                z_q = GRADIENTS[self.gradient](z, z_q)
         return Quantized(z_q, indices, mean_terms([result.losses for result in results]))
 
     def levels_of(self, z: Tensor) -> list[Quantized]:

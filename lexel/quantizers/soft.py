@@ -46,6 +46,8 @@ class Soft(Annealed):
 
     LOSS_WEIGHTS = {"gap": 0.0}
 
+    exact_in_training = False
+
     def __init__(
         self,
         codebook_size: int,

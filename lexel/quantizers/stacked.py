@@ -36,6 +36,7 @@ class Stacked(Quantizer):
         self.similarity = self[0].similarity
         self.gradient = self[0].gradient
         self.straight_through = self[0].straight_through
+        self.exact_in_training = self[0].exact_in_training
         self.batch_dependent = self[0].batch_dependent
         self.comparable_norms = self[0].comparable_norms
         self.starts_collapsed = self[0].starts_collapsed

@@ -7,7 +7,7 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
-from tests.parity import mage, masked, maskgit_vqgan, rar, titok, vit
+from tests.parity import emu, fvq, mage, masked, maskgit_vqgan, rar, rq, titok, var_quantizer, vit, vqgan_lc
 from tests.parity.fixture import Fixture
 
 CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
@@ -22,6 +22,11 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "mask counts after each step": masked.check_schedules,
     "RAR generator": rar.check,
     "MAGE": mage.check,
+    "VAR multi-scale residual quantizer": var_quantizer.check,
+    "RQ-VAE residual quantizer": rq.check,
+    "Emu3.5 IBQ tokenizer": emu.check,
+    "FVQ VectorQuantizer": fvq.check,
+    "VQGAN-LC": vqgan_lc.check,
 }
 
 
