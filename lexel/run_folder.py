@@ -31,6 +31,7 @@ OPERATIONAL = {
     "train.collapse_patience",
     "train.checkpointing",
     "train.trackers",
+    "train.evaluations",
     *(
         f"{section}.{name}"
         for section in ("data", "data.images")

@@ -9,7 +9,7 @@ import torch
 from lexel.config import load
 from lexel.tokenizer import Tokenizer
 from lexel.train.plan import plan
-from lexel.train.tokenizer import TokenizerRecipe
+from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 TOKENIZERS = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("generator"))
@@ -79,6 +79,27 @@ def test_ibq_recipes_have_the_released_codes_weights(name):
     assert (train.lr, train.betas, train.batch_size, train.average_decay) == (1e-4, [0.5, 0.9], 256, 0.999)
     assert train.discriminator is not None
     assert (train.discriminator.start, train.discriminator.lecam, train.discriminator.adaptive) == (0, 0.05, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "first"),
+    [("ibq_16384", 4, True), ("ibq_pretrain_16384", 8, True), ("vqgan_1024", 12, False), ("vqgan_16384", 12, False)],
+)
+def test_statistics_and_the_order_of_updates_are_the_released_codes(name, images, first):
+    adversary = recipe(name).train.discriminator
+    assert adversary is not None
+    assert (adversary.statistics, adversary.first) == (images, first)
+
+
+@pytest.mark.parametrize("name", ["b", "l", "xl", "xxl", "factorised_b"])
+def test_published_generators_learn_on_fresh_crops_of_all_training_images(name):
+    path = FOLDER / f"generator_{name}.toml"
+    data = load(path, GeneratorRecipe).data
+    assert data.tokens is None
+    assert data.images is not None
+    assert data.images.validation is None  # the validation split: nothing is held out
+    cheap = load(path, GeneratorRecipe, ["data.tokens=tokens/train", "data.validation=tokens/validation"]).data
+    assert (cheap.images, cheap.tokens, cheap.validation) == (None, "tokens/train", "tokens/validation")
 
 
 def test_a_vqgan_is_one_change_away_from_the_papers_own_weights():

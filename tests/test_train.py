@@ -412,6 +412,23 @@ def test_a_typo_in_a_recipe_names_the_options(pictures):
         ({"discriminator": {"loss": "hing"}}, "unknown loss 'hing'"),
         ({"quantizer": {"kind": "vqq"}}, "unknown quantizer 'vqq'"),
         ({"quantizer": {"kind": "vq", "codebook_size": 16}}, "needs the option 'codebook_dim'"),
+        ({"betas": [float("nan"), 0.9]}, r"train.betas.0 = nan: it should be a finite number"),
+        ({"betas": [0.5, 1.0]}, "less than 1"),
+        ({"lr": float("inf")}, "finite"),
+        (
+            {
+                "weights": {"l1": 1.0, "codebook": 1.0},
+                "quantizer": {"kind": "bsq", "codebook_size": 16, "codebook_dim": 4},
+            },
+            "no effect",
+        ),
+        ({"lpips": "alex"}, "lpips has no effect without weights.lpips"),
+        ({"schedule": {"kind": "constant", "hold": 0.5}}, "hold has no effect"),
+        ({"schedule": {"start": 0.5}}, "start has no effect without a warm_up"),
+        ({"discriminator": {"layers": 1, "width": 4, "lecam_decay": 0.5}}, "lecam_decay has no effect without lecam"),
+        ({"discriminator": {"kind": "blur", "width": 32, "statistics": 4}}, "statistics has no effect"),
+        ({"discriminator": {"layers": 3, "width": 10**9}}, "cannot be built"),
+        ({"evaluations": [{"data": "photos", "every": 2, "metrics": ["fid"]}]}, "unknown metric 'fid'"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused_before_training(pictures, train, said):
@@ -501,6 +518,74 @@ def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer(pictures)
         pull = torch.autograd.grad(likeness, last, retain_graph=True)[0].norm()
         push = torch.autograd.grad(player.adversary.generator_loss(made), last)[0].norm()
     assert float(seen["adversarial_weight"]) == pytest.approx(0.5 * float(pull / push), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["soft", "gumbel", "ema", "residual"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_discriminator_gets_what_the_tokenizers_training_pass_gives(pictures, kind, first):
+    quantizer = {"kind": kind, "codebook_size": 16, "codebook_dim": 4}
+    adversary = {"layers": 1, "width": 4, "first": first}
+    player = learner(pictures, quantizer=quantizer, discriminator=adversary, accumulation=2, lr=1e-30)
+    scored, shown = [], []
+    forward, step = player._forward, player.adversary.step
+    player._forward = lambda images: scored.append(forward(images)) or scored[-1]
+    player.adversary.step = lambda reals, fakes, factor: shown.extend(fakes) or step(reals, fakes, factor)
+    before = {name: value.clone() for name, value in player.tokenizer.quantizer.named_buffers()}
+    with torch.random.fork_rng():
+        player.step(images(), True, 1.0)
+    assert len(shown) == 2
+    if first:
+        for fake, reconstruction in zip(shown, scored, strict=True):
+            assert torch.equal(fake, reconstruction.images)
+    else:  # new reconstructions; with no learning to speak of they are those of the next training pass
+        moved = {name: value.clone() for name, value in player.tokenizer.quantizer.named_buffers()}
+        assert kind != "ema" or not torch.equal(moved["weight"], before["weight"])
+        with torch.random.fork_rng():
+            again = player._reconstructions(list(images().split(2)))
+        assert all(fake.shape == other.shape for fake, other in zip(shown, again, strict=True))
+        for name, value in player.tokenizer.quantizer.named_buffers():  # looking moves no statistics
+            assert torch.equal(value, moved[name])
+
+
+def test_with_first_off_the_tokenizer_faces_the_discriminator_of_the_step_before(pictures):
+    player = learner(pictures, discriminator={"layers": 1, "width": 4, "first": False})
+    adversary, faced, learned_on = player.adversary, [], []
+    before = [parameter.detach().clone() for parameter in adversary.discriminator.parameters()]
+    generator_loss, step = adversary.generator_loss, adversary.step
+
+    def judged(reconstructions):
+        faced.extend(parameter.detach().clone() for parameter in adversary.discriminator.parameters())
+        return generator_loss(reconstructions)
+
+    adversary.generator_loss = judged
+    adversary.step = lambda reals, fakes, factor: learned_on.extend(fakes) or step(reals, fakes, factor)
+    old = player.tokenizer(images()).images
+    player.step(images(), True, 1.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, faced, strict=True))
+    new = player.tokenizer(images()).images
+    assert torch.equal(learned_on[0], new)  # the discriminator learns on what the updated tokenizer gives
+    assert not torch.equal(old, new)
+
+
+def test_batch_norm_over_stated_images_is_the_same_for_any_micro_batch(pictures):
+    quantizer = {"kind": "vq", "codebook_size": 16, "codebook_dim": 4}
+    weights = {"l1": 1.0, "adversarial": 0.1}
+
+    def trained(accumulation, statistics):
+        adversary = {"layers": 1, "width": 4, "statistics": statistics}
+        player = learner(
+            pictures, quantizer=quantizer, weights=weights, discriminator=adversary, accumulation=accumulation
+        )
+        player.step(images(), True, 1.0)
+        return [parameter.grad for parameter in player.adversary.discriminator.parameters()]
+
+    stated, parts = trained(1, 2), trained(2, 2)
+    for one, other in zip(stated, parts, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
+    differs = [not torch.allclose(one, other, rtol=1e-2) for one, other in zip(stated, trained(1, 4), strict=True)]
+    assert any(differs)  # it does matter
+    with pytest.raises(UsageError, match="statistics = 3 does not divide a micro-batch of 4 images"):
+        recipe(pictures, discriminator={"layers": 1, "width": 4, "statistics": 3})
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -594,6 +679,16 @@ def test_weights_to_use_are_the_averages_the_live_ones_or_the_best(pictures, str
     expected = load_state(RunFolder(straight, writes=False).checkpoint(best))["average"]
     for name, value in load_run(straight, "best").state_dict().items():
         assert torch.equal(value, expected[f"module.{name}"])
+
+
+def test_a_recipe_lists_protocols_to_measure_by_while_it_trains(pictures, tmp_path):
+    listed = [{"data": str(pictures), "every": 4, "metrics": ["psnr"], "limit": 3}]
+    train_tokenizer(recipe(pictures, evaluations=listed), tmp_path / "run", device="cpu")
+    lines = [line for line in logged(tmp_path / "run") if line["kind"] == "evaluation"]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert all(line[f"psnr ({pictures.name})"] > 0 for line in lines)
+    train_tokenizer(recipe(pictures), tmp_path / "plain", device="cpu")
+    assert_same(final_state(tmp_path / "run"), final_state(tmp_path / "plain"))  # measuring changes nothing
 
 
 def test_a_tracker_gets_the_recipe_and_the_numbers(pictures, tmp_path):

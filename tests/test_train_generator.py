@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -272,6 +273,44 @@ def lexel_generator(folder: Path) -> Generator:
     import lexel
 
     return lexel.Generator.from_pretrained(folder)
+
+
+def test_validation_labels_are_matched_to_the_training_classes_by_name(tmp_path):
+    def write(name, classes):
+        squares = np.stack([np.full((8, 8, 3), 20 * number, np.uint8) for number in range(2 * len(classes))])
+        labels = [number // 2 for number in range(len(squares))]
+        images = ArrayImages(squares, [f"{name}{number}" for number in range(len(squares))], labels, classes)
+        size = {"grid": (2, 3), "codebook_size": 12, "fingerprint": FINGERPRINT}
+        write_tokens(tmp_path / name, images, TRANSFORMS["published"](8), structured, **size)
+        return str(tmp_path / name)
+
+    training = write("t", ["ant", "bee", "cat"])
+    three = {"classes": 3}
+    made = recipe(Path(training), three, {"validation": write("v", ["bee", "cat"])})
+    batches = TokenSource(made, runtime("cpu")).measured(8, None, 0, 1)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == [1, 1, 2, 2]
+    with pytest.raises(
+        UsageError, match=r"classes that the training set does not know: dog; validate on .*ant, bee, cat"
+    ):
+        TokenSource(recipe(Path(training), three, {"validation": write("w", ["bee", "dog"])}), runtime("cpu"))
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(tokens, tmp_path):
+    train_generator(recipe(tokens, steps=2), tmp_path / "run", device="cpu")
+    path = tmp_path / "run" / "checkpoints" / "00000002.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["optimizer"]["param_groups"]:
+        assert group.pop("name") in ("matrices", "norms")  # groups had no names
+    torch.save(state, path)
+    straight = train_generator(recipe(tokens), tmp_path / "straight", device="cpu")
+    same(straight.generator, train_generator(recipe(tokens), tmp_path / "run", device="cpu").generator)
+
+
+def test_a_run_that_went_on_and_was_stopped_gives_its_newest_weights(tokens, tmp_path):
+    train_generator(recipe(tokens, steps=2), tmp_path / "run", device="cpu")
+    stop = lambda now: os.kill(os.getpid(), signal.SIGTERM) if now.step == 3 else None  # noqa: E731
+    train_generator(recipe(tokens, steps=9, validate_every=100), tmp_path / "run", device="cpu", progress=stop)
+    assert load_generator_run(tmp_path / "run").provenance["step"] == 4
 
 
 def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):

@@ -52,6 +52,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     train: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, of either kind
     validation: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # of the protocols that the recipe lists
     snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by step
 
     @property
@@ -73,7 +74,7 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
     if (folder / "recipe.toml").is_file():
         run.recipe = config.read(folder / "recipe.toml")
     for row in read_metrics(folder / "metrics.jsonl"):
-        (run.validation if row["kind"] == "validation" else run.train).append(row)
+        {"train": run.train, "validation": run.validation}.get(row["kind"], run.evaluations).append(row)
     run.snapshots = {int(path.stem): Snapshot(path) for path in sorted((folder / "snapshots").glob("*.safetensors"))}
     return run
 
@@ -126,6 +127,7 @@ def tokenizer_sections(run: Run) -> list[Section]:
         sections.append(Section("The codebook", figures=codebook_figures(run)))
     if "indices" in run.last:
         sections.append(Section("Token maps", figures=map_figures(run.last)))
+    sections.append(Section("Evaluations", figures=loss_curves(run.evaluations)))
     sections.append(Section("Losses", figures=loss_curves(run.train)))
     sections.append(Section("Timing", figures=timing_figures(run.train)))
     return [section for section in sections if section.figures or section.findings]

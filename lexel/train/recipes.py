@@ -10,6 +10,7 @@ from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
 from lexel.errors import UsageError
+from lexel.evaluate import EvaluationConfig
 from lexel.generators import Generator, GeneratorConfig, NetworkOptions
 from lexel.losses import (
     DISCRIMINATOR_LOSSES,
@@ -172,6 +173,7 @@ class TrainConfig(LoopConfig):
     average_warm_up: bool = False
     channels_last: bool = False
     collapse_patience: int = Field(default=5, ge=0)  # validations in a row with one code in use that end a run; 0: none
+    evaluations: list[EvaluationConfig] = []  # protocols to measure the averaged weights by, every so many steps
 
     @model_validator(mode="after")
     def _terms(self) -> "TrainConfig":
@@ -182,6 +184,8 @@ class TrainConfig(LoopConfig):
                 "weights needs a reconstruction term: l1, l2 or lpips (proxy_codes in TiTok's first stage)"
             )
         refuse_unused(self, ("lpips",), bool(self.weights.get("lpips")), "weights.lpips")
+        for evaluation in self.evaluations:
+            evaluation.check()
         micro_batch = self.batch_size // self.accumulation
         group = self.discriminator.statistics if self.discriminator is not None else "process"
         if group != "process" and micro_batch % group:

@@ -236,6 +236,10 @@ class Session:
             self.run.snapshot(step.done, snapshot)
         self._better = self.processes.decide(lambda: self.run.best_step() == step.done)
 
+    def evaluated(self, step: Step, values: Mapping[str, float | None]) -> None:
+        """Writes the numbers of an evaluation that the recipe lists."""
+        self._write(step, "evaluation", values)
+
     def save(self, step: Step) -> None:
         """Writes a checkpoint where one is due: every `save_every` steps, after the best validation, at an end."""
         assert self._learner is not None

@@ -18,9 +18,10 @@ from lexel import provenance
 from lexel.autoencoders import TiTok
 from lexel.checkpoint import load_strict
 from lexel.data import training_batches
-from lexel.data.config import open_data
+from lexel.data.config import DataConfig, open_data
 from lexel.distributed import barrier, mean_over_processes
 from lexel.errors import UsageError
+from lexel.evaluate import EvaluationConfig, Options
 from lexel.loading import load_tokenizer
 from lexel.losses import LPIPS, adaptive_weight, l1, l2
 from lexel.metrics.health import diagnose, rehearsal
@@ -262,6 +263,9 @@ def train_tokenizer(
                 unreadable |= measured.unreadable
                 processes.decide(partial(check_collapse, session, step.done, measured.values))
                 session.validated(step, measured.values, measured.snapshot)
+            for evaluation in config.evaluations:
+                if step.done % evaluation.every == 0 or session.finished:
+                    session.evaluated(step, evaluate(average, evaluation, session))
             session.save(step)
         if session.finished and processes.is_main:
             average.save_pretrained(
@@ -269,6 +273,16 @@ def train_tokenizer(
             )
     barrier()
     return Trained(tokenizer, average, session.done, session.finished, unreadable | batches.unreadable)
+
+
+def evaluate(tokenizer: Tokenizer, evaluation: EvaluationConfig, session: Session) -> dict[str, float | None]:
+    """The numbers of an evaluation, by metric and data: "psnr (photos)"."""
+    processes, data = session.processes, session.recipe.data
+    assert isinstance(data, DataConfig)
+    options = Options(batch_size=session.micro_batch, device=str(processes.device), workers=data.workers)
+    result = evaluation.run(tokenizer, options)
+    source = provenance.public_name(evaluation.data)
+    return {f"{name} ({source})": value for name, value in result["metrics"].items()}
 
 
 def check_collapse(session: Session, step: int, values: Mapping[str, float | None]) -> None:
