@@ -75,6 +75,12 @@ def encode(
     webdataset: Annotated[
         Path | None, typer.Option(help="Also write the tokens to this folder, as WebDataset shards.")
     ] = None,
+    sequences: Annotated[
+        Path | None, typer.Option(help="Also write sequences for a language model to this folder (tokens.bin).")
+    ] = None,
+    offset: Annotated[
+        int, typer.Option(min=0, help="With --sequences: ids of the text vocabulary before the codes.")
+    ] = 0,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     pixel_limit: PixelLimit = 150_000_000,
@@ -84,7 +90,7 @@ def encode(
 ) -> None:
     """Encodes images to a token data set; the same command again resumes."""
     from lexel.codec import Codec
-    from lexel.data.tokens import export_parquet, export_webdataset
+    from lexel.data.tokens import export_parquet, export_sequences, export_webdataset
     from lexel.loading import load_tokenizer
     from lexel.runtime import runtime
 
@@ -103,6 +109,8 @@ def encode(
         export_parquet(tokens, parquet)
     if webdataset:
         export_webdataset(tokens, webdataset)
+    if sequences:
+        export_sequences(tokens, sequences, offset)
 
 
 def decode(

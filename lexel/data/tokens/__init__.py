@@ -6,7 +6,19 @@ A folder holds `tokens.json` (what the tokens are and whose) and, for every shar
 
 from lexel.data.tokens.export import export_parquet, export_webdataset
 from lexel.data.tokens.format import INDEX, index_dtype
+from lexel.data.tokens.sequences import SequenceFormat, SequenceSet, export_sequences
 from lexel.data.tokens.token_set import TokenBatch, TokenSet
 from lexel.data.tokens.write import write_tokens
 
-__all__ = ["INDEX", "TokenBatch", "TokenSet", "export_parquet", "export_webdataset", "index_dtype", "write_tokens"]
+__all__ = [
+    "INDEX",
+    "SequenceFormat",
+    "SequenceSet",
+    "TokenBatch",
+    "TokenSet",
+    "export_parquet",
+    "export_sequences",
+    "export_webdataset",
+    "index_dtype",
+    "write_tokens",
+]

@@ -8,15 +8,19 @@ from typing import Any
 import numpy as np
 
 from lexel.checkpoint import atomic_write
+from lexel.data.tokens.sequences import SequenceFormat, new_folder
 from lexel.data.tokens.token_set import TokenSet
 from lexel.errors import UsageError
 
 
-def export_parquet(tokens: TokenSet, folder: str | Path, rows: int = 65536) -> list[Path]:
+def export_parquet(
+    tokens: TokenSet, folder: str | Path, rows: int = 65536, sequences: SequenceFormat | None = None
+) -> list[Path]:
     """Writes a token set as Parquet: one row for each version of each image.
 
-    Columns: `name`, `label` (class number) and `class` where there are labels, `crop`, `indices` (a list of fixed
-    length, the grid row by row). What `tokens.json` says is in the schema's metadata under `lexel`.
+    Columns: `name`, `label` (class number) and `class` where there are labels, `caption` where there are captions,
+    `crop`, `indices` (a list of fixed length, the grid row by row), and `sequence` (ids for a language model) if a
+    format is given. What `tokens.json` says is in the schema's metadata under `lexel`.
 
     Returns:
         The files, of at most `rows` rows each.
@@ -26,21 +30,26 @@ def export_parquet(tokens: TokenSet, folder: str | Path, rows: int = 65536) -> l
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:
         raise UsageError("export to Parquet needs pyarrow: pip install 'lexel[tokens]'") from None
-    folder = _new_folder(folder)
+    folder = new_folder(folder)
     files = []
     for part, numbers in enumerate(_parts(len(tokens), max(1, rows // tokens.crops))):
         repeated = np.repeat(numbers, tokens.crops)
         crops = np.tile(np.arange(tokens.crops), len(numbers))
         indices = tokens.tokens(repeated, crops).numpy().astype(tokens.facts["dtype"]).reshape(len(repeated), -1)
         columns = {
-            "name": pa.array([tokens.names[number] for number in repeated]),
+            "name": pa.array([_text(tokens.names[number]) for number in repeated]),
             "crop": pa.array(crops.astype(np.int32)),
             "indices": pa.FixedSizeListArray.from_arrays(pa.array(indices.ravel()), indices.shape[1]),
         }
         if tokens.labels is not None:
             labels = tokens.labels[repeated]
             columns["label"] = pa.array(labels.astype(np.int32))
-            columns["class"] = pa.array([tokens.classes[label] for label in labels])
+            columns["class"] = pa.array([_text(tokens.classes[label]) for label in labels])
+        if tokens.captions is not None:
+            columns["caption"] = pa.array([_text(tokens.captions[number]) for number in repeated])
+        if sequences is not None:
+            shaped = indices.reshape(-1, *tokens.grid)
+            columns["sequence"] = pa.array(list(sequences.ids(shaped).astype(sequences.dtype)))
         table = pa.table(columns).replace_schema_metadata({"lexel": json.dumps(tokens.facts)})
         path = folder / f"tokens-{part:05d}.parquet"
         with atomic_write(path) as file:
@@ -49,11 +58,14 @@ def export_parquet(tokens: TokenSet, folder: str | Path, rows: int = 65536) -> l
     return files
 
 
-def export_webdataset(tokens: TokenSet, folder: str | Path, rows: int = 10000) -> list[Path]:
+def export_webdataset(
+    tokens: TokenSet, folder: str | Path, rows: int = 10000, sequences: SequenceFormat | None = None
+) -> list[Path]:
     """Writes a token set as WebDataset tar files: one sample for each image.
 
     A sample holds `indices.npy` (crops, *grid), `cls` (the class number, where there are labels) and `json` (name,
-    class and the tokenizer's fingerprint). Its key is the number of the image.
+    class and the tokenizer's fingerprint), `txt` (the caption, where there are captions) and, if a format is given,
+    `sequence.npy` (crops, length) with ids for a language model. Its key is the number of the image.
 
     Returns:
         The files, of at most `rows` samples each.
@@ -62,7 +74,7 @@ def export_webdataset(tokens: TokenSet, folder: str | Path, rows: int = 10000) -
         import webdataset  # type: ignore[import-untyped]
     except ImportError:
         raise UsageError("export to WebDataset needs webdataset: pip install 'lexel[tokens]'") from None
-    folder = _new_folder(folder)
+    folder = new_folder(folder)
     files = []
     for part, numbers in enumerate(_parts(len(tokens), rows)):
         path = folder / f"tokens-{part:05d}.tar"
@@ -77,6 +89,10 @@ def export_webdataset(tokens: TokenSet, folder: str | Path, rows: int = 10000) -
                 if tokens.labels is not None:
                     sample["cls"] = int(tokens.labels[number])
                     sample["json"]["class"] = tokens.classes[sample["cls"]]
+                if tokens.captions is not None:
+                    sample["txt"] = _text(tokens.captions[number])
+                if sequences is not None:
+                    sample["sequence.npy"] = sequences.ids(indices).astype(sequences.dtype)
                 writer.write(sample)
         files.append(path)
     return files
@@ -87,8 +103,6 @@ def _parts(count: int, size: int) -> Iterator[np.ndarray]:
         yield np.arange(first, min(first + size, count))
 
 
-def _new_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UsageError(f"{folder} is there already and not empty; give a new folder")
-    return folder
+def _text(name: str) -> str:
+    """A name as text: bytes that are no UTF-8, which names of files may have, as \\udcXX, as in JSON."""
+    return name.encode("utf-8", "backslashreplace").decode()

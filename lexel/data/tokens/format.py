@@ -22,11 +22,13 @@ Positive = Annotated[int, Field(ge=1, le=2**53)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Description(BaseModel):
+class Description(BaseModel):
+    """Base of the models of files: strict about types, lenient about keys of later versions."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
-class Manifest(_Description):
+class Manifest(Description):
     """What `tokens.json` says, and `unfinished.json` but for the number of shards."""
 
     format: str
@@ -69,7 +71,7 @@ class Manifest(_Description):
         return self
 
 
-class ShardDescription(_Description):
+class ShardDescription(Description):
     """What the .json of a shard says."""
 
     names: list[str]
@@ -77,11 +79,14 @@ class ShardDescription(_Description):
     unreadable: dict[str, str]
     sha256: Digest
     bytes: Count
+    captions: list[str] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.labels is not None and len(self.labels) != len(self.names):
             raise ValueError(f"there are {len(self.labels)} labels for {len(self.names)} names")
+        if self.captions is not None and len(self.captions) != len(self.names):
+            raise ValueError(f"there are {len(self.captions)} captions for {len(self.names)} names")
         return self
 
 
@@ -107,7 +112,7 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
         raise UsageError(
             f"{path.parent} has version {short(table.get('version'))} of the format; this Lexel reads {VERSION}"
         )
-    manifest = _checked(path, table, Manifest)
+    manifest = checked(path, table, Manifest)
     return manifest.model_copy(update={"with_checksum": with_checksum}), table
 
 
@@ -120,7 +125,7 @@ def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
     table = checkpoint.read_json(path)
     if (CHECKSUM in table) != manifest.with_checksum:
         raise UsageError(f"{path} is damaged: {INDEX} or it has lost its checksum; encode the images again")
-    shard = _checked(path, table, ShardDescription)
+    shard = checked(path, table, ShardDescription)
     if (shard.labels is not None) != manifest.labelled:
         raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
     most = max(shard.labels, default=-1) if shard.labels is not None else -1
@@ -154,7 +159,12 @@ def short(value: Any) -> str:
     return text if len(text) <= 20 else text[:12] + "..."
 
 
-def _checked(path: Path, table: dict[str, Any], model: type[Model]) -> Model:
+def checked(path: Path, table: dict[str, Any], model: type[Model]) -> Model:
+    """The model of what a file says, its checksum compared if it has one.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
     if CHECKSUM in table:
         given = table.pop(CHECKSUM)
         if given != _checksum(table):

@@ -49,6 +49,7 @@ class TokenSet:
         names: one per image.
         labels: int64 (N,), or None.
         classes: the name of each class.
+        captions: one per image, or None.
         attribution: what must be shown beside these images, or None.
         unreadable: the reasons of the images left out, by name.
         facts: all of `tokens.json`.
@@ -74,6 +75,11 @@ class TokenSet:
         self.names: Sequence[str] = Names([name for shard in shards for name in shard.names])
         labels = [label for shard in shards for label in shard.labels or ()] if manifest.labelled else None
         self.labels = None if labels is None else np.array(labels, np.int64)
+        texts = [shard.captions for shard in shards]
+        with_captions = bool(texts) and all(part is not None for part in texts)
+        self.captions: Sequence[str] | None = (
+            Names([text for part in texts for text in part or ()]) if with_captions else None
+        )
         self.unreadable: dict[str, str] = {name: why for shard in shards for name, why in shard.unreadable.items()}
         self._dtype = np.dtype(manifest.dtype)
         self._rows = np.arange(len(self.names))  # where the images of this set, or part of it, lie in the shards
@@ -177,6 +183,8 @@ class TokenSet:
         part._rows = self._rows[numbers]
         part.names = Names([self.names[number] for number in numbers.tolist()])
         part.labels = None if self.labels is None else self.labels[numbers]
+        if self.captions is not None:
+            part.captions = Names([self.captions[number] for number in numbers.tolist()])
         return part
 
     def with_classes(self, classes: Sequence[str]) -> "TokenSet":

@@ -207,13 +207,15 @@ def _write_shard(
     np.save(buffer, np.concatenate(encoded))
     with atomic_write(shard_path(folder, shard, ".npy")) as file:
         file.write(buffer.getbuffer())
-    facts = {
+    facts: dict[str, Any] = {
         "names": [images.names[number] for number in readable],
         "labels": None if images.labels is None else [images.labels[number] for number in readable],
         "unreadable": unreadable,
         "sha256": digest(buffer.getbuffer()),
         "bytes": buffer.getbuffer().nbytes,
     }
+    if images.captions is not None:
+        facts["captions"] = [images.captions[number] for number in readable]
     with atomic_write(shard_path(folder, shard, ".json")) as file:
         file.write(sealed(facts))
 
