@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_transformer import PAIRS, START, TINY, published, shake
+from test_transformer import GPT, PAIRS, START, TINY, published, shake
 from torch import Tensor
 
 from lexel.errors import UsageError
@@ -99,7 +99,7 @@ def test_guidance_of_one_runs_and_is_the_conditional_model(parity):
 # ---------------------------------------------------------------------------------------------- equalities
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 @pytest.mark.parametrize("top_k", [0, 1], ids=["seeded", "greedy"])
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_cached_sampling_equals_the_plain_way(config, top_k, scale):
@@ -111,7 +111,7 @@ def test_cached_sampling_equals_the_plain_way(config, top_k, scale):
     assert len(found.unique(dim=0)) > 1
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_an_image_does_not_depend_on_its_batch(config):
     generator = make(config)
     together = generator.sample(LABELS, seed=3, **HOT)
@@ -125,7 +125,7 @@ def test_an_image_does_not_depend_on_its_batch(config):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine-power:1.5", "interval:0.34,0.67", "interval:0,0.5"])
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_rows_that_join_late_or_leave_early_change_nothing(schedule, config, monkeypatch):
     generator = make(config)
     lazy = generator.sample(LABELS, 3.0, schedule, seed=1)
@@ -169,7 +169,7 @@ def test_the_class_matters_and_guidance_sharpens_it():
 # ---------------------------------------------------------------------------------------------- given tokens
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 @pytest.mark.parametrize("window", [None, 2])
 def test_given_tokens_stay_and_the_rest_is_sampled(config, window):
     generator = make(config)
@@ -271,7 +271,7 @@ def test_a_compiled_step_diverges_only_where_a_draw_lies_at_an_edge():
     assert largest <= 1e-5
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
     """What CUDA records, run step by step on the CPU: lengths in quarters, masks, caches kept from call to call."""
 
@@ -298,7 +298,7 @@ def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["graph", "compiled"])
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_recorded_steps_equal_the_plain_way_on_cuda(implementation, config):
     generator = make(config.model_copy(update={"rows": 4, "columns": 4})).cuda()
     for scale, schedule in ((1.0, "constant"), (2.0, "constant"), (2.0, "interval:0.25,0.75")):
@@ -335,7 +335,7 @@ def test_int8_rounds_weights_to_half_a_step():
 # ---------------------------------------------------------------------------------------------- likelihood and doors
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_likelihoods_of_all_images_sum_to_one(config):
     small = {"codebook_size": 4, "rows": 1, "columns": 3, "factors": [2, 2] if config is PAIRS else None}
     generator = make(config.model_copy(update=small))
@@ -348,7 +348,7 @@ def test_likelihoods_of_all_images_sum_to_one(config):
     ]
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_the_likelihood_of_a_way_to_decode_is_that_of_the_network(config):
     generator = make(config)
     tokens = torch.randint(30, (5, 2, 3), generator=torch.Generator().manual_seed(0))
@@ -394,7 +394,7 @@ def test_bad_arguments_are_refused_in_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_memory_of_a_row_is_what_it_is_said_to_be(config):
     decoder = Decoder(make(config).transformer, "plain")
     sequences = decoder.start(torch.tensor(LABELS), 6)
@@ -436,7 +436,7 @@ def test_classes_are_found_by_number_and_by_label():
         Generator(GeneratorConfig(transformer=TINY, class_names=["red heart"]))
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START], ids=["plain", "factorised", "start"])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_a_folder_gives_the_same_generator_back(tmp_path, config):
     generator = make(config, torch.float32)
     generator.save_pretrained(tmp_path, provenance={"step": 3})

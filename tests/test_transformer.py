@@ -11,7 +11,7 @@ from torch import Tensor
 from lexel.config import check
 from lexel.errors import UsageError
 from lexel.generators.next_token.blocks import apply_rope, rope_table
-from lexel.generators.next_token.config import FACTORISED_SIZES, SIZES, NextTokenConfig, factorise
+from lexel.generators.next_token.config import FACTORISED_SIZES, GPT_SIZES, SIZES, NextTokenConfig, factorise
 from lexel.generators.next_token.heads import FactorisedHead, PlainHead, join_tokens, split_tokens
 from lexel.generators.next_token.network import Transformer, build
 
@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 TINY = NextTokenConfig(codebook_size=30, rows=2, columns=3, classes=4, width=32, layers=2, heads=2)
 PAIRS = TINY.model_copy(update={"head": "factorised", "factors": [5, 6], "pair_layers": 2})
 START = TINY.model_copy(update={"modulated": False})
+GPT = TINY.model_copy(update={"network": "gpt"})
 
 PUBLISHED_NAMES = [
     (r"^tok_emb\.", "tokens."),
@@ -145,7 +146,15 @@ def test_factorised_sizes_have_the_published_parameter_counts(size, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START])
+@pytest.mark.parametrize(("size", "parameters"), [("227M", 171_879_936), ("1.4B", 1_410_640_896)])
+def test_vqgans_gpts_have_the_published_parameter_counts(size, parameters):
+    with torch.device("meta"):
+        model = build(NextTokenConfig(**GPT_SIZES[size]))
+    classes = 1001 * model.config.width  # VQGAN's classes are numbers of codes
+    assert sum(parameter.numel() for parameter in model.parameters()) - classes == parameters
+
+
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT])
 def test_a_token_changes_no_prediction_up_to_its_own(config):
     model = shake(build(config)).double()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -178,7 +187,7 @@ def test_labels_are_dropped_in_training_only_and_at_the_stated_rate():
     assert torch.equal(model.eval().condition.drop(labels), labels)
 
 
-@pytest.mark.parametrize("config", [TINY, PAIRS, START])
+@pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT])
 def test_recomputed_activations_give_the_same_gradients(config):
     model = shake(build(config)).train()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))

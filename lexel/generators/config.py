@@ -97,7 +97,7 @@ class NetworkConfig(Config):
     def _without_what_is_newer(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Options that came later are written only where they say something, so that fingerprints stay."""
         table: dict[str, Any] = handler(self)
-        newer = {"kind": "next_token", "grid": None, "condition": None}
+        newer = {"kind": "next_token", "network": "llama", "grid": None, "condition": None}
         return {name: value for name, value in table.items() if name not in newer or value != newer[name]}
 
 

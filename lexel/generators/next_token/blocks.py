@@ -1,4 +1,4 @@
-"""Llama blocks: RMSNorm, rotary positions, causal attention, SwiGLU; plain, or modulated by a condition."""
+"""Blocks of next-token transformers: Llama's, plain or modulated by a condition, and GPT's."""
 
 import functools
 
@@ -105,3 +105,39 @@ class ConditionalBlock(Block):
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(F.silu(condition)).chunk(6, -1)
         x = x + gamma1 * self.attention(self.attention_norm(x) * (1 + scale1) + shift1, rope)
         return x + gamma2 * self.feed_forward(self.feed_forward_norm(x) * (1 + scale2) + shift2)
+
+
+class BiasedAttention(nn.Module):
+    """Causal self-attention with biases and without rotary positions."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.rate = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) to (B, T, C)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (B, heads, T, head_dim)
+        rate = self.rate if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=rate)
+        return self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
+
+
+class GPTBlock(nn.Module):
+    """GPT-2's block: layer norms before the branches, a feed-forward layer of four times the width with GELU."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, EPSILON)
+        self.attention = BiasedAttention(width, heads, dropout)
+        self.feed_forward_norm = nn.LayerNorm(width, EPSILON)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """(B, T, C) to (B, T, C); positions are in x already."""
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.feed_forward_norm(x)))))

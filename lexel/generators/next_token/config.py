@@ -21,6 +21,12 @@ FACTORISED_SIZES: Mapping[str, Mapping[str, Any]] = {  # 262,144 codes as 64 x 4
     "L": {"layers": 36, "pair_layers": 3, "heads": 20, "width": 1280},
     "XL": {"layers": 48, "pair_layers": 4, "heads": 24, "width": 1536},
 }
+# VQGAN's (https://arxiv.org/abs/2012.09841). Its 1.4B row has 16,384 codes. The 227M row is that of the MaskGIT paper's
+# own VQGAN, 1,024 codes; it counts the tokenizer, the transformer alone has 172M.
+GPT_SIZES: Mapping[str, Mapping[str, Any]] = {
+    "227M": {"network": "gpt", "layers": 24, "heads": 8, "width": 768, "codebook_size": 1024},
+    "1.4B": {"network": "gpt", "layers": 48, "heads": 24, "width": 1536, "codebook_size": 16384},
+}
 LARGEST_PLAIN_HEAD = 2**18  # from this vocabulary on, `head = "auto"` is factorised
 
 
@@ -31,10 +37,13 @@ class NextTokenConfig(NetworkConfig):
     by the codebook's size. `pair_layers` and `factors` belong to the factorised head: the layers of its second
     transformer, and the sizes of the two sub-vocabularies, the low digit first: token = first + factors[0] * second.
     `modulated` says whether the condition scales and shifts every norm, and `gamma_init` how far open its branches
-    begin; a factorised head has neither. An option that would reach nothing is refused.
+    begin; a factorised head has neither. `network = "gpt"` is VQGAN's plain GPT instead of Llama's blocks: layer norms,
+    biases, learned positions, GELU; the class is its start token and nothing more, and its head is plain. An option
+    that would reach nothing is refused.
     """
 
     kind: Literal["next_token"] = "next_token"
+    network: Literal["llama", "gpt"] = "llama"
     width: int = Field(default=1024, ge=4)
     layers: int = Field(default=16, ge=1)
     heads: int = Field(default=16, ge=1)
@@ -48,12 +57,13 @@ class NextTokenConfig(NetworkConfig):
     @property
     def factorised(self) -> bool:
         """Whether tokens are predicted as two sub-tokens."""
-        return self.head == "factorised" or (self.head == "auto" and self.codebook_size >= LARGEST_PLAIN_HEAD)
+        large = self.codebook_size >= LARGEST_PLAIN_HEAD and self.network == "llama"
+        return self.head == "factorised" or (self.head == "auto" and large)
 
     @property
     def adaptive(self) -> bool:
         """Whether the condition modulates the norms."""
-        return self.modulated and not self.factorised
+        return self.modulated and not self.factorised and self.network == "llama"
 
     @property
     def vocabularies(self) -> tuple[int, ...]:
@@ -65,7 +75,7 @@ class NextTokenConfig(NetworkConfig):
     def unused(self) -> list[str]:
         """Options away from their defaults that reach nothing in this network."""
         names = [] if self.factorised else ["pair_layers", "factors"]
-        names += ["modulated"] if self.factorised else []
+        names += ["modulated"] if self.factorised or self.network == "gpt" else []
         names += [] if self.adaptive else ["gamma_init"]
         return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
@@ -75,6 +85,8 @@ class NextTokenConfig(NetworkConfig):
             raise UsageError(
                 f"width / heads must be a multiple of 4 (two axes of rotated pairs), got {self.width} / {self.heads}"
             )
+        if self.network == "gpt" and self.head == "factorised":
+            raise UsageError('network = "gpt" predicts a token at once; leave head out')
         if self.head not in ("auto", "plain", "factorised"):
             raise UsageError(f"unknown head {self.head!r}; choose from auto, factorised, plain")
         vocabularies = self.vocabularies
@@ -86,10 +98,9 @@ class NextTokenConfig(NetworkConfig):
                 f"got {list(vocabularies)}"
             )
         for name in self.unused():
-            head = "factorised" if self.factorised else "plain"
-            network = (
-                f"a {head} head" if name != "gamma_init" or self.factorised else "a network with modulated = false"
-            )
+            network = "a factorised head" if self.factorised else "a plain head"
+            if name in ("gamma_init", "modulated") and not self.factorised:
+                network = 'network = "gpt"' if self.network == "gpt" else "a network with modulated = false"
             raise UsageError(f"{name} reaches nothing in {network}; leave it out")
         return self
 

@@ -6,126 +6,28 @@ product, and weights are stored in the layout of the chosen kind of product (`li
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
-from lexel.generators.next_token.blocks import EPSILON, Block, ConditionalBlock, apply_rope
-from lexel.generators.next_token.linears import LINEARS, Linear, plain
+from lexel.generators.next_token.blocks import EPSILON, Block, ConditionalBlock, GPTBlock
+from lexel.generators.next_token.fused import (
+    CacheWrite,
+    FusedBlock,
+    FusedGPTBlock,
+    KVCache,
+    Modulation,
+    modulate,
+    tensors_of,
+)
+from lexel.generators.next_token.linears import LINEARS, plain
 from lexel.generators.next_token.network import Transformer
 
 # What `implementation` may be: a kind of product, and two ways to leave out the cost of starting kernels on a GPU.
 IMPLEMENTATIONS = ("auto", *LINEARS, "graph", "compiled")
-
-# ---------------------------------------------------------------------------------------------- state
-
-
-class Modulation(NamedTuple):
-    """AdaLN of one block, (R, 1, C) each: norms become norm(x) * scale + shift, branches are multiplied by gamma."""
-
-    scale1: Tensor
-    shift1: Tensor
-    gamma1: Tensor
-    scale2: Tensor
-    shift2: Tensor
-    gamma2: Tensor
-
-
-class KVCache(NamedTuple):
-    """Keys, values and modulation of sequences under way, one a row. Slices share memory with the whole."""
-
-    keys: list[Tensor]  # a block: (R, heads, slots, head_dim)
-    values: list[Tensor]
-    start: Tensor  # (R, 1, C), the last row of the condition, the input at position 0
-    blocks: list[Modulation]  # empty for a transformer without modulation
-    last: list[Tensor]  # scale and shift of the last norm, (R, 1, C) each; empty likewise
-
-    def rows(self, begin: int, end: int) -> "KVCache":
-        def cut(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor[begin:end] for tensor in tensors]
-
-        blocks = [Modulation(*cut(list(block))) for block in self.blocks]
-        return KVCache(cut(self.keys), cut(self.values), self.start[begin:end], blocks, cut(self.last))
-
-
-def _tensors(cache: KVCache) -> list[Tensor]:
-    modulation = [tensor for block in cache.blocks for tensor in block]
-    return [cache.start, *modulation, *cache.last]
-
-
-class CacheWrite(NamedTuple):
-    """Where new keys and values go, and what the new positions may look at."""
-
-    slots: Tensor  # (m,) int64, one for each new position
-    length: int  # slots that are looked at
-    mask: Tensor | None  # (m, length) bool; None when all of them may be seen
-
-
-# ---------------------------------------------------------------------------------------------- the decoder
-
-
-class _Block:
-    """One block of the transformer, its projections fused."""
-
-    def __init__(self, block: Block, linear: Callable[[Tensor], Linear], dtype: torch.dtype) -> None:
-        attention, feed_forward = block.attention, block.feed_forward
-        self.heads = attention.heads
-        self.qkv = linear(attention.qkv.weight.detach().to(dtype))
-        self.out = linear(attention.out.weight.detach().to(dtype))
-        gate_up = torch.cat([feed_forward.gate.weight.detach(), feed_forward.up.weight.detach()])
-        self.gate_up = linear(gate_up.to(dtype))
-        self.down = linear(feed_forward.down.weight.detach().to(dtype))
-        self.norm1 = block.attention_norm.weight.detach().to(dtype)
-        self.norm2 = block.feed_forward_norm.weight.detach().to(dtype)
-
-    def __call__(
-        self,
-        x: Tensor,
-        rope: Tensor,
-        modulation: Modulation | None,
-        cache: tuple[Tensor, Tensor] | None,
-        write: CacheWrite | None,
-    ) -> Tensor:
-        """x (R, m, C) and its rotary table, for `_rotate`; without a cache the m positions are a whole sequence."""
-        width = x.shape[-1]
-        if modulation is None:
-            y = F.rms_norm(x, (width,), self.norm1, EPSILON)
-        else:
-            y = torch.addcmul(modulation.shift1, F.rms_norm(x, (width,), None, EPSILON), modulation.scale1)
-
-        qkv = self.qkv(y).unflatten(-1, (3 * self.heads, -1))  # (R, m, 3 * heads, head_dim)
-        qk = _rotate(qkv[:, :, : 2 * self.heads], rope).transpose(1, 2)
-        q, k = qk[:, : self.heads], qk[:, self.heads :]
-        v = qkv[:, :, 2 * self.heads :].transpose(1, 2)
-        if cache is None or write is None:
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            keys, values = cache
-            keys.index_copy_(2, write.slots, k)
-            values.index_copy_(2, write.slots, v)
-            keys, values = keys[:, :, : write.length], values[:, :, : write.length]
-            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=write.mask)
-        y = self.out(attended.transpose(1, 2).flatten(-2))
-
-        x = x + y if modulation is None else torch.addcmul(x, modulation.gamma1, y)
-        if modulation is None:
-            y = F.rms_norm(x, (width,), self.norm2, EPSILON)
-        else:
-            y = torch.addcmul(modulation.shift2, F.rms_norm(x, (width,), None, EPSILON), modulation.scale2)
-        gate, up = self.gate_up(y).chunk(2, -1)
-        y = self.down(F.silu(gate) * up)
-        return x + y if modulation is None else torch.addcmul(x, modulation.gamma2, y)
-
-
-def _rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """`apply_rope` by a table (m, head_dim / 2, 2), or the same in one product of complex numbers (m, head_dim / 2)."""
-    if not rope.is_complex():
-        return apply_rope(x, rope)
-    pairs = torch.view_as_complex(x.to(rope.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
 
 
 class Decoder:
@@ -168,14 +70,24 @@ class Decoder:
         self.offset = (
             transformer.condition.length - 1
         )  # rows of the condition before the one that position 0 stands for
-        self.rope = transformer.positions(weight.to(dtype)[:0])
+        self.learned = transformer.learned_positions is not None
+        self.rope = transformer.positions(weight.to(dtype)[:0]).detach()
         self.pair_rope = transformer.pair_positions(weight.to(dtype)[:0])
-        if implementation != "compiled":  # the compiler has no complex numbers, and fuses the six products anyway
+        # The compiler has no complex numbers, and fuses the six products anyway.
+        if implementation != "compiled" and not self.learned:
             self.rope, self.pair_rope = torch.view_as_complex(self.rope), torch.view_as_complex(self.pair_rope)
         head = transformer.prediction
-        self.blocks = [_Block(cast(Block, block), linear, dtype) for block in transformer.blocks]
-        self.pair_blocks = [_Block(block, linear, dtype) for block in head.blocks(transformer)]
+        self.blocks: list[FusedBlock | FusedGPTBlock] = [
+            FusedGPTBlock(block, linear, dtype)
+            if isinstance(block, GPTBlock)
+            else FusedBlock(cast(Block, block), linear, dtype)
+            for block in transformer.blocks
+        ]
+        self.pair_blocks = [FusedBlock(block, linear, dtype) for block in head.blocks(transformer)]
         self.norm = transformer.norm.weight.detach().to(dtype)
+        self.norm_bias = (
+            transformer.norm.bias.detach().to(dtype) if isinstance(transformer.norm, nn.LayerNorm) else None
+        )
         self.embeddings = [embedding.weight.detach().to(dtype) for embedding in head.embeddings(transformer)]
         self.outputs = [linear(output.weight.detach().to(dtype)) for output in head.outputs(transformer)]
         self._step: Callable[..., Tensor] = self._run
@@ -205,7 +117,7 @@ class Decoder:
         if self.transformer.modulation is not None:
             vector = self.transformer.condition.pooled(rows)  # (U, 1, C)
             blocks = [
-                Modulation(*(part.to(self.dtype)[row] for part in _modulate(cast(ConditionalBlock, block), vector)))
+                Modulation(*(part.to(self.dtype)[row] for part in modulate(cast(ConditionalBlock, block), vector)))
                 for block in self.transformer.blocks
             ]
             scale, shift = self.transformer.modulation(F.silu(vector)).chunk(2, -1)
@@ -215,7 +127,7 @@ class Decoder:
 
         old, slots = self._cache, slots + self.offset
         if old is not None and old.keys[0].shape[0] == len(row) and old.keys[0].shape[2] >= slots:
-            for held, fresh in zip(_tensors(old), _tensors(KVCache([], [], start, blocks, last)), strict=True):
+            for held, fresh in zip(tensors_of(old), tensors_of(KVCache([], [], start, blocks, last)), strict=True):
                 held.copy_(fresh)
             self._prefill(old, before)
             return old
@@ -279,6 +191,8 @@ class Decoder:
         return self._step(cache, x, self.rope[positions + self.offset], write)
 
     def _run(self, cache: KVCache, x: Tensor, rope: Tensor, write: CacheWrite) -> Tensor:
+        if self.learned:
+            x = x + rope
         for number, block in enumerate(self.blocks):
             modulation = cache.blocks[number] if cache.blocks else None
             x = block(x, rope, modulation, (cache.keys[number], cache.values[number]), write)
@@ -301,7 +215,10 @@ class Decoder:
                 x = torch.cat([x, F.embedding(first, self.embeddings[0])[:, None]], 1)
             for block in self.pair_blocks:
                 x = block(x, self.pair_rope[: x.shape[1]], None, None, None)
-            x = F.rms_norm(x, x.shape[-1:], self.norm, EPSILON)
+            if self.norm_bias is None:
+                x = F.rms_norm(x, x.shape[-1:], self.norm, EPSILON)
+            else:
+                x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, EPSILON)
         logits = self.outputs[0 if first is None else 1](x[:, -1])
         return logits.to(torch.promote_types(self.dtype, torch.float32))
 
@@ -355,14 +272,6 @@ class _Graph:
         self.slots.fill_(slot)
         self.graph.replay()
         return self.hidden.clone()  # the next replay writes over it
-
-
-def _modulate(block: ConditionalBlock, condition: Tensor) -> Modulation:
-    """The modulation of a block by conditions (U, 1, C), the weights of its norms folded in."""
-    gamma1, gamma2, scale1, scale2, shift1, shift2 = block.modulation(F.silu(condition)).chunk(6, -1)
-    scale1 = block.attention_norm.weight * (1 + scale1)
-    scale2 = block.feed_forward_norm.weight * (1 + scale2)
-    return Modulation(scale1, shift1, gamma1, scale2, shift2, gamma2)
 
 
 def weights_version(module: nn.Module) -> tuple[Any, ...]:

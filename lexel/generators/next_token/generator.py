@@ -14,7 +14,8 @@ from lexel.generators.base import Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import GeneratorConfig
 from lexel.generators.next_token.config import NextTokenConfig
-from lexel.generators.next_token.decoding import CacheWrite, Decoder, weights_version
+from lexel.generators.next_token.decoding import Decoder, weights_version
+from lexel.generators.next_token.fused import CacheWrite
 from lexel.generators.next_token.heads import split_tokens
 from lexel.generators.next_token.network import Transformer
 from lexel.generators.next_token.walk import Walk, raster, wavefront

@@ -3,7 +3,8 @@
 Three published networks are choices of it: IBQ's (https://arxiv.org/abs/2412.02692), Llama blocks whose norms are
 scaled and shifted by the class; LlamaGen's (https://arxiv.org/abs/2406.06525), where the class is the start token and
 nothing more; and Open-MAGVIT2's (https://arxiv.org/abs/2409.04410) for vocabularies too large for one head: every token
-is a pair of sub-tokens, and a small second transformer predicts the pair.
+is a pair of sub-tokens, and a small second transformer predicts the pair. VQGAN's plain GPT
+(https://arxiv.org/abs/2012.09841) is another: its blocks, with learned positions.
 """
 
 from typing import cast
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lexel.generators.conditions import Condition
-from lexel.generators.next_token.blocks import Block, ConditionalBlock, RMSNorm, rope_table
+from lexel.generators.next_token.blocks import EPSILON, Block, ConditionalBlock, GPTBlock, RMSNorm, rope_table
 from lexel.generators.next_token.config import NextTokenConfig
 from lexel.generators.next_token.heads import FactorisedHead, Head, PlainHead
 
@@ -26,8 +27,10 @@ class Transformer(nn.Module):
     gates of every block, and of the last norm, are linear in it.
     """
 
+    norm: RMSNorm | nn.LayerNorm
     blocks: nn.ModuleList
     modulation: nn.Linear | None
+    learned_positions: nn.Parameter | None  # (L + T - 1, C), the last token is no input; None with rotary ones
 
     def __init__(self, config: NextTokenConfig) -> None:
         super().__init__()
@@ -38,13 +41,16 @@ class Transformer(nn.Module):
         self.condition_name = condition.name
         self.add_module(condition.name, condition)
         self.dropout = nn.Dropout(dropout)
-        self.norm = RMSNorm(width)
+        gpt = config.network == "gpt"
+        self.norm = nn.LayerNorm(width, EPSILON) if gpt else RMSNorm(width)
         # Recompute the activations of every block in the backward pass: the memory of one block, a third more time.
         self.checkpointing = False
 
         self.prediction.add_inputs(self)
-        block = ConditionalBlock if config.adaptive else Block
+        block = GPTBlock if gpt else ConditionalBlock if config.adaptive else Block
         self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(config.layers))
+        rows = condition.length + config.tokens - 1
+        self.register_parameter("learned_positions", nn.Parameter(torch.zeros(rows, width)) if gpt else None)
         self.modulation = nn.Linear(width, 2 * width) if config.adaptive else None  # of the last norm
         self.prediction.add_outputs(self)
         self.initialise()
@@ -79,9 +85,13 @@ class Transformer(nn.Module):
     def positions(self, like: Tensor) -> Tensor:
         """The rotary table of all positions, condition first, on the device of `like`, in at least float32.
 
+        A GPT has vectors instead, (L + T - 1, C), which are added to its inputs.
+
         A class has cosine and sine 0, so that its query and key vanish: everything attends to it with logit 0.
         Published weights need this. The rows of a caption are not turned.
         """
+        if self.learned_positions is not None:
+            return self.learned_positions.to(like.dtype)
         config = self.config
         table = rope_table(config.shape, config.width // config.heads, like.device)
         before = self._unturned(table, self.condition.length, 1.0 if self.condition.rotated else 0.0)
@@ -109,8 +119,9 @@ class Transformer(nn.Module):
         """Logits (B, T, V) of each sub-vocabulary for indices (B, T) and a checked condition (B, ...)."""
         rows = self.condition(self.condition.drop(condition))  # (B, L, C)
         tokens, first = self.prediction.inputs(self, indices)  # (B, T - 1, C)
-        x = self.dropout(torch.cat([rows, tokens], 1))  # (B, L + T - 1, C)
+        x = torch.cat([rows, tokens], 1)  # (B, L + T - 1, C)
         rope = self.positions(x)[: x.shape[1]]
+        x = self.dropout(x if self.learned_positions is None else x + rope)
         if self.modulation is None:
             for block in self.blocks:
                 x = self.run(block, x, rope)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from lexel.generators.base import FREE
 from lexel.generators.batch import SampleBatch
-from lexel.generators.next_token.decoding import CacheWrite, Decoder, KVCache
+from lexel.generators.next_token.decoding import Decoder
+from lexel.generators.next_token.fused import CacheWrite, KVCache
 from lexel.generators.next_token.heads import join_tokens
 from lexel.generators.sampling import filter_logits, guide, sample_index
 
