@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from lexel import config
-from lexel.errors import unknown
+from lexel.errors import UsageError, unknown
 from lexel.registry import lookup, names
 
 # The module and name of each table, and the entry points by which other packages extend it.
@@ -35,7 +35,15 @@ def entries(table: str) -> list[tuple[str, str]]:
         raise unknown("table", table, [*TABLES, RECIPES])
     module, name, group = TABLES[table]
     found: Mapping[str, Any] = getattr(import_module(module), name)
-    return [(key, _summary(lookup(found, key, table, group))) for key in names(found, group)]
+    return [(key, _line(found, key, table, group)) for key in names(found, group)]
+
+
+def _line(found: Mapping[str, Any], key: str, table: str, group: str | None) -> str:
+    """The line about an entry; one of another package that cannot be loaded says so, and does not end the list."""
+    try:
+        return _summary(lookup(found, key, table, group))
+    except UsageError as error:
+        return str(error)
 
 
 def _recipes() -> Iterator[tuple[str, str]]:

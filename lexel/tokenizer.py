@@ -53,7 +53,7 @@ class Tokenizer(nn.Module):
         self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
         options = dict(self.config.quantizer)
         if "kind" not in options:
-            raise UsageError(f"the quantizer needs a kind; choose from {', '.join(sorted(quantizers.QUANTIZERS))}")
+            raise UsageError(f"the quantizer needs a kind; choose from {', '.join(quantizers.names())}")
         # The network first: a seed then gives it the same start under every quantizer.
         network = autoencoders.build(self.config.autoencoder)
         self.encoder, self.decoder = network.encoder, network.decoder

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lexel import quantizers as table
 from lexel.config import Config, check, read
 from lexel.errors import UsageError
-from lexel.quantizers import QUANTIZERS
 from lexel.train.tokenizer import IMAGE_TERMS, TokenizerRecipe
 
 
 class Variant(Config):
     """A quantizer with options of its own, under a name of its own."""
 
-    kind: str  # a key of QUANTIZERS
+    kind: str  # the name of a quantizer
     options: dict[str, Any] = {}  # of its constructor
     weights: dict[str, float] = {}  # of its loss terms, instead of the published ones
     train: dict[str, Any] = {}  # changes of the recipe's section train, such as a schedule
@@ -44,14 +44,15 @@ def expand(
 ) -> list[PlannedRun]:
     """All runs of a comparison, checked; seeds change slowest, so that every method has a result early."""
     variants = variants or {}
+    known = table.names()
     for label, variant in variants.items():
-        if label in QUANTIZERS:
+        if label in known:
             raise UsageError(f"the variant {label!r} has a quantizer's name; choose another, such as '{label}_2'")
-        if variant.kind not in QUANTIZERS:
-            raise UsageError(f"variant {label!r}: unknown kind {variant.kind!r}; choose from {_names(QUANTIZERS)}")
+        if variant.kind not in known:
+            raise UsageError(f"variant {label!r}: unknown kind {variant.kind!r}; choose from {_names(known)}")
     for label in quantizers:
-        if label not in QUANTIZERS and label not in variants:
-            raise UsageError(f"unknown quantizer {label!r}; choose from {_names([*QUANTIZERS, *variants])}")
+        if label not in known and label not in variants:
+            raise UsageError(f"unknown quantizer {label!r}; choose from {_names([*known, *variants])}")
     for what, values in (("quantizers", quantizers), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise UsageError(f"{what} must be given, each once; got {list(values) or 'none'}")

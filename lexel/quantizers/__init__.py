@@ -15,7 +15,7 @@ from lexel.quantizers.lfq import LFQ
 from lexel.quantizers.multiscale import Multiscale
 from lexel.quantizers.nested import Nested
 from lexel.quantizers.product import Product
-from lexel.quantizers.registry import QUANTIZERS, build, outline
+from lexel.quantizers.registry import QUANTIZERS, build, names, outline
 from lexel.quantizers.residual import Residual
 from lexel.quantizers.running import frozen_statistics
 from lexel.quantizers.simvq import SimVQ
@@ -74,6 +74,7 @@ __all__ = [
     "build_bank",
     "frozen_statistics",
     "load_bank",
+    "names",
     "outline",
     "save_bank",
 ]

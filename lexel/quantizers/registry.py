@@ -46,6 +46,11 @@ def quantizer_class(kind: str) -> type[Quantizer]:
     return found
 
 
+def names() -> list[str]:
+    """The names of all quantizers, those of other packages included, sorted."""
+    return registry.names(QUANTIZERS, GROUP)
+
+
 def outline(table: Mapping[str, Any]) -> Quantizer:
     """A quantizer without memory (on the meta device), to ask what it is; `table` is a recipe's, with its kind.
 
