@@ -202,6 +202,14 @@ PUBLISHED: dict[str, Published] = {
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
         lambda path: _read_lpips(path, "AlexNet_0", AlexNet),
     ),
+    "dists": Published(
+        "weights.pt",
+        "f5e65c96230b7f6ca995691647d482237e4cab8a50c5c4a5784f219ef0748218",
+        read_pickle,
+        "DISTS_pytorch",
+        "",
+        "pip install --no-deps DISTS-pytorch==0.1",
+    ),
     "efficientnet_lite0": Published(
         "efficientnet-lite0-57934424.pth",
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",

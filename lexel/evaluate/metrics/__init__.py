@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lexel import registry
 from lexel.evaluate.metric import Metric
+from lexel.evaluate.metrics.dists import DISTSDistance
 from lexel.evaluate.metrics.frechet import EfficientNetFrechet, Frechet, SpatialFrechet
 from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.neighbours import KID, MMD, PrecisionRecall
@@ -21,6 +22,7 @@ METRICS: dict[str, type[Metric]] = {  # results come in this order
     "psnr": PSNR,
     "ssim": SSIM,
     "lpips": LPIPSDistance,
+    "dists": DISTSDistance,
     "usage": Usage,
     "precision_recall": PrecisionRecall,
     "kid": KID,
