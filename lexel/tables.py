@@ -12,6 +12,11 @@ from lexel.registry import lookup, names
 # The module and name of each table, and the entry points by which other packages extend it.
 TABLES: dict[str, tuple[str, str, str | None]] = {
     "quantizers": ("lexel.quantizers", "QUANTIZERS", "lexel.quantizers"),
+    "autoencoders": ("lexel.autoencoders", "AUTOENCODERS", "lexel.autoencoders"),
+    "generators": ("lexel.generators", "GENERATORS", "lexel.generators"),
+    "conditions": ("lexel.generators", "CONDITIONS", "lexel.conditions"),
+    "sources": ("lexel.data", "SOURCES", "lexel.sources"),
+    "metrics": ("lexel.evaluate", "METRICS", "lexel.metrics"),
     "protocols": ("lexel.metrics.protocols", "PROTOCOLS", None),
     "transforms": ("lexel.data", "TRANSFORMS", None),
     "networks": ("lexel.networks", "FEATURE_NETWORKS", None),
