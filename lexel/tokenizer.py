@@ -14,7 +14,8 @@ from lexel import __version__, autoencoders, checkpoint, quantizers
 from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
-from lexel.quantizers import Quantized
+from lexel.quantizers import Levels, Quantized, Quantizer
+from lexel.quantizers.base import straight_through
 from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
 
@@ -35,6 +36,15 @@ class Reconstruction(NamedTuple):
     quantized: Quantized
 
 
+def build_quantizer(table: Mapping[str, Any], shares: tuple[int, ...] | None) -> Quantizer:
+    """The quantizer of a table with its kind; one a level where the autoencoder has several."""
+    options = dict(table)
+    kind = options.pop("kind")
+    if shares is None:
+        return quantizers.build(kind, options)
+    return Levels([quantizers.build(kind, options) for _ in shares], shares)
+
+
 class Tokenizer(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to indices (B, *grid), and back; `grid` says which sizes fit.
 
@@ -51,14 +61,17 @@ class Tokenizer(nn.Module):
         super().__init__()
         self.config = config or TokenizerConfig()
         self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
-        options = dict(self.config.quantizer)
-        if "kind" not in options:
+        if "kind" not in self.config.quantizer:
             raise UsageError(f"the quantizer needs a kind; choose from {', '.join(quantizers.names())}")
         # The network first: a seed then gives it the same start under every quantizer.
         network = autoencoders.build(self.config.autoencoder)
         self.encoder, self.decoder = network.encoder, network.decoder
         self.__dict__["autoencoder"] = network  # no submodule: its weights already have names, encoder and decoder
-        self.quantizer = quantizers.build(options.pop("kind"), options)
+        self.quantizer = build_quantizer(self.config.quantizer, network.shares)
+        if network.shares is not None and self.config.projections:
+            raise UsageError(
+                f"the {network.config.kind} autoencoder has projections of its own; set projections = false"
+            )
         before, after = self.quantizer.latent_dim, self.quantizer.codebook_dim
         self.to_codes: nn.Module = nn.Identity()
         self.from_codes: nn.Module = nn.Identity()
@@ -131,16 +144,25 @@ class Tokenizer(nn.Module):
         Raises:
             UsageError: images of this size do not fit.
         """
-        grids = self.quantizer.token_grids(self.grid(height, width))
+        grids = self.autoencoder.grids(height, width)
+        if len(grids) == 1:  # a quantizer over scales has several on one grid of latents
+            grids = self.quantizer.token_grids(grids[0])
         return TokenSpec(grids, self.codebook_size, self.quantizer.books)
 
     def latents(self, images: Tensor) -> Tensor:
         """The encoder's result before quantization: (B, D, *grid), at least float32."""
-        z = self.encoder(images.to(self._dtype))
+        images = images.to(self._dtype)
+        z = self.encoder(images) if self.autoencoder.shares is None else self.encoder(images, self._codes_of_level)
         # Neighbouring codes differ by little: autocast must not round what decides between them.
         with torch.autocast(z.device.type, enabled=False):
             z = self.to_codes(z.to(self._dtype))
         return z.to(torch.promote_types(z.dtype, torch.float32))
+
+    def _codes_of_level(self, level: int, z: Tensor) -> Tensor:
+        """The codes of one level's latents (B, D, *grid), for the finer levels; nothing is learned of them here."""
+        assert isinstance(self.quantizer, Levels)
+        part = self.quantizer.part(level)
+        return straight_through(z, part.indices_to_codes(part.assign(z)))
 
     def decode_codes(self, z_q: Tensor, text: Tensor | None = None) -> Tensor:
         """Images (B, C, H, W), not clamped, from quantized latents (B, D, *grid); differentiable.
@@ -257,8 +279,7 @@ class Tokenizer(nn.Module):
             tokenizer = cls(config)
         checkpoint.load_strict(tokenizer, tensors, source)
         if any(buffer.is_meta for buffer in tokenizer.buffers()):  # tables that are computed, never saved
-            options = dict(config.quantizer)
-            computed = quantizers.build(options.pop("kind"), options)
+            computed = build_quantizer(config.quantizer, tokenizer.autoencoder.shares)
             for name, module in computed.named_modules():
                 for buffer in module._non_persistent_buffers_set:
                     setattr(tokenizer.quantizer.get_submodule(name), buffer, getattr(module, buffer))

@@ -18,6 +18,8 @@ SMALL = {  # non-square where the size is fixed
     "simvq": CONVOLUTIONAL,
     "maskgit": CONVOLUTIONAL,
     "vit": {"patch": 4, "encoder": TRANSFORMER, "decoder": {**TRANSFORMER, "width": 24}, "head_width": 8},
+    "vqvae": {"width": 8, "residual_blocks": 1, "residual_width": 4},
+    "vqvae2": {"width": 8, "residual_blocks": 1, "residual_width": 4, "z_channels": 4, "size": [16, 24]},
     "titok": {"size": [16, 24], "patch": 4, "tokens": 5, "encoder": TRANSFORMER, "decoder": TRANSFORMER},
 }
 KINDS = pytest.mark.parametrize("kind", sorted(AUTOENCODERS))
@@ -26,7 +28,9 @@ KINDS = pytest.mark.parametrize("kind", sorted(AUTOENCODERS))
 def tokenizer(kind, quantizer="vq", **options):
     torch.manual_seed(0)
     codes = {"kind": quantizer, "codebook_size": 16, "codebook_dim": 4}
-    return Tokenizer(TokenizerConfig(autoencoder={"kind": kind, **SMALL[kind], **options}, quantizer=codes)).eval()
+    network = {"kind": kind, **SMALL[kind], **options}
+    projections = AUTOENCODERS[kind].shares is None
+    return Tokenizer(TokenizerConfig(autoencoder=network, quantizer=codes, projections=projections)).eval()
 
 
 def images(model, batch=3, channels=3):
@@ -41,7 +45,7 @@ def test_every_entry_has_a_small_configuration_here():
 @KINDS
 @pytest.mark.parametrize("quantizer", ["ibq", "residual"])
 def test_decoding_what_was_encoded_is_the_forward_pass(kind, quantizer):
-    model = tokenizer(kind, quantizer)
+    model = tokenizer(kind, quantizer if AUTOENCODERS[kind].shares is None else "fsq")
     x = images(model)
     torch.testing.assert_close(model.decode(model.encode(x)), model(x).images.clamp(-1, 1), rtol=0, atol=1e-6)
 
@@ -63,7 +67,7 @@ def test_the_grid_is_that_of_the_indices_and_gives_the_size_back(kind):
     height, width = x.shape[2:]
     assert model.encode(x).shape[1:] == model.grid(height, width) == model.token_spec(height, width).shape
     assert model.image_size(model.grid(height, width)) == (height, width)
-    assert model.autoencoder.encoder(x).shape == (3, model.autoencoder.z_channels, *model.grid(height, width))
+    assert model.latents(x).shape == (3, 4, *model.grid(height, width))
 
 
 @KINDS

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import lexel
+from lexel.autoencoders import AUTOENCODERS
 from lexel.codec import Codec
 from lexel.config import check
 from lexel.data import TRANSFORMS
@@ -16,6 +17,7 @@ from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer
 from lexel.evaluate.sources import open_samples
 from lexel.export import export
+from lexel.metrics.protocols import protocol
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
 from lexel.train import train
@@ -28,7 +30,9 @@ VIT = {"kind": "vit", "patch": 4, "encoder": TRANSFORMER, "decoder": TRANSFORMER
 TITOK = {"kind": "titok", "size": 16, "patch": 4, "tokens": 6, "encoder": TRANSFORMER, "decoder": TRANSFORMER}
 MASKGIT = {"kind": "maskgit", **CONVOLUTIONAL}
 CODES = {**TITOK, "head": "codes", "proxy": {"codebook_size": 32, "pixels": CONVOLUTIONAL}}
-GRIDS = {"vit": (4, 4), "titok": (6,), "maskgit": (4, 4)}
+VQVAE = {"kind": "vqvae", "width": 8, "residual_blocks": 1, "residual_width": 4}
+VQVAE2 = {**VQVAE, "kind": "vqvae2", "z_channels": 8}
+GRIDS = {"vit": (4, 4), "titok": (6,), "maskgit": (4, 4), "vqvae": (4, 4), "vqvae2": (20,)}
 
 
 def recipe(autoencoder, *, weights=None, steps=4, init=None, adversarial=False, **model):
@@ -58,10 +62,11 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT], ids=lambda table: table["kind"])
+@pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT, VQVAE, VQVAE2], ids=lambda table: table["kind"])
 def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
     run = tmp_path / "run"
-    assert train(recipe(autoencoder, adversarial=True), run).finished
+    projections = AUTOENCODERS[autoencoder["kind"]].shares is None
+    assert train(recipe(autoencoder, adversarial=True, projections=projections), run).finished
     assert {"adversarial", "adversarial_weight"} <= losses(run)[-1].keys()
     assert "Which code stands where" in (run / "report.html").read_text()
     model = lexel.load(run)
@@ -73,9 +78,13 @@ def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_s
     assert Codec(model, runtime("cpu"), None).decode(tokens, tmp_path / "decoded").written == 4
     result = evaluate_tokenizer(model, photos, size=16, metrics=["psnr", "usage"], cache=False)
     assert result["metrics"]["psnr"] > 0
-    of_tokens = open_samples(tokens, model, runtime("cpu"), 0, None)
+    of_tokens = open_samples(tokens, model, protocol("lexel"), runtime("cpu"), 0, None)
     assert of_tokens.size == (16, 16)
 
+    if not projections:
+        with pytest.raises(UsageError, match="several levels cannot be exported"):
+            export(model, tmp_path / "exported", formats=["torch"])
+        return
     export(model, tmp_path / "exported", formats=["torch"])
     program = torch.export.load(tmp_path / "exported" / "encoder.pt2").module()
     images = torch.rand(3, 3, 16, 16) * 2 - 1

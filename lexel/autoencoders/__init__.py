@@ -13,6 +13,8 @@ from lexel.autoencoders.simvq import SimVQAutoencoder, SimVQConfig
 from lexel.autoencoders.titok import TiTok, TiTokConfig
 from lexel.autoencoders.vit import ViT, ViTConfig
 from lexel.autoencoders.vqgan import VQGAN, VQGANConfig
+from lexel.autoencoders.vqvae import VQVAE, VQVAEConfig
+from lexel.autoencoders.vqvae2 import VQVAE2, VQVAE2Config
 
 AUTOENCODERS: dict[str, type[Autoencoder]] = {
     "vqgan": VQGAN,
@@ -21,6 +23,8 @@ AUTOENCODERS: dict[str, type[Autoencoder]] = {
     "maskgit": MaskGIT,
     "vit": ViT,
     "titok": TiTok,
+    "vqvae": VQVAE,
+    "vqvae2": VQVAE2,
 }
 GROUP = "lexel.autoencoders"  # the entry points by which other packages add kinds
 
@@ -68,6 +72,8 @@ def build(config: AutoencoderConfig) -> Autoencoder:
 __all__ = [
     "AUTOENCODERS",
     "VQGAN",
+    "VQVAE",
+    "VQVAE2",
     "Autoencoder",
     "AutoencoderConfig",
     "Magvit",
@@ -79,6 +85,8 @@ __all__ = [
     "TiTok",
     "TiTokConfig",
     "VQGANConfig",
+    "VQVAE2Config",
+    "VQVAEConfig",
     "ViT",
     "ViTConfig",
     "autoencoder_class",

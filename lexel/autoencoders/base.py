@@ -34,6 +34,9 @@ class Autoencoder(nn.Module):
 
     config_class: ClassVar[type[AutoencoderConfig]]
     axes: ClassVar[int] = 2  # of the grid: 2 for maps, 1 for sequences
+    # Cells of each level, as a ratio, where latents lie on several grids; the encoder then is called with the images
+    # and with a function (level, latents (B, D, *grid)) to the level's codes, and has no projections.
+    shares: ClassVar[tuple[int, ...] | None] = None
     LOSS_WEIGHTS: ClassVar[Mapping[str, float]] = {}  # every term that `losses` may return, with its published weight
 
     encoder: nn.Module  # images (B, channels, H, W) to (B, z_channels, *grid)
@@ -79,6 +82,14 @@ class Autoencoder(nn.Module):
         if height < 1 or width < 1 or height % factor or width % factor:
             raise UsageError(f"images need {self.sizes}, got {height} x {width}")
         return height // factor, width // factor
+
+    def grids(self, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+        """The grids of all levels, coarse to fine; one for most kinds.
+
+        Raises:
+            UsageError: images of this size do not fit.
+        """
+        return (self.grid(height, width),)
 
     def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
         """Height and width in pixels of the image of a grid of latents; the inverse of `grid`.

@@ -222,6 +222,9 @@ class Decoder(nn.Module):
         self.head: PixelHead | CodeHead
         self.head = PixelHead(config) if config.proxy is None else CodeHead(size.width, config.proxy)
         initialise(self)
+        if isinstance(self.head, PixelHead):  # pictures start grey; the published ones start black
+            nn.init.dirac_(self.head.conv_out.weight)
+            nn.init.constant_(self.head.conv_out.get_parameter("bias"), 0.5)
 
     @property
     def last_layer(self) -> nn.Parameter:

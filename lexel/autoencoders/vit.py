@@ -84,6 +84,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(size.width)
         self.pixels = nn.ConvTranspose2d(size.width, config.channels, config.patch, config.patch)
         self.apply(initialise)
+        nn.init.constant_(self.pixels.get_parameter("bias"), 0.5)  # pictures start grey; the published ones start black
 
     def forward(self, z: Tensor) -> Tensor:
         return from_unit(self.pixels(transformed(z, self.blocks, self.norm)))

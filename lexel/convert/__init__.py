@@ -22,6 +22,7 @@ from lexel.convert import (
     vit,
     vqgan,
     vqgan_lc,
+    vqvae2,
 )
 from lexel.convert.family import Conversion, Family, Request
 from lexel.errors import UsageError, unknown
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         vit.FAMILY,
         titok.FAMILY,
         maskgit_vqgan.FAMILY,
+        vqvae2.FAMILY,
         *transformers.FAMILIES,
         *masked.FAMILIES,
         mage.FAMILY,

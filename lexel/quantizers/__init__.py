@@ -11,6 +11,7 @@ from lexel.quantizers.fvq import FVQ
 from lexel.quantizers.gaussian import Gaussian
 from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.ibq import IBQ
+from lexel.quantizers.levels import Levels
 from lexel.quantizers.lfq import LFQ
 from lexel.quantizers.multiscale import Multiscale
 from lexel.quantizers.nested import Nested
@@ -61,6 +62,7 @@ __all__ = [
     "Cosine",
     "Gaussian",
     "Gumbel",
+    "Levels",
     "Multiscale",
     "Nested",
     "Product",

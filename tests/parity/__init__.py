@@ -7,7 +7,7 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
-from tests.parity import emu, fvq, mage, masked, maskgit_vqgan, rar, rq, titok, var_quantizer, vit, vqgan_lc
+from tests.parity import emu, fvq, mage, masked, maskgit_vqgan, rar, rq, titok, var_quantizer, vit, vqgan_lc, vqvae2
 from tests.parity.fixture import Fixture
 
 CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
@@ -17,6 +17,7 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "TiTok legacy, stage 2": titok.stage2,
     "TiTok one-stage": titok.single_stage,
     "TiTok stage-2 discriminator": titok.discriminator,
+    "VQ-VAE-2": vqvae2.check,
     "ViT-VQGAN": vit.check,
     "MaskGIT generator of TiTok": masked.check,
     "mask counts after each step": masked.check_schedules,

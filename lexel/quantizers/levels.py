@@ -1,0 +1,81 @@
+"""Several grids of latents, coarse to fine, each with a quantizer of its own (VQ-VAE-2,
+https://arxiv.org/abs/1906.00446)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lexel.errors import UsageError
+from lexel.quantizers.base import Quantized, Quantizer, full_precision
+
+
+class Levels(Quantizer):
+    """One quantizer a level; the levels' latents lie one after another: z (B, D, T), indices (B, T).
+
+    Built by tokenizers whose autoencoder has several levels. Loss terms are sums over the levels; indices of all
+    levels count in one histogram.
+
+    Args:
+        parts: quantizers of one kind, size and dimension, coarse to fine.
+        shares: cells of each level, as a ratio: (1, 4) where the finer grid has twice the rows and columns.
+    """
+
+    def __init__(self, parts: Sequence[Quantizer], shares: Sequence[int]) -> None:
+        first = parts[0]
+        super().__init__(first.codebook_size, first.codebook_dim)
+        if first.books is not None:
+            raise UsageError("an autoencoder with several levels takes quantizers with one index a position")
+        self.parts = nn.ModuleList(parts)
+        self.shares = tuple(shares)
+        self.LOSS_WEIGHTS = first.LOSS_WEIGHTS
+        self.similarity, self.gradient = first.similarity, first.gradient
+        self.straight_through, self.batch_dependent = first.straight_through, first.batch_dependent
+        self.comparable_norms, self.starts_collapsed = first.comparable_norms, first.starts_collapsed
+
+    def part(self, level: int) -> Quantizer:
+        """The quantizer of a level."""
+        part = self.parts[level]
+        assert isinstance(part, Quantizer)
+        return part
+
+    def split(self, cells: Tensor) -> tuple[Tensor, ...]:
+        """Cells (..., T) of all levels as one tensor a level."""
+        total = cells.shape[-1]
+        if total % sum(self.shares):
+            raise UsageError(f"levels share their cells as {self.shares}, which does not divide {total}")
+        return cells.split([share * total // sum(self.shares) for share in self.shares], -1)
+
+    @property
+    def codebook(self) -> Tensor:
+        return torch.cat([self.part(level).codebook for level in range(len(self.parts))])
+
+    @full_precision
+    def forward(self, z: Tensor) -> Quantized:
+        results = [self.part(level)(part) for level, part in enumerate(self.split(z))]
+        losses = {name: torch.stack([result.losses[name] for result in results]).sum() for name in results[0].losses}
+        z_q, indices = (torch.cat([result[place] for result in results], -1) for place in (0, 1))
+        return Quantized(z_q, indices, losses)
+
+    @torch.no_grad()
+    @full_precision
+    def assign(self, z: Tensor) -> Tensor:
+        return torch.cat([self.part(level).assign(part) for level, part in enumerate(self.split(z))], -1)
+
+    def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        parts = [self.part(level).indices_to_codes(part) for level, part in enumerate(self.split(indices))]
+        return torch.cat(parts, -1)
+
+    def bake(self) -> "Quantizer":
+        return Levels([self.part(level).bake() for level in range(len(self.parts))], self.shares)
+
+    def searcher(self) -> Any:
+        raise UsageError("a tokenizer of several levels cannot be exported: its finer latents depend on coarser codes")
+
+    def anneal(self, progress: float) -> None:
+        for level in range(len(self.parts)):
+            self.part(level).anneal(progress)
+
+    def dead_codes(self, seen: Any) -> Any:
+        return self.part(0).dead_codes(seen)
