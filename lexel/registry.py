@@ -31,7 +31,7 @@ def lookup(table: Mapping[str, Entry], name: str, what: str, group: str | None =
     Raises:
         UsageError: nobody has registered that name, or the package that did cannot be imported.
     """
-    if name in table:
+    if isinstance(name, str) and name in table:  # a recipe may say anything
         return table[name]
     for point in entry_points(group=group) if group else ():
         if point.name == name:

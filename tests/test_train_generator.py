@@ -337,6 +337,14 @@ def test_training_goes_on_from_another_generator(tokens, tmp_path):
         train_generator(recipe(tokens, {"layers": 2}, init=source), tmp_path / "third", device="cpu")
 
 
+def test_a_start_from_a_generator_whose_classes_are_named_otherwise_is_told(tokens, tmp_path):
+    network = recipe(tokens).generator
+    given = Generator(GeneratorConfig(transformer=network, class_names=["dark", "pale"]))
+    still = recipe(tokens, init={"source": "published.ckpt"}, steps=1)
+    with pytest.warns(UserWarning, match="other names for 1 of its classes: what it learned as 'pale' now is 'light'"):
+        train_generator(still, tmp_path / "run", device="cpu", initial=given)
+
+
 def test_training_goes_on_from_a_generator_in_memory_whatever_its_head_is_called(tokens, tmp_path):
     network = recipe(tokens, {"head": "plain"}).generator  # as converted ones say; a recipe says "auto"
     given = Generator(GeneratorConfig(transformer=network))

@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lexel import config
 from lexel.errors import UsageError
@@ -26,9 +27,13 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @cached_property
     def names(self) -> list[str]:
-        """What the file holds."""
-        with safe_open(self.path, framework="numpy") as file:
-            return list(file.keys())
+        """What the file holds; nothing, with a warning, where it is damaged."""
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                return list(file.keys())
+        except SafetensorError as error:
+            warn(f"{self.path} cannot be read and is left out: {error}", stacklevel=2)
+            return []
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self.names:

@@ -7,6 +7,7 @@ default.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
@@ -332,6 +333,15 @@ def initialise(generator: Generator, source: str, initial: Generator | None = No
             raise UsageError(f"init.source {source} has {name} = {value}, the recipe {ours[name]}; make them the same")
     if generator.config.tokenizer is not None:
         initial.check_tokenizer(generator.config.tokenizer, "the recipe's tokenizer")
+    names, before = generator.config.class_names, initial.config.class_names
+    renamed = [(old, new) for old, new in zip(before or (), names or (), strict=False) if old != new]
+    if renamed:
+        old, new = renamed[0]
+        warnings.warn(
+            f"init.source {source} has other names for {len(renamed)} of its classes: "
+            f"what it learned as {old!r} now is {new!r}",
+            stacklevel=2,
+        )
     checkpoint.load_strict(generator, initial.state_dict(), source)
 
 
