@@ -102,6 +102,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lexel"
 
 
+def is_cached(path: Path) -> bool:
+    """Whether a file of the cache is there; False where the folder may not be entered."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 class PeakMemory:
     """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
 

@@ -239,6 +239,27 @@ def test_a_cache_that_cannot_be_written_costs_no_result(cache, monkeypatch):
     assert "fd_random" in made["metrics"]
 
 
+def test_a_cache_that_may_not_be_entered_costs_no_result(cache, monkeypatch):
+    """Python asks the system whether a file is there, and PermissionError is no answer."""
+    ask, write = Path.is_file, Path.mkdir
+
+    def refuse(call):
+        def refused(path, *given, **options):
+            if path.is_relative_to(cache):
+                raise PermissionError(13, "Permission denied")
+            return call(path, *given, **options)
+
+        return refused
+
+    monkeypatch.setattr(Path, "is_file", refuse(ask))
+    monkeypatch.setattr(Path, "mkdir", refuse(write))
+    result = evaluate_tokenizer(
+        Grey(), image_set(), dataclasses.replace(QUICK, network="inception"), metrics=["frechet"]
+    )
+    assert "fd_efficientnet_lite0" in result["metrics"]
+    assert any("cannot be written (Permission denied)" in warning for warning in result["warnings"])
+
+
 def test_a_damaged_cache_is_computed_again(cache):
     first = evaluate_tokenizer(Grey(), image_set(), QUICK)
     made = evaluate_samples(image_set(21, seed=5), image_set(), QUICK)

@@ -9,7 +9,7 @@ from lexel import networks, registry
 from lexel.errors import UsageError
 from lexel.metrics import Protocol
 from lexel.networks import FeatureNetwork
-from lexel.runtime import cache_folder
+from lexel.runtime import cache_folder, is_cached
 
 OFFLINE = "efficientnet_lite0"  # stands in where FID's Inception is not at hand; a package carries its weights
 
@@ -82,7 +82,7 @@ class Networks:
 
 
 def _cached(name: str) -> bool:
-    return (cache_folder() / "networks" / f"{name}.safetensors").is_file()
+    return is_cached(cache_folder() / "networks" / f"{name}.safetensors")
 
 
 def described(network: FeatureNetwork | None) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ from lexel.metrics import (
     write_statistics,
 )
 from lexel.networks import FeatureNetwork
-from lexel.runtime import cache_folder, exact_float32
+from lexel.runtime import cache_folder, exact_float32, is_cached
 
 
 def reference_statistics(
@@ -187,7 +187,7 @@ class Originals:
             keep(path, lambda path=path, state=state: checkpoint.save_state(path, state), self._warnings)
 
     def _read(self, name: str, path: Path, metric: Metric) -> bool:
-        if not path.is_file():
+        if not is_cached(path):
             return False
         before = {part: metric.states[part].state_dict() for part in metric.of_originals}
         try:
@@ -204,7 +204,7 @@ class Originals:
 
 def _found(path: Path, warnings: list[str]) -> ReferenceStatistics | None:
     """The statistics in a file of the cache; None, and a warning, where it is damaged."""
-    if not path.is_file():
+    if not is_cached(path):
         return None
     try:
         return read_statistics(path)

@@ -22,7 +22,7 @@ from lexel.checkpoint import atomic, fingerprint, read_pickle
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
-from lexel.runtime import cache_folder, without_weights
+from lexel.runtime import cache_folder, is_cached, without_weights
 
 
 class Published(NamedTuple):
@@ -56,7 +56,7 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
         source = Path(path).expanduser()
         if not source.is_file():
             raise UsageError(f"weights of {name}: {source} is not a file; {published.advice}")
-    elif cached.is_file():
+    elif is_cached(cached):
         try:
             return _read_cached(cached, name, published)
         except UsageError as damaged:  # the cache saves time; the package's own file will do
