@@ -20,7 +20,7 @@ from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
-from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
+from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
 from lexel.run_folder import TrainingStopped, read_metrics
 from lexel.runtime import runtime
@@ -205,6 +205,33 @@ def test_resuming_changes_nothing(tokens, tmp_path, steps):
     timed = ("seconds", "images_per_second")
     last = [{name: value for name, value in each[-2].items() if name not in timed} for each in lines]
     assert last[0] == last[1]
+
+
+@pytest.mark.parametrize("kind", ["masked", "random_order"])
+def test_every_family_resumes_exactly_and_is_measured_in_bits(tokens, tmp_path, kind):
+    family = {"kind": kind, "hidden": 32}
+    if kind == "random_order":  # a run of 3 steps would be annealed earlier than one of 6
+        family |= {"anneal_from": 1.0, "anneal_to": 1.0}
+    straight = train_generator(recipe(tokens, family), tmp_path / "straight", device="cpu")
+    train_generator(recipe(tokens, family, steps=3), tmp_path / "resumed", device="cpu")
+    resumed = train_generator(recipe(tokens, family), tmp_path / "resumed", device="cpu")
+    same(straight.generator, resumed.generator)
+    validation = [
+        line for line in read_metrics(tmp_path / "straight" / "metrics.jsonl") if line["kind"] == "validation"
+    ]
+    assert all(line["bits_per_token"] > 0 and line["histogram_bits"] > 0 for line in validation)
+    found = lexel_generator(tmp_path / "straight")
+    assert found.config.transformer.kind == kind
+    assert found.sample([0, 1]).shape == (2, 2, 3)
+
+
+def test_a_family_without_a_likelihood_is_measured_by_its_loss(tokens, tmp_path, monkeypatch):
+    monkeypatch.setattr(Masked, "has_likelihood", False)
+    train_generator(recipe(tokens, {"kind": "masked", "hidden": 32}), tmp_path / "run", device="cpu")
+    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert line["kind"] == "validation"
+    assert line["loss"] > 0
+    assert line["images"] == 24
 
 
 def test_a_batch_in_parts_gives_the_same_step(tokens):
