@@ -11,6 +11,7 @@ from lexel.convert import (
     files,
     fvq,
     ibq,
+    latents,
     llamagen,
     mage,
     masked,
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         *transformers.FAMILIES,
         *masked.FAMILIES,
         mage.FAMILY,
+        *latents.FAMILIES,
     )
 }
 

@@ -56,7 +56,8 @@ def convert(request: Request, layout: GeneratorLayout) -> Conversion:
     layout.prepare(entries)
     renamed = rename(entries, layout.rules, layout.left_out, request.source, layout.family)
     tensors = renamed.tensors
-    options = layout.config(tensors, section(request.published.config, "generator"))
+    given = request.published.config
+    options = layout.config(tensors, section(given, "generator") or given)
     table = apply_overrides({"transformer": options}, request.overrides)
     config = check(table, GeneratorConfig, request.source)
     model = Generator.with_weights(config, tensors, request.source)

@@ -7,7 +7,22 @@ A family is one module here, with a function `check(fixture)`, and one line in C
 
 from collections.abc import Callable
 
-from tests.parity import emu, fvq, mage, masked, maskgit_vqgan, rar, rq, titok, var_quantizer, vit, vqgan_lc, vqvae2
+from tests.parity import (
+    diffusion,
+    emu,
+    fvq,
+    mage,
+    mar,
+    masked,
+    maskgit_vqgan,
+    rar,
+    rq,
+    titok,
+    var_quantizer,
+    vit,
+    vqgan_lc,
+    vqvae2,
+)
 from tests.parity.fixture import Fixture
 
 CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family` begins
@@ -28,6 +43,9 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "Emu3.5 IBQ tokenizer": emu.check,
     "FVQ VectorQuantizer": fvq.check,
     "VQGAN-LC": vqgan_lc.check,
+    "DiT": diffusion.dit,
+    "SiT": diffusion.sit,
+    "MAR": mar.check,
 }
 
 

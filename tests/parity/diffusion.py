@@ -1,0 +1,161 @@
+"""DiT and SiT: network, losses, gradients, and every sampler of the files."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel.generators.flow import Flow
+from lexel.generators.flow.diffusion import Diffusion, ddim_steps, linear_betas, spaced_steps, time_features
+from lexel.generators.flow.generator import Guided
+from lexel.generators.flow.transport import SDE, Transport, solve_ode, solve_sde
+from tests.parity.fixture import Fixture, Run
+
+TABLE = "y_embedder.embedding_table.weight"
+
+
+def conditioned(model: Flow, labels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network under labels, nothing dropped."""
+    vector = model.transformer.condition(labels)[:, 0]
+    return lambda z, time: model.transformer(z, time, vector)
+
+
+def guided(model: Flow, labels: Tensor, scale: float) -> Guided:
+    """The network under guidance of the first three channels, as published."""
+    condition = model.transformer.condition
+    return Guided(model.transformer, condition(labels)[:, 0], condition(condition.null(labels))[:, 0], scale, 3)
+
+
+def doubled(values: Tensor) -> Tensor:
+    """Published batches hold both halves of guidance."""
+    return torch.cat([values, values])
+
+
+def parameters(model: Flow) -> dict[str, Tensor]:
+    """Our parameters by their published names."""
+    ours = {name.removeprefix("network."): value for name, value in model.transformer.named_parameters()}
+    return {**ours, TABLE: model.transformer.condition.weight}
+
+
+def with_dropped_labels(model: Flow, run: Run, rate: float) -> Tensor:
+    labels = run["y"]
+    return torch.where(run["label_drop_uniform"] < rate, model.transformer.condition.null(labels), labels)
+
+
+def dit(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model: Flow = run.load("dit")
+        x, y, t, noise = run["x"], run["y"], run["t"], run["noise"]
+        run.close("t_freq", time_features(t.to(run.dtype), 256))
+        run.close("out", conditioned(model, y)(x, t))
+        schedule = Diffusion(linear_betas())
+        run.close("x_t", schedule.noised(x, t, noise))
+        rate = run.content["config"]["class_dropout_prob"]
+        for name, labels in (("losses", y), ("train_losses_with_label_drop", with_dropped_labels(model, run, rate))):
+            terms = schedule.losses(conditioned(model, labels), x, t, noise)
+            expected = run.expected[name]
+            run.close(f"{name}: mse", terms["noise"], expected["mse"])
+            run.close(f"{name}: vb", terms["variance"], expected["vb"])
+            run.close(f"{name}: loss", terms["noise"] + terms["variance"], expected["loss"])
+            if name == "losses":
+                total = (terms["noise"] + terms["variance"]).mean()
+                run.close("loss", total)
+                run.gradients(total, parameters(model))
+        numbers = run.content["schedule"]
+        run.close("alphas_cumprod", schedule.cumulative[numbers["alphas_cumprod_at"]], numbers["alphas_cumprod"])
+        run.same("timesteps_250", torch.tensor(spaced_steps(1000, 250)), torch.tensor(numbers["timesteps_250"]))
+        run.same("ddim_timesteps_50", torch.tensor(ddim_steps(1000, 50)), torch.tensor(numbers["ddim_timesteps_50"]))
+        spaced = schedule.respaced(spaced_steps(1000, run.content["sampling_steps"]))
+        run.close("spaced_betas", spaced.betas, numbers["spaced_betas"])
+        with torch.no_grad():
+            samplers(run, model, spaced)
+
+
+def samplers(run: Run, model: Flow, spaced: Diffusion) -> None:
+    x, y = run["x"], run["y"]
+    half = len(x) // 2
+    field = guided(model, y[:half], 4.0)
+    run.close("out_cfg", both_halves(field, x[:half], run["t"][:half]))
+    one = run.expected["one_step"]
+    run.same("timestep_map", spaced.steps, torch.tensor(one["timestep_map"]))
+    index = one["t_index"]
+    plain = conditioned(model, y)
+    output = plain(x, spaced.steps[index])
+    believed = spaced.posterior(output, x, index)
+    run.close("one_step: mean", believed.mean, one["mean"])
+    run.close("one_step: log_variance", believed.log_variance, one["log_variance"])
+    run.close("one_step: pred_xstart", believed.clean, one["pred_xstart"])
+    single = [spaced.ddim_step(output[[n]], x[[n]], int(step)) for n, step in enumerate(index)]
+    run.close("one_step: ddim_eta0", torch.cat(single), one["ddim_eta0"])
+    points, deterministic = doubled(x[:half]), x
+    recorded = run.content["inputs"]["p_sample_noise"]
+    for number, step in enumerate(reversed(range(len(spaced.steps)))):
+        original = spaced.steps[[step] * len(x)]
+        # The published halves start from noise of their own, and each goes its way under the first half's guidance.
+        output = both_halves(field, points[:half], original[:half])
+        points = spaced.ancestral_step(output, points, step, recorded[number].to(run.dtype))
+        deterministic = spaced.ddim_step(plain(deterministic, original), deterministic, step)
+    run.close("p_sample_loop_cfg4", points)
+    run.close("ddim_loop", deterministic)
+
+
+def both_halves(field: Guided, point: Tensor, time: Tensor) -> Tensor:
+    """Outputs of the guided and of the null half, which share their guided channels."""
+    assert field.null is not None
+    guided = field(point, time)
+    rest = field.network(point, time, field.null)[:, field.channels :]
+    return torch.cat([guided, torch.cat([guided[:, : field.channels], rest], 1)])
+
+
+def sit(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model: Flow = run.load("sit")
+        x1, x0, y, t = run["x1"], run["x0"], run["y"], run["t"]
+        channels = x1.shape[1]
+        network = conditioned(model, y)
+        plain = lambda z, time, network=network, channels=channels: network(z, time)[:, :channels]  # noqa: E731
+        run.close("t_freq", time_features(t, 256))
+        run.close("out", plain(x1, t))
+        for name, case in run.expected.items():
+            if isinstance(case, dict):
+                path(run, name, case, plain, parameters(model))
+        half = len(x0) // 2
+        field = guided(model, y[:half], 4.0)
+        with torch.no_grad():
+            run.close("out_cfg", both_halves(field, x1[:half], t[:half])[:, :channels])
+            drift = lambda z, time, f=field, h=half, c=channels: both_halves(f, z[:h], time[:h])[:, :c]  # noqa: E731
+            for method in ("euler", "midpoint"):
+                expected = run.expected[f"ode_{method}"]
+                start = doubled(x0[:half])
+                found = [start, *solve_ode(drift, start, len(expected), method)]
+                run.close(f"ode_{method}", torch.stack(found), expected)
+            for name, draws in run.content["inputs"]["sde_noise"].items():
+                _, method, form, last = name.split("_")
+                sde = SDE(method.lower(), form, 1.0, last.lower(), 0.04)
+                draw = lambda number, draws=draws, run=run: draws[number].to(run.dtype)  # noqa: E731
+                expected = run.expected[name]
+                found = list(solve_sde(Transport(), plain, x0, len(expected), draw, sde))
+                run.close(name, torch.stack(found), expected)
+
+
+def path(run: Run, name: str, case: dict[str, Any], plain: Any, ours: dict[str, Tensor]) -> None:
+    """One path, prediction and weighting."""
+    x1, x0, t = run["x1"], run["x0"], run["t"]
+    kind, prediction, weighting = (part.lower() for part in name.split("_"))
+    transport = Transport(kind, prediction, weighting)
+    point, velocity = transport.between(x1, x0, t)
+    run.close(f"{name}: x_t", point, case["x_t"])
+    run.close(f"{name}: u_t", velocity, case["u_t"])
+    loss = transport.loss(plain, x1, x0, t)
+    run.close(f"{name}: loss", loss, case["loss"])
+    margins = torch.tensor([transport.training_margin, transport.sampling_margin])
+    run.close(f"{name}: eps", margins, torch.tensor([case["train_eps"], case["sample_eps"]]))
+    output = plain(point, t)
+    run.close(f"{name}: drift", transport.velocity(output, point, t), case["drift"])
+    if "score_from_velocity" in case:
+        run.close(f"{name}: score", transport.score(output, point, t), case["score_from_velocity"])
+    if "grads" in case:
+        found = torch.autograd.grad(loss.mean(), [ours[key] for key in case["grads"]])
+        for key, gradient in zip(case["grads"], found, strict=True):
+            run.close(f"{name}: grads:{key}", gradient, case["grads"][key])
