@@ -34,6 +34,13 @@ FAMILIES = {
         "kind": "continuous", "channels": 4, "patch": 2, "head_width": 32, "head_layers": 2, "buffer": 3,
         "decoder_width": 16, "decoder_layers": 1, "decoder_heads": 2, **GRID, **SMALL,
     },
+    "next_scale": {
+        "kind": "next_scale", "codebook_dim": 4, "scales": [1, 2, 4], "classes": 5, "width": 32, "layers": 2, "heads": 2
+    },
+    "next_scale-shared": {
+        "kind": "next_scale", "codebook_dim": 4, "scales": [1, 2, 4], "classes": 5, "width": 32, "layers": 2,
+        "heads": 2, "shared_modulation": True, "normalised": False,
+    },
     "residual": {"kind": "residual", "books": 3, "codebook_dim": 4, "depth_layers": 1, **GRID, **SMALL},
     "residual-tables": {
         "kind": "residual", "books": 3, "codebook_dim": 0, "depth_layers": 1, "cumulative": False,
@@ -47,15 +54,19 @@ OPTIONS = {
     "diffusion": {"steps": 5},
     "continuous": {"steps": 4, "diffusion_steps": 3},
     "continuous-patches": {"steps": 3, "diffusion_steps": 3},
+    "next_scale": {"top_p": 0.9},
+    "next_scale-shared": {"top_k": 7},
     "residual": {"top_k": 9},
     "residual-tables": {"temperature": 1.2},
 }
 
 
-def tokenizer(residual: bool) -> Tokenizer:
-    quantizer = {"kind": "vq", "codebook_size": 11, "codebook_dim": 4}
-    if residual:
-        quantizer = {"kind": "residual", "codebook_size": 11, "codebook_dim": 4, "depth": 3}
+QUANTIZERS = {"residual": {"depth": 3}, "next_scale": {"kind": "multiscale", "scales": [1, 2, 4]}}
+
+
+def tokenizer(family: str) -> Tokenizer:
+    kind = family if family == "residual" else "vq"
+    quantizer = {"kind": kind, "codebook_size": 11, "codebook_dim": 4, **QUANTIZERS.get(family, {})}
     autoencoder = {
         "kind": "vqgan", "width": 8, "multipliers": [1, 1], "z_channels": 4, "groups": 4, "residual_blocks": 1,
         "attention_levels": [], "middle_attention": False,
@@ -72,7 +83,7 @@ def make(name: str, codes: bool = True) -> Generator:
     shake(generator)
     generator = generator.double().eval()
     if generator.needs_tokenizer:
-        generator.attach(tokenizer(table["kind"] == "residual"))
+        generator.attach(tokenizer(table["kind"]))
     return generator
 
 
@@ -162,7 +173,7 @@ def test_a_condition_may_be_a_caption_or_nothing(name):
         config = network_config({**FAMILIES[name], "codebook_size": 11, "condition": table})
         generator = Generator(GeneratorConfig(transformer=config)).eval()
         if generator.needs_tokenizer:
-            generator.attach(tokenizer(generator.config.transformer.kind == "residual").float())
+            generator.attach(tokenizer(generator.config.transformer.kind).float())
         assert generator.sample(asked, **OPTIONS[name]).shape == (2, *generator.grid)
         prepared = generator.condition.check(asked)
         sum(generator.train().losses(some_tokens(generator, 2), prepared).values()).backward()
@@ -209,7 +220,35 @@ def test_recomputed_blocks_give_the_same_gradients(name):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------- residual codes
+# ---------------------------------------------------------------------------------------------- scales, residual codes
+
+
+@pytest.mark.parametrize("name", ["next_scale", "next_scale-shared"])
+def test_the_cache_over_scales_equals_the_whole_network(name):
+    generator = make(name)
+    greedy = generator.sample([0, 3], top_k=1)  # (2, 21)
+    logits = generator(greedy, torch.tensor([0, 3])).logits[0]
+    assert torch.equal(logits.argmax(-1), greedy)
+
+
+def test_a_finer_scale_does_not_change_the_likelihood_of_a_coarser_one():
+    generator = make("next_scale")
+    tokens = some_tokens(generator, 1)
+    changed = tokens.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % 11  # of the second scale
+    before, after = (generator.nll(each, torch.tensor([0]))[0] for each in (tokens, changed))
+    assert torch.equal(before[:2], after[:2])
+    assert torch.equal(before[3:5], after[3:5])  # tokens of one scale do not see each other
+    assert not torch.equal(before[5:], after[5:])
+
+
+def test_scales_that_do_not_fit_the_tokens_are_refused_with_what_would():
+    settings = make("next_scale").settings
+    settings.check_fits(tokenizer("next_scale").token_spec(8, 8), ["a"] * 5, "tokens")
+    with pytest.raises(UsageError, match=r"set generator\.codebook_size = 12"):
+        settings.check_fits(tokenizer("next_scale").token_spec(8, 8)._replace(codebook_size=12), ["a"] * 5, "tokens")
+    with pytest.raises(UsageError, match="square"):
+        settings.check_fits(tokenizer("next_scale").token_spec(8, 16), ["a"] * 5, "tokens")
 
 
 @pytest.mark.parametrize("name", ["residual", "residual-tables"])
@@ -237,10 +276,10 @@ def test_a_later_code_does_not_change_the_likelihood_of_an_earlier_one():
 def test_residual_tokens_of_another_depth_are_refused_with_what_would_fit():
     settings = make("residual").settings
     with pytest.raises(UsageError, match=r"generator\.books = 3"):
-        settings.check_fits(tokenizer(True).token_spec(8, 12)._replace(books=4), ["a"] * 5, "tokens")
+        settings.check_fits(tokenizer("residual").token_spec(8, 12)._replace(books=4), ["a"] * 5, "tokens")
     with pytest.raises(UsageError, match="one code at a place"):
-        settings.check_fits(tokenizer(False).token_spec(8, 12), ["a"] * 5, "tokens")
-    settings.check_fits(tokenizer(True).token_spec(8, 12), ["a"] * 5, "tokens")
+        settings.check_fits(tokenizer("flow").token_spec(8, 12), ["a"] * 5, "tokens")
+    settings.check_fits(tokenizer("residual").token_spec(8, 12), ["a"] * 5, "tokens")
 
 
 # ---------------------------------------------------------------------------------------------- diffusion and flows

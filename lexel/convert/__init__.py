@@ -17,9 +17,11 @@ from lexel.convert import (
     masked,
     maskgit_vqgan,
     open_magvit2,
+    rq_transformer,
     simvq,
     titok,
     transformers,
+    var,
     vit,
     vqgan,
     vqgan_lc,
@@ -51,6 +53,8 @@ FAMILIES: dict[str, Family] = {
         *masked.FAMILIES,
         mage.FAMILY,
         *latents.FAMILIES,
+        var.FAMILY,
+        rq_transformer.FAMILY,
     )
 }
 

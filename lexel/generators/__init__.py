@@ -10,6 +10,7 @@ from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, 
 from lexel.generators.continuous import Continuous
 from lexel.generators.flow import Flow
 from lexel.generators.masked import Masked, MaskedConfig
+from lexel.generators.next_scale import NextScale
 from lexel.generators.next_token import NextToken, NextTokenConfig
 from lexel.generators.random_order import RandomOrder, RandomOrderConfig
 from lexel.generators.residual import ResidualGenerator
@@ -17,6 +18,7 @@ from lexel.generators.residual import ResidualGenerator
 GENERATORS["next_token"] = NextToken
 GENERATORS["masked"] = Masked
 GENERATORS["random_order"] = RandomOrder
+GENERATORS["next_scale"] = NextScale
 GENERATORS["residual"] = ResidualGenerator
 GENERATORS["continuous"] = Continuous
 GENERATORS["flow"] = Flow

@@ -147,6 +147,52 @@ class Unconditional(Condition):
         return self.weight.expand(len(prepared), 1, -1)
 
 
+class CaptionWords(Condition, nn.Embedding):
+    """A caption as numbers of its words in a vocabulary, with learned vectors: int64 (B, length).
+
+    Captions are padded to `length` by the text tokenizer that made the numbers. There is no null condition.
+
+    Args:
+        width: channels of the network.
+        vocabulary: how many words there are.
+        length: words of a caption.
+    """
+
+    name = "words"
+    kind = "words"
+    rotated = True
+    guided = False
+
+    def __init__(self, width: int, vocabulary: int, length: int) -> None:
+        if vocabulary < 1 or length < 1:
+            raise UsageError(f"a condition of words needs vocabulary >= 1 and length >= 1, got {vocabulary}, {length}")
+        nn.Embedding.__init__(self, vocabulary, width)
+        self.vocabulary, self.length = vocabulary, length
+
+    def check(self, given: Any) -> Tensor:
+        words = torch.as_tensor(given)
+        if words.dim() != 2 or words.shape[1] != self.length or words.dtype.is_floating_point:
+            raise UsageError(f"words of captions must be integers (B, {self.length}), got {_described(given)}")
+        if words.numel() and (int(words.min()) < 0 or int(words.max()) >= self.vocabulary):
+            raise UsageError(f"words must be in [0, {self.vocabulary}), got {int(words.min())} to {int(words.max())}")
+        return words.to(self.weight.device, torch.long)
+
+    def of_batch(self, batch: Any) -> Tensor:
+        words: Tensor | None = getattr(batch, "captions", None)
+        if words is None:
+            raise UsageError("a condition of words needs captions beside the tokens, and there are none")
+        return words
+
+    def example(self, count: int) -> Tensor:
+        return torch.zeros(count, self.length, dtype=torch.long)
+
+    def null(self, like: Tensor) -> Tensor:
+        return like
+
+    def forward(self, prepared: Tensor) -> Tensor:
+        return F.embedding(prepared, self.weight)
+
+
 class CaptionFeatures(Condition):
     """A caption, as features of its tokens from a text encoder, projected by a small network.
 
@@ -214,7 +260,12 @@ class CaptionFeatures(Condition):
         return torch.where((prepared != 0).any(-1, keepdim=True), rows, self.padding)
 
 
-CONDITIONS: dict[str, type[Condition]] = {"none": Unconditional, "class": ClassLabels, "text": CaptionFeatures}
+CONDITIONS: dict[str, type[Condition]] = {
+    "none": Unconditional,
+    "class": ClassLabels,
+    "text": CaptionFeatures,
+    "words": CaptionWords,
+}
 
 
 def build_condition(width: int, table: Mapping[str, Any]) -> Condition:

@@ -1,13 +1,14 @@
 """Transformer over scales: every token of a scale at once, from all smaller scales (VAR, https://arxiv.org/abs/2404.02905)."""
 
 import math
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.generators.blocks import MLP
+from lexel.generators.blocks import MLP, call
 
 LARGEST_SCALE = 4.605170249938965  # log(100) in float32, as the published code has it
 
@@ -184,18 +185,33 @@ class ScaleTransformer(nn.Module):
         return x + self.lvl_embed(self.levels(x.device)[place]) + self.pos_1LC[:, place]  # (B, count, C)
 
     def blocks_forward(
-        self, x: Tensor, condition: Tensor, mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        run: Callable[..., Any] = call,
     ) -> tuple[Tensor, Cache]:
-        """Logits (B, T, K) of embedded tokens (B, T, C), and the KV cache with them."""
+        """Logits (B, T, K) of embedded tokens (B, T, C), and the KV cache with them.
+
+        Args:
+            x: embedded tokens.
+            condition: (B, C).
+            mask: which tokens may see which; None lets all see all.
+            cache: of the tokens before.
+            run: calls a block: a place to recompute activations.
+        """
         modulation = condition
         if self.shared_modulation:
             modulation = self.shared_ada_lin(condition).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
         grown = []
         for number, block in enumerate(self.blocks):
-            x, state = block(x, modulation, mask, None if cache is None else cache[number])
+            x, state = run(block, x, modulation, mask, None if cache is None else cache[number])
             grown.append(state)
         return self.head(self.head_nm(x, condition)), grown
 
-    def forward(self, vectors: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, vectors: Tensor, condition: Tensor, run: Callable[..., Any] = call) -> Tensor:
         count = sum(self.lengths)
-        return self.blocks_forward(self.embed(vectors, condition, 0, count), condition, self.mask(condition.device))[0]
+        return self.blocks_forward(
+            self.embed(vectors, condition, 0, count), condition, self.mask(condition.device), run=run
+        )[0]

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
+from lexel.generators.conditions import CaptionWords
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork
-from lexel.generators.residual.network import Cache, ResidualTransformer
+from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
 from lexel.generators.sampling import filter_logits, guide, sample_index
 from lexel.token_spec import TokenSpec
 
@@ -32,7 +33,8 @@ class ResidualConfig(NetworkConfig):
     `books` is the number of codes a position. Code vectors come from the tokenizer; `codebook_dim = 0` learns a table
     for every depth instead. `cumulative` shows the depth transformer the sum of the codes before, otherwise the last
     one. `layers` and `heads` are of the transformer over positions, `depth_layers` and `depth_heads` (the same heads
-    by default) of that over depths.
+    by default) of that over depths. With a condition of words, `words_weight` is the share of the loss that predicts
+    the words themselves.
     """
 
     kind: Literal["residual"] = "residual"
@@ -47,6 +49,7 @@ class ResidualConfig(NetworkConfig):
     depth_heads: int | None = Field(default=None, ge=1)
     cumulative: bool = True
     shared_classifier: bool = True
+    words_weight: float = Field(default=0.0, ge=0, lt=1)
     sigmoid_gelu: bool = False
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
@@ -80,6 +83,8 @@ class ResidualConfig(NetworkConfig):
         heads = self.depth_heads or self.heads
         if self.width % self.heads or self.width % heads:
             raise UsageError(f"width must be a multiple of heads, got {self.width} / {self.heads} and {heads}")
+        if self.words_weight and (self.condition or {}).get("kind") != "words":
+            raise UsageError('words_weight reaches nothing without condition.kind = "words"; leave it out')
         return self
 
 
@@ -107,16 +112,23 @@ class ResidualNetwork(ConditionedNetwork):
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):
             nn.init.normal_(self.condition.weight, std=0.02)
+        self.words_classifier: Classifier | None = None
+        if config.words_weight:
+            self.words_classifier = Classifier(config.width, cast(CaptionWords, self.condition).vocabulary, None)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks of both transformers, for sharding."""
         return [*self.network.body_transformer.blocks, *self.network.head_transformer.blocks]
 
-    def forward(self, codes: Tensor, vectors: Tensor | None, condition: Tensor) -> Tensor:
-        """Logits (B, T, D, K) of codes (B, T, D) given the condition and all codes before."""
+    def forward(self, codes: Tensor, vectors: Tensor | None, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits (B, T, D, K) of codes (B, T, D) given the condition and all codes before; and those of its words.
+
+        The words' logits are (B, L - 1, vocabulary), of every word but the first; None where they are not predicted.
+        """
         rows = self.condition(self.condition.drop(condition))  # (B, L, C)
-        return cast(Tensor, self.network(codes, vectors, rows, self.run)[0])
+        logits, outputs = self.network(codes, vectors, rows, self.run)
+        return logits, None if self.words_classifier is None else self.words_classifier(outputs)
 
 
 class ResidualGenerator(Generator):
@@ -152,11 +164,14 @@ class ResidualGenerator(Generator):
             tokens: int64 (B, books, rows, columns).
             condition: as `condition.check` makes it.
         """
+        return self._predicted(tokens, condition)[0]
+
+    def _predicted(self, tokens: Tensor, condition: Tensor) -> tuple[Predicted, Tensor | None]:
         codes = self.flat(tokens).view(len(tokens), self.settings.books, -1).transpose(1, 2)  # (B, T, D)
-        logits = self.transformer(codes, self._vectors(codes), condition.to(codes.device))
+        logits, words = self.transformer(codes, self._vectors(codes), condition.to(codes.device))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # (B, D, T, K)
         nll = F.cross_entropy(logits.flatten(0, 2), codes.transpose(1, 2).flatten(), reduction="none")
-        return Predicted((logits.flatten(1, 2),), nll.view(len(codes), -1))
+        return Predicted((logits.flatten(1, 2),), nll.view(len(codes), -1)), words
 
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Negative log-likelihood of every code in nats, (B, books * positions)."""
@@ -165,8 +180,14 @@ class ResidualGenerator(Generator):
         return nll
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """`nll`: the mean negative log-likelihood of a code, in nats."""
-        return {"nll": ResidualGenerator.nll(self, tokens, condition).mean()}
+        """`nll`: the mean negative log-likelihood of a code, in nats; `words`, that of a word, each with its share."""
+        predicted, words = self._predicted(tokens, condition)
+        assert predicted.nll is not None
+        if words is None:
+            return {"nll": predicted.nll.mean()}
+        share = self.settings.words_weight
+        found = F.cross_entropy(words.flatten(0, 1), condition[:, 1:].flatten().to(words.device))
+        return {"nll": (1 - share) * predicted.nll.mean(), "words": share * found}
 
     def _vectors(self, codes: Tensor) -> Tensor | None:
         """The code vectors (B, n, d, codebook_dim) of codes (B, n, d) of the first d depths."""

@@ -1,0 +1,89 @@
+"""RQ-Transformer: the transformers over positions and depths of residual codes, as published."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lexel.convert.family import Family, Names
+from lexel.convert.masked import Entries, GeneratorLayout, convert
+from lexel.convert.names import count
+
+OWN = "transformer.network."
+
+
+def _prepare(entries: Entries) -> None:
+    """Conditions of one number are classes, longer ones are words."""
+    kind = "classes" if entries["pos_emb_cond"].tensor.shape[1] == 1 else "words"
+    entries[kind] = entries.pop("cond_emb.weight")
+
+
+def _heads(options: Mapping[str, Any], name: str, width: int) -> int:
+    part = options.get(name)
+    block = part.get("block") if isinstance(part, Mapping) else None
+    given = block.get("n_head") if isinstance(block, Mapping) else None
+    return given if isinstance(given, int) else max(1, width // 64)
+
+
+def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
+    width = tensors[f"{OWN}pos_emb_d"].shape[2]
+    positions, depths = tensors[f"{OWN}pos_emb_hw"].shape[1], tensors[f"{OWN}pos_emb_d"].shape[1]
+    side = math.isqrt(positions)
+    block = options.get("block_size")
+    rows, columns = (block[0], block[1]) if isinstance(block, list | tuple) and len(block) == 3 else (side, side)
+    own_tables = f"{OWN}tok_emb.weight" in tensors
+    shared = tensors[f"{OWN}classifier.linear.weight"].dim() == 2
+    body = options.get("body")
+    body_block = body.get("block", {}) if isinstance(body, Mapping) else {}
+    if "transformer.classes.weight" in tensors:
+        classes = len(tensors["transformer.classes.weight"])
+        condition = {"kind": "class", "classes": classes, "null_class": False}
+    else:
+        length = tensors[f"{OWN}pos_emb_cond"].shape[1]
+        condition = {"kind": "words", "vocabulary": len(tensors["transformer.words.weight"]), "length": length}
+    config: dict[str, Any] = {
+        "kind": "residual",
+        "codebook_size": tensors[f"{OWN}classifier.linear.bias"].shape[-1],
+        "codebook_dim": 0 if own_tables else tensors[f"{OWN}input_mlp.weight"].shape[1],
+        "books": depths,
+        "rows": rows,
+        "columns": columns,
+        "condition": condition,
+        "width": width,
+        "layers": count(tensors, r"transformer\.network\.body_transformer\.blocks\.(\d+)\..*"),
+        "heads": _heads(options, "body", width),
+        "depth_layers": count(tensors, r"transformer\.network\.head_transformer\.blocks\.(\d+)\..*"),
+        "depth_heads": _heads(options, "head", width),
+        "cumulative": bool(options.get("cumsum_depth_ctx", True)),
+        "shared_classifier": shared,
+        "sigmoid_gelu": isinstance(body_block, Mapping) and body_block.get("gelu") == "v2",
+    }
+    if "transformer.words_classifier.linear.weight" in tensors:
+        config["words_weight"] = 0.1
+    return config
+
+
+LAYOUT = GeneratorLayout(
+    "rq_transformer",
+    "RQ-Transformer over residual codes",
+    ["cond_emb.weight", "pos_emb_cond", "pos_emb_hw", "pos_emb_d", "classifier.linear.weight"],
+    _prepare,
+    [
+        ("classes", "transformer.classes.weight"),
+        ("words", "transformer.words.weight"),
+        (r"cond_classifier\.(.*)", r"transformer.words_classifier.\1"),
+        (
+            r"((?:pos_emb_cond|pos_emb_hw|pos_emb_d|tok_emb|input_mlp|head_mlp|body_transformer|head_transformer"
+            r"|classifier)(?:\..*)?)",
+            r"transformer.network.\1",
+        ),
+    ],
+    {r"tok_emb\.offsets": "computed, not learned"},
+    _config,
+)
+
+FAMILY = Family(
+    LAYOUT.family,
+    LAYOUT.title,
+    lambda names: all(name in names for name in LAYOUT.mark),
+    lambda request: convert(request, LAYOUT),
+)

@@ -1,0 +1,221 @@
+"""Tokens scale by scale, coarse to fine (VAR, https://arxiv.org/abs/2404.02905)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from lexel.errors import UsageError
+from lexel.generators.base import FREE, Generator, Predicted
+from lexel.generators.batch import SampleBatch
+from lexel.generators.config import NetworkConfig
+from lexel.generators.network import ConditionedNetwork
+from lexel.generators.next_scale.network import Cache, ScaleTransformer
+from lexel.generators.sampling import filter_logits, guide, sample_index
+from lexel.quantizers import Multiscale
+from lexel.token_spec import TokenSpec
+
+PUBLISHED = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]  # sides of the scales at 256 px
+# The published sizes: width 64 and one head for each block.
+SIZES = {f"d{depth}": {"layers": depth, "width": 64 * depth, "heads": depth} for depth in (16, 20, 24, 30)}
+
+
+class NextScaleConfig(NetworkConfig):
+    """The options of a transformer over scales.
+
+    `scales` are the sides of the grids, from small to large, as the tokenizer's multiscale quantizer has them.
+    `normalised` makes queries and keys unit vectors with a learned temperature; `shared_modulation` lets one layer
+    modulate all blocks, as the 512-pixel model does. Only square grids.
+    """
+
+    kind: Literal["next_scale"] = "next_scale"
+    codebook_size: int = Field(default=4096, ge=2)
+    codebook_dim: int = Field(default=32, ge=1)
+    scales: list[int] = Field(default=PUBLISHED, min_length=2)
+    width: int = Field(default=1024, ge=1)
+    layers: int = Field(default=16, ge=1)
+    heads: int = Field(default=16, ge=1)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    normalised: bool = True
+    shared_modulation: bool = False
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """The layout of tokens: a square grid for every scale."""
+        return TokenSpec(tuple((side, side) for side in self.scales), self.codebook_size)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of an image's tokens, all scales in a row: (T,)."""
+        return self.token_spec.shape
+
+    def check_fits(self, spec: TokenSpec, classes: Sequence[str] | None, source: str) -> None:
+        """Refuses tokens that the network is not made for, and says which options would fit."""
+        sides = [grid[0] for grid in spec.grids]
+        if spec.books is not None or any(len(grid) != 2 or grid[0] != grid[1] for grid in spec.grids):
+            raise UsageError(f"{source} has grids {spec.grids}; a next_scale generator needs square ones")
+        found: dict[str, Any] = {"scales": sides, "codebook_size": spec.codebook_size}
+        if self.condition is None:
+            found["classes"] = 1 if classes is None else len(classes)
+        wrong = [name for name, value in found.items() if getattr(self, name) != value]
+        if wrong:
+            ours = ", ".join(f"generator.{name} = {getattr(self, name)}" for name in wrong)
+            theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
+            raise UsageError(f"{ours} does not fit the tokens of {source}; set {theirs}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "NextScaleConfig":
+        if self.scales != sorted(set(self.scales)) or self.scales[0] < 1:
+            raise UsageError(f"scales must be rising sides such as [1, 2, 4, 8], got {self.scales}")
+        if self.width % self.heads:
+            raise UsageError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        return self
+
+
+class NextScaleNetwork(ConditionedNetwork):
+    """The transformer and its condition."""
+
+    def __init__(self, config: NextScaleConfig) -> None:
+        super().__init__(config, config.width)
+        self.network = ScaleTransformer(
+            tuple(config.scales),
+            config.codebook_size,
+            config.codebook_dim,
+            config.width,
+            config.layers,
+            config.heads,
+            config.mlp_ratio,
+            config.normalised,
+            config.shared_modulation,
+        )
+        self.network.initialise()
+        if isinstance(self.condition, nn.Embedding):
+            nn.init.trunc_normal_(self.condition.weight, std=math.sqrt(1 / config.width / 3))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, for sharding."""
+        return self.network.blocks
+
+    def forward(self, vectors: Tensor, condition: Tensor) -> Tensor:
+        """Logits (B, T, K) from the previews of coarser scales (B, T - T1, D) and a checked condition."""
+        return cast(Tensor, self.network(vectors, self.pooled(condition), self.run))
+
+
+class NextScale(Generator):
+    """p(tokens of a scale | tokens of all coarser scales, condition); the tokens of a scale are drawn together.
+
+    Args:
+        config: of a `NextScaleConfig`.
+
+    Raises:
+        UsageError: the configuration is inconsistent.
+    """
+
+    Config = NextScaleConfig
+    transformer: NextScaleNetwork
+
+    @classmethod
+    def build(cls, config: NextScaleConfig) -> nn.Module:
+        return NextScaleNetwork(config)
+
+    @property
+    def settings(self) -> NextScaleConfig:
+        """The options of the network."""
+        return cast(NextScaleConfig, self.config.transformer)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        return True
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Predicted:
+        """Logits and negative log-likelihood of every token.
+
+        Args:
+            tokens: int64 (B, T), coarse to fine.
+            condition: as `condition.check` makes it.
+        """
+        tokens = self.flat(tokens)
+        with torch.no_grad():
+            vectors = self.multiscale().next_inputs(tokens, self._grid)
+        logits = self.transformer(vectors.to(self._dtype), condition.to(tokens.device))
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(wide.flatten(0, 1), tokens.flatten(), reduction="none")
+        return Predicted((logits,), nll.view(tokens.shape))
+
+    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """Negative log-likelihood of every token in nats, (B, T)."""
+        nll = NextScale.forward(self, tokens, condition).nll
+        assert nll is not None
+        return nll
+
+    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        """`nll`: the mean negative log-likelihood of a token, in nats."""
+        return {"nll": NextScale.nll(self, tokens, condition).mean()}
+
+    def multiscale(self) -> Multiscale:
+        """The tokenizer's quantizer, whose sums the network sees.
+
+        Raises:
+            UsageError: there is no tokenizer, or it has another quantizer.
+        """
+        quantizer = self.quantizer()
+        if not isinstance(quantizer, Multiscale):
+            raise UsageError("a next_scale generator needs a tokenizer with a multiscale quantizer")
+        if list(quantizer.scales) != self.settings.scales or quantizer.codebook_dim != self.settings.codebook_dim:
+            raise UsageError(
+                f"the tokenizer has scales {list(quantizer.scales)} and codes of length {quantizer.codebook_dim}, the "
+                f"generator {self.settings.scales} and {self.settings.codebook_dim}"
+            )
+        return quantizer
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        """The grid of latents: the last scale's."""
+        return (self.settings.scales[-1], self.settings.scales[-1])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    # ------------------------------------------------------------------------------------------ sampling
+
+    def decisions(self, options: Any) -> int:
+        return len(self.settings.scales)
+
+    def bytes_per_image(self, options: Any, dtype: torch.dtype | None, guided: bool) -> int:
+        config = self.settings
+        cache = 2 * config.layers * config.tokens * config.width
+        last = config.scales[-1] ** 2
+        return 4 * (2 if guided else 1) * (cache + last * (12 * config.width + 3 * config.codebook_size))
+
+    def _sample(self, batch: SampleBatch) -> Tensor:
+        config, network, quantizer = self.settings, self.transformer.network, self.multiscale()
+        count, tokens = len(batch.tokens), batch.tokens
+        uniforms = batch.uniforms(0, config.tokens)
+        conditions = [batch.condition] if batch.null is None else [batch.condition, batch.null]
+        condition = self.transformer.condition
+        vector = torch.cat([condition.pooled(condition(rows))[:, 0] for rows in conditions])
+        sums = torch.zeros(count, config.codebook_dim, *self._grid, device=self.device)
+        sums = sums.to(torch.promote_types(quantizer.codebook.dtype, torch.float32))
+        vectors, cache = sums.new_zeros(count, 0, config.codebook_dim), cast(Cache | None, None)
+        first = 0
+        for scale, side in enumerate(config.scales):
+            end = first + side * side
+            x = network.embed(vectors.to(self._dtype).repeat(len(conditions), 1, 1), vector, first, side * side)
+            logits, cache = network.blocks_forward(x, vector, None, cache)
+            if len(logits) > count:
+                logits = guide(logits[:count], logits[count:], batch.scales[0][scale])
+            rows = filter_logits(logits.flatten(0, 1).to(uniforms.device), **batch.filters[0])
+            drawn = sample_index(rows, uniforms[:, first:end].flatten()).view(count, -1).to(tokens.device)
+            tokens[:, first:end] = torch.where(tokens[:, first:end] == FREE, drawn, tokens[:, first:end])
+            if scale + 1 < len(config.scales):
+                sums = quantizer.refine(sums, scale, tokens[:, first:end].view(count, side, side))
+                vectors = quantizer.preview(sums, scale + 1).flatten(2).transpose(1, 2)
+            first = end
+            batch.report((scale + 1) / len(config.scales))
+        return tokens
