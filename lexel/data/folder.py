@@ -156,8 +156,11 @@ def _why_no_split(folder: Path, split: str, found: Layout) -> str:
 
 def classes_of_names(folder: str | Path, names: list[str], level: int) -> tuple[list[int] | None, list[str]]:
     """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level."""
-    parents = [name.split("/", level + 1)[level] if name.count("/") > level else "" for name in names]
-    classes = sorted({parent for parent in parents if parent})
+    if level == 0:
+        parents = [name.partition("/")[0] if "/" in name else "" for name in names]
+    else:
+        parents = [name.split("/", level + 1)[level] if name.count("/") > level else "" for name in names]
+    classes = sorted(set(parents) - {""})
     if "" in parents:
         strays = [name for name, parent in zip(names, parents, strict=True) if not parent]
         if classes:
@@ -176,7 +179,7 @@ def classes_of_names(folder: str | Path, names: list[str], level: int) -> tuple[
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    return [numbers[parent] for parent in parents], classes
+    return list(map(numbers.__getitem__, parents)), classes
 
 
 def _some(names: list[str], shown: int = 5) -> str:

@@ -315,16 +315,18 @@ class Subset(Wrapped):
 
     def __init__(self, images: ImageSet, numbers: Sequence[int]) -> None:
         labels = None if images.labels is None else [images.labels[number] for number in numbers]
-        super().__init__(images, [images.names[number] for number in numbers], labels)
+        names = images.names
+        chosen = names.take(numbers) if isinstance(names, Names) else [names[number] for number in numbers]
+        super().__init__(images, chosen, labels)
         if images.captions is not None:
             self.captions = [images.captions[number] for number in numbers]
-        self.numbers = list(numbers)
+        self.numbers = np.asarray(numbers, np.int64)
 
     def read(self, number: int) -> np.ndarray:
-        return self.images.read(self.numbers[number])
+        return self.images.read(int(self.numbers[number]))
 
     def fingerprint(self) -> str:
-        return digest([self.images.fingerprint(), self.numbers])
+        return digest([self.images.fingerprint(), self.numbers.tolist()])
 
 
 class Relabelled(Wrapped):

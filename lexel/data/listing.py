@@ -1,5 +1,6 @@
 """Names of the image files below a folder: as fast as the walk itself, and what was left out."""
 
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,12 +8,18 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lexel.data.files import EXTENSIONS
 from lexel.errors import UsageError
 from lexel.regular import kind
 
-_ENDINGS = frozenset(extension.removeprefix(".") for extension in EXTENSIONS)
+# All spellings, so that no name need be turned to lower case: 2^5 of the longest.
+_ENDINGS = frozenset(
+    "".join(letters)
+    for extension in EXTENSIONS
+    for letters in itertools.product(*((letter.lower(), letter.upper()) for letter in extension.removeprefix(".")))
+)
 
 
 class Names(Sequence[str]):
@@ -29,6 +36,17 @@ class Names(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._ends)
+
+    def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> "Names":
+        """The names with these numbers, in this order."""
+        chosen = np.asarray(numbers, np.int64)
+        lengths = np.diff(self._ends, prepend=0)[chosen]
+        lasts = self._ends[chosen]
+        other = object.__new__(Names)
+        starts = (lasts - lengths).tolist()
+        other._bytes = b"".join([self._bytes[a:b] for a, b in zip(starts, lasts.tolist(), strict=True)])
+        other._ends = np.cumsum(lengths)
+        return other
 
     @overload
     def __getitem__(self, number: int) -> str: ...
@@ -122,17 +140,22 @@ def _walk(path: str, prefix: str, seen: set[tuple[int, int]], names: list[str], 
     except OSError as error:
         left_out[prefix.rstrip("/")] = error.strerror or "it cannot be opened"
         return
-    # Real folders come before links to folders, so that a picture goes by its real path where it has one.
     folders = []
     for entry in entries:
-        if is_folder(entry):
+        name = entry.name
+        if entry.is_file(follow_symlinks=False):  # first, since most are: no second question, no call of ours
+            dot = name.rfind(".")
+            if dot > 0 and name[dot + 1 :] in _ENDINGS:
+                names.append(prefix + name)
+        elif is_folder(entry):
             folders.append(entry)
-        elif _is_named_like_an_image(entry.name):
+        elif _is_named_like_an_image(name):
             special = _special(entry)
             if special is None:
-                names.append(prefix + entry.name)
+                names.append(prefix + name)
             else:
-                left_out[prefix + entry.name] = f"it is {special}, not a regular file"
+                left_out[prefix + name] = f"it is {special}, not a regular file"
+    # Real folders come before links to folders, so that a picture goes by its real path where it has one.
     for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
         try:
             status = Path(entry.path).stat()  # an entry's own stat has no device on Windows
@@ -146,7 +169,7 @@ def _walk(path: str, prefix: str, seen: set[tuple[int, int]], names: list[str], 
 
 def _is_named_like_an_image(name: str) -> bool:
     stem, dot, ending = name.rpartition(".")
-    return bool(stem and dot) and ending.lower() in _ENDINGS
+    return bool(stem and dot) and ending in _ENDINGS
 
 
 def is_folder(entry: "os.DirEntry[Any]") -> bool:
