@@ -9,6 +9,7 @@ import re
 import secrets
 import socket
 import stat
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +22,25 @@ import torch
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import check_regular, open_regular
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+# What libraries raise when the bytes of a file are damaged.
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+    AssertionError,
+    SystemError,
+    struct.error,
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -118,16 +134,30 @@ def _runs(process: str) -> bool:
 
 
 def save_folder(folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Writes a model folder: `config.json` and `model.safetensors`, the weights first."""
+    """Writes a model folder: `config.json` and `model.safetensors`, the weights first.
+
+    Raises:
+        UsageError: `folder` is a file, or holds the model of another program.
+    """
     folder = Path(folder)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; give a folder to save to")
+    if _foreign(folder / CONFIG):
+        raise UsageError(f"{folder} holds a model of another program, which would be overwritten; give another folder")
     # Copies are made only where a tensor is elsewhere than on the CPU, or not contiguous (channels-last weights).
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     with atomic(folder / WEIGHTS) as path:
         safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
     with atomic(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a configuration is another program's. A damaged one is not: a killed writer may have left it."""
+    try:
+        return path.is_file() and "lexel" not in read_json(path)
+    except UsageError:
+        return False
 
 
 def load_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -171,8 +201,7 @@ def from_hub(message: str) -> Iterator[None]:
     try:
         yield
     except hub_errors as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{message}: {reason}") from None
+        raise UsageError(f"{message}: {reason(error)}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -191,16 +220,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped rather than read."""
+    check_regular(path, path.stat())
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise UsageError(f"{path} cannot be read, it is truncated or no safetensors file: {error}") from None
+    except (safetensors.SafetensorError, *DAMAGE) as error:
+        raise UsageError(f"{path} cannot be read, it is truncated or no safetensors file: {reason(error)}") from None
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
-    """Loads tensors into a module: every tensor used, every parameter and buffer found, every shape equal.
+    """Loads tensors into a module: every tensor used, every parameter and buffer found, every shape and type right.
 
-    A module on the meta device takes over the tensors themselves, so that nothing is held twice.
+    A module on the meta device takes over the tensors themselves, so that nothing is held twice; where a file has
+    them in several precisions, they are brought to the widest.
 
     Raises:
         UsageError: with the first names that differ, and how many more there are.
@@ -212,14 +243,50 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
         for name, tensor in expected.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    mistyped = [
+        f"{name} is {_short(tensors[name].dtype)} where {_short(tensor.dtype)} is needed"
+        for name, tensor in expected.items()
+        if name in tensors and _number_class(tensors[name].dtype) != _number_class(tensor.dtype)
+    ]
     faults = [
         f"{what} {some(names)}"
-        for what, names in (("lacks", missing), ("has unknown", unknown), ("differs in shape:", differing))
+        for what, names in (
+            ("lacks", missing),
+            ("has unknown", unknown),
+            ("differs in shape:", differing),
+            ("differs in type:", mistyped),
+        )
         if names
     ]
     if faults:
         raise UsageError(f"{source} does not fit the {type(module).__name__.lower()}: it {'; it '.join(faults)}")
-    module.load_state_dict(tensors, assign=any(tensor.is_meta for tensor in expected.values()))
+    takes_over = any(tensor.is_meta for tensor in expected.values())
+    module.load_state_dict(_of_one_precision(tensors, expected) if takes_over else tensors, assign=takes_over)
+
+
+def _of_one_precision(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with one type for each type that is expected: the widest of the file's."""
+    widest: dict[torch.dtype, torch.dtype] = {}
+    for name, tensor in expected.items():
+        found = tensors[name].dtype
+        if not found.is_floating_point:
+            widest[tensor.dtype] = tensor.dtype  # integers as the module has them
+        else:
+            widest[tensor.dtype] = torch.promote_types(widest.get(tensor.dtype, found), found)
+    return {name: tensors[name].to(widest[tensor.dtype]) for name, tensor in expected.items()}
+
+
+def _number_class(dtype: torch.dtype) -> str:
+    """What numbers a type holds: those of one class can be turned into each other."""
+    if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return "floating point"
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:  # floats of 8 bits need scales to be read
+        return str(dtype)
+    return "integer"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def some(names: list[str], shown: int = 3) -> str:
@@ -252,7 +319,7 @@ def read_pickle(path: str | Path) -> Any:
     if not path.is_file():
         raise UsageError(f"{path} is not a file")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip and cannot be mapped
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
@@ -261,9 +328,13 @@ def read_pickle(path: str | Path) -> Any:
         found = re.search(rf"(?:GLOBAL|global|class|function|Unsupported) {name}", str(error))
         what = f"it holds {found[1]}, which is not plain data" if found else "it is no checkpoint of plain data"
         raise UsageError(f"{path} is not read: {what}; files that could run code are refused") from None
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{path} cannot be read, it is truncated or no PyTorch file: {reason}") from None
+    except DAMAGE as error:
+        raise UsageError(f"{path} cannot be read, it is truncated or no PyTorch file: {reason(error)}") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

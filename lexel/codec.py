@@ -1,23 +1,27 @@
 """Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lexel.checkpoint import atomic
 from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
+from lexel.provenance import public_name
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
+
+WRITTEN_BY = ("Software", "Lexel")  # in the PNG files written here, which may be replaced
 
 SHARD = 4096  # pictures in a file of a token set: what an interruption can cost
 
@@ -29,6 +33,11 @@ class Done(NamedTuple):
 
     written: int
     unreadable: dict[str, str]  # the reason, by name
+
+
+def first_reason(unreadable: Mapping[str, str]) -> str:
+    """The first picture that cannot be used, and why."""
+    return next((f"the first, {name}: {reason}" for name, reason in unreadable.items()), "there is none")
 
 
 class Pair(NamedTuple):
@@ -119,6 +128,9 @@ class Codec:
             out: the folder to write to.
             side_by_side: the original at the left of each.
             progress: called with (done, total).
+
+        Raises:
+            UsageError: no picture can be used, or one would be written over a file of another origin.
         """
         sets = [self.open(source) for source in sources]
         unreadable: dict[str, str] = {}
@@ -127,7 +139,10 @@ class Codec:
             (name, np.concatenate([original, reconstruction], axis=1) if side_by_side else reconstruction)
             for name, original, reconstruction in pairs
         )
+        check_targets((name for images in sets for name in images.names), out)
         written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
+        if not written:
+            raise UsageError(f"none of the pictures can be used; {first_reason(unreadable)}")
         return Done(written, unreadable)
 
     def encode(
@@ -161,9 +176,10 @@ class Codec:
             with self.runtime.autocast():
                 return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
-        return write_tokens(
+        images = self.open(source, split)
+        tokens = write_tokens(
             out,
-            self.open(source, split),
+            images,
             self.transform,
             indices,
             grid=spec.shape,
@@ -178,9 +194,12 @@ class Codec:
             workers=self.workers,
             rank=int(os.environ.get("RANK", 0)),
             processes=int(os.environ.get("WORLD_SIZE", 1)),
-            provenance={"source": str(source), "split": split, "size": self.transform.size},
+            provenance={"source": public_name(source), "split": split, "size": self.transform.size},
             progress=progress,
         )
+        if tokens is not None and not len(tokens):
+            raise UsageError(f"none of the {len(images)} images can be read; {first_reason(tokens.unreadable)}")
+        return tokens
 
     def decode(self, tokens: TokenSet, out: str | Path, progress: ProgressCallback | None = None) -> Done:
         """Writes the picture of every image of a token set as PNG, under the name it was encoded from.
@@ -194,6 +213,9 @@ class Codec:
             for batch in tokens.ordered_batches(self.batch_size)
             for number, picture in zip(batch.numbers, self.pictures(batch.indices), strict=True)
         )
+        if not len(tokens):
+            raise UsageError(f"{tokens.folder} holds no tokens; {first_reason(tokens.unreadable)}")
+        check_targets(tokens.names, out)
         return Done(write_pngs(pictures, out, len(tokens), progress), {})
 
     def pictures(self, indices: Tensor) -> np.ndarray:
@@ -202,28 +224,70 @@ class Codec:
             return to_uint8(self.tokenizer.decode(indices.to(self.runtime.device)))
 
 
+def check_targets(names: Iterable[str], out: str | Path) -> None:
+    """Checks that pictures of these names can be written as PNG files to a folder, before any is.
+
+    Raises:
+        UsageError: a name leads out of the folder, or a file of another origin has it.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give a folder to write to")
+    taken: set[str] = set()
+    for name in names:
+        taken.add(_target(name, taken))
+    if out.is_dir():
+        for target in sorted(taken):
+            _check_overwrite(out / target)
+
+
+def _target(name: str, taken: set[str]) -> str:
+    """The file for a picture, by its name and the files that are taken."""
+    plain = PurePosixPath(name)
+    if plain.is_absolute() or ".." in plain.parts or not plain.name or "\0" in name:
+        raise UsageError(f"the name {name!r} leads out of the folder to write to")
+    plain = plain.with_suffix("")
+    number, target = 1, f"{plain}.png"
+    while target in taken:
+        number += 1
+        target = f"{plain}-{number}.png"
+    return target
+
+
+def _check_overwrite(path: Path) -> None:
+    """Refuses to write over a file that `write_pngs` did not write."""
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as image:
+            ours = image.info.get(WRITTEN_BY[0]) == WRITTEN_BY[1]
+    except (OSError, ValueError, SyntaxError):
+        ours = False
+    if not ours:
+        raise UsageError(f"{path} exists and was not written by Lexel; it would be overwritten: give another folder")
+
+
 def write_pngs(
     pictures: Iterable[tuple[str, np.ndarray]], out: str | Path, total: int, progress: ProgressCallback | None = None
 ) -> int:
     """Writes named pictures, uint8 (H, W, C), as PNG files under a folder; returns how many.
 
-    Names may have folders in them; two that would share a file get numbers.
+    Names may have folders in them; two that would share a file get numbers. Files that were not written here before
+    are never replaced, be they the originals or others.
+
+    Raises:
+        UsageError: a name leads out of the folder, or a file of another origin has it.
     """
     out = Path(out)
-    if out.is_file():
-        raise UsageError(f"{out} is a file; give a folder to write to")
+    note = PngInfo()
+    note.add_text(*WRITTEN_BY)
     taken: set[str] = set()
     for name, picture in pictures:
-        plain = PurePosixPath(name).with_suffix("")
-        if plain.is_absolute() or ".." in plain.parts:
-            raise UsageError(f"the name {name!r} leads out of the folder to write to")
-        number, target = 1, f"{plain}.png"
-        while target in taken:
-            number += 1
-            target = f"{plain}-{number}.png"
+        target = _target(name, taken)
         taken.add(target)
+        _check_overwrite(out / target)
         with atomic(out / target) as path:
-            Image.fromarray(to_display(picture)).save(path)
+            Image.fromarray(to_display(picture)).save(path, pnginfo=note)
         if progress:
             progress(len(taken), total)
     return len(taken)

@@ -47,9 +47,11 @@ def _of_recipe(source: str | Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "recipe"}
     if isinstance(recipe, TokenizerRecipe):
         with without_weights():
-            facts |= _shape(Tokenizer(recipe.model))
+            tokenizer = Tokenizer(recipe.model)
+        facts |= _shape(tokenizer) | {"parameters": _count(tokenizer)}
     else:
         facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}
+        facts["parameters"] = planned.parameters["generator"]
     facts |= {f"parameters of the {name}": count for name, count in planned.parameters.items()}
     facts["memory, estimated (GiB)"] = round(sum(planned.memory.values()) / 2**30, 2)
     return facts

@@ -3,9 +3,13 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from lexel import __version__
+from lexel.config import check
+from lexel.errors import UsageError
 
 REMOTE = re.compile(r"(\w+:)?(\w+)://")  # a source that is no path here: s3://, https://, tar:https://
 KIND = re.compile(r"[a-z][\w-]+:")  # what a source is, before its path: tar:shards/{0..9}.tar
@@ -54,3 +58,31 @@ def of_run(recipe: Mapping[str, Any], step: int, weights: str) -> dict[str, Any]
     facts = {"lexel": __version__, "data": None if source is None else public_name(source)}
     facts |= {name: data[name] for name in ("size", "transform") if "generator" not in recipe and name in data}
     return facts | {"step": step, "weights": weights}
+
+
+class Provenance(BaseModel):
+    """What commands read of a provenance; anything else may stand in it too."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    size: Annotated[int, Field(ge=1, le=2**20)] | None = None  # pixels a side of the images it was trained with
+    transform: str | None = None
+    step: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    weights: str | None = None
+
+
+def of_folder(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The provenance in a `config.json`, checked.
+
+    Args:
+        config: what the file says.
+        source: names it in errors.
+
+    Raises:
+        UsageError: a value is of a wrong type.
+    """
+    table = config.get("provenance") or {}
+    if not isinstance(table, dict):
+        raise UsageError(f"{source}: provenance is no table")
+    check(table, Provenance, f"{source}: provenance")
+    return {name: value for name, value in table.items() if value is not None or name not in Provenance.model_fields}

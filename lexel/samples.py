@@ -310,6 +310,8 @@ def read_tokens(path: str | Path, grid: tuple[int, ...] = (0, 0)) -> torch.Tenso
     array = read_array(path, kind=np.integer)
     if array.ndim not in (len(grid), len(grid) + 1):
         raise UsageError(f"{path} must hold integers (N, {', '.join('hwd'[: len(grid)])}), got {array.shape}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise UsageError(f"{path} has tokens beyond int64")
     return torch.from_numpy(array.astype(np.int64)).reshape(-1, *array.shape[-len(grid) :])
 
 

@@ -14,6 +14,7 @@ from lexel import __version__, autoencoders, checkpoint, quantizers
 from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
+from lexel.provenance import of_folder as provenance_of_folder
 from lexel.quantizers import Levels, Quantized, Quantizer
 from lexel.quantizers.base import straight_through
 from lexel.runtime import without_weights
@@ -269,7 +270,7 @@ class Tokenizer(nn.Module):
         if config.get("model") != "tokenizer":
             raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a tokenizer")
         tokenizer = cls.with_weights(check(table, TokenizerConfig, f"{source}/config.json"), tensors, source)
-        tokenizer.provenance = dict(config.get("provenance", {}))
+        tokenizer.provenance = provenance_of_folder(config, f"{source}/config.json")
         return tokenizer
 
     @classmethod

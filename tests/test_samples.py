@@ -98,7 +98,7 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
     given = np.full((2, 3), -1)
     given[0] = [3, 1, 2]
     np.save(tmp_path / "given.npy", given)
-    known = samples.read_tokens(tmp_path / "given.npy")
+    known = samples.read_tokens(tmp_path / "given.npy", (2, 3))
     made = np.load(write_samples(generator, [0, 1, 2], tmp_path / "s.npy", HERE, given=known))
     assert (made[:, 0] == [3, 1, 2]).all()
     assert len(np.unique(made[:, 1], axis=0)) > 1
@@ -107,7 +107,7 @@ def test_given_tokens_stay_whatever_is_made_at_once(generator, tmp_path, monkeyp
     (tmp_path / "text.npy").write_text("no tokens")
     for name, message in [("none.npy", "is not a file"), ("text.npy", "cannot be read")]:
         with pytest.raises(UsageError, match=message):
-            samples.read_tokens(tmp_path / name)
+            samples.read_tokens(tmp_path / name, (2, 3))
 
 
 def test_what_cannot_be_written_is_refused_before_sampling(generator, tmp_path):

@@ -78,7 +78,8 @@ def test_filters_that_are_off_change_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 0, 1.0, 0.0), "temperature must be above 0, got 0.0; top_k = 1"),
+        ((0.0, 0, 1.0, 0.0), "temperature must be a number from 1e-06 up, got 0.0; top_k = 1"),
+        ((1e-320, 0, 1.0, 0.0), "temperature"),
         ((math.nan, 0, 1.0, 0.0), "temperature"),
         ((1.0, -1, 1.0, 0.0), "top_k"),
         ((1.0, 0, 0.0, 0.0), "top_p"),

@@ -79,6 +79,8 @@ def evaluate(
         raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
     if samples and (data or size):
         raise UsageError("--data and --size go with a tokenizer; samples have their size and need --reference alone")
+    if json_ and against and json_.resolve() == against.resolve():
+        raise UsageError(f"--json {json_} is the file of --against, which would be overwritten; give another file")
     earlier = read_result(against) if against else None
     options: dict[str, Any] = {
         "split": split,
@@ -210,6 +212,8 @@ def sample(
         number_or_numbers(temperature, "--temperature"),
     )
     options = dict(parse_override(text) for text in set_ or ())
+    if given and given.exists() and out.exists() and out.samefile(given):
+        raise UsageError(f"--out {out} is the file of --given, which would be overwritten; give another file")
     generator = load_generator(source, weights)
     known = read_tokens(given, generator.grid) if given else None
     judge = networks.build(classifier) if classifier else None

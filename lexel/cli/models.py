@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lexel.cli.options import Out, RunArgument, Weights, print_table
+from lexel.errors import UsageError
 
 TableName = Annotated[
     str,
@@ -55,9 +56,13 @@ def import_(
     from lexel.config import parse_override
     from lexel.convert import convert
 
+    if Path(source).exists() and out.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+        raise UsageError(f"{out} is where the checkpoint is, which would be overwritten; give another folder")
     conversion = convert(source, family, weights, dict(parse_override(option) for option in set_ or []))
     conversion.model.save_pretrained(out, provenance=conversion.model.provenance)
     print(f"{conversion.family} ({conversion.weights} weights) in {out}")
+    for wrapper in conversion.model.provenance.get("taken_off_names", ()):
+        print(f"taken off the names of tensors: {wrapper}")
     for reason, count in conversion.model.provenance["left_out"].items():
         print(f"left out {count} tensors: {reason}")
 

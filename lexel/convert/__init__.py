@@ -88,6 +88,7 @@ def convert(
         "family": conversion.family,
         "weights": conversion.weights,
         "left_out": _summary(conversion.left_out),
+        **({"taken_off_names": list(published.wrappers)} if published.wrappers else {}),
     }
     return conversion
 

@@ -18,6 +18,9 @@ from lexel.errors import UsageError
 from lexel.provenance import public_name
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
+# What PyTorch's wrappers put into the names of weights: at the beginning of all of them, or wherever a part is wrapped.
+LEADING = "module."  # DataParallel, DistributedDataParallel, AveragedModel
+ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
 INDEX = ".index.json"  # lists the shards of a split checkpoint
 NESTED = ("state_dict", "ema", "model")  # under which name training code puts the tensors; the first present counts
 
@@ -86,6 +89,7 @@ class Published:
     source: str
     tensors: dict[str, Tensor]
     config: Mapping[str, Any]  # config.json beside the weights, or a table in the file; mostly empty
+    wrappers: tuple[str, ...] = ()  # what was taken off the names
 
     @property
     def name(self) -> str:
@@ -102,7 +106,9 @@ def read(source: str | Path) -> Published:
     path = _find(source)
     tensors, config = _read(path)
     beside = path.parent / checkpoint.CONFIG
-    return Published(str(source), tensors, config or (checkpoint.read_json(beside) if beside.is_file() else {}))
+    tensors, wrappers = _unwrapped(tensors, path)
+    config = config or (checkpoint.read_json(beside) if beside.is_file() else {})
+    return Published(str(source), tensors, config, wrappers)
 
 
 def _find(source: str | Path) -> Path:
@@ -168,6 +174,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     if not tensors:
         raise UsageError(f"{path} holds no named tensors, nor any under {', '.join(NESTED)}")
     return tensors, config or {}
+
+
+def _unwrapped(tensors: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors under the names that they have without wrappers, and the wrappers that they had."""
+    names, wrappers = {name: name for name in tensors}, []
+    while True:
+        shared = {f"{name.split('.', 1)[0]}." for name in names.values()}
+        found = next((part for part in ANYWHERE if any(part in name for name in names.values())), None)
+        if found is not None:
+            names = {original: name.replace(found, "") for original, name in names.items()}
+        elif shared == {LEADING}:
+            found = LEADING
+            names = {original: name.removeprefix(LEADING) for original, name in names.items()}
+        else:
+            break
+        wrappers.append(found)
+    if len(set(names.values())) < len(names):
+        raise UsageError(f"{path} has tensors twice, inside and outside of {', '.join(wrappers)}")
+    return {names[original]: tensor for original, tensor in tensors.items()}, tuple(wrappers)
 
 
 def _first_mapping(content: Any, names: Sequence[str]) -> Mapping[str, Any] | None:

@@ -1,7 +1,10 @@
 """Reads the tensors of a TorchScript archive without loading, compiling or running the code inside it."""
 
+import io
 import pickle
+import pickletools
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -9,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexel.checkpoint import DAMAGE, reason
 from lexel.errors import UsageError
+from lexel.regular import check_regular
 
 DTYPES = {
     "FloatStorage": torch.float32,
@@ -27,10 +32,14 @@ DTYPES = {
 
 def is_torchscript(path: Path) -> bool:
     """Whether a file is a zip archive with TorchScript code."""
-    if not zipfile.is_zipfile(path):
+    check_regular(path, path.stat())
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, *DAMAGE):  # a damaged archive is told of by whatever reads it
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -42,13 +51,28 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = next(name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl")
-            with archive.open(pickled) as file:
-                root = _Reader(file, archive, PurePosixPath(pickled).parent).load()
-    except (zipfile.BadZipFile, pickle.UnpicklingError, StopIteration, KeyError, EOFError, RuntimeError) as error:
-        raise UsageError(f"{path} cannot be read as a TorchScript archive: {error or type(error).__name__}") from None
-    tensors: dict[str, Tensor] = {}
-    _collect(root, "", tensors)
+            content = _stored(archive, pickled)
+            _check_memo(content)
+            root = _Reader(io.BytesIO(content), archive, PurePosixPath(pickled).parent).load()
+        tensors: dict[str, Tensor] = {}
+        _collect(root, "", tensors)
+    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, StopIteration, *DAMAGE) as error:
+        raise UsageError(f"{path} cannot be read as a TorchScript archive: {reason(error)}") from None
     return tensors
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record of an archive. PyTorch stores records as they are: compressed ones could become any size."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise pickle.UnpicklingError(f"its record {name} is compressed")
+    return archive.read(name)
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuses numbers of remembered objects beyond what a pickle can hold: the unpickler would make room for them."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "LONG_BINPUT" and isinstance(argument, int) and argument > len(content):
+            raise pickle.UnpicklingError("its pickle is damaged")
 
 
 class _Object:
@@ -85,7 +109,7 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
-        data = bytearray(self.archive.read(str(self.folder / "data" / key)))
+        data = bytearray(_stored(self.archive, str(self.folder / "data" / key)))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

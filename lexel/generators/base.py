@@ -20,6 +20,7 @@ from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter
 from lexel.generators.conditions import Condition
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig, read_config
 from lexel.generators.sampling import check_filters, guidance_scales
+from lexel.provenance import of_folder as provenance_of_folder
 from lexel.quantizers import Quantizer
 from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
@@ -396,7 +397,7 @@ class Generator(nn.Module):
         if config.get("model") != "generator":
             raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
         generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
-        generator.provenance = dict(config.get("provenance", {}))
+        generator.provenance = provenance_of_folder(config, f"{source}/config.json")
         generator._folder = Path(source).expanduser()
         return generator
 

@@ -76,10 +76,15 @@ def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
 # ---------------------------------------------------------------------------------------------- filters
 
 
+COLDEST = 1e-6  # the lowest temperature: logits over it are still far from float32's limit
+
+
 def check_filters(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Refuses filters that mean nothing."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise UsageError(f"temperature must be above 0, got {temperature}; top_k = 1 takes the likeliest token")
+    if not (temperature >= COLDEST and math.isfinite(temperature)):
+        raise UsageError(
+            f"temperature must be a number from {COLDEST} up, got {temperature}; top_k = 1 takes the likeliest token"
+        )
     if top_k < 0:
         raise UsageError(f"top_k must be at least 0 (0 is off), got {top_k}")
     if not 0 < top_p <= 1:

@@ -29,11 +29,13 @@ from lexel.data.tokens.format import (
     read_manifest,
     sealed,
     shard_path,
-    short,
 )
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
+
+SHOWN = 40  # characters of a value in an error
+NO_IDENTITY = {"provenance", "attribution"}  # of a plan: notes, in which two writers of the same tokens may differ
 
 
 def write_tokens(
@@ -151,10 +153,10 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         if (folder / name).is_file():
             _, found = read_manifest(folder / name)
             for key, value in plan.items():
-                if found.get(key) != value:
+                if found.get(key) != value and key not in NO_IDENTITY:
                     raise UsageError(
-                        f"{folder} holds tokens made in another way ({key}: {short(found.get(key))} there, "
-                        f"{short(value)} here); give another folder or delete it"
+                        f"{folder} holds tokens made in another way ({key}: {_unlike(found.get(key), value)}); "
+                        "give another folder or delete it"
                     )
             return
     # Another process may begin at this very moment: what it writes first is not foreign.
@@ -163,6 +165,16 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         raise UsageError(f"{folder} is not empty and holds no tokens; give a new folder")
     with atomic_write(folder / MANIFEST_PARTIAL) as file:
         file.write(sealed(plan, indent=2))
+
+
+def _unlike(there: Any, here: Any) -> str:
+    """Two values that differ, cut so that the difference can be seen."""
+    texts = [" ".join(str(value).split()) for value in (there, here)]
+    start = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), min(map(len, texts)))
+    if max(map(len, texts)) > SHOWN and start > SHOWN // 2:
+        texts = ["..." + text[start - SHOWN // 4 :] for text in texts]
+    texts = [text if len(text) <= SHOWN else text[:SHOWN] + "..." for text in texts]
+    return f"{texts[0]} there, {texts[1]} here"
 
 
 @dataclass
