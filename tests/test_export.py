@@ -179,7 +179,7 @@ RESULT = {
     "kind": "reconstruction",
     "metrics": {"rfid": 12.345678, "psnr": 21.5, "lpips": None},
     "protocol": {"name": "ibq", "summary": "As the paper does it."},
-    "data": {"images": 50},
+    "data": {"images": 50, "fingerprint": "abc"},
     "versions": {"lexel": "0.1.0"},
 }
 
