@@ -29,7 +29,7 @@ FAST = [
 
 
 def lexel(capsys, *arguments):
-    """Exit code, output and errors of a command, run in this process."""
+    """Exit code, output and errors of a command, run in this process; the lines on its progress are left out."""
     before = sys.argv
     sys.argv = ["lexel", *map(str, arguments)]
     code = 0
@@ -40,7 +40,10 @@ def lexel(capsys, *arguments):
     finally:
         sys.argv = before
     captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    errors = "".join(
+        line for line in captured.err.splitlines(True) if not re.match(r"[^:]+(: [^:]+)?: step [\d,]+ ", line)
+    )
+    return code, captured.out, errors
 
 
 @pytest.fixture(scope="module")
