@@ -102,7 +102,7 @@ def test_a_metric_of_another_package_is_found_by_its_entry_point(monkeypatch):
     point = EntryPoint("brightness", f"{__name__}:Brightness", "lexel.metrics")
     monkeypatch.setattr("lexel.registry.entry_points", lambda group: [point] if group == "lexel.metrics" else [])
     assert "brightness" in evaluate_tokenizer(Grey(), image_set(), QUICK, metrics=["brightness"])["metrics"]
-    with pytest.raises(UsageError, match=r"unknown metric 'fid'; choose from brightness, frechet"):
+    with pytest.raises(UsageError, match=r"unknown metric 'fid'; choose from brightness, .*frechet"):
         evaluate_tokenizer(Grey(), image_set(), QUICK, metrics=["fid"])
 
 
