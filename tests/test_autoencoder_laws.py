@@ -169,6 +169,7 @@ def size(width, depth, heads):
 
 SMALL_, BASE, LARGE = size(512, 8, 8), size(768, 12, 12), size(1024, 24, 16)
 STAGE_2 = {"kind": "titok", "head": "codes", "proxy": {"pixels": {}}, "scrambled": True}
+VAR = {"kind": "vqgan", "width": 160, "residual_blocks": 2, "z_channels": 32}
 ONE_STAGE = {"kind": "titok", "decoder": LARGE}
 PUBLISHED = [  # trained parameters, the autoencoder, codes and their dimension
     (50_908_195, {"kind": "vit"}, "cosine", 8192, 32),
@@ -187,13 +188,15 @@ PUBLISHED = [  # trained parameters, the autoencoder, codes and their dimension
     (606_879_604, {**ONE_STAGE, "tokens": 32, "encoder": LARGE}, "gaussian", None, 16),
     (390_284_404, {**ONE_STAGE, "tokens": 64, "encoder": BASE, "text": {}}, "gaussian", None, 16),
     (54_515_587, {"kind": "maskgit"}, "vq", 1024, 256),
+    (1_388_867, {"kind": "vqvae2"}, "ema", 512, 64),
+    (108_948_355, {**VAR, "projection_kernel": 3}, "multiscale", 4096, 32),
 ]
 
 
 @pytest.mark.parametrize(("parameters", "network", "kind", "codes", "dim"), PUBLISHED)
 def test_published_sizes_have_the_published_number_of_parameters(parameters, network, kind, codes, dim):
     quantizer = {"kind": kind, "codebook_dim": dim} | ({} if codes is None else {"codebook_size": codes})
-    projections = network["kind"] != "maskgit"
+    projections = network["kind"] not in ("maskgit", "vqvae2")
     with torch.device("meta"):
         model = Tokenizer(TokenizerConfig(autoencoder=network, quantizer=quantizer, projections=projections))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters

@@ -4,7 +4,7 @@ Residual blocks at every level, attention at the deepest.
 """
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ class VQGANConfig(ConvolutionalConfig):
     attention_levels: list[int] = [4]  # levels with attention after every block
     middle_attention: bool = True  # attention between the two blocks in the middle
     patch: Literal[1, 2, 4, 8] = 1  # the image first becomes its Haar wavelets over squares of this side
+    projection_kernel: Literal[1, 3] = 1  # side of the convolutions between latents and codes
     downsamplings: int | None = None  # how many levels halve the resolution; all but the last if not given
 
     @model_validator(mode="after")
@@ -40,6 +41,10 @@ class VQGANConfig(ConvolutionalConfig):
         if self.downsamplings is not None and not 0 <= self.downsamplings < len(levels):
             raise ValueError(f"downsamplings must be in [0, {len(levels)}), got {self.downsamplings}")
         return self
+
+    def identity(self) -> dict[str, Any]:
+        table = super().identity()
+        return {name: value for name, value in table.items() if name != "projection_kernel" or value != 1}
 
     @property
     def downsampling(self) -> int:
@@ -65,6 +70,10 @@ class VQGAN(Convolutional):
         super().__init__(config)
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.z_channels = config.z_channels
+
+    def projection(self, channels_in: int, channels_out: int) -> nn.Module:
+        kernel = self.config.projection_kernel
+        return nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
 
 
 class Encoder(nn.Module):
