@@ -1,5 +1,6 @@
 """The autoencoder of MaskGIT's tokenizer (https://arxiv.org/abs/2202.04200): convolutions only, whose codes TiTok's
-first stage predicts. Facts are those of the PyTorch port in bytedance/1d-tokenizer."""
+first stage predicts. Facts are those of the PyTorch port in bytedance/1d-tokenizer.
+"""
 
 from itertools import pairwise
 from typing import Any, Literal

@@ -13,8 +13,14 @@ from lexel.errors import UsageError
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "shortcut"}
 ATTENTION = {
     "group_norm": "norm",
-    **{"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "out"},
-    **{"query": "query", "key": "key", "value": "value", "proj_attn": "out"},  # before diffusers 0.17
+    "to_q": "query",
+    "to_k": "key",
+    "to_v": "value",
+    r"to_out\.0": "out",
+    "query": "query",
+    "key": "key",
+    "value": "value",
+    "proj_attn": "out",  # before diffusers 0.17
 }
 OUTSIDE = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
 MIDDLE = {"0": "block1", "1": "block2"}

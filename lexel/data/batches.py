@@ -7,6 +7,7 @@ train; a run that starts again at step s gets the batches that the first run wou
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -295,7 +296,7 @@ class _OrderedNumbers:
         self.numbers = range(self.loading.rank, len(self.images), self.loading.processes)
 
     def __len__(self) -> int:
-        return -(-len(self.numbers) // self.loading.batch_size)
+        return math.ceil(len(self.numbers) / self.loading.batch_size)
 
     def __getitem__(self, batch: int) -> Pictures:
         size = self.loading.batch_size

@@ -174,7 +174,7 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
         raise UnreadableImage(name, _why_unknown(start)) from None
     except MemoryError:
         raise UnreadableImage(name, "there is not enough memory to decode it") from None
-    except Exception as error:  # decoders raise what they like on damaged files, RuntimeError and SyntaxError too
+    except Exception as error:  # noqa: BLE001 - decoders raise what they like on damaged files, RuntimeError and SyntaxError too
         raise UnreadableImage(name, in_words(error)) from None
 
 
@@ -254,7 +254,7 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none; viewers ignore EXIF data that is damaged, and so do we."""
     try:
         return int(image.getexif().get(ORIENTATION_TAG, 1))
-    except Exception:  # as for decoders: whatever is raised, it is about metadata
+    except Exception:  # noqa: BLE001 - as for decoders: whatever is raised, it is about metadata
         return 1
 
 

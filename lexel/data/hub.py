@@ -71,7 +71,7 @@ def open_datasets(location: str, options: OpenOptions) -> ImageSet:
             found = datasets.load_from_disk(str(Path(name).expanduser()))
         else:
             found = datasets.load_dataset(name, wanted.get("config"))
-    except Exception as error:  # the library and the scripts it runs raise what they like
+    except Exception as error:  # noqa: BLE001 - the library and the scripts it runs raise what they like
         raise UsageError(f"datasets cannot load {name!r}: {in_words(error)[:300]}") from None
     if isinstance(found, dict):
         found = _split(name, found, options.split, wanted.get("split"))

@@ -181,7 +181,7 @@ def is_folder(entry: "os.DirEntry[Any]") -> bool:
 
 
 def _special(entry: "os.DirEntry[Any]") -> str | None:
-    """ "a named pipe", "a device", ...; None for files, and for broken links: pictures that cannot be read."""
+    """What it is: "a named pipe", "a device", ...; None for files, and for broken links: unreadable pictures."""
     try:
         if entry.is_file():
             return None

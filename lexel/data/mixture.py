@@ -78,8 +78,8 @@ class Mixture(ImageSet):
                     labels.append(own.labels[place])
                 if captions is not None and images.captions is not None:
                     captions.append(images.captions[place])
-        credits = "; ".join(dict.fromkeys(images.attribution for images in sets if images.attribution))
-        super().__init__(names, labels, classes, credits or None)
+        attribution = "; ".join(dict.fromkeys(images.attribution for images in sets if images.attribution))
+        super().__init__(names, labels, classes, attribution or None)
         self.captions = captions
         kinds = {(images.channels, images.depth) for images in sets}
         if len(kinds) > 1:

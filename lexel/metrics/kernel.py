@@ -1,5 +1,6 @@
 """Distances by kernels: the kernel inception distance (https://arxiv.org/abs/1801.01401), unbiased, for small samples;
-and the Gaussian one of CMMD (https://arxiv.org/abs/2401.09603)."""
+and the Gaussian one of CMMD (https://arxiv.org/abs/2401.09603).
+"""
 
 from typing import NamedTuple
 
@@ -10,6 +11,8 @@ from lexel.errors import UsageError
 
 
 class KernelDistance(NamedTuple):
+    """The kernel distance of two sets of features, and how sure it is."""
+
     mean: float
     standard_error: float  # of the mean over subsets; NaN for one subset
 

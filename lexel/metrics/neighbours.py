@@ -13,6 +13,8 @@ from lexel.errors import UsageError
 
 
 class PrecisionRecall(NamedTuple):
+    """Improved precision and recall, each in [0, 1]."""
+
     precision: float
     recall: float
 

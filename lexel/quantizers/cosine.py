@@ -1,5 +1,6 @@
 """Codes on the unit sphere, in few dimensions (ViT-VQGAN https://arxiv.org/abs/2110.04627, LlamaGen
-https://arxiv.org/abs/2406.06525)."""
+https://arxiv.org/abs/2406.06525).
+"""
 
 from collections.abc import Mapping
 

@@ -1,5 +1,6 @@
 """Vector quantization whose codes are moving averages (https://arxiv.org/abs/1711.00937, appendix A.1), with
-restart of dead codes (https://arxiv.org/abs/2003.02836)."""
+restart of dead codes (https://arxiv.org/abs/2003.02836).
+"""
 
 from collections.abc import Mapping
 from typing import Literal

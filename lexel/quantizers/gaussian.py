@@ -1,5 +1,6 @@
 """Continuous latents held near a normal distribution: the variational autoencoder of latent diffusion
-(https://arxiv.org/abs/2112.10752) and of TiTok's continuous tokens (https://arxiv.org/abs/2501.07730)."""
+(https://arxiv.org/abs/2112.10752) and of TiTok's continuous tokens (https://arxiv.org/abs/2501.07730).
+"""
 
 import torch
 from torch import Tensor

@@ -1,5 +1,6 @@
 """Gumbel-softmax quantization (https://arxiv.org/abs/1611.01144), as in the dVAE of DALL-E
-(https://arxiv.org/abs/2102.12092)."""
+(https://arxiv.org/abs/2102.12092).
+"""
 
 import math
 

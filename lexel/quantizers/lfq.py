@@ -1,5 +1,6 @@
 """Lookup-free quantization: a code is the signs of the latent (MAGVIT-v2 https://arxiv.org/abs/2310.05737,
-Open-MAGVIT2 https://arxiv.org/abs/2409.04410)."""
+Open-MAGVIT2 https://arxiv.org/abs/2409.04410).
+"""
 
 import math
 

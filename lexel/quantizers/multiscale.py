@@ -1,5 +1,6 @@
 """Multi-scale residual quantization: a grid is coded coarse to fine, each scale on what the coarser ones left
-(VAR https://arxiv.org/abs/2404.02905)."""
+(VAR https://arxiv.org/abs/2404.02905).
+"""
 
 import math
 from collections.abc import Mapping, Sequence

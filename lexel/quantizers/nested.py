@@ -1,5 +1,6 @@
 """Nested dropout over the levels of residual codes, so that every prefix of them decodes
-(https://arxiv.org/abs/1402.0915; over residual levels in SoundStream https://arxiv.org/abs/2107.03312)."""
+(https://arxiv.org/abs/1402.0915; over residual levels in SoundStream https://arxiv.org/abs/2107.03312).
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal

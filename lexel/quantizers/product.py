@@ -1,5 +1,6 @@
 """Product quantization: parts of a latent have books of their own (https://hal.inria.fr/inria-00514462; in
-tokenizers, UniTok https://arxiv.org/abs/2502.20321)."""
+tokenizers, UniTok https://arxiv.org/abs/2502.20321).
+"""
 
 from collections.abc import Mapping
 from typing import Any

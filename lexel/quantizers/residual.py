@@ -1,5 +1,6 @@
 """Residual quantization: each level quantizes what the levels before it left (RQ-VAE
-https://arxiv.org/abs/2203.01941)."""
+https://arxiv.org/abs/2203.01941).
+"""
 
 from collections.abc import Mapping
 from typing import Any

@@ -131,7 +131,7 @@ class Run:
         theirs = self.expected[name]
         missing = theirs.keys() - ours.keys() - {*skip}
         if missing:
-            self.fixture.faults.append(f"no parameter for the published gradient of {sorted(missing)[0]}")
+            self.fixture.faults.append(f"no parameter for the published gradient of {min(missing)}")
         names = [key for key in theirs if key in ours]
         found = torch.autograd.grad(total, [ours[key] for key in names], retain_graph=True, allow_unused=True)
         for key, gradient in zip(names, found, strict=True):

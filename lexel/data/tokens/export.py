@@ -104,5 +104,5 @@ def _parts(count: int, size: int) -> Iterator[np.ndarray]:
 
 
 def _text(name: str) -> str:
-    """A name as text: bytes that are no UTF-8, which names of files may have, as \\udcXX, as in JSON."""
+    """A name as text: bytes that are no UTF-8, which names of files may have, as escapes, as in JSON."""
     return name.encode("utf-8", "backslashreplace").decode()
