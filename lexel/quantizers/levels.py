@@ -1,5 +1,6 @@
 """Several grids of latents, coarse to fine, each with a quantizer of its own (VQ-VAE-2,
-https://arxiv.org/abs/1906.00446)."""
+https://arxiv.org/abs/1906.00446).
+"""
 
 from collections.abc import Sequence
 from typing import Any
