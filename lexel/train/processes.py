@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,7 +84,11 @@ class Processes:
             return module
         own = [self.device] if self.device.type == "cuda" else None
         # Buffers stay each process's own: quantizers synchronise theirs, and batch statistics are meant to be local.
-        return DistributedDataParallel(module, device_ids=own, broadcast_buffers=False, find_unused_parameters=unused)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it advises to keep this option while buffers stay apart
+            return DistributedDataParallel(
+                module, device_ids=own, broadcast_buffers=False, find_unused_parameters=unused
+            )
 
     def no_sync_unless(self, last: bool, module: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Averages gradients with the last micro-batch only."""
