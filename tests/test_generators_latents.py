@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from test_transformer import shake
 from torch import Tensor
 
+from lexel.config import load
 from lexel.errors import UsageError
 from lexel.generators import FREE, Generator, GeneratorConfig
 from lexel.generators.config import network_config
@@ -17,6 +19,7 @@ from lexel.generators.flow.diffusion import Diffusion, cosine_betas, ddim_steps,
 from lexel.generators.flow.transport import PATHS, Transport, solve_ode, solve_sde
 from lexel.generators.latents import normal
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.recipes import GeneratorRecipe
 
 GRID = {"rows": 4, "columns": 6, "classes": 5}
 SMALL = {"width": 32, "layers": 2, "heads": 4}
@@ -403,3 +406,36 @@ def test_every_token_of_masked_autoregression_is_drawn_once():
 def test_options_of_a_flow_that_do_not_go_together_are_refused(table, message):
     with pytest.raises(UsageError, match=message):
         network_config({**FAMILIES["flow"], **table})
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PUBLISHED = {  # parameters, the fixed positions of DiT and SiT included
+    "dit_xl": 675_129_632,
+    "sit_xl": 675_129_632,
+    "mar_b": 207_924_768,
+    "mar_l": 478_326_304,
+    "mar_h": 942_403_104,
+    "var_d16": 310_283_520,
+    "var_d20": 600_917_136,
+    "var_d24": 1_033_399_360,
+    "var_d30": 2_010_020_356,
+    "rq_480m": 480_921_088,
+    "rq_800m": 820_899_328,
+    "rq_1400m": 1_387_529_728,
+    "rq_3800m": 3_822_488_064,
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipes_have_the_published_parameter_counts(recipe):
+    resolved = load(RECIPES / f"generator_{recipe}.toml", GeneratorRecipe)
+    with torch.device("meta"):
+        generator = Generator(GeneratorConfig(transformer=resolved.generator))
+    assert sum(parameter.numel() for parameter in generator.parameters()) == PUBLISHED[recipe]
+
+
+@pytest.mark.parametrize("kind", ["flow", "continuous", "next_scale", "residual"])
+def test_the_small_recipe_of_a_family_is_of_that_family(kind):
+    assert load(RECIPES / f"generator_{kind}_small.toml", GeneratorRecipe).generator.kind == kind
