@@ -39,7 +39,8 @@ def images(model, batch=3, channels=3):
 
 
 def test_every_entry_has_a_small_configuration_here():
-    assert SMALL.keys() == AUTOENCODERS.keys()
+    own = {name for name, kind in AUTOENCODERS.items() if kind.__module__.startswith("lexel.")}  # not a page's example
+    assert SMALL.keys() == own
 
 
 @KINDS

@@ -1,0 +1,79 @@
+"""RQ-VAE as kakaobrain/rq-vae-transformer publishes it, https://arxiv.org/abs/2203.01941: residual codes."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
+from lexel.convert.names import Rule, count, infer_autoencoder
+from lexel.convert.vqgan import PROJECTIONS, autoencoder_rules
+from lexel.errors import UsageError
+
+TABLES = {"weight": "weight", "cluster_size_ema": "counts", "embed_ema": "sums", "steps": "steps"}
+CODEBOOK = rf"quantizer\.codebooks\.(\d+)\.({'|'.join(TABLES)})"
+QUANTIZER: list[Rule] = [(CODEBOOK, lambda m: f"quantizer.levels.{m[1]}.{TABLES[m[2]]}")]
+REPEATED = "the shared codebook once more"
+
+
+def options(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The table `hparams` of a published configuration, wherever it stands; empty where there is none."""
+    arch = config.get("arch", config)
+    found = arch.get("hparams", {}) if isinstance(arch, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def is_shared(tensors: Names, given: Mapping[str, Any]) -> bool:
+    """Whether all depths have one codebook, by the configuration or else by equal tables."""
+    if "shared_codebook" in given:
+        return bool(given["shared_codebook"])
+    tables = [tensor for name, tensor in tensors.items() if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]
+    return len(tables) > 1 and all(torch.equal(table, tables[0]) for table in tables[1:])
+
+
+def convert(request: Request) -> Conversion:
+    """Codebooks lose their last row, which is padding; a shared one stands once."""
+    tensors, given = dict(request.published.tensors), options(request.published.config)
+    depth, shared = count(tensors, r"quantizer\.codebooks\.(\d+)\.weight"), is_shared(tensors, given)
+    latents, codes = given.get("latent_shape"), given.get("code_shape")
+    if latents and codes and list(latents[:2]) != list(codes[:2]):
+        raise UsageError(
+            f"{request.source} packs latents {list(latents)} into codes {list(codes)}; "
+            "only grids of one size are supported"
+        )
+    steps = [f"quantizer.codebooks.{level}.steps" for level in range(1 if shared else depth)]
+    for name in [name for name in tensors if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]:
+        tensors[name] = tensors[name][:-1]
+    tensors |= {name: torch.zeros((), dtype=torch.int64) for name in steps}
+
+    def config(ours: Names, source: str) -> dict[str, Any]:
+        size, dim = ours["quantizer.levels.0.weight"].shape
+        base = {"decay": float(given.get("decay", 0.99)), "order": "look_up_first"}
+        quantizer = {"kind": "residual", "codebook_size": size, "codebook_dim": dim, "depth": depth, "shared": shared}
+        return {
+            "autoencoder": infer_autoencoder(ours, source),
+            "quantizer": {**quantizer, "base": "ema", "base_options": base},
+        }
+
+    left_out = {r"quantizer\.codebooks\.[1-9]\d*\..*": REPEATED} if shared else {}
+    layout = Layout(
+        "rqvae",
+        lambda names: [*autoencoder_rules(names), *PROJECTIONS, *QUANTIZER],
+        {**left_out, r"discriminator\..*": "the discriminator, used in training only"},
+        [],
+        ["quantizer.levels.0.weight"],
+        config,
+    )
+    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
+    conversion.origins = {ours: name for ours, name in conversion.origins.items() if name not in steps}
+    return conversion
+
+
+def fits(names: Mapping[str, Tensor]) -> bool:
+    return "quantizer.codebooks.0.embed_ema" in names and "encoder.mid.block_1.conv1.weight" in names
+
+
+FAMILY = Family("rqvae", "RQ-VAE (rq-vae-transformer)", fits, convert)

@@ -1,0 +1,35 @@
+"""The tokenizer of RQ-VAE."""
+
+from tests.parity.fixture import Fixture
+
+NAMES = {
+    "encoder.mid.attn_1.q.weight": "encoder.middle.attention.query.weight",
+    "encoder.mid.attn_1.k.weight": "encoder.middle.attention.key.weight",
+    "encoder.mid.attn_1.v.weight": "encoder.middle.attention.value.weight",
+    "quant_conv.weight": "to_codes.weight",
+    "post_quant_conv.weight": "from_codes.weight",
+}
+
+
+def check(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        given = run.content["config"]["hparams"]
+        model = run.load("rqvae")
+        x = run["x"]
+        run.close("z_e", model.latents(x).movedim(1, -1))
+        result = model(x)
+        indices = result.quantized.indices  # (B, depth, h, w)
+        run.same("codes", indices.movedim(1, -1))
+        run.close("rec", result.images)
+        loss = result.quantized.losses["commitment"]
+        run.close("commitment_loss", loss)
+        difference = result.images - x
+        likeness = difference.square().mean() if given["loss_type"] == "mse" else difference.abs().mean()
+        run.close("loss_recon", likeness)
+        total = likeness + given["latent_loss_weight"] * loss
+        run.close("loss_total", total)
+        run.close("decode_code", model.decode_codes(model.quantizer.indices_to_codes(indices)))
+        first = model.quantizer[0].indices_to_codes(indices[:, 0])
+        run.close("decode_partial_add0", model.decode_codes(first))
+        names = run.expected["grads"]
+        run.gradients(total, {name: model.get_parameter(NAMES.get(name, name)) for name in names})
