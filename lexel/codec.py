@@ -54,7 +54,7 @@ class Codec:
     Args:
         tokenizer: any; put on the runtime's device and in evaluation mode.
         runtime: device and precision.
-        transform: makes squares of pictures; None takes them whole, padded to the tokenizer's factor by repeating
+        transform: resizes and crops images; None takes them whole, padded to the tokenizer's factor by repeating
             their edge, and cropped back.
         batch_size: pictures at a time; whole ones come one by one.
         workers: processes that read pictures.

@@ -145,7 +145,7 @@ def training_batches(
 
     Args:
         images: the set.
-        transform: makes squares of pictures; gets a random generator of its own for each picture and epoch.
+        transform: resizes and crops images; gets a random generator of its own for each picture and epoch.
         batch_size: images a step, all processes together.
         seed: decides the order and the crops.
         first_step: where to begin.
@@ -201,7 +201,7 @@ def ordered_batches(
 
     Args:
         images: the set.
-        transform: makes squares of pictures; None gives them in their own size, for a batch_size of 1.
+        transform: resizes and crops images; None gives them in their own size, for a batch_size of 1.
         batch_size: images a batch, of this process alone.
         rank, processes, workers, **options: see `Loading`.
     """

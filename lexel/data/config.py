@@ -1,4 +1,4 @@
-"""The `data` section of a recipe: which pictures to learn from, which to measure on, how to make squares of them."""
+"""The `data` section of a recipe: which pictures to learn from, which to measure on, how to resize and crop them."""
 
 from collections.abc import Callable
 from typing import Annotated, Literal

@@ -323,7 +323,7 @@ def initialise(generator: Generator, source: str, initial: Generator | None = No
     """Starts a generator from the weights of another one; only what is dropped in training may differ.
 
     Raises:
-        UsageError: it is of another network, or speaks the tokens of another tokenizer.
+        UsageError: it is of another network, or was trained with another tokenizer.
     """
     if initial is None:
         initial = load_generator(source)

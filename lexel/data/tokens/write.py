@@ -67,7 +67,7 @@ def write_tokens(
     Args:
         folder: new, or begun by the same call before.
         images: the set; unreadable pictures are left out and their reasons kept in `TokenSet.unreadable`.
-        transform: makes squares of pictures.
+        transform: resizes and crops images.
         encode: images (B, 3, H, W) in [-1, 1] to int64 indices (B, *grid).
         grid: shape of an image's indices: (h, w), or (Q, h, w) for residual and product codes.
         codebook_size: indices lie below it.
