@@ -11,6 +11,7 @@ from lexel.checkpoint import atomic
 from lexel.data import TRANSFORMS, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
+from lexel.memory import check_memory
 from lexel.quantizers.vqgan_lc import build_bank, save_bank
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
@@ -58,6 +59,8 @@ def make_bank(
         raise UsageError(f"seed must be 0 or more, got {seed}")
     if isinstance(encoder, Tokenizer):
         transform = own_transform(encoder, size)
+        encoder.grid(transform.size, transform.size)  # raises where the size does not fit
+        check_memory(encoder, runtime, transform.size, transform.size, batch_size)
     else:
         transform = TRANSFORMS["published"](size or NETWORK_SIZE)
     images = open_images(data, split, transform.size)

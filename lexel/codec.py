@@ -15,6 +15,7 @@ from lexel.checkpoint import atomic
 from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
+from lexel.memory import check_memory
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
@@ -74,6 +75,7 @@ class Codec:
     ) -> None:
         if transform is not None:
             tokenizer.grid(transform.size, transform.size)  # raises where the size does not fit
+            check_memory(tokenizer, runtime, transform.size, transform.size, batch_size)
         self.tokenizer = tokenizer.to(runtime.device).eval()
         self.runtime = runtime
         self.transform = transform
@@ -109,6 +111,12 @@ class Codec:
                 name = images.names[int(batch.numbers[0])]
                 unreadable[name] = f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole"
                 continue
+            if self.transform is None:
+                try:
+                    check_memory(self.tokenizer, self.runtime, *self.tokenizer.fitting_size(height, width), 1)
+                except UsageError as error:
+                    unreadable[images.names[int(batch.numbers[0])]] = str(error)
+                    continue
             originals, reconstructions = to_uint8(batch.images), to_uint8(self.through(batch.images))
             for number, original, reconstruction in zip(batch.numbers, originals, reconstructions, strict=True):
                 yield Pair(images.names[int(number)], original, reconstruction)

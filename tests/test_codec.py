@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from lexel.autoencoders import VQGANConfig
+from lexel.bank import make_bank
 from lexel.codec import Codec, write_pngs
 from lexel.data import TRANSFORMS
 from lexel.data.tokens import TokenSet
@@ -134,3 +135,49 @@ def test_a_name_cannot_lead_out_of_the_folder(tmp_path, name):
     with pytest.raises(UsageError, match="leads out of the folder"):
         write_pngs([(name, np.zeros((2, 2, 3), np.uint8))], tmp_path / "in", 1)
     assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_pictures_are_never_written_over_files_of_another_origin(tokenizer, folder, tmp_path):
+    originals = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(UsageError, match=r"a.1\.png exists and was not written by Lexel"):
+        codec(tokenizer).reconstruct([folder], folder)
+    codec(tokenizer).encode(folder, tmp_path / "tokens")
+    with pytest.raises(UsageError, match="was not written by Lexel"):
+        codec(tokenizer).decode(TokenSet.open(tmp_path / "tokens"), folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == originals
+    for _ in range(2):  # what Lexel wrote may be written again
+        assert codec(tokenizer).reconstruct([folder], tmp_path / "out").written == 4
+
+
+def test_doing_nothing_is_no_success(tokenizer, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    for act in (
+        lambda: codec(tokenizer).encode(tmp_path / "bad", tmp_path / "tokens"),
+        lambda: codec(tokenizer).reconstruct([tmp_path / "bad"], tmp_path / "out"),
+        lambda: codec(tokenizer).decode(TokenSet.open(tmp_path / "tokens"), tmp_path / "decoded"),
+        lambda: make_bank(tokenizer, tmp_path / "bad", tmp_path / "bank.safetensors", 4, runtime("cpu"), size=8),
+    ):
+        with pytest.raises(UsageError, match=r"the first, a\.png: "):
+            act()
+
+
+def test_a_bank_needs_a_seed_that_is_no_negative_number(tokenizer, folder, tmp_path):
+    with pytest.raises(UsageError, match="seed must be 0 or more, got -1"):
+        make_bank(tokenizer, folder, tmp_path / "bank.safetensors", 4, runtime("cpu"), size=8, seed=-1)
+
+
+def test_an_encode_goes_on_however_its_folder_is_spelled(tokenizer, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("lexel.codec.SHARD", 2)
+
+    def stop(done, total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        codec(tokenizer).encode(folder, tmp_path / "tokens", progress=stop)
+    (tmp_path / "tokens" / ".partial-0-0-0-0.npy").write_bytes(b"left by a killed writer of an earlier version")
+    monkeypatch.chdir(folder.parent)
+    assert len(codec(tokenizer).encode(f"./{folder.name}/", tmp_path / "tokens")) == 4
+    with pytest.raises(UsageError, match=r"made in another way \(crops: 1 there, 2 here\)"):
+        codec(tokenizer).encode(folder, tmp_path / "tokens", crops=2)

@@ -18,7 +18,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"tokenizer", "autoencoder"},
     {"generators"},
     {"convert"},
-    {"loading"},
+    {"loading", "memory"},
     {"evaluate", "export", "codec", "samples", "bank"},
     {"report"},
     {"train"},

@@ -188,3 +188,12 @@ def test_what_is_asked_for_is_of_the_generators_condition(generator):
     assert samples.asked_for(free, None, None, 3) == 3
     with pytest.raises(UsageError, match="takes no classes"):
         samples.asked_for(free, ["1"], None, 3)
+
+
+def test_every_class_has_exactly_its_number_of_images_in_a_seeded_random_order(generator):
+    labels = samples.class_labels(generator, ["all"], 5, seed=3)
+    assert sorted(labels) == sorted([0, 1, 2] * 5)
+    assert labels != sorted(labels)
+    assert labels == samples.class_labels(generator, ["0", "1", "2"], 5, seed=3)
+    assert labels != samples.class_labels(generator, ["all"], 5, seed=4)
+    assert samples.class_labels(generator, ["2", "0"], 2) == [2, 2, 0, 0]

@@ -19,10 +19,12 @@ from lexel.evaluate.references import Originals
 from lexel.evaluate.results import as_result
 from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, transform_of
 from lexel.evaluate.stream import discard_partial
+from lexel.memory import check_memory
 from lexel.metrics import Protocol
 from lexel.metrics.protocols import protocol as find_protocol
 from lexel.runtime import exact_float32, runtime
 from lexel.spacing import evenly_spaced
+from lexel.tokenizer import Tokenizer
 
 
 def evaluate_tokenizer(
@@ -72,6 +74,8 @@ def evaluate_tokenizer(
     chosen = resized(find_protocol(protocol), size)
     classes = wanted(chosen.reconstruction if metrics is None else metrics)
     where = runtime(join(options.device), options.precision)
+    if chosen.size and isinstance(tokenizer, Tokenizer):
+        check_memory(tokenizer, where, chosen.size, chosen.size, options.batch_size)
     images = open_set(source, split, chosen.size or None)
     numbers = evenly_spaced(len(images), options.limit)
     real = Pictures(images, chosen, transform_of(chosen), options.workers, numbers)
