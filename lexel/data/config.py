@@ -21,7 +21,7 @@ class DataConfig(Config):
     """Where images come from."""
 
     source: str  # a path, an embedded set, or kind:location with a kind of SOURCES ("tar:shards/{0000..0099}.tar")
-    # What to measure on: another source, a split of this one ("validation"; ./validation is a path), or the part of it
+    # What to validate on: another source, a split of this one ("validation"; ./validation is a path), or the part of it
     # to hold out (0.05). Left out: the source's own validation split where it has one, else 5 % of it.
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     size: Annotated[int, Field(ge=1)]  # pixels a side
@@ -58,9 +58,9 @@ class DataConfig(Config):
 
 
 def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> tuple[ImageSet, ImageSet]:
-    """The pictures to learn from and those to measure on.
+    """The images to train on and those to validate on.
 
-    A source with a single picture is learned from and measured on, with a warning.
+    A source with a single image is used for both, with a warning.
 
     Args:
         config: the recipe's section.
@@ -103,7 +103,7 @@ def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = 
         return _cached(config, training_part(), opened(validation))
     everything = training_part()
     if len(everything) == 1:
-        warn(f"{config.source} holds a single image: it is learned from and measured on", stacklevel=2)
+        warn(f"{config.source} has a single image; it is used for training and for validation", stacklevel=2)
         return _cached(config, everything, everything)
     return _cached(config, *everything.hold_out(validation))
 

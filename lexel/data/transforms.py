@@ -20,7 +20,6 @@ from lexel.errors import UsageError
 class Transform:
     """Base: a size, and a rule that turns uint8 (H, W, 3) into uint8 (size, size, 3)."""
 
-    description: ClassVar[str]
     shrinks: ClassVar[bool] = False  # shows the whole width or height, antialiased: a smaller picture would do
 
     def __init__(self, size: int) -> None:
@@ -46,8 +45,6 @@ class Published(Transform):
     fixed-point numbers of 11 bits. The longer side becomes round(side * size / shorter side), ties to even.
     """
 
-    description = "shorter side to size, OpenCV bilinear without antialiasing, crop (as published)"
-
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
         shorter = min(height, width)
@@ -60,8 +57,6 @@ class Published(Transform):
 class Flip(Published):
     """As published, and mirrored left to right every other time when a generator is given."""
 
-    description = "as published, mirrored left to right half of the time in training"
-
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         square = super().__call__(array, generator)
         mirrored = generator is not None and generator.random() < 0.5
@@ -72,7 +67,6 @@ class Adm(Transform):
     """ADM's way, also LlamaGen's and RAR's: halved by box averaging while possible, antialiased bicubic, a crop."""
 
     shrinks = True
-    description = "box halving, then antialiased bicubic, crop (ADM, LlamaGen, RAR)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         image = Planes(array)
@@ -91,7 +85,6 @@ class TiTok(Transform):
     """
 
     shrinks = True
-    description = "shorter side to size, antialiased bicubic, crop (TiTok, 1d-tokenizer)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
@@ -110,8 +103,6 @@ class Crop(Transform):
     A side shorter than `size` is brought to it by antialiased bicubic, the shape kept.
     """
 
-    description = "crop at the native resolution, no resizing (FVQ)"
-
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
         if min(height, width) < self.size:
@@ -125,8 +116,6 @@ class CenterCrop(Transform):
 
     With a generator: a crop anywhere, of the padded picture.
     """
-
-    description = "torchvision's centre crop at the native resolution, padded with black (FVQ's evaluation)"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
@@ -148,8 +137,6 @@ class RandomResized(Transform):
     Without a generator: as titok.
     """
 
-    description = "random part, random shape, mirrored half of the time (strong augmentation)"
-
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         if generator is None:
             return TiTok(self.size)(array)
@@ -168,7 +155,6 @@ class Stretch(Transform):
     """The whole picture, its shape given up: both sides to `size` by antialiased bicubic."""
 
     shrinks = True
-    description = "the whole picture, stretched to a square"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         if array.shape[:2] == (self.size, self.size):
@@ -180,7 +166,6 @@ class Pad(Transform):
     """The whole picture, its shape kept: the longer side to `size` by antialiased bicubic, centred on white."""
 
     shrinks = True
-    description = "the whole picture in its shape, on a white square"
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
