@@ -350,3 +350,32 @@ def test_published_sizes_have_the_published_parameter_counts(name):
         generator = Generator(GeneratorConfig(transformer=recipe.generator))
     published, idle = PUBLISHED[name]
     assert sum(parameter.numel() for parameter in generator.parameters()) + idle == published
+
+
+HIDDEN = ("next_token", "masked")
+
+
+def test_hidden_states_of_tokens_do_not_depend_on_the_batch(name, condition):
+    generator = make(name, condition).eval()
+    tokens = torch.randint(30, (5, 2, 3), generator=torch.Generator().manual_seed(0))
+    prepared = generator.condition.check(given_condition(generator))
+    if not name.startswith(HIDDEN):
+        with pytest.raises(UsageError, match=r"no hidden states of given tokens; next_token and masked"):
+            generator.hidden(tokens, prepared)
+        return
+    states = generator.hidden(tokens, prepared)
+    assert states.shape == (5, 6, 32)
+    alone = torch.cat([generator.hidden(tokens[row : row + 1], prepared[row : row + 1]) for row in range(5)])
+    torch.testing.assert_close(states, alone, atol=1e-12, rtol=0)
+    assert not torch.allclose(states, generator.hidden(tokens.flip(0), prepared))
+    with pytest.raises(UsageError, match=r"layers must be in \[1, 2\]"):
+        generator.hidden(tokens, prepared, layers=3)
+
+
+def test_the_last_hidden_states_of_a_next_token_generator_predict_its_tokens():
+    generator = make("next_token-start", dtype=torch.float64).eval()
+    tokens = torch.randint(30, (3, 2, 3), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2])
+    states = generator.hidden(tokens, labels, layers=2)
+    network = generator.transformer
+    torch.testing.assert_close(network.head(network.norm(states)), generator(tokens, labels).logits[0])

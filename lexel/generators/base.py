@@ -98,6 +98,22 @@ class Generator(nn.Module):
         """Negative log-likelihood of every token in nats, (B, T); an upper bound where the family says so, or None."""
         return None
 
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        """Hidden states of every token, (B, T, C): features of an image, for `lexel probe`.
+
+        Args:
+            tokens: int64 (B, *grid) or (B, T), in range.
+            condition: (B, ...), checked.
+            layers: states after so many blocks; the family's choice by default.
+
+        Raises:
+            UsageError: the family has no such states, or not so many blocks.
+        """
+        raise UsageError(
+            f"a {self.config.transformer.kind} generator has no hidden states of given tokens; "
+            "next_token and masked generators have"
+        )
+
     def _sample(self, batch: SampleBatch) -> Tensor:
         """Tokens (B, T) in [0, codebook_size) for one batch that fits into memory."""
         raise NotImplementedError

@@ -147,6 +147,22 @@ class Bidirectional(nn.Module):
         rows = self.condition(self.condition.drop(condition))
         return torch.cat([rows, self.tokens(tokens)], 1) + self.positions
 
+    def entered(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """What the first block reads, (B, L + T, C): `embed` and what the network does to it."""
+        return cast(Tensor, self.dropout(self.embed(tokens, condition)))
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int) -> Tensor:
+        """States (B, T, C) of tokens (B, T) after so many of `blocks`."""
+        x = self.entered(tokens, condition)
+        for block in self.blocks[:layers]:
+            x = self.run(block, x)
+        return x[:, -tokens.shape[1] :]
+
+    @property
+    def best_layers(self) -> int:
+        """After how many of `blocks` states tell most of an image: about half-way between tokens and tokens."""
+        return (len(self.blocks) + 1) // 2
+
     def forward(self, tokens: Tensor, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Logits (B, T, K) for tokens (B, T) in [0, K], K where masked, and a checked condition (B, ...).
 
@@ -168,8 +184,11 @@ class Bert(Bidirectional):
         self.head = nn.Linear(config.width, config.codebook_size)
         self.initialise()
 
+    def entered(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        return cast(Tensor, self.dropout(self.norm(self.embed(tokens, condition) + self.types.weight[0])))
+
     def forward(self, tokens: Tensor, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        x = self.dropout(self.norm(self.embed(tokens, condition) + self.types.weight[0]))  # (B, L + T, C)
+        x = self.entered(tokens, condition)  # (B, L + T, C)
         for block in self.blocks:
             x = self.run(block, x)
         return cast(Tensor, self.head(x[:, -tokens.shape[1] :]))  # (B, T, K)
@@ -188,8 +207,12 @@ class UViT(Bidirectional):
         self.head = nn.Linear(config.width, config.codebook_size)
         self.initialise()
 
+    @property
+    def best_layers(self) -> int:
+        return len(self.blocks)  # the last is the middle one
+
     def forward(self, tokens: Tensor, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        x = self.dropout(self.embed(tokens, condition))  # (B, L + T, C)
+        x = self.entered(tokens, condition)  # (B, L + T, C)
         skipped: list[Tensor] = []
         for block in self.blocks:
             x = self.run(block, x)
@@ -225,9 +248,16 @@ class MAGE(Bidirectional):
         self.initialise()
         nn.init.trunc_normal_(self.decoder_positions, std=0.02, a=-0.04, b=0.04)
 
+    @property
+    def best_layers(self) -> int:
+        return len(self.blocks)  # the encoder, which learns for its states' sake
+
+    def entered(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        return cast(Tensor, self.dropout(self.embedding_norm(self.embed(tokens, condition))))
+
     def encode(self, tokens: Tensor, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
         """Hidden states (B, L + kept, C) of the condition and of the tokens that are not dropped."""
-        x = self.dropout(self.embedding_norm(self.embed(tokens, condition)))
+        x = self.entered(tokens, condition)
         if dropped is not None:
             kept = F.pad(~dropped, (self.condition.length, 0), value=True)
             x = x[kept].view(len(x), -1, x.shape[-1])

@@ -21,6 +21,7 @@ from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import NETWORKS, Bidirectional
 from lexel.generators.config import NetworkConfig
+from lexel.generators.network import chosen_layers
 from lexel.generators.sampling import filter_logits, guide, sample_index
 
 # The share of tokens that is masked still, after the share r in (0, 1] of the steps; in training r is uniform.
@@ -167,6 +168,10 @@ class Masked(Generator):
         """
         flat = self.flat(tokens)
         return Predicted((self.transformer(flat.masked_fill(flat == FREE, self.mask), condition),), None)
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        layers = chosen_layers(layers, len(self.transformer.blocks), self.transformer.best_layers)
+        return self.transformer.hidden(self.flat(tokens), condition, layers)
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`masked_nll`: the smoothed cross-entropy of masked tokens, and of the others at `unmasked_weight`."""

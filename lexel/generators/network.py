@@ -5,8 +5,20 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lexel.errors import UsageError
 from lexel.generators.conditions import Condition
 from lexel.generators.config import NetworkConfig
+
+
+def chosen_layers(asked: int | None, there: int, default: int) -> int:
+    """After how many blocks hidden states are taken: what is asked for, or the default.
+
+    Raises:
+        UsageError: there are not so many blocks.
+    """
+    if asked is not None and not 1 <= asked <= there:
+        raise UsageError(f"layers must be in [1, {there}], the generator's blocks; got {asked}")
+    return default if asked is None else asked
 
 
 class ConditionedNetwork(nn.Module):

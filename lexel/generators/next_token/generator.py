@@ -13,6 +13,7 @@ from lexel.errors import UsageError
 from lexel.generators.base import Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import GeneratorConfig
+from lexel.generators.network import chosen_layers
 from lexel.generators.next_token.config import NextTokenConfig
 from lexel.generators.next_token.decoding import Decoder, weights_version
 from lexel.generators.next_token.fused import CacheWrite
@@ -97,6 +98,11 @@ class NextToken(Generator):
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`nll`: the mean negative log-likelihood of a token, in nats."""
         return {"nll": NextToken.nll(self, tokens, condition).mean()}
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        blocks = len(self.transformer.blocks)
+        layers = chosen_layers(layers, blocks, (blocks + 1) // 2)
+        return self.transformer.hidden(self.flat(tokens), condition.to(tokens.device), layers)
 
     @torch.no_grad()
     def likelihood(

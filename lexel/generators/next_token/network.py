@@ -115,13 +115,29 @@ class Transformer(nn.Module):
             return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
         return cast(Tensor, block(*inputs))
 
-    def forward(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
-        """Logits (B, T, V) of each sub-vocabulary for indices (B, T) and a checked condition (B, ...)."""
+    def inputs(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What the blocks read of indices (B, T) and a checked condition (B, ...).
+
+        Returns:
+            x (B, L + T - 1, C), its positions, the condition's rows (B, L, C), and what the head needs of the tokens.
+        """
         rows = self.condition(self.condition.drop(condition))  # (B, L, C)
         tokens, first = self.prediction.inputs(self, indices)  # (B, T - 1, C)
         x = torch.cat([rows, tokens], 1)  # (B, L + T - 1, C)
         rope = self.positions(x)[: x.shape[1]]
-        x = self.dropout(x if self.learned_positions is None else x + rope)
+        return self.dropout(x if self.learned_positions is None else x + rope), rope, rows, first
+
+    def hidden(self, indices: Tensor, condition: Tensor, layers: int) -> Tensor:
+        """States (B, T, C) after so many blocks: at each token's place, of the condition and the tokens before it."""
+        x, rope, rows, _ = self.inputs(indices, condition)
+        vector = () if self.modulation is None else (self.condition.pooled(rows),)
+        for block in self.blocks[:layers]:
+            x = self.run(block, x, rope, *vector)
+        return x[:, rows.shape[1] - 1 :]
+
+    def forward(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
+        """Logits (B, T, V) of each sub-vocabulary for indices (B, T) and a checked condition (B, ...)."""
+        x, rope, rows, first = self.inputs(indices, condition)
         if self.modulation is None:
             for block in self.blocks:
                 x = self.run(block, x, rope)
