@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from lexel.cli import app
 from lexel.config import find_recipe
+from lexel.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -102,6 +103,11 @@ def test_links_lead_to_files_and_headings_that_exist(page):
         assert other.exists(), f"{target} in {name(page)}"
         if anchor and other.suffix == ".md":
             assert anchor in anchors(other), f"{target} in {name(page)}"
+
+
+def test_every_quantizer_has_a_snippet():
+    shown = " ".join(text for kind, _, text in blocks(DOCS / "quantizers.md") if kind == "python")
+    assert [kind for kind, entry in QUANTIZERS.items() if f"{entry.__name__}(" not in shown] == []
 
 
 def anchors(page: Path) -> set[str]:
