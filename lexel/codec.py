@@ -16,6 +16,7 @@ from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images,
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
+from lexel.parts import Part
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
@@ -161,11 +162,13 @@ class Codec:
         crops: int = 1,
         seed: int = 0,
         progress: ProgressCallback | None = None,
+        part: Part | None = None,
+        shard_size: int | None = None,
     ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
 
-        Processes that a launcher started together (RANK of WORLD_SIZE) share the shards; the last to finish gets the
-        set, the others None.
+        Processes that a launcher started together (RANK of WORLD_SIZE) share the shards, and so do parts, be it in one
+        folder or each in its own, for `merge_tokens`. The last to finish one folder gets the set, the others None.
 
         Args:
             source: a folder, a file or an embedded set.
@@ -174,6 +177,8 @@ class Codec:
             crops: versions of each picture; the first is the centred one, the others are random.
             seed: of the random ones.
             progress: called with (done, total).
+            part: only this share of the shards.
+            shard_size: pictures in a file: what an interruption can cost, and the least that a part takes.
         """
         if self.transform is None:
             raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
@@ -185,6 +190,8 @@ class Codec:
                 return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
         images = self.open(source, split)
+        part = part or Part(1, 1)
+        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         tokens = write_tokens(
             out,
             images,
@@ -198,10 +205,10 @@ class Codec:
             crops=crops,
             seed=seed,
             batch_size=self.batch_size,
-            shard_size=SHARD,
+            shard_size=shard_size or SHARD,
             workers=self.workers,
-            rank=int(os.environ.get("RANK", 0)),
-            processes=int(os.environ.get("WORLD_SIZE", 1)),
+            rank=(part.number - 1) + part.parts * rank,
+            processes=part.parts * processes,
             provenance={"source": public_name(source), "split": split, "size": self.transform.size},
             progress=progress,
         )

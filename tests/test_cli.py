@@ -201,6 +201,16 @@ def test_tokens_travel_to_disk_and_back(run, pictures, capsys, tmp_path):
     code, out, _ = lexel(capsys, "decode", run, tokens, "--out", tmp_path / "decoded")
     assert code == 0
     assert len(list((tmp_path / "decoded").rglob("*.png"))) == 12
+    folders = [tmp_path / f"part-{number}" for number in (1, 2)]
+    small = ["--crops", 2, "--shard-size", 5]
+    for number, folder in enumerate(folders, 1):
+        code, out, _ = lexel(capsys, "encode", run, pictures, "--out", folder, *small, "--part", f"{number}/2")
+        assert (code, f"part {number}/2 is in" in out) == (0, True)
+    code, out, _ = lexel(capsys, "merge", *folders, "--out", tmp_path / "merged")
+    assert (code, "12 pictures as 8x8 tokens each" in out) == (0, True)
+    assert lexel(capsys, "encode", run, pictures, "--out", tmp_path / "one", *small)[0] == 0
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes(), path.name
 
 
 def test_evaluation_is_written_and_compared(run, pictures, capsys, tmp_path):
@@ -448,7 +458,7 @@ def test_help_answers_for_every_command(capsys):
     for command in commands:
         code, out, _ = lexel(capsys, command, "--help")
         assert (code, "Usage: " in out) == (0, True), command
-        runs_a_network = command not in {"inspect", "list", "import", "export", "publish"}
+        runs_a_network = command not in {"inspect", "list", "import", "export", "publish", "merge"}
         assert ({"--device", "--precision"} <= {*out.split()}) == runs_a_network, command
 
 

@@ -27,6 +27,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": models.list_,
     "reconstruct": images.reconstruct,
     "encode": images.encode,
+    "merge": images.merge,
     "decode": images.decode,
     "evaluate": measure.evaluate,
     "sample": measure.sample,

@@ -10,6 +10,7 @@ from lexel.cli.options import (
     DataArgument,
     Device,
     Out,
+    PartOption,
     PixelLimit,
     Precision,
     RunArgument,
@@ -81,6 +82,8 @@ def encode(
     offset: Annotated[
         int, typer.Option(min=0, help="With --sequences: ids of the text vocabulary before the codes.")
     ] = 0,
+    part: PartOption = None,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     pixel_limit: PixelLimit = 150_000_000,
@@ -88,20 +91,28 @@ def encode(
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Encodes images to a token data set; the same command again resumes."""
+    """Encodes images to a token data set; the same command again resumes.
+
+    With --part I/N only a share of it, in a folder that the parts have in common (the last one completes it), or in
+    one of each part's own, for `lexel merge`.
+    """
     from lexel.codec import Codec
     from lexel.data.tokens import export_parquet, export_sequences, export_webdataset
     from lexel.loading import load_tokenizer
+    from lexel.parts import Part
     from lexel.runtime import runtime
 
+    chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
     codec = Codec(
         tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, pixel_limit=pixel_limit
     )
     with progress("encode") as update:
-        tokens = codec.encode(data, out, split, crops, seed, update)
+        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size)
     if tokens is None:  # other processes are still at their shards; the last one prints
+        if chosen:
+            print(f"part {chosen} is in {out}; parts in folders of their own are put together by `lexel merge`")
         return
     print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")
     print_left_out(tokens.unreadable)
@@ -111,6 +122,19 @@ def encode(
         export_webdataset(tokens, webdataset)
     if sequences:
         export_sequences(tokens, sequences, offset)
+
+
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="What `lexel encode` or `sample` wrote with --part I/N.")],
+    out: Out,
+) -> None:
+    """Puts parts of a token data set together, to the bytes of a single command."""
+    from lexel.data.tokens import merge_tokens
+
+    with progress("merge", "shards") as update:
+        tokens = merge_tokens(out, parts, update)
+    print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")
+    print_left_out(tokens.unreadable)
 
 
 def decode(

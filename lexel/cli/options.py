@@ -41,6 +41,10 @@ RunArgument = Annotated[
 ]
 DataArgument = Annotated[str, typer.Argument(metavar="DIR", help="A folder of images, or openmoji, photos.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
+PartOption = Annotated[
+    str | None,
+    typer.Option("--part", metavar="I/N", help="Only part I of N: array jobs, or machines without a common disk."),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="section.key=value", help="Override an option of the recipe.")
 ]

@@ -6,6 +6,7 @@ A folder holds `tokens.json` (what the tokens are and whose) and, for every shar
 
 from lexel.data.tokens.export import export_parquet, export_webdataset
 from lexel.data.tokens.format import INDEX, index_dtype
+from lexel.data.tokens.merge import merge_tokens
 from lexel.data.tokens.sequences import SequenceFormat, SequenceSet, export_sequences
 from lexel.data.tokens.token_set import TokenBatch, TokenSet
 from lexel.data.tokens.write import write_tokens
@@ -20,5 +21,6 @@ __all__ = [
     "export_sequences",
     "export_webdataset",
     "index_dtype",
+    "merge_tokens",
     "write_tokens",
 ]

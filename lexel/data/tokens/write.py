@@ -117,7 +117,7 @@ def write_tokens(
         **({} if grids is None else {"grids": [list(each) for each in grids]}),
     }
     plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
-    _begin(folder, plan)
+    begin(folder, plan)
     shards = range(-(-len(images) // shard_size))
     mine = {
         shard: range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
@@ -139,25 +139,40 @@ def write_tokens(
             _write_shard(folder, shard, versions, encode, plan, workers, read)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
+    return complete(folder, plan)
+
+
+def complete(folder: Path, plan: dict[str, Any]) -> TokenSet:
+    """Makes a set of a folder in which every shard of a plan is."""
     with atomic_write(folder / INDEX) as file:
-        file.write(sealed({**plan, "shards": len(shards)}, indent=2))
+        file.write(sealed({**plan, "shards": -(-plan["images"] // plan["shard_size"])}, indent=2))
     (folder / MANIFEST_PARTIAL).unlink(missing_ok=True)
     return TokenSet.open(folder, verify="never")  # we wrote it a moment ago
 
 
-def _begin(folder: Path, plan: dict[str, Any]) -> None:
+def check_plan(
+    found: dict[str, Any], plan: dict[str, Any], what: str, there: str = "there", here: str = "here"
+) -> None:
+    """Compares what a folder says of its tokens with a plan; notes may differ.
+
+    Raises:
+        UsageError: `what`, and the first difference.
+    """
+    for key, value in plan.items():
+        if found.get(key) != value and key not in NO_IDENTITY:
+            raise UsageError(
+                f"{what} ({key}: {_unlike(found.get(key), value, there, here)}); give another folder or delete it"
+            )
+
+
+def begin(folder: Path, plan: dict[str, Any]) -> None:
     """Makes the folder ours, or checks that it is ours already."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file; give a folder for the tokens")
     for name in (INDEX, MANIFEST_PARTIAL):
         if (folder / name).is_file():
             _, found = read_manifest(folder / name)
-            for key, value in plan.items():
-                if found.get(key) != value and key not in NO_IDENTITY:
-                    raise UsageError(
-                        f"{folder} holds tokens made in another way ({key}: {_unlike(found.get(key), value)}); "
-                        "give another folder or delete it"
-                    )
+            check_plan(found, plan, f"{folder} holds tokens made in another way")
             return
     # Another process may begin at this very moment: what it writes first is not foreign.
     ours = (".partial-", "shard-", MANIFEST_PARTIAL, INDEX)
@@ -167,14 +182,14 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
         file.write(sealed(plan, indent=2))
 
 
-def _unlike(there: Any, here: Any) -> str:
+def _unlike(first: Any, second: Any, there: str, here: str) -> str:
     """Two values that differ, cut so that the difference can be seen."""
-    texts = [" ".join(str(value).split()) for value in (there, here)]
+    texts = [" ".join(str(value).split()) for value in (first, second)]
     start = next((at for at, pair in enumerate(zip(*texts, strict=False)) if pair[0] != pair[1]), min(map(len, texts)))
     if max(map(len, texts)) > SHOWN and start > SHOWN // 2:
         texts = ["..." + text[start - SHOWN // 4 :] for text in texts]
     texts = [text if len(text) <= SHOWN else text[:SHOWN] + "..." for text in texts]
-    return f"{texts[0]} there, {texts[1]} here"
+    return f"{texts[0]} {there}, {texts[1]} {here}"
 
 
 @dataclass
