@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.kernels import index_backpropagation, nearest
+from lexel.kernels import index_backpropagation, nearest, search
 from lexel.kernels.oracle import EPS
 from lexel.kernels.search import WIDTH, minus_squares, near_codes
 
@@ -262,16 +262,41 @@ def test_a_compiled_step_has_no_graph_break():
 @pytest.mark.parametrize("slack", [0.0, 0.4])
 @pytest.mark.parametrize("distances", [False, True])
 @pytest.mark.parametrize("dim", [16, 1024])
-def test_a_half_precision_scan_lists_the_same_codes_to_the_bit(dim, distances, slack, scale):
+@pytest.mark.parametrize("coarser", [torch.bfloat16, torch.int8])
+def test_a_coarser_scan_lists_the_same_codes_to_the_bit(coarser, dim, distances, slack, scale):
     queries, keys = normal(70, dim) * scale, normal(2500, dim, seed=1)
     bias = minus_squares(keys) if distances else None
-    coarse, fine = (near_codes(queries, keys, bias, slack, scan) for scan in (torch.bfloat16, torch.float32))
+    coarse, fine = (near_codes(queries, keys, bias, slack, scan) for scan in (coarser, torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(coarse, fine, strict=True))
     scores = queries.double() @ keys.double().T + (0 if bias is None else bias)
     assert torch.equal(fine.best, scores.argmax(1))
     counts = (scores >= scores.amax(1, keepdim=True) - slack).sum(1)
     assert torch.equal(fine.wide, counts > WIDTH)
     assert torch.equal((fine.scores > -torch.inf).sum(1)[~fine.wide], counts[~fine.wide])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_a_scan_in_int8_leaves_numbers_it_cannot_hold_to_a_finer_one(bad):
+    queries, keys = normal(40, 64), normal(1500, 64, seed=1)
+    queries[3, 5], queries[7] = bad, 0
+    keys[9] = 1e-42  # smaller than any scale
+    coarse, fine = (near_codes(queries, keys, None, 0.0, scan) for scan in (torch.int8, torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(coarse, fine, strict=True))
+
+
+def test_the_error_bound_of_a_scan_in_int8_holds():
+    queries, keys = normal(200, 256), normal(3000, 256, seed=1)
+    keys[::7] *= 30  # lengths differ
+    bias = minus_squares(keys)
+    norms, table = search._prepared(keys, torch.int8)
+    maxima = search._group_maxima(table, queries, keys, bias, torch.int8).double()
+    exact = queries.double() @ keys.double().T + bias
+    padded = torch.nn.functional.pad(exact, (0, -len(keys) % search.TILE), value=-torch.inf)
+    groups = padded.view(len(queries), -1, search.GROUP, search.TILE // search.GROUP).amax(2).flatten(1)
+    error = (maxima - groups)[groups.isfinite()].view(len(queries), -1).abs().amax(1)
+    bound = search._scan_error(queries, bias, torch.int8, norms)
+    assert (error <= bound).all()
+    assert error.max() > 0.002 * bound.max()  # and it is no wild guess
 
 
 def brute_force(z: Tensor, codebook: Tensor, similarity: str) -> Tensor:

@@ -12,7 +12,7 @@ import lexel
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [  # a name that a change still to come will use may stand here before its file does
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
-    | {"arrays", "regular", "provenance", "parts"},
+    | {"arrays", "regular", "provenance", "parts", "place"},
     {"kernels", "networks"},
     {"quantizers", "autoencoders", "losses", "metrics", "data"},
     {"tokenizer", "autoencoder"},

@@ -3,9 +3,11 @@
 A scan with matrix products keeps one maximum for every GROUP codes. Codes whose group comes within a proven rounding
 bound of the best are scored again in float32, and those still in question in float64, so the answer is that of exact
 arithmetic: it depends neither on tile sizes, nor on the rest of the batch, nor on the precision of the scan. The scan
-therefore runs in bfloat16 where the processor multiplies that faster.
+therefore runs in what the processor multiplies fastest: int8 on CPUs with VNNI, whose products are exact integers, or
+bfloat16.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -29,6 +31,8 @@ ROWS = 1024  # rows scanned together
 TILE = 1024  # codes scanned together: a tile of float32 scores (4 MiB) stays in the cache
 GROUP = 16  # codes that share one maximum
 WIDTH = 16  # near codes listed for a row; a row with more is wide
+SMALLEST_INT8, LARGEST_INT8 = 128, 2**16  # dimensions: below, int8 is no faster; above, sums may leave an int32
+NEAR_GROUPS = {torch.int8: 64}  # groups scored again for a row before a finer scan is cheaper; WIDTH for other scans
 
 
 @torch.no_grad()
@@ -73,7 +77,27 @@ class Norms(NamedTuple):
     """The largest lengths among the codes, for rounding bounds."""
 
     keys: Tensor  # () of a code
-    residual: Tensor  # () of a code minus its bfloat16 rounding; 0 for a scan in full precision
+    residual: Tensor  # () of a code minus its rounding for the scan; 0 for a scan in full precision
+
+
+class Rounded(NamedTuple):
+    """Rows in the precision of a scan. Values are those of `rows`, times `scales` where the scan is in int8."""
+
+    rows: Tensor  # (n, D), of the scan's type
+    scales: Tensor | None  # (n,) for int8: a row's largest number is 127 of them
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The rounded rows as numbers (n, D)."""
+        values = self.rows.to(dtype)
+        return values if self.scales is None else values * self.scales[:, None]
+
+
+def rounded(rows: Tensor, scan: torch.dtype) -> Rounded:
+    """Rows (n, D) in the precision of a scan."""
+    if scan != torch.int8:
+        return Rounded(rows.to(scan), None)
+    scales = (rows.abs().amax(1) / 127).clamp_min(torch.finfo(rows.dtype).tiny)
+    return Rounded((rows / scales[:, None]).round_().to(torch.int8), scales)
 
 
 @torch.no_grad()
@@ -96,8 +120,10 @@ def near_codes(
         implementation: of the scan, "tiled" or "triton".
     """
     scan = scan or _fastest(queries, keys)
-    norms = _largest_norms(keys, scan)
-    maxima = _group_maxima if implementation == "tiled" else _triton_maxima
+    if implementation == "triton" and scan == torch.int8:
+        scan = queries.dtype  # the kernel has no such scan
+    norms, table = _prepared(keys, scan)
+    maxima = functools.partial(_group_maxima, table) if implementation == "tiled" else _triton_maxima
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
     blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
     return Candidates(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
@@ -155,29 +181,45 @@ def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
         return queries.dtype
     if queries.is_cuda:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if queries.device.type == "cpu" and fast else torch.float32
+    if queries.device.type != "cpu":
+        return torch.float32
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return torch.bfloat16
+    whole = SMALLEST_INT8 <= keys.shape[1] <= LARGEST_INT8
+    return torch.int8 if whole and torch.cpu._is_vnni_supported() else torch.float32
 
 
-def _largest_norms(keys: Tensor, scan: torch.dtype) -> Norms:
+def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
+    """Norms of the codes and, for a scan in int8, the rounded table: a quarter of the memory of the codes."""
     tiles = keys.split(TILE if keys.device.type == "cpu" else 64 * TILE)
     largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
     if scan == keys.dtype:
-        return Norms(largest, torch.zeros_like(largest))
-    return Norms(largest, torch.stack([(tile - tile.to(scan)).norm(dim=1).amax() for tile in tiles]).amax())
+        return Norms(largest, torch.zeros_like(largest)), None
+    parts, residuals = [], []
+    for tile in tiles:
+        part = rounded(tile, scan)
+        residuals.append((tile - part.values(keys.dtype)).norm(dim=1).amax())
+        parts.append(part if scan == torch.int8 else None)
+    norms = Norms(largest, torch.stack(residuals).amax())
+    if scan != torch.int8:
+        return norms, None
+    whole = [torch.cat(columns) for columns in zip(*(part for part in parts if part is not None), strict=True)]
+    return norms, Rounded(*whole)
 
 
 def _scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
     """How far a score may be from the exact one before the scan rounds it for storage: (n,)."""
     # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator and
-    # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there.
+    # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there; sums of int8
+    # products are exact, and rounded three times: to float32, and by the two scales. D is at least 32 there.
     size = queries.norm(dim=1) * norms.keys
     largest = size if bias is None else size + bias.abs().amax().to(size.dtype)
     error = (queries.shape[1] + 2) * _unit(queries.dtype) * largest
     if scan != queries.dtype:
-        error = 1.01 * error + (queries - queries.to(scan)).norm(dim=1) * norms.keys
-        error = error + queries.to(scan).to(queries.dtype).norm(dim=1) * norms.residual
-        if bias is not None:
+        scanned = rounded(queries, scan).values(queries.dtype)
+        error = 1.01 * error + (queries - scanned).norm(dim=1) * norms.keys
+        error = error + scanned.norm(dim=1) * norms.residual
+        if bias is not None and scan != torch.int8:
             error = error + _unit(scan) * size  # rounded for storage before the bias is added
     return 1.01 * error
 
@@ -198,7 +240,7 @@ def _near_block(
     maxima = group_maxima(queries, keys, bias, scan)  # (n, groups)
     best = maxima.amax(1).to(queries.dtype)
     below = slack + 2 * _scan_error(queries, bias, scan, norms)
-    if scan != queries.dtype and bias is None:
+    if scan not in (queries.dtype, torch.int8) and bias is None:
         below += 3.1 * _unit(scan) * (best.abs() + below)  # both the best and the code in question are stored rounded
     if queries.is_cuda and scan == torch.float32:
         below += 2 * 1.01 * 2.0**-10 * queries.norm(dim=1) * norms.keys  # PyTorch's settings may allow TF32 products
@@ -206,7 +248,7 @@ def _near_block(
     near_groups = maxima >= lowest[:, None].to(maxima.dtype)
     wide = ~lowest.isfinite()  # the scan overflowed or met a NaN
     if near_groups.count_nonzero() > len(queries):
-        wide |= near_groups.count_nonzero(1) > WIDTH
+        wide |= near_groups.count_nonzero(1) > NEAR_GROUPS.get(scan, WIDTH)
     rows, groups = (near_groups & ~wide[:, None]).nonzero(as_tuple=True)
     del maxima, near_groups
     rows, codes = _codes_of_groups(queries, keys, bias, slack, norms, rows, groups)
@@ -233,40 +275,57 @@ def _near_block(
 
     some = wide.nonzero().squeeze(1)
     if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
-        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, group_maxima)
+        finer = group_maxima if group_maxima is _triton_maxima else functools.partial(_group_maxima, None)
+        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, finer)
         return Candidates(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
     if len(some):
         found.best[some] = _search_exactly(queries[some], keys, bias)
     return found
 
 
-def _group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torch.dtype) -> Tensor:
-    """The best score in every group of codes: (n, number of groups), in the precision of the scan.
+def _group_maxima(
+    table: Rounded | None, queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torch.dtype
+) -> Tensor:
+    """The best score in every group of codes: (n, number of groups), in the precision that the scan stores.
 
     Group j of a tile holds its codes j, j + TILE / GROUP, j + 2 TILE / GROUP, ...: maxima of contiguous vectors are ten
     times faster than maxima within one.
+
+    Args:
+        table: the codes in int8, for a scan in int8.
+        queries, keys, bias, scan: as in `near_codes`.
     """
     tiles = math.ceil(len(keys) / TILE)
-    stored = scan if bias is None else queries.dtype  # a bias is added after rounding, in full precision
+    integer = scan == torch.int8
+    stored = scan if bias is None and not integer else queries.dtype  # a bias is added in full precision
     maxima = queries.new_empty(len(queries), tiles, TILE // GROUP, dtype=stored)
-    scores = queries.new_empty(len(queries), TILE, dtype=queries.dtype if queries.is_cuda else scan)
-    queries = queries.to(scan)
+    scores = queries.new_empty(len(queries), TILE, dtype=queries.dtype if queries.is_cuda or integer else scan)
+    left, scales = rounded(queries, scan)
     for tile in range(tiles):
         part = slice(tile * TILE, (tile + 1) * TILE)
         inside = scores
         if len(keys[part]) < TILE:
             scores.fill_(-torch.inf)
             inside = scores[:, : len(keys[part])]
-        if scan == inside.dtype:
-            torch.mm(queries, keys[part].to(scan).T, out=inside)
+        if table is not None:
+            assert table.scales is not None
+            torch.mul(torch._int_mm(left, table.rows[part].T), table.scales[part], out=inside)
+        elif scan == inside.dtype:
+            torch.mm(left, keys[part].to(scan).T, out=inside)
         else:  # on CUDA: a float32 result is also summed in float32, whatever PyTorch's settings allow
-            inside.copy_(torch.mm(queries, keys[part].to(scan).T, out_dtype=inside.dtype))
+            inside.copy_(torch.mm(left, keys[part].to(scan).T, out_dtype=inside.dtype))
         if bias is None:
             maxima[:, tile] = scores.view(-1, GROUP, TILE // GROUP).amax(1)
-        else:
+            continue
+        if scales is None:
             shifted = scores.to(stored)
             shifted[:, : len(keys[part])] += bias[part].to(stored)
-            maxima[:, tile] = shifted.view(-1, GROUP, TILE // GROUP).amax(1)
+        else:
+            shifted = scores
+            torch.addcmul(bias[part].to(stored), inside, scales[:, None], out=inside)
+        maxima[:, tile] = shifted.view(-1, GROUP, TILE // GROUP).amax(1)
+    if bias is None and scales is not None:
+        maxima *= scales[:, None, None]
     return maxima.flatten(1)
 
 
