@@ -17,6 +17,7 @@ TABLES: dict[str, tuple[str, str, str | None]] = {
     "conditions": ("lexel.generators", "CONDITIONS", "lexel.conditions"),
     "sources": ("lexel.data", "SOURCES", "lexel.sources"),
     "metrics": ("lexel.evaluate", "METRICS", "lexel.metrics"),
+    "probes": ("lexel.evaluate", "PROBES", None),
     "protocols": ("lexel.metrics.protocols", "PROTOCOLS", None),
     "transforms": ("lexel.data", "TRANSFORMS", None),
     "networks": ("lexel.networks", "FEATURE_NETWORKS", None),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lexel import __version__
-from lexel.cli import images, measure, models, train
+from lexel.cli import images, measure, models, probe, train
 from lexel.cli.options import say
 from lexel.errors import UsageError
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "decode": images.decode,
     "evaluate": measure.evaluate,
     "sample": measure.sample,
+    "probe": probe.probe,
     "compare": train.compare,
     "bank": train.bank,
     "import": models.import_,

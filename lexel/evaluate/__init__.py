@@ -7,9 +7,11 @@ their numbers: processes share them without padding, and an interrupted evaluati
 Networks other than FID's Inception give numbers that carry the network's name: `fd_efficientnet_lite0`, never `fid`.
 """
 
+from lexel.evaluate.classifiers import PROBES, ProbeConfig
 from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan, Values
 from lexel.evaluate.metrics import METRICS
+from lexel.evaluate.probe import probe
 from lexel.evaluate.recipe import EvaluationConfig
 from lexel.evaluate.reconstructions import evaluate_tokenizer
 from lexel.evaluate.references import reference_statistics
@@ -20,6 +22,7 @@ from lexel.metrics.protocols import PROTOCOLS, Protocol
 
 __all__ = [
     "METRICS",
+    "PROBES",
     "PROTOCOLS",
     "Batch",
     "Context",
@@ -29,6 +32,7 @@ __all__ = [
     "Metric",
     "Options",
     "Pictures",
+    "ProbeConfig",
     "Protocol",
     "SamplePlan",
     "Values",
@@ -36,6 +40,7 @@ __all__ = [
     "evaluate_samples",
     "evaluate_tokenizer",
     "measure",
+    "probe",
     "read_result",
     "reference_statistics",
     "results_of",
