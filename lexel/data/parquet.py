@@ -52,7 +52,10 @@ class ParquetImages(EncodedImages):
         file, group, row = self.groups[number].tolist()
         if self._kept is None or self._kept[0] != (file, group):
             self._kept = (file, group), _read_group(self.files[file], group, self.column)
-        value = self._kept[1][row].as_py()
+        try:
+            value = self._kept[1][row].as_py()
+        except _damage() as error:
+            raise OSError(in_words(error)[:200]) from None
         if not isinstance(value, bytes):
             raise OSError("the row has no image")
         return io.BytesIO(value)
@@ -101,7 +104,7 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
                 for what, source in (("label", label), ("caption", caption), ("name", name)):
                     if source:
                         columns[what] += table.read([source]).column(0).to_pylist()
-        except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:  # pyarrow's own are of these kinds
+        except _damage() as error:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(f"{file} cannot be read as Parquet: {in_words(error)[:200]}") from None
@@ -127,6 +130,14 @@ def _pyarrow() -> Any:
     return pq
 
 
+def _damage() -> tuple[type[Exception], ...]:
+    """What pyarrow raises on damaged files: its own errors, many of them of Python's kinds too, and some of these."""
+    import pyarrow as pa
+
+    own: type[Exception] = pa.ArrowException
+    return own, OSError, ValueError, TypeError, LookupError, OverflowError, NotImplementedError, MemoryError
+
+
 def _read_group(path: Path, group: int, column: str) -> Any:
     """The images of a row group.
 
@@ -137,7 +148,7 @@ def _read_group(path: Path, group: int, column: str) -> Any:
         with open_regular(path) as handle:
             values = _pyarrow().ParquetFile(handle).read_row_group(group, [column]).column(0).combine_chunks()
         return values.field("bytes") if hasattr(values, "field") else values
-    except (ValueError, KeyError, IndexError) as error:
+    except _damage() as error:
         raise OSError(f"{path} is damaged: {in_words(error)[:200]}") from None
 
 
