@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lexel import __version__
-from lexel.cli import images, measure, models, probe, train
+from lexel.cli import images, measure, models, probe, studio, train
 from lexel.cli.options import say
 from lexel.errors import UsageError
 
@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": measure.sample,
     "probe": probe.probe,
     "compare": train.compare,
+    "studio": studio.studio,
     "bank": train.bank,
     "import": models.import_,
     "export": models.export,

@@ -16,7 +16,7 @@ from lexel import __version__, checkpoint, registry
 from lexel.config import Config as BaseConfig
 from lexel.config import check
 from lexel.errors import UsageError
-from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter
+from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter, watched
 from lexel.generators.conditions import Condition
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig, read_config
 from lexel.generators.sampling import check_filters, guidance_scales
@@ -192,6 +192,7 @@ class Generator(nn.Module):
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        watch: Callable[[Tensor], None] | None = None,
         **options: Any,
     ) -> Tensor:
         """New images, as tokens: int64 (B, *grid).
@@ -218,6 +219,8 @@ class Generator(nn.Module):
             dtype: of weights, caches and arithmetic while sampling; the parameters' own by default.
             batch_size: the most images at once; what fits into memory by default.
             progress: called with tokens done and tokens in all.
+            watch: called as often, with the tokens (b, T) of the batch under way, FREE where there is none yet; only
+                families that write token after token fill them in.
             options: the family's own, its `SampleOptions`; None is as if not given.
 
         Raises:
@@ -268,6 +271,8 @@ class Generator(nn.Module):
                 dtype=dtype,
                 report=reporter(progress, begin, end - begin, count, network.tokens),
             )
+            if watch is not None:
+                batch = batch._replace(report=watched(batch.report, watch, batch.tokens))
             done.append(self._sample(batch))
             batch.report(1.0)
         return torch.cat(done).view(count, *self.sampled_shape) if done else tokens.new_zeros(0, *self.sampled_shape)

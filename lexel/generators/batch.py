@@ -64,6 +64,18 @@ def reporter(
     return lambda share: progress(before * tokens + round(images * tokens * share), count * tokens)
 
 
+def watched(
+    report: Callable[[float], None], watch: Callable[[Tensor], None], tokens: Tensor
+) -> Callable[[float], None]:
+    """A report that shows the tokens of the batch too."""
+
+    def both(share: float) -> None:
+        report(share)
+        watch(tokens)
+
+    return both
+
+
 def free_bytes(device: torch.device, held: int) -> int:
     """Memory that is free on a device, with what a model still holds there and would give back."""
     if device.type == "cuda":

@@ -280,6 +280,7 @@ class Masked(Generator):
             left = (unknown * share).floor().minimum(masked.sum(1) - 1).clamp(min=1)
             ranks = sure.argsort(dim=1, stable=True).argsort(1)
             tokens = tokens.masked_fill((ranks < left[:, None]) & masked, self.mask)
+            batch.tokens.copy_(tokens.masked_fill(tokens == self.mask, FREE))  # for who watches
         return tokens
 
     def _guided(self, batch: SampleBatch, tokens: Tensor, step: int) -> Tensor:

@@ -1,0 +1,179 @@
+"""The models and runs that a studio shows; weights are read when they are first asked for."""
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from lexel import config
+from lexel.checkpoint import CONFIG, read_json
+from lexel.data import Transform
+from lexel.errors import UsageError, unknown
+from lexel.generators import Generator
+from lexel.loading import load, own_transform
+from lexel.report import Run, read_run
+from lexel.studio.example import example_run
+from lexel.studio.pictures import drawings
+from lexel.tokenizer import Tokenizer
+
+EXAMPLES = 24  # pictures to try a model on
+DEMO = Path("runs/demo")  # looked at where no model is named
+
+
+@dataclass
+class Entry:
+    """One model or run of a studio.
+
+    Args:
+        key: its name in addresses.
+        source: what `lexel.load` takes.
+        kind: "tokenizer" or "generator".
+        folder: of the run, where it is one.
+        made_here: whether the studio makes the model itself.
+    """
+
+    key: str
+    source: str
+    kind: str
+    folder: Path | None = None
+    made_here: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    loaded: Tokenizer | Generator | None = None
+
+    @property
+    def model(self) -> Tokenizer | Generator:
+        """The model, in evaluation mode; loading takes a moment the first time.
+
+        Raises:
+            UsageError: it cannot be loaded.
+        """
+        with self.lock:
+            if self.loaded is None:
+                if self.made_here:
+                    self.folder = example_run()
+                    self.source = str(self.folder)
+                self.loaded = load(self.source)
+            return self.loaded
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer: the model itself, or the one of a generator."""
+        model = self.model
+        return model if isinstance(model, Tokenizer) else model.tokenizer
+
+    @property
+    def generator(self) -> Generator:
+        """The generator.
+
+        Raises:
+            UsageError: it is a tokenizer.
+        """
+        model = self.model
+        if isinstance(model, Tokenizer):
+            raise UsageError(f"{self.key} is a tokenizer; choose a generator")
+        return model
+
+    @cached_property
+    def transform(self) -> Transform:
+        """What makes squares of pictures for the tokenizer, at a size that fits it."""
+        transform = own_transform(self.tokenizer)
+        self.tokenizer.grid(transform.size, transform.size)
+        return transform
+
+    @cached_property
+    def examples(self) -> np.ndarray:
+        """Pictures to try, uint8 (N, size, size, C): a run's held-out ones, else made-up drawings."""
+        size = self.transform.size
+        run = self.run()
+        if run is not None and "originals" in run.last:
+            return run.last["originals"][:EXAMPLES]
+        made = drawings(EXAMPLES, size, seed=1)
+        channels = self.tokenizer.config.autoencoder.channels
+        return made if channels == 3 else made.mean(-1, keepdims=True).astype(np.uint8).repeat(channels, -1)
+
+    def run(self) -> Run | None:
+        """What the run folder says now; None where there is none."""
+        if self.folder is None or not (self.folder / "metrics.jsonl").is_file():
+            return None
+        return read_run(self.folder, self.key)
+
+
+class Library:
+    """The entries of a studio, by key.
+
+    Args:
+        sources: runs, folders of runs, model folders, published checkpoints, hub ids; without any, those of the demo,
+            or a tokenizer that is made on the spot.
+
+    Raises:
+        UsageError: a source holds nothing that can be shown.
+    """
+
+    def __init__(self, sources: Sequence[str | Path] = ()) -> None:
+        self.entries: dict[str, Entry] = {}
+        for source in sources:
+            self._add_all(source)
+        if not sources and DEMO.is_dir():
+            for folder in _inside(DEMO):
+                self._add(folder)
+        if not self.entries:
+            self.entries["example"] = Entry("example", "example", "tokenizer", made_here=True)
+
+    def find(self, key: str) -> Entry:
+        """An entry.
+
+        Raises:
+            UsageError: there is none of this name.
+        """
+        if key not in self.entries:
+            raise unknown("model", key, self.entries)
+        return self.entries[key]
+
+    def _add_all(self, source: str | Path) -> None:
+        path = Path(source).expanduser()
+        if _kind(path) is not None:
+            self._add(path)
+            return
+        inside = _inside(path) if path.is_dir() else []
+        for folder in inside:
+            self._add(folder)
+        if not inside:  # a published checkpoint or a hub id; a wrong name is refused before a page opens
+            model = load(source)
+            kind = "tokenizer" if isinstance(model, Tokenizer) else "generator"
+            key = self._key(path.stem or str(source))
+            self.entries[key] = Entry(key, str(source), kind, loaded=model)
+
+    def _add(self, folder: Path) -> None:
+        key = self._key(folder.resolve().name)
+        kind = _kind(folder)
+        assert kind is not None
+        is_run = (folder / "metrics.jsonl").is_file()
+        self.entries[key] = Entry(key, str(folder), kind, folder if is_run else None)
+
+    def _key(self, name: str) -> str:
+        base = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+        key, number = base, 2
+        while key in self.entries:
+            key, number = f"{base}-{number}", number + 1
+        return key
+
+
+def _kind(folder: Path) -> str | None:
+    """What a run or model folder of Lexel's holds; None where it is neither."""
+    if (folder / "recipe.toml").is_file() and (folder / "metrics.jsonl").is_file():
+        return "generator" if "generator" in config.read(folder / "recipe.toml") else "tokenizer"
+    if (folder / CONFIG).is_file():
+        table = read_json(folder / CONFIG)
+        if "lexel" in table and table.get("model") in ("tokenizer", "generator"):
+            return str(table["model"])
+    return None
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The runs and models in a folder, tokenizers first."""
+    found = [(path, _kind(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
+    return [path for wanted in ("tokenizer", "generator") for path, kind in found if kind == wanted]
