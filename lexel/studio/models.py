@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ class Entry:
         kind: "tokenizer" or "generator".
         folder: of the run, where it is one.
         made_here: whether the studio makes the model itself.
+        others: the entries of the library, among which a generator may find its tokenizer.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Entry:
     kind: str
     folder: Path | None = None
     made_here: bool = False
+    others: Mapping[str, "Entry"] = field(default_factory=dict, repr=False)
     lock: threading.RLock = field(default_factory=threading.RLock)
     loaded: Tokenizer | Generator | None = None
 
@@ -57,7 +59,20 @@ class Entry:
                     self.folder = example_run()
                     self.source = str(self.folder)
                 self.loaded = load(self.source)
+                if isinstance(self.loaded, Generator):
+                    self._find_tokenizer(self.loaded)
             return self.loaded
+
+    def _find_tokenizer(self, generator: Generator) -> None:
+        """Gives a generator without a tokenizer, as in an unfinished run, the one in the library that is its own."""
+        try:
+            _ = generator.tokenizer
+        except UsageError:
+            for other in self.others.values():
+                if other.kind == "tokenizer" and other.tokenizer.fingerprint() == generator.config.tokenizer:
+                    generator.attach(other.tokenizer)
+                    return
+            raise
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -145,14 +160,14 @@ class Library:
             model = load(source)
             kind = "tokenizer" if isinstance(model, Tokenizer) else "generator"
             key = self._key(path.stem or str(source))
-            self.entries[key] = Entry(key, str(source), kind, loaded=model)
+            self.entries[key] = Entry(key, str(source), kind, others=self.entries, loaded=model)
 
     def _add(self, folder: Path) -> None:
         key = self._key(folder.resolve().name)
         kind = _kind(folder)
         assert kind is not None
         is_run = (folder / "metrics.jsonl").is_file()
-        self.entries[key] = Entry(key, str(folder), kind, folder if is_run else None)
+        self.entries[key] = Entry(key, str(folder), kind, folder if is_run else None, others=self.entries)
 
     def _key(self, name: str) -> str:
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
