@@ -1,7 +1,7 @@
 """The studio's web application: pages from the package, data from `views` and `codebook`, refusals in one sentence."""
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,48 +27,43 @@ STYLE = Path(report.__file__).parent / "style.css"  # what report pages and the 
 KINDS = {".css": "text/css", ".js": "text/javascript", ".html": "text/html"}
 JSON_BYTES = 4_000_000
 
-Handler = Callable[[Request], Awaitable[Response]]
-
 
 class TooLarge(UsageError):
     """More bytes than a request may have."""
 
 
-def make_app(library: Library, hosts: frozenset[str] | None = LOOPBACK, token: str | None = None) -> Starlette:
-    """The application over a library of models.
+class Studio:
+    """Answers requests over a library; what is not in it cannot be reached."""
 
-    Args:
-        library: what is shown; nothing else on the disk can be reached.
-        hosts: names that the Host header may have; None allows any, which needs a token.
-        token: asked of every browser, where it is given.
-    """
-    jobs = Jobs()
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.jobs = Jobs()
 
-    @asynccontextmanager
-    async def life(app: Starlette) -> Any:
-        yield
-        jobs.stop_all()
+    def entry(self, request: Request) -> Entry:
+        """The model that an address names."""
+        return self.library.find(request.path_params["key"])
 
-    def entry(request: Request) -> Entry:
-        return library.find(request.path_params["key"])
-
-    async def studio(request: Request) -> Response:
+    async def studio(self, request: Request) -> Response:
+        """The models there are, and the limits of requests."""
         shown = [
             {"key": found.key, "kind": found.kind, "run": found.folder is not None or found.made_here}
-            for found in library.entries.values()
+            for found in self.library.entries.values()
         ]
         limits = {"bytes": pictures.UPLOAD_BYTES, "pixels": pictures.UPLOAD_PIXELS, "samples": views.SAMPLES}
         return JSONResponse({"version": lexel.__version__, "models": shown, "limits": limits})
 
-    async def facts(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(views.facts, entry(request)))
+    async def facts(self, request: Request) -> Response:
+        """What a model is."""
+        return JSONResponse(await run_in_threadpool(views.facts, self.entry(request)))
 
-    async def example(request: Request) -> Response:
-        array = await run_in_threadpool(_example, entry(request), request.path_params["number"])
+    async def example(self, request: Request) -> Response:
+        """One of a model's pictures to try."""
+        array = await run_in_threadpool(_example, self.entry(request), request.path_params["number"])
         return Response(pictures.png(array), media_type="image/png")
 
-    async def reconstruct(request: Request) -> Response:
-        found, whole = entry(request), request.query_params.get("whole") == "1"
+    async def reconstruct(self, request: Request) -> Response:
+        """A picture, uploaded or an example, through a tokenizer."""
+        found, whole = self.entry(request), request.query_params.get("whole") == "1"
         wanted = request.query_params.get("example")
         data = b"" if wanted is not None else await body(request, pictures.UPLOAD_BYTES, "the picture")
 
@@ -80,64 +75,93 @@ def make_app(library: Library, hosts: frozenset[str] | None = LOOPBACK, token: s
 
         return JSONResponse(await run_in_threadpool(work))
 
-    async def decode(request: Request) -> Response:
+    async def decode(self, request: Request) -> Response:
+        """The picture of tokens."""
         given = await table(request)
         return JSONResponse(
-            await run_in_threadpool(views.decode, entry(request), given.get("indices"), given.get("shape"))
+            await run_in_threadpool(views.decode, self.entry(request), given.get("indices"), given.get("shape"))
         )
 
-    async def codes(request: Request) -> Response:
+    async def codes(self, request: Request) -> Response:
+        """A page of codes."""
         query = request.query_params
         page, book = _whole_number(query.get("page", "0")), _whole_number(query.get("book", "0"))
         return JSONResponse(
-            await run_in_threadpool(codebook.page, entry(request), page, book, query.get("order", "use"))
+            await run_in_threadpool(codebook.page, self.entry(request), page, book, query.get("order", "use"))
         )
 
-    async def code(request: Request) -> Response:
+    async def code(self, request: Request) -> Response:
+        """One code and its neighbours."""
         book = _whole_number(request.query_params.get("book", "0"))
-        return JSONResponse(await run_in_threadpool(codebook.code, entry(request), request.path_params["code"], book))
+        return JSONResponse(
+            await run_in_threadpool(codebook.code, self.entry(request), request.path_params["code"], book)
+        )
 
-    async def code_points(request: Request) -> Response:
+    async def code_points(self, request: Request) -> Response:
+        """Codes and latents in the plane."""
         book = _whole_number(request.query_params.get("book", "0"))
-        return JSONResponse(await run_in_threadpool(codebook.code_points, entry(request), book))
+        return JSONResponse(await run_in_threadpool(codebook.code_points, self.entry(request), book))
 
-    async def generate(request: Request) -> Response:
-        found, options = entry(request), await table(request)
+    async def generate(self, request: Request) -> Response:
+        """Starts a job that samples."""
+        found, options = self.entry(request), await table(request)
         if found.kind != "generator":
             raise UsageError(f"{found.key} is a tokenizer; choose a generator")
-        return JSONResponse(jobs.start(lambda job: views.generate(found, options, job)).shown())
+        return JSONResponse(self.jobs.start(lambda job: views.generate(found, options, job)).shown())
 
-    async def job(request: Request) -> Response:
-        found = jobs.find(request.path_params["number"])
+    async def job(self, request: Request) -> Response:
+        """How far a job is; DELETE stops it."""
+        found = self.jobs.find(request.path_params["number"])
         if request.method == "DELETE":
             found.stop.set()
         return JSONResponse(found.shown())
 
-    async def training(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(views.training, entry(request)))
+    async def training(self, request: Request) -> Response:
+        """A run's curves and verdicts."""
+        return JSONResponse(await run_in_threadpool(views.training, self.entry(request)))
 
-    async def snapshot(request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(views.snapshot, entry(request), request.path_params["step"]))
+    async def snapshot(self, request: Request) -> Response:
+        """The pictures that a run kept."""
+        return JSONResponse(await run_in_threadpool(views.snapshot, self.entry(request), request.path_params["step"]))
 
-    model = "/api/models/{key}"
-    routes = [
-        Route("/", page),
-        Route("/static/{name}", static),
-        Route("/api/studio", studio),
-        Route(model, facts),
-        Route(model + "/examples/{number:int}", example),
-        Route(model + "/reconstruct", reconstruct, methods=["POST"]),
-        Route(model + "/decode", decode, methods=["POST"]),
-        Route(model + "/codes", codes),
-        Route(model + "/codes/{code:int}", code),
-        Route(model + "/map", code_points),
-        Route(model + "/generate", generate, methods=["POST"]),
-        Route(model + "/training", training),
-        Route(model + "/training/{step:int}", snapshot),
-        Route("/api/jobs/{number}", job, methods=["GET", "DELETE"]),
-    ]
+    def routes(self) -> list[Route]:
+        """Every address there is."""
+        model = "/api/models/{key}"
+        return [
+            Route("/", page),
+            Route("/static/{name}", static),
+            Route("/api/studio", self.studio),
+            Route(model, self.facts),
+            Route(model + "/examples/{number:int}", self.example),
+            Route(model + "/reconstruct", self.reconstruct, methods=["POST"]),
+            Route(model + "/decode", self.decode, methods=["POST"]),
+            Route(model + "/codes", self.codes),
+            Route(model + "/codes/{code:int}", self.code),
+            Route(model + "/map", self.code_points),
+            Route(model + "/generate", self.generate, methods=["POST"]),
+            Route(model + "/training", self.training),
+            Route(model + "/training/{step:int}", self.snapshot),
+            Route("/api/jobs/{number}", self.job, methods=["GET", "DELETE"]),
+        ]
+
+
+def make_app(library: Library, hosts: frozenset[str] | None = LOOPBACK, token: str | None = None) -> Starlette:
+    """The application over a library of models.
+
+    Args:
+        library: what is shown; nothing else on the disk can be reached.
+        hosts: names that the Host header may have; None allows any, which needs a token.
+        token: asked of every browser, where it is given.
+    """
+    studio = Studio(library)
+
+    @asynccontextmanager
+    async def life(app: Starlette) -> AsyncIterator[None]:
+        yield
+        studio.jobs.stop_all()
+
     return Starlette(
-        routes=routes,
+        routes=studio.routes(),
         lifespan=life,
         middleware=[Middleware(Guard, hosts=hosts, token=token)],
         exception_handlers={UsageError: refused, MemoryError: no_memory, 404: not_found, 500: failed},
