@@ -68,16 +68,21 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves tensors as they are where they would be filled with numbers drawn at random."""
+    """Leaves meta tensors as they are where they would be filled, or made, with numbers drawn at random."""
 
-    DRAWING = (Tensor.normal_, Tensor.uniform_)
+    FILLING = (Tensor.normal_, Tensor.uniform_)
+    MAKING = (torch.rand, torch.randn)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init" or func in self.DRAWING:
-            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        if getattr(func, "__module__", None) == "torch.nn.init" or func in self.FILLING:
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        if func in self.MAKING and not kwargs.keys() & {"device", "generator"}:
+            return torch.empty(*args, **kwargs)
         return func(*args, **kwargs)
 
 
