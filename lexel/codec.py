@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic
 from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
+from lexel.data.captions import CaptionFile
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
@@ -164,6 +165,7 @@ class Codec:
         progress: ProgressCallback | None = None,
         part: Part | None = None,
         shard_size: int | None = None,
+        captions: str | Path | None = None,
     ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
 
@@ -178,6 +180,7 @@ class Codec:
             seed: of the random ones.
             progress: called with (done, total).
             part: only this share of the shards.
+            captions: a file of features of captions, one for each picture: see `CaptionFile`.
             shard_size: pictures in a file: what an interruption can cost, and the least that a part takes.
         """
         if self.transform is None:
@@ -190,6 +193,7 @@ class Codec:
                 return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
         images = self.open(source, split)
+        features = None if captions is None else CaptionFile(captions).of_images(images.names)
         part = part or Part(1, 1)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         tokens = write_tokens(
@@ -210,6 +214,7 @@ class Codec:
             rank=(part.number - 1) + part.parts * rank,
             processes=part.parts * processes,
             provenance={"source": public_name(source), "split": split, "size": self.transform.size},
+            captions=features,
             progress=progress,
         )
         if tokens is not None and not len(tokens):

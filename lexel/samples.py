@@ -11,6 +11,7 @@ from PIL import Image
 from lexel.arrays import read_array
 from lexel.checkpoint import atomic
 from lexel.data import ImageSet, Transform, to_uint8
+from lexel.data.captions import CaptionFile
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
 from lexel.metrics.statistics import NpzWriter
@@ -316,12 +317,13 @@ def read_tokens(path: str | Path, grid: tuple[int, ...] = (0, 0)) -> torch.Tenso
 
 
 def read_captions(path: str | Path) -> torch.Tensor:
-    """Features of captions from an .npy file, float (N, length, features).
+    """Features of captions from a file (see `CaptionFile`): float32 (N, length, features).
 
     Raises:
         UsageError: the file is missing or damaged, or holds no numbers of that shape.
     """
-    return torch.from_numpy(read_array(path, "N L F", np.floating).astype(np.float32))
+    captions = CaptionFile(path)
+    return torch.from_numpy(captions.rows(range(len(captions))))
 
 
 def _images_done(

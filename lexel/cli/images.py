@@ -84,6 +84,10 @@ def encode(
     ] = 0,
     part: PartOption = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
+    captions: Annotated[
+        Path | None,
+        typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),
+    ] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     pixel_limit: PixelLimit = 150_000_000,
@@ -109,7 +113,7 @@ def encode(
         tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, pixel_limit=pixel_limit
     )
     with progress("encode") as update:
-        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size)
+        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, captions)
     if tokens is None:  # other processes are still at their shards; the last one prints
         if chosen:
             print(f"part {chosen} is in {out}; parts in folders of their own are put together by `lexel merge`")

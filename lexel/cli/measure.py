@@ -136,7 +136,7 @@ def sample(
     ] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(help="Features of captions (.npy, float (N, length, features)), for a text condition."),
+        typer.Option(help="Features of captions (.npy or .npz, float (N, length, features)), for a text condition."),
     ] = None,
     per_class: Annotated[
         int, typer.Option(min=1, help="Images of each class or caption; of an unconditional generator: in all.")

@@ -246,7 +246,13 @@ class CaptionFeatures(Condition):
         features: Tensor | None = getattr(batch, "captions", None)
         if features is None:
             raise UsageError("a text condition needs features of captions beside the tokens, and there are none")
-        return features
+        length, channels = features.shape[1:]
+        if channels != self.features or length > self.length:
+            raise UsageError(
+                f"the captions beside the tokens have {length} rows of {channels} features, the condition takes "
+                f"{self.length} of {self.features}; set generator.condition.length and .features to theirs"
+            )
+        return F.pad(features, (0, 0, 0, self.length - length))
 
     def example(self, count: int) -> Tensor:
         return torch.zeros(count, self.length, self.features)

@@ -60,6 +60,7 @@ class TokenSource:
             tokens.require(self.tokenizer.fingerprint())
         classes = tokens.classes if tokens.labels is not None else None
         model.check_fits(tokens.token_spec, classes, str(tokens.folder))
+        _require_captions(model, tokens, self.validation)
         others = self.validation.classes if self.validation.labels is not None else None
         self._validation_classes = _matching_classes(classes, others, str(self.validation.folder))
         self.names: dict[str, Sequence[str]] = {"training": self.training.names, "validation": self.validation.names}
@@ -135,6 +136,17 @@ class TokenSource:
             z = self.tokenizer.latents(batch.images.to(self.runtime.device))
             indices = z if self.tokenizer.continuous else self.tokenizer.quantizer.assign(z)
         return TokenBatch(indices, batch.labels, batch.numbers)
+
+
+def _require_captions(model: NetworkConfig, *sets: TokenSet) -> None:
+    """Refuses, before anything begins, a text condition on tokens without captions, or with others than it takes."""
+    if model.condition is None or model.condition.get("kind") != "text":
+        return
+    with torch.random.fork_rng(devices=[]):  # the weights of this condition are not the run's
+        condition = model.make_condition(1)
+    for tokens in sets:
+        numbers = range(min(1, len(tokens)))
+        condition.of_batch(TokenBatch(tokens.tokens(numbers), None, torch.tensor(numbers), tokens.features(numbers)))
 
 
 def _classes(images: ImageSet) -> list[str] | None:

@@ -28,6 +28,21 @@ class Description(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
+class CaptionLayout(Description):
+    """The features of captions beside the tokens: float16 (images, length, channels), padded with rows of zeros."""
+
+    length: Positive
+    channels: Positive
+    fingerprint: str  # of what they were made from
+
+
+class StoredFile(Description):
+    """A file and what must be in it."""
+
+    sha256: Digest
+    bytes: Count
+
+
 class Manifest(Description):
     """What `tokens.json` says, and `unfinished.json` but for the number of shards."""
 
@@ -49,6 +64,7 @@ class Manifest(Description):
     provenance: dict[str, Any] | None
     books: Positive | None = None
     grids: Annotated[list[list[Positive]], Field(min_length=2)] | None = None
+    caption_features: CaptionLayout | None = None
     shards: Count | None = None
     with_checksum: bool = False  # no key of the file: whether it has a checksum; its shards then have one too
 
@@ -80,6 +96,7 @@ class ShardDescription(Description):
     sha256: Digest
     bytes: Count
     captions: list[str] | None = None
+    caption_features: StoredFile | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -128,6 +145,8 @@ def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
     shard = checked(path, table, ShardDescription)
     if (shard.labels is not None) != manifest.labelled:
         raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
+    if (shard.caption_features is None) != (manifest.caption_features is None):
+        raise UsageError(f"{path} is damaged: {INDEX} and it differ in whether there are features of captions")
     most = max(shard.labels, default=-1) if shard.labels is not None else -1
     if most >= len(manifest.classes) and manifest.classes:
         raise UsageError(f"{path} is damaged: it has the label {most} for {len(manifest.classes)} classes")
@@ -141,6 +160,11 @@ def sealed(table: dict[str, Any], indent: int | None = None) -> bytes:
 
 def shard_path(folder: Path, shard: int, suffix: str) -> Path:
     return folder / f"shard-{shard:05d}{suffix}"
+
+
+def features_path(folder: Path, shard: int) -> Path:
+    """Where the features of a shard's captions lie."""
+    return shard_path(folder, shard, "-captions.npy")
 
 
 def digest(data: bytes | memoryview) -> str:

@@ -1,5 +1,6 @@
 """Merging token sets whose shards were written apart, by jobs without a common disk."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from lexel.data.tokens.format import (
     INDEX,
     MANIFEST_PARTIAL,
     Manifest,
-    digest,
+    features_path,
     read_manifest,
     read_shard_description,
     shard_path,
@@ -84,14 +85,17 @@ def _take(source: Path, folder: Path, shard: int, manifest: Manifest) -> None:
     """Copies a shard, its tokens first, as its writer does."""
     description = shard_path(source, shard, ".json")
     facts = read_shard_description(description, manifest)
-    tokens = shard_path(source, shard, ".npy")
-    with open_regular(tokens) as file:
-        found = digest(file.read())
-    if found != facts.sha256:
-        raise UsageError(
-            f"{tokens} is damaged: its content does not match its checksum; delete it and {description.name}"
-            f" and run that part again"
-        )
-    for path in (tokens, description):
+    digests = {shard_path(source, shard, ".npy"): facts.sha256}
+    if facts.caption_features is not None:
+        digests[features_path(source, shard)] = facts.caption_features.sha256
+    for path, wanted in digests.items():
+        with open_regular(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != wanted:
+            raise UsageError(
+                f"{path} is damaged: its content does not match its checksum; delete it and {description.name}"
+                f" and run that part again"
+            )
+    for path in (*digests, description):
         with atomic(folder / path.name) as partial:
             shutil.copyfile(path, partial)

@@ -19,6 +19,7 @@ from lexel.data.tokens.format import (
     Manifest,
     ShardDescription,
     digest_of_names,
+    features_path,
     read_manifest,
     read_shard_description,
     shard_path,
@@ -35,6 +36,7 @@ class TokenBatch(NamedTuple):
     indices: Tensor  # (B, *grid) int64
     labels: Tensor | None  # (B,) int64; None for a set without labels
     numbers: Tensor  # (B,) int64: which images of the set these are
+    captions: Tensor | None = None  # (B, length, channels) float16: features of captions; None for a set without
 
 
 class TokenSet:
@@ -50,6 +52,7 @@ class TokenSet:
         labels: int64 (N,), or None.
         classes: the name of each class.
         captions: one per image, or None.
+        caption_features: length and channels of the features of each caption, or None.
         attribution: what must be shown beside these images, or None.
         unreadable: the reasons of the images left out, by name.
         facts: all of `tokens.json`.
@@ -80,6 +83,10 @@ class TokenSet:
         self.captions: Sequence[str] | None = (
             Names([text for part in texts for text in part or ()]) if with_captions else None
         )
+        layout = manifest.caption_features
+        self.caption_features = None if layout is None else (layout.length, layout.channels)
+        self._feature_digests = [shard.caption_features.sha256 for shard in shards if shard.caption_features]
+        self._feature_shards: dict[int, np.ndarray] = {}
         self.unreadable: dict[str, str] = {name: why for shard in shards for name, why in shard.unreadable.items()}
         self._dtype = np.dtype(manifest.dtype)
         self._rows = np.arange(len(self.names))  # where the images of this set, or part of it, lie in the shards
@@ -117,17 +124,7 @@ class TokenSet:
             raise UsageError(f"{folder / INDEX} is damaged: it does not say how many shards there are")
         shards = []
         for number in range(manifest.shards):
-            for suffix in (".json", ".npy"):
-                if not shard_path(folder, number, suffix).is_file():
-                    raise UsageError(f"{folder} is damaged: {shard_path(folder, number, suffix).name} is missing")
-            shard = read_shard_description(shard_path(folder, number, ".json"), manifest)
-            size = shard_path(folder, number, ".npy").stat().st_size
-            if size != shard.bytes:
-                raise UsageError(
-                    f"{folder} is damaged: {shard_path(folder, number, '.npy').name} has {size:,} bytes "
-                    f"instead of {shard.bytes:,}"
-                )
-            shards.append(shard)
+            shards.append(_complete_shard(folder, number, manifest))
         tokens = cls(folder, manifest, facts, shards, verify)
         if len(tokens.names) + len(tokens.unreadable) > manifest.images:
             raise UsageError(
@@ -141,6 +138,7 @@ class TokenSet:
         if verify == "now":
             for number in range(len(shards)):
                 tokens._shard(number)
+                tokens._features(number)
         return tokens
 
     def __len__(self) -> int:
@@ -165,15 +163,28 @@ class TokenSet:
             numbers: in [0, len(self)).
             crops: which version of each image, one for all or one each.
         """
+        crops = np.broadcast_to(crops, len(numbers))
+        result = np.empty((len(numbers), *self.grid), np.int64)
+        for shard, chosen, rows in self._places(numbers):
+            result[chosen] = self._shard(shard)[rows, crops[chosen]]
+        return torch.from_numpy(result)
+
+    def features(self, numbers: Sequence[int] | np.ndarray) -> Tensor | None:
+        """Features of captions of images by their numbers, float16 (n, length, channels); None for a set without."""
+        if self.caption_features is None:
+            return None
+        result = np.empty((len(numbers), *self.caption_features), np.float16)
+        for shard, chosen, rows in self._places(numbers):
+            result[chosen] = self._features(shard)[rows]
+        return torch.from_numpy(result)
+
+    def _places(self, numbers: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Each shard with some of these images, which of them (bool), and their rows in it."""
         rows = self._rows[np.asarray(numbers, np.int64)]
-        crops = np.broadcast_to(crops, rows.shape)
-        result = np.empty((len(rows), *self.grid), np.int64)
         shards = np.searchsorted(self._ends, rows, side="right")
         for shard in np.unique(shards):
             chosen = shards == shard
-            first = self._ends[shard - 1] if shard > 0 else 0
-            result[chosen] = self._shard(int(shard))[rows[chosen] - first, crops[chosen]]
-        return torch.from_numpy(result)
+            yield int(shard), chosen, rows[chosen] - (self._ends[shard - 1] if shard > 0 else 0)
 
     def subset(self, numbers: Sequence[int] | np.ndarray) -> "TokenSet":
         """The images with these numbers, in this order."""
@@ -256,22 +267,37 @@ class TokenSet:
 
     def _batch(self, numbers: np.ndarray, crops: int | np.ndarray) -> TokenBatch:
         labels = None if self.labels is None else torch.from_numpy(self.labels[numbers])
-        return TokenBatch(self.tokens(numbers, crops), labels, torch.from_numpy(numbers))
+        return TokenBatch(self.tokens(numbers, crops), labels, torch.from_numpy(numbers), self.features(numbers))
 
     def _shard(self, number: int) -> np.ndarray:
         """A shard's tokens (rows, crops, *grid), mapped into memory; checked when it is first used."""
         if number not in self._shards:
             path = shard_path(self.folder, number, ".npy")
-            if self._verify != "never":
-                with open_regular(path) as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != self._digests[number]:
-                    raise UsageError(f"{path} is damaged: its content does not match its checksum; encode it again")
+            self._compare(path, self._digests[number])
             indices = read_array(path, *self._layout(number), mapped=True)
             if self._verify != "never" and indices.size and indices.max() >= self.codebook_size:
                 raise UsageError(f"{path} is damaged: it has the index {indices.max()} for {self.codebook_size} codes")
             self._shards[number] = indices
         return self._shards[number]
+
+    def _features(self, number: int) -> np.ndarray:
+        """Features of a shard's captions (rows, length, channels), mapped; checked when they are first used."""
+        if number not in self._feature_shards and self.caption_features is not None:
+            path = features_path(self.folder, number)
+            self._compare(path, self._feature_digests[number])
+            rows = self._layout(number)[0].split()[0]
+            shape = " ".join([rows, *map(str, self.caption_features)])
+            self._feature_shards[number] = read_array(path, shape, np.float16, mapped=True)
+        return self._feature_shards.get(number, np.empty(0, np.float16))
+
+    def _compare(self, path: Path, digest: str) -> None:
+        """Compares a file with its checksum, unless that was not wanted."""
+        if self._verify == "never":
+            return
+        with open_regular(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != digest:
+            raise UsageError(f"{path} is damaged: its content does not match its checksum; encode it again")
 
     def _layout(self, number: int) -> tuple[str, type]:
         """Shape and type of a shard's array."""
@@ -279,4 +305,21 @@ class TokenSet:
         return " ".join(map(str, (rows, self.crops, *self.grid))), self._dtype.type
 
     def __getstate__(self) -> dict[str, Any]:  # mapped files do not travel to other processes; they open them again
-        return {**self.__dict__, "_shards": {}}
+        return {**self.__dict__, "_shards": {}, "_feature_shards": {}}
+
+
+def _complete_shard(folder: Path, number: int, manifest: Manifest) -> ShardDescription:
+    """What a shard's .json says; its files are there and as long as it says."""
+    files = [shard_path(folder, number, suffix) for suffix in (".json", ".npy")]
+    if manifest.caption_features is not None:
+        files.append(features_path(folder, number))
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{folder} is damaged: {path.name} is missing")
+    shard = read_shard_description(files[0], manifest)
+    sizes = [shard.bytes] + ([] if shard.caption_features is None else [shard.caption_features.bytes])
+    for path, wanted in zip(files[1:], sizes, strict=True):
+        size = path.stat().st_size
+        if size != wanted:
+            raise UsageError(f"{folder} is damaged: {path.name} has {size:,} bytes instead of {wanted:,}")
+    return shard

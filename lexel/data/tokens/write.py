@@ -4,9 +4,10 @@ A shard's .json is written after its .npy and `tokens.json` after all of them, e
 writer that was stopped goes on at the first shard that is missing.
 """
 
+import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
 from lexel.data.batches import Pictures, crop_generator, look_up, read_squares
+from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
 from lexel.data.tokens.format import (
     FORMAT,
@@ -25,6 +27,7 @@ from lexel.data.tokens.format import (
     VERSION,
     digest,
     digest_of_names,
+    features_path,
     index_dtype,
     read_manifest,
     sealed,
@@ -34,7 +37,9 @@ from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
 
+AT_ONCE = 256  # captions whose features are written together
 SHOWN = 40  # characters of a value in an error
+OPTIONAL = {"caption_features": None}  # what a plan has for them where it does not name them
 NO_IDENTITY = {"provenance", "attribution"}  # of a plan: notes, in which two writers of the same tokens may differ
 
 
@@ -57,6 +62,7 @@ def write_tokens(
     processes: int = 1,
     workers: int = 0,
     provenance: dict[str, Any] | None = None,
+    captions: Captions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
@@ -82,6 +88,7 @@ def write_tokens(
         rank, processes: this process, of how many.
         workers: processes that read pictures; 0 reads them here.
         provenance: anything more to keep, as JSON.
+        captions: features of a caption for each image, kept as float16 beside the tokens.
         progress: called with (pictures done, pictures of this process).
 
     Returns:
@@ -96,6 +103,8 @@ def write_tokens(
             raise UsageError(f"{name} must be at least 1, got {value}")
     if not 0 <= rank < processes:
         raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
+    if captions is not None and len(captions) != len(images):
+        raise UsageError(f"there are features of {len(captions)} captions for {len(images)} images")
     plan: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -115,6 +124,7 @@ def write_tokens(
         "provenance": provenance,
         **({} if books is None else {"books": books}),
         **({} if grids is None else {"grids": [list(each) for each in grids]}),
+        **({} if captions is None else {"caption_features": _layout(captions)}),
     }
     plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
     begin(folder, plan)
@@ -136,7 +146,7 @@ def write_tokens(
             read(len(numbers))
         else:
             versions = _Versions(images, transform, numbers, batch_size, crops, seed)
-            _write_shard(folder, shard, versions, encode, plan, workers, read)
+            _write_shard(folder, shard, versions, encode, plan, workers, read, captions)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
     return complete(folder, plan)
@@ -158,7 +168,7 @@ def check_plan(
     Raises:
         UsageError: `what`, and the first difference.
     """
-    for key, value in plan.items():
+    for key, value in {**OPTIONAL, **plan}.items():
         if found.get(key) != value and key not in NO_IDENTITY:
             raise UsageError(
                 f"{what} ({key}: {_unlike(found.get(key), value, there, here)}); give another folder or delete it"
@@ -219,6 +229,7 @@ def _write_shard(
     plan: dict[str, Any],
     workers: int,
     read: Callable[[int], None],
+    captions: Captions | None,
 ) -> None:
     images, batches = versions.images, -(-len(versions.numbers) // versions.batch_size)
     unreadable: dict[str, str] = {}
@@ -243,8 +254,35 @@ def _write_shard(
     }
     if images.captions is not None:
         facts["captions"] = [images.captions[number] for number in readable]
+    if captions is not None:
+        facts["caption_features"] = _write_features(features_path(folder, shard), captions, readable)
     with atomic_write(shard_path(folder, shard, ".json")) as file:
         file.write(sealed(facts))
+
+
+def _layout(captions: Captions) -> dict[str, Any]:
+    """What `tokens.json` says of features."""
+    return {"length": captions.length, "channels": captions.channels, "fingerprint": captions.fingerprint()}
+
+
+def _write_features(path: Path, captions: Captions, numbers: Sequence[int]) -> dict[str, Any]:
+    """Writes the features of a shard's captions part by part, and says what is in the file."""
+
+    def parts() -> Iterator[bytes]:
+        header = io.BytesIO()
+        shape = (len(numbers), captions.length, captions.channels)
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        yield header.getvalue()
+        for first in range(0, len(numbers), AT_ONCE):
+            yield stored(captions, numbers[first : first + AT_ONCE]).astype("<f2").tobytes()
+
+    hasher, size = hashlib.sha256(), 0
+    with atomic_write(path) as file:
+        for part in parts():
+            file.write(part)
+            hasher.update(part)
+            size += len(part)
+    return {"sha256": hasher.hexdigest(), "bytes": size}
 
 
 def _encode(
