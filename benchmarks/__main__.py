@@ -10,6 +10,8 @@ BENCHMARKS = {
     "generator": "decoding steps of a generator beside the published way",
     "evaluate": "10,000 pictures evaluated: time and memory",
     "protocols": "the published protocols on the same pictures and the same tokenizer",
+    "faults": "faults injected into training, encoding and reading: what survived",
+    "soak": "a long training: memory, open files and threads that do not grow",
     "fingerprint": "digests of the weights that the two tiny recipes end with",
 }
 

@@ -11,6 +11,7 @@ import socket
 import stat
 import struct
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -305,12 +306,26 @@ def load_state(path: str | Path) -> dict[str, Any]:
     """Reads what `save_state` wrote, onto the CPU; a file that would run code is refused.
 
     Raises:
-        UsageError: the file is missing, truncated, or holds anything but plain data.
+        UsageError: the file is missing, truncated, has another byte than was written, or holds anything but plain data.
     """
+    _check_bytes(Path(path))
     state = read_pickle(path)
     if not isinstance(state, dict):
         raise UsageError(f"{path} holds a {type(state).__name__}; a training state was expected")
     return state
+
+
+def _check_bytes(path: Path) -> None:
+    """Compares every record of a training state with its checksum, which `torch.load` does not."""
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return  # `read_pickle` says what it is instead
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as error:
+        raise UsageError(f"{path} is damaged: {reason(error)}") from None
+    if damaged is not None:
+        raise UsageError(f"{path} is damaged: {damaged} does not match its checksum")
 
 
 def read_pickle(path: str | Path) -> Any:

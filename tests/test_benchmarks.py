@@ -3,10 +3,11 @@
 import argparse
 import importlib
 import json
+import os
 
 import pytest
 
-from benchmarks import results
+from benchmarks import faults, results, soak
 from benchmarks.__main__ import BENCHMARKS
 
 
@@ -35,3 +36,23 @@ def test_the_published_figures_give_the_published_page():
     for name, part in (("quantizers", figures), ("step", figures["step"])):
         lines = importlib.import_module(f"benchmarks.{name}").section(part)
         assert "\n".join(lines).strip() in page, name
+
+
+def test_nothing_is_lost_to_faults():
+    table = faults.inject(seed=os.getpid(), quick=True)  # other moments and places each time
+    assert set(table) == {name for name, kind in faults.FAULTS.items() if kind.quick}
+    assert {name: counts[faults.LOST] for name, counts in table.items() if counts[faults.LOST]} == {}
+
+
+def test_a_fault_that_changes_the_result_is_called_lost(tmp_path, monkeypatch):
+    place = faults.Place(tmp_path)
+    monkeypatch.setattr(faults, "encode", lambda out, seconds=0.0: (out.mkdir(), (out / "tokens.json").write_text("")))
+    table = faults.Counter(faults.killed_encoding(place, faults.random.Random(0)) for _ in range(1))
+    assert table == {faults.LOST: 1}
+
+
+def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path):
+    soaked = soak.soak(160, tmp_path)
+    assert soaked.grows == []
+    leaky = soaked._replace(after=soaked.after._replace(files=soaked.before.files + 1))
+    assert leaky.grows == ["files"]

@@ -182,6 +182,17 @@ def test_a_truncated_state_gives_one_line(tmp_path, keep):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_state_in_which_a_bit_has_changed_is_refused(tmp_path, place):
+    path = tmp_path / "state.pt"
+    save_state(path, {"weights": torch.randn(10_000)})
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=r"state.pt is damaged: \S+ does not match its checksum"):
+        load_state(path)
+
+
 def test_a_missing_state_is_named(tmp_path):
     with pytest.raises(UsageError, match=r"state\.pt is not a file"):
         load_state(tmp_path / "state.pt")

@@ -31,7 +31,7 @@ from lexel.errors import UsageError
 from lexel.regular import open_regular
 from lexel.runtime import cache_folder
 
-VERSION = 1  # of the index
+VERSION = 2  # of the index
 NO_LABEL = -1
 MOST_TEXT = 2**20  # bytes of a .json, .txt or .cls that are read
 
@@ -277,6 +277,10 @@ def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             ):
                 member.name = member.name.removeprefix("./")
                 yield member
+        # Behind the first member a header that is no header ends the walk as zeros do; only zeros are the end.
+        file.seek(archive.offset)
+        if file.read(512).strip(b"\0"):
+            raise tarfile.ReadError(f"the header at byte {archive.offset:,} is none")
 
 
 def _parts(name: str) -> list[str]:
