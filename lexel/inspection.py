@@ -13,11 +13,10 @@ from lexel.loading import load, load_generator, load_tokenizer
 from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.run_folder import read_metrics
-from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
-from lexel.train.plan import plan
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.plan import count_parameters, networks_of
+from lexel.train.recipes import GeneratorRecipe
 
 SAMPLED = 4096  # codes among which the nearest neighbours are looked for
 
@@ -43,18 +42,16 @@ def inspect(source: str | Path) -> dict[str, Any]:
 
 def _of_recipe(source: str | Path) -> dict[str, Any]:
     recipe = load_recipe(source)
-    planned = plan(recipe)
+    networks = networks_of(recipe)
     facts: dict[str, Any] = {"kind": "recipe"}
-    if isinstance(recipe, TokenizerRecipe):
-        with without_weights():
-            tokenizer = Tokenizer(recipe.model)
-        facts |= _shape(tokenizer) | {"parameters": _count(tokenizer)}
-    else:
+    if isinstance(recipe, GeneratorRecipe):
         facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}
-        facts["parameters"] = planned.parameters["generator"]
-    facts |= {f"parameters of the {name}": count for name, count in planned.parameters.items()}
-    facts["memory, estimated (GiB)"] = round(sum(planned.memory.values()) / 2**30, 2)
-    return facts
+    else:
+        tokenizer = networks["tokenizer"]
+        assert isinstance(tokenizer, Tokenizer)
+        facts |= _shape(tokenizer)
+    facts["parameters"] = _count(next(iter(networks.values())))  # of what is trained, without what only helps
+    return facts | {f"parameters of the {name}": count for name, count in count_parameters(networks).items()}
 
 
 def _of_run(folder: Path) -> dict[str, Any]:

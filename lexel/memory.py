@@ -43,8 +43,8 @@ def check_memory(tokenizer: Tokenizer, runtime: Runtime, height: int, width: int
     needed = needed_bytes(tokenizer, height, width, batch_size, runtime.half)
     if needed > there:
         raise UsageError(
-            f"{batch_size} images of {width:,} x {height:,} pixels at a time need at least {_gib(needed)} GiB of "
-            f"memory, {runtime.device} has {_gib(there)} GiB; lower the size or the batch size"
+            f"out of memory: {batch_size} images of {width:,} x {height:,} pixels at a time need at least "
+            f"{_gib(needed)} GiB, {runtime.device} has {_gib(there)} GiB; lower the size or the batch size"
         )
 
 

@@ -90,7 +90,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 def without_weights() -> Iterator[None]:
     """Modules made inside have shapes and no values (meta tensors); no random state is touched.
 
-    Drawing values for meta tensors would import PyTorch's compiler: seconds for nothing.
+    Drawing values for meta tensors would import PyTorch's compiler and sympy: seconds for nothing.
     """
     with torch.device("meta"), _WithoutInitialisation():
         yield

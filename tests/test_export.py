@@ -9,8 +9,9 @@ from PIL import Image
 
 from lexel import load
 from lexel.checkpoint import save_folder
+from lexel.diffusers_model import DiffusersVQModel
 from lexel.errors import UsageError
-from lexel.export import DiffusersVQModel, export
+from lexel.export import export
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.publish import push_to_hub, stage
 from lexel.tokenizer import Tokenizer, TokenizerConfig

@@ -19,7 +19,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"generators"},
     {"convert"},
     {"loading", "memory"},
-    {"evaluate", "export", "codec", "samples", "bank"},
+    {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
     {"report"},
     {"train"},
     {"inspection", "tables"},
@@ -148,4 +148,56 @@ lexel.load({str(tmp_path / "t")!r})
 import lexel.codec, lexel.data, lexel.inspection, lexel.samples, lexel.train.generator, lexel.train.tokenizer
 late = sorted(set({HEAVY}) & set(sys.modules))
 assert not late, late"""
+    )
+
+
+# What commands may not have imported when they are done. They run one after another in one process.
+COMMANDS = [
+    ("list quantizers", ["sympy", "rich.progress", "huggingface_hub"]),
+    ("inspect tiny", ["sympy", "rich.progress", "huggingface_hub"]),
+    ("inspect generator_tiny", ["sympy", "rich.progress", "huggingface_hub"]),
+    ("inspect HERE/model", ["sympy", "rich.progress", "huggingface_hub"]),
+    ("list metrics", ["huggingface_hub"]),
+    ("reconstruct HERE/model HERE/pictures --out HERE/a", ["huggingface_hub"]),
+    ("encode HERE/model HERE/pictures --out HERE/b", ["huggingface_hub"]),
+    ("decode HERE/model HERE/b --out HERE/c", ["huggingface_hub"]),
+    ("evaluate HERE/model --data HERE/pictures --metric psnr", ["huggingface_hub"]),
+    ("import HERE/nothing --out HERE/d", []),
+    ("export HERE/nothing --out HERE/d", []),
+]
+UNUSED = [
+    *COMPILER,
+    "accelerate",
+    "matplotlib",
+    "sklearn",
+    "jinja2",
+    "pandas",
+    "transformers",
+    "diffusers",
+    "onnx",
+    "wandb",
+]
+
+
+def test_a_command_imports_only_what_it_uses(tmp_path):
+    run(
+        f"""import contextlib, io, os, sys, numpy
+from PIL import Image
+from lexel.autoencoders import VQGANConfig
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+import lexel.cli
+sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4)
+quantizer = dict(kind="ibq", codebook_size=16, codebook_dim=4)
+here = {str(tmp_path)!r}
+config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
+Tokenizer(config).save_pretrained(here + "/model", dict(size=8))
+os.mkdir(here + "/pictures")
+for number in range(2):
+    Image.fromarray(numpy.full((8, 8, 3), number, numpy.uint8)).save(f"{{here}}/pictures/{{number}}.png")
+for command, absent in {COMMANDS}:
+    sys.argv = ["lexel", *command.replace("HERE", here).split()]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        lexel.cli.main()
+    late = sorted({{*absent, *{UNUSED}}} & set(sys.modules))
+    assert not late, (command, late)"""
     )

@@ -1,6 +1,6 @@
 """What a training would be, without starting it: the resolved recipe, its parameters, and the memory it may take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,33 +44,55 @@ def plan(recipe: TokenizerRecipe | GeneratorRecipe, processes: int = 1) -> Plan:
     return _tokenizer(recipe, processes)
 
 
+def networks_of(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, nn.Module]:
+    """The networks that a training has, on the meta device: "tokenizer" or "generator", "discriminator", "lpips"."""
+    networks: dict[str, nn.Module] = {}
+    with without_weights():
+        if isinstance(recipe, GeneratorRecipe):
+            return {"generator": Generator(GeneratorConfig(transformer=recipe.generator))}
+        networks["tokenizer"] = Tokenizer(recipe.model)
+        if recipe.train.discriminator is not None and recipe.train.weights.get("adversarial"):
+            networks["discriminator"] = recipe.train.discriminator.build()
+        if recipe.train.weights.get("lpips"):
+            networks["lpips"] = freeze(NETWORKS[recipe.train.lpips]())
+    return networks
+
+
+def count_parameters(networks: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The parameters of the networks of a training, by their names in a plan."""
+    counts: dict[str, int] = {}
+    for name, network in networks.items():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        if isinstance(network, Tokenizer):
+            quantizer = sum(parameter.numel() for parameter in network.quantizer.parameters())
+            counts |= {"encoder and decoder": count - quantizer, "quantizer": quantizer}
+        elif name == "lpips":
+            counts["LPIPS (frozen)"] = count + sum(buffer.numel() for buffer in network.buffers())
+        else:
+            counts[name] = count
+    return counts
+
+
 def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     recipe = recipe.resolved()
     train = recipe.train
     batch = max(1, train.batch_size // processes // train.accumulation)
+    networks = networks_of(recipe)
+    tokenizer = networks["tokenizer"]
+    assert isinstance(tokenizer, Tokenizer)
+    parameters = count_parameters(networks)
     with without_weights():
-        tokenizer = Tokenizer(recipe.model)
         images = torch.empty(batch, 3, recipe.data.size, recipe.data.size)
         z, kept = _kept(tokenizer, tokenizer.encoder, images)
         _, of_decoder = _kept(tokenizer, tokenizer.decoder, z.detach())
-    quantizer = sum(parameter.numel() for parameter in tokenizer.quantizer.parameters())
     learned = sum(parameter.numel() for parameter in tokenizer.parameters())
-    parameters = {"encoder and decoder": learned - quantizer, "quantizer": quantizer}
+    frozen = parameters.get("LPIPS (frozen)", 0)
     kept += of_decoder
-    frozen = 0
-    if train.discriminator is not None and train.weights.get("adversarial"):
-        with without_weights():
-            discriminator = train.discriminator.build()
-            _, judged = _kept(discriminator, discriminator, images)
-        parameters["discriminator"] = sum(parameter.numel() for parameter in discriminator.parameters())
-        kept += 2 * judged  # real and made, while the tokenizer's graph waits
-    if train.weights.get("lpips"):
-        with without_weights():
-            trunk = freeze(NETWORKS[train.lpips]())
-            _, seen = _kept(trunk, trunk, images.clone().requires_grad_(True))
-        frozen = sum(tensor.numel() for tensor in [*trunk.parameters(), *trunk.buffers()])
-        parameters["LPIPS (frozen)"] = frozen
-        kept += seen
+    with without_weights():
+        if "discriminator" in networks:  # real and made, while the tokenizer's graph waits
+            kept += 2 * _kept(networks["discriminator"], networks["discriminator"], images)[1]
+        if "lpips" in networks:
+            kept += _kept(networks["lpips"], networks["lpips"], images.clone().requires_grad_(True))[1]
     memory = {
         "weights and optimizers": (sum(parameters.values()) - frozen) * LEARNED,
         "average of the weights": learned * 4,
@@ -83,8 +105,9 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
 def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
     train, sizes = recipe.train, recipe.generator
     batch = max(1, train.batch_size // processes // train.accumulation)
+    network = networks_of(recipe)["generator"]
+    assert isinstance(network, Generator)
     with without_weights():
-        network = Generator(GeneratorConfig(transformer=sizes))
         tokens = torch.zeros(batch, sizes.tokens, dtype=torch.int64)
         condition = network.condition.example(batch)
         _, kept = _kept(network, lambda indices: network.losses(indices, condition), tokens)
