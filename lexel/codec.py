@@ -13,13 +13,14 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic
 from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
-from lexel.data.captions import CaptionFile
+from lexel.data.captions import CaptionFile, Captions
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
+from lexel.text_encoder import EncodedCaptions, TextEncoder
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
@@ -165,7 +166,7 @@ class Codec:
         progress: ProgressCallback | None = None,
         part: Part | None = None,
         shard_size: int | None = None,
-        captions: str | Path | None = None,
+        captions: str | Path | TextEncoder | None = None,
     ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
 
@@ -180,7 +181,8 @@ class Codec:
             seed: of the random ones.
             progress: called with (done, total).
             part: only this share of the shards.
-            captions: a file of features of captions, one for each picture: see `CaptionFile`.
+            captions: features of a caption for each picture: a file (see `CaptionFile`), or a text encoder for the
+                captions that the source has.
             shard_size: pictures in a file: what an interruption can cost, and the least that a part takes.
         """
         if self.transform is None:
@@ -193,7 +195,8 @@ class Codec:
                 return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
         images = self.open(source, split)
-        features = None if captions is None else CaptionFile(captions).of_images(images.names)
+        features = _features(captions, images, str(source))
+        origin = {"text_encoder": captions.name} if isinstance(captions, TextEncoder) else {}
         part = part or Part(1, 1)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         tokens = write_tokens(
@@ -213,7 +216,7 @@ class Codec:
             workers=self.workers,
             rank=(part.number - 1) + part.parts * rank,
             processes=part.parts * processes,
-            provenance={"source": public_name(source), "split": split, "size": self.transform.size},
+            provenance={"source": public_name(source), "split": split, "size": self.transform.size, **origin},
             captions=features,
             progress=progress,
         )
@@ -242,6 +245,21 @@ class Codec:
         """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""
         with self.runtime.autocast():
             return to_uint8(self.tokenizer.decode(indices.to(self.runtime.device)))
+
+
+def _features(captions: str | Path | TextEncoder | None, images: ImageSet, source: str) -> Captions | None:
+    """The features of a caption for each image.
+
+    Raises:
+        UsageError: a file does not fit, or there are no captions to encode.
+    """
+    if captions is None:
+        return None
+    if not isinstance(captions, TextEncoder):
+        return CaptionFile(captions).of_images(images.names)
+    if images.captions is None:
+        raise UsageError(f"the images of {source} have no captions; tar:, parquet:, datasets:, list: and npz: have")
+    return EncodedCaptions(captions, images.captions)
 
 
 def check_targets(names: Iterable[str], out: str | Path) -> None:

@@ -14,9 +14,11 @@ from lexel.data import ImageSet, Transform, to_uint8
 from lexel.data.captions import CaptionFile
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
+from lexel.generators.conditions import CaptionFeatures
 from lexel.metrics.statistics import NpzWriter
 from lexel.networks import FeatureNetwork
 from lexel.runtime import Runtime
+from lexel.text_encoder import TextEncoder
 from lexel.tokenizer import Tokenizer
 
 AT_ONCE = 64  # images sampled, decoded and written together, if no batch is larger; what is made does not depend on it
@@ -324,6 +326,21 @@ def read_captions(path: str | Path) -> torch.Tensor:
     """
     captions = CaptionFile(path)
     return torch.from_numpy(captions.rows(range(len(captions))))
+
+
+def encode_captions(generator: Generator, texts: Sequence[str], encoder: str | Path, runtime: Runtime) -> torch.Tensor:
+    """Features of texts by a text encoder, float32 (N, length, features), as long as the generator takes them.
+
+    Raises:
+        UsageError: the generator has no text condition, or it learned from another encoder's features.
+    """
+    condition = generator.condition
+    if not isinstance(condition, CaptionFeatures):
+        raise UsageError(f"the generator's condition is {condition.kind!r}; it takes no captions")
+    text = TextEncoder(encoder, condition.length, runtime)
+    if text.channels != condition.features:
+        raise UsageError(f"{encoder} gives {text.channels} features, the generator takes {condition.features}")
+    return torch.from_numpy(text.encode(texts))
 
 
 def _images_done(

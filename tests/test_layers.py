@@ -15,7 +15,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     | {"arrays", "regular", "provenance", "parts", "place"},
     {"kernels", "networks"},
     {"quantizers", "autoencoders", "losses", "metrics", "data"},
-    {"tokenizer", "autoencoder"},
+    {"tokenizer", "autoencoder", "text_encoder"},
     {"generators"},
     {"convert"},
     {"loading", "memory"},

@@ -1,7 +1,7 @@
 """Commands that take images through a tokenizer: reconstruct, encode, decode."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ from lexel.cli.options import (
     progress,
     transform_of,
 )
+from lexel.errors import UsageError
 
 
 def reconstruct(
@@ -88,6 +89,10 @@ def encode(
         Path | None,
         typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),
     ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Text encoder (folder or hub id) for the captions that the pictures have.")
+    ] = None,
+    caption_length: Annotated[int, typer.Option(min=1, help="With --text-encoder: tokens of a caption at most.")] = 77,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     pixel_limit: PixelLimit = 150_000_000,
@@ -105,6 +110,7 @@ def encode(
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
     from lexel.runtime import runtime
+    from lexel.text_encoder import TextEncoder
 
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
@@ -112,8 +118,13 @@ def encode(
     codec = Codec(
         tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, pixel_limit=pixel_limit
     )
+    if captions and text_encoder:
+        raise UsageError("give features of captions by --captions, or a --text-encoder that makes them")
+    features: Any = captions
+    if text_encoder:
+        features = TextEncoder(text_encoder, caption_length, where)
     with progress("encode") as update:
-        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, captions)
+        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, features)
     if tokens is None:  # other processes are still at their shards; the last one prints
         if chosen:
             print(f"part {chosen} is in {out}; parts in folders of their own are put together by `lexel merge`")

@@ -138,6 +138,12 @@ def sample(
         Path | None,
         typer.Option(help="Features of captions (.npy or .npz, float (N, length, features)), for a text condition."),
     ] = None,
+    caption: Annotated[
+        list[str] | None, typer.Option(help="A caption, for a text condition; with --text-encoder; may be repeated.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Text encoder (folder or hub id) for --caption: the one of the training.")
+    ] = None,
     per_class: Annotated[
         int, typer.Option(min=1, help="Images of each class or caption; of an unconditional generator: in all.")
     ] = 4,
@@ -204,7 +210,7 @@ def sample(
     from lexel.config import parse_override
     from lexel.loading import load_generator, load_tokenizer
     from lexel.runtime import runtime
-    from lexel.samples import asked_for, read_captions, read_tokens, write_samples
+    from lexel.samples import asked_for, encode_captions, read_captions, read_tokens, write_samples
 
     where = runtime(device, precision)
     scales, temperatures = (
@@ -214,14 +220,19 @@ def sample(
     options = dict(parse_override(text) for text in set_ or ())
     if given and given.exists() and out.exists() and out.samefile(given):
         raise UsageError(f"--out {out} is the file of --given, which would be overwritten; give another file")
+    if bool(caption) != bool(text_encoder) or (caption and captions):
+        raise UsageError("give --caption TEXT with --text-encoder, or features of captions by --captions FILE")
     generator = load_generator(source, weights)
+    features = None if captions is None else read_captions(captions)
+    if caption and text_encoder:
+        features = encode_captions(generator, caption, text_encoder, where)
     known = read_tokens(given, generator.grid) if given else None
     judge = networks.build(classifier) if classifier else None
     shuffled = out.suffix.lower() in (".npz", ".npy") and not in_order and (known is None or len(known) == 1)
     condition = asked_for(
         generator,
         None if classes is None else names(classes),
-        None if captions is None else read_captions(captions),
+        features,
         per_class,
         seed if shuffled else None,
     )

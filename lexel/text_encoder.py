@@ -1,0 +1,102 @@
+"""Text encoders: captions to features of their tokens, by an encoder of the transformers library."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lexel import checkpoint
+from lexel.data.images import digest
+from lexel.errors import UsageError
+from lexel.provenance import public_name
+from lexel.runtime import Runtime
+
+FILES = ("*.json", "*.txt", "*.model", "*.safetensors")  # of a repository; no pickles, no code
+LENGTH = 77  # rows of a caption, CLIP's
+
+
+class TextEncoder:
+    """The text model of CLIP, the encoder of T5 and its kin, BERT, ...: captions to rows of features.
+
+    Args:
+        source: a folder in the layout of transformers (config, tokenizer, safetensors), or a hub id.
+        length: rows; longer captions are cut, with a warning, and where an encoder has fewer positions, at those.
+        where: device and precision.
+        batch_size: captions at a time.
+
+    Raises:
+        UsageError: transformers is not installed, or the source holds no text encoder.
+    """
+
+    def __init__(
+        self, source: str | Path, length: int = LENGTH, where: Runtime | None = None, batch_size: int = 32
+    ) -> None:
+        if length < 1 or batch_size < 1:
+            raise UsageError(f"a text encoder needs length and batch_size >= 1, got {length} and {batch_size}")
+        try:
+            import transformers  # type: ignore[import-not-found, unused-ignore]
+        except ImportError:
+            raise UsageError("text encoders need transformers: pip install 'lexel[text]'") from None
+        folder = checkpoint.find_folder(source, FILES)
+        self.name, self.batch_size = public_name(source), batch_size
+        self.where = where or Runtime(torch.device("cpu"), None)
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            self._words: Any = transformers.AutoTokenizer.from_pretrained(folder, **local)
+            model: Any = transformers.AutoModelForTextEncoding.from_pretrained(folder, use_safetensors=True, **local)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"{source} is no text encoder of transformers: {checkpoint.reason(error)}") from None
+        self._model = model.to(self.where.device, torch.float32).eval()
+        self.length = min(length, getattr(model.config, "max_position_embeddings", length))
+        self.channels = int(model.config.hidden_size)
+        if self._words.pad_token is None:
+            raise UsageError(f"the tokenizer of {source} has no padding token")
+
+    def fingerprint(self) -> str:
+        """Names these weights."""
+        return checkpoint.fingerprint({"length": self.length}, self._model.state_dict())
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Features of texts: float32 (n, length, channels), rows of zeros behind the end of each."""
+        found = np.zeros((len(texts), self.length, self.channels), np.float32)
+        for first in range(0, len(texts), self.batch_size):
+            part = list(texts[first : first + self.batch_size])
+            cut = [text for text in part if len(self._words(text)["input_ids"]) > self.length]
+            if cut:
+                warnings.warn(f"{len(cut)} captions are cut at {self.length} tokens: {cut[0][:60]!r}", stacklevel=2)
+            words = self._words(
+                part, padding="max_length", truncation=True, max_length=self.length, return_tensors="pt"
+            ).to(self.where.device)
+            with self.where.autocast():
+                rows = self._model(input_ids=words["input_ids"], attention_mask=words["attention_mask"])
+            features = rows.last_hidden_state.float() * words["attention_mask"][..., None]
+            found[first : first + len(part)] = features.cpu().numpy()
+        return found
+
+
+class EncodedCaptions:
+    """Features of texts, made as they are asked for: the captions of a set of images through an encoder.
+
+    Args:
+        encoder: as `TextEncoder`.
+        texts: one for each image.
+    """
+
+    def __init__(self, encoder: TextEncoder, texts: Sequence[str]) -> None:
+        self.encoder, self.texts = encoder, texts
+        self.length, self.channels = encoder.length, encoder.channels
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def fingerprint(self) -> str:
+        """A SHA-256 of the encoder and the texts."""
+        return digest([self.encoder.fingerprint(), list(self.texts)])
+
+    def rows(self, numbers: Sequence[int]) -> np.ndarray:
+        """The features of some captions: float32 (n, length, channels)."""
+        return self.encoder.encode([self.texts[number] for number in numbers])
