@@ -1,0 +1,144 @@
+"""Folders of generators: the network's weights, and in `tokenizer/` the tokenizer of its tokens."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lexel import __version__, checkpoint
+from lexel.errors import UsageError
+from lexel.generators.config import GeneratorConfig, read_config
+from lexel.provenance import of_folder as provenance_of_folder
+from lexel.quantizers import Quantizer
+from lexel.runtime import without_weights
+from lexel.tokenizer import Tokenizer
+
+TOKENIZER = "tokenizer"  # the folder inside a generator's folder that holds the tokenizer it belongs to
+
+
+class Pretrained(nn.Module):
+    """A generator that is saved to folders and read from them, with the tokenizer it belongs to.
+
+    Args:
+        config: network, tokenizer, class names.
+    """
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
+        self._tokenizer: list[Tokenizer] = []  # in a list, so that its weights are not this module's
+        self._folder: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer whose tokens these are.
+
+        Raises:
+            UsageError: the generator has none, or the one in its folder is not the one it was trained with.
+        """
+        if not self._tokenizer:
+            if self._folder is None or not (self._folder / TOKENIZER).is_dir():
+                raise UsageError(
+                    "this generator has no tokenizer beside it; decode with the tokenizer of fingerprint "
+                    f"{self.config.tokenizer or '(not recorded)'}"
+                )
+            found = Tokenizer.from_pretrained(self._folder / TOKENIZER)
+            self.check_tokenizer(found.fingerprint(), f"the tokenizer in {self._folder}")
+            self._tokenizer.append(found)
+        return self._tokenizer[0]
+
+    def attach(self, tokenizer: Tokenizer) -> None:
+        """Makes `tokenizer` the one whose tokens these are, and records its fingerprint."""
+        self.config = self.config.model_copy(update={"tokenizer": tokenizer.fingerprint()})
+        self._tokenizer = [tokenizer]
+
+    def quantizer(self) -> Quantizer:
+        """The tokenizer's quantizer, on the device of the generator.
+
+        Raises:
+            UsageError: there is no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        if next(tokenizer.parameters()).device != self.device:
+            tokenizer.to(self.device)
+        return tokenizer.quantizer
+
+    def check_tokenizer(self, fingerprint: str, what: str) -> None:
+        """Refuses tokens of another tokenizer; `what` names where they come from."""
+        expected = self.config.tokenizer
+        if expected is not None and fingerprint != expected:
+            raise UsageError(
+                f"{what} has fingerprint {fingerprint[:12]}, the generator was trained with tokenizer {expected[:12]}; "
+                "use the tokenizer it was trained with"
+            )
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Writes `config.json`, `model.safetensors` and, if there is one, the tokenizer in `tokenizer/`.
+
+        Args:
+            folder: made if it does not exist.
+            tokenizer: the tokenizer whose tokens these are; by default the one that came with the generator.
+            provenance: where the weights come from (recipe, step, source file), kept in `config.json`.
+
+        Raises:
+            UsageError: it is not the tokenizer of these tokens.
+        """
+        if tokenizer is not None:
+            self.check_tokenizer(tokenizer.fingerprint(), "the tokenizer to save")
+        elif self._tokenizer or (self._folder is not None and (self._folder / TOKENIZER).is_dir()):
+            tokenizer = self.tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(folder) / TOKENIZER, tokenizer.provenance)
+        config = {
+            "model": "generator",
+            "lexel": __version__,
+            **self.config.model_dump(mode="json"),
+            "provenance": dict(self.provenance if provenance is None else provenance),
+        }
+        checkpoint.save_folder(folder, config, self.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """A generator in evaluation mode, from a folder or a hub id.
+
+        Raises:
+            UsageError: the folder is not there, not whole, or holds something else.
+        """
+        folder = checkpoint.find_folder(source, (checkpoint.CONFIG, checkpoint.WEIGHTS, f"{TOKENIZER}/*"))
+        return cls.from_folder(folder, *checkpoint.load_folder(folder))
+
+    @classmethod
+    def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """A generator from the two parts of a model folder; `source` is the folder."""
+        table = {name: value for name, value in config.items() if name not in ("model", "lexel", "provenance")}
+        if config.get("model") != "generator":
+            raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
+        generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
+        generator.provenance = provenance_of_folder(config, f"{source}/config.json")
+        generator._folder = Path(source).expanduser()
+        return generator
+
+    @classmethod
+    def with_weights(cls, config: GeneratorConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
+        """A generator in evaluation mode that takes over `tensors`, so that nothing is held twice."""
+        with without_weights():
+            generator = cls(config)
+        checkpoint.load_strict(generator, tensors, source)
+        return generator.eval()
+
+    def fingerprint(self) -> str:
+        """Names these weights in result files."""
+        return checkpoint.fingerprint(self.config.model_dump(mode="json"), self.state_dict())
