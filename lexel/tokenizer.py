@@ -154,6 +154,9 @@ class Tokenizer(nn.Module):
         """The encoder's result before quantization: (B, D, *grid), at least float32."""
         images = images.to(self._dtype)
         z = self.encoder(images) if self.autoencoder.shares is None else self.encoder(images, self._codes_of_level)
+        return self._projected(z)
+
+    def _projected(self, z: Tensor) -> Tensor:
         # Neighbouring codes differ by little: autocast must not round what decides between them.
         with torch.autocast(z.device.type, enabled=False):
             z = self.to_codes(z.to(self._dtype))
@@ -181,9 +184,15 @@ class Tokenizer(nn.Module):
     def forward(self, images: Tensor, text: Tensor | None = None) -> Reconstruction:
         """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
         self._check_images(images)
-        quantized = self.quantizer(self.latents(images))
+        if self.autoencoder.routes:
+            features, gates = self.autoencoder.routed(images.to(self._dtype))
+            latents = self._projected(features)
+            quantized = self.quantizer(latents)
+            routing = self.autoencoder.routing_losses(gates, latents, quantized.z_q, quantized.losses)
+        else:
+            quantized, routing = self.quantizer(self.latents(images)), {}
         z = self.from_codes(quantized.z_q.to(self._dtype))
-        losses = quantized.losses | self.autoencoder.losses(images, z)
+        losses = quantized.losses | routing | self.autoencoder.losses(images, z)
         return Reconstruction(self._decoded(z, text), quantized._replace(losses=losses))
 
     @torch.no_grad()

@@ -20,6 +20,14 @@ SMALL = {  # non-square where the size is fixed
     "vit": {"patch": 4, "encoder": TRANSFORMER, "decoder": {**TRANSFORMER, "width": 24}, "head_width": 8},
     "vqvae": {"width": 8, "residual_blocks": 1, "residual_width": 4},
     "vqvae2": {"width": 8, "residual_blocks": 1, "residual_width": 4, "z_channels": 4, "size": [16, 24]},
+    "dynamic": {
+        **CONVOLUTIONAL,
+        "multipliers": [1, 1, 2],
+        "z_channels": 8,
+        "attention_levels": [2],
+        "decoder_attention_levels": [1],
+        "size": [16, 24],
+    },
     "titok": {"size": [16, 24], "patch": 4, "tokens": 5, "encoder": TRANSFORMER, "decoder": TRANSFORMER},
 }
 KINDS = pytest.mark.parametrize("kind", sorted(AUTOENCODERS))
@@ -189,6 +197,7 @@ PUBLISHED = [  # trained parameters, the autoencoder, codes and their dimension
     (606_879_604, {**ONE_STAGE, "tokens": 32, "encoder": LARGE}, "gaussian", None, 16),
     (390_284_404, {**ONE_STAGE, "tokens": 64, "encoder": BASE, "text": {}}, "gaussian", None, 16),
     (54_515_587, {"kind": "maskgit"}, "vq", 1024, 256),
+    (47_836_037, {"kind": "dynamic"}, "ema", 1024, 256),
     (1_388_867, {"kind": "vqvae2"}, "ema", 512, 64),
     (108_948_355, {**VAR, "projection_kernel": 3}, "multiscale", 4096, 32),
 ]

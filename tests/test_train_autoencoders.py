@@ -32,7 +32,8 @@ MASKGIT = {"kind": "maskgit", **CONVOLUTIONAL}
 CODES = {**TITOK, "head": "codes", "proxy": {"codebook_size": 32, "pixels": CONVOLUTIONAL}}
 VQVAE = {"kind": "vqvae", "width": 8, "residual_blocks": 1, "residual_width": 4}
 VQVAE2 = {**VQVAE, "kind": "vqvae2", "z_channels": 8}
-GRIDS = {"vit": (4, 4), "titok": (6,), "maskgit": (4, 4), "vqvae": (4, 4), "vqvae2": (20,)}
+DYNAMIC = {"kind": "dynamic", **CONVOLUTIONAL, "attention_levels": [2], "decoder_attention_levels": [], "size": 16}
+GRIDS = {"dynamic": (8, 8), "vit": (4, 4), "titok": (6,), "maskgit": (4, 4), "vqvae": (4, 4), "vqvae2": (20,)}
 
 
 def recipe(autoencoder, *, weights=None, steps=4, init=None, adversarial=False, **model):
@@ -62,7 +63,7 @@ def photos(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT, VQVAE, VQVAE2], ids=lambda table: table["kind"])
+@pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT, VQVAE, VQVAE2, DYNAMIC], ids=lambda table: table["kind"])
 def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
     run = tmp_path / "run"
     projections = AUTOENCODERS[autoencoder["kind"]].shares is None

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from lexel import registry
 from lexel.autoencoders.base import Autoencoder, AutoencoderConfig
+from lexel.autoencoders.dynamic import Dynamic, DynamicConfig
 from lexel.autoencoders.magvit2 import Magvit, MagvitConfig
 from lexel.autoencoders.maskgit import MaskGIT, MaskGITConfig
 from lexel.autoencoders.simvq import SimVQAutoencoder, SimVQConfig
@@ -25,6 +26,7 @@ AUTOENCODERS: dict[str, type[Autoencoder]] = {
     "titok": TiTok,
     "vqvae": VQVAE,
     "vqvae2": VQVAE2,
+    "dynamic": Dynamic,
 }
 GROUP = "lexel.autoencoders"  # the entry points by which other packages add kinds
 
@@ -76,6 +78,8 @@ __all__ = [
     "VQVAE2",
     "Autoencoder",
     "AutoencoderConfig",
+    "Dynamic",
+    "DynamicConfig",
     "Magvit",
     "MagvitConfig",
     "MaskGIT",

@@ -37,6 +37,9 @@ class Autoencoder(nn.Module):
     # Cells of each level, as a ratio, where latents lie on several grids; the encoder then is called with the images
     # and with a function (level, latents (B, D, *grid)) to the level's codes, and has no projections.
     shares: ClassVar[tuple[int, ...] | None] = None
+    # Whether the encoder chooses how finely each region is described: `routed` then says how it chose, and
+    # `routing_losses` what follows for training.
+    routes: ClassVar[bool] = False
     LOSS_WEIGHTS: ClassVar[Mapping[str, float]] = {}  # every term that `losses` may return, with its published weight
 
     encoder: nn.Module  # images (B, channels, H, W) to (B, z_channels, *grid)
@@ -124,6 +127,21 @@ class Autoencoder(nn.Module):
         Args:
             images: (B, channels, H, W), to learn from.
             z: what the decoder takes of them, (B, decoder_channels, *grid).
+        """
+        return {}
+
+    def routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, z_channels, *grid), and gates (B, G, h, w): 1 at the granularity chosen of each region."""
+        raise NotImplementedError
+
+    def routing_losses(self, gates: Tensor, z: Tensor, z_q: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Terms of the training loss, unweighted, of an encoder that chooses; they replace terms of the same name.
+
+        Args:
+            gates: (B, G, h, w), 1 at the granularity chosen of each region, with gradients.
+            z: latents (B, D, *grid) that were quantized.
+            z_q: their codes.
+            losses: the quantizer's terms.
         """
         return {}
 

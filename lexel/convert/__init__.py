@@ -8,6 +8,7 @@ from lexel import checkpoint
 from lexel.convert import (
     cosmos,
     diffusers,
+    dqvae,
     files,
     fvq,
     ibq,
@@ -51,6 +52,7 @@ FAMILIES: dict[str, Family] = {
         titok.FAMILY,
         maskgit_vqgan.FAMILY,
         vqvae2.FAMILY,
+        dqvae.FAMILY,
         var_vqvae.FAMILY,
         rqvae.FAMILY,
         *transformers.FAMILIES,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from tests.parity import (
     diffusion,
+    dqvae,
     emu,
     fvq,
     mage,
@@ -53,6 +54,7 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
     "VAR top-k": var.check_filters,
     "RQ-Transformer,": rq_transformer.check,
     "RQ-Transformer temperature": var.check_filters,
+    "DQ-VAE": dqvae.check,
     "DiT": diffusion.dit,
     "SiT": diffusion.sit,
     "MAR": mar.check,

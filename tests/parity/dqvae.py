@@ -1,0 +1,92 @@
+"""DQ-VAE with two granularities: evaluation, a step of training, budgets."""
+
+import re
+
+import torch
+from torch import nn
+
+from lexel.autoencoders.dynamic import budget, pack, places, unpack
+from lexel.tokenizer import Tokenizer
+from tests.parity.fixture import Fixture, Run
+
+RULES = [
+    (r"^encoder\.conv_out_(fine|coarse)", r"encoder.\1.conv_out"),
+    (r"^encoder\.router\.gate\.2", "encoder.router.logits"),
+    (r"^quant_conv", "to_codes"),
+]
+
+
+def parameter(model: Tokenizer, name: str) -> nn.Parameter:
+    for pattern, ours in RULES:
+        name = re.sub(pattern, ours, name)
+    return model.get_parameter(name)
+
+
+def check(fixture: Fixture) -> None:
+    for run in fixture.runs():
+        model = run.load("dqvae")
+        x = run["x"]
+        features, gates = model.encoder.routed(x)
+        run.close("h_dual", features)
+        run.close("router_logits", model.encoder.features(x)[2])
+        run.same("grain_indices", model.autoencoder.granularity(x))
+        fine = places(gates[:, 1:])
+        run.close("codebook_mask", fine + (1 - fine) / 4)
+        result = model(x)
+        run.close("quant", result.quantized.z_q)
+        run.same("codes", result.quantized.indices)
+        # The published loss has the commitment twice: weighted, and as a term that moves no code.
+        run.close("vq_loss", 1.25 * result.quantized.losses["commitment"])
+        run.close("rec", result.images)
+        budgets(run)
+        packing(run)
+        step(run, model)
+
+
+def budgets(run: Run) -> None:
+    given = run.content["budgets"]
+    run.close("budgets dual_all", 20 * budget(run.cast(given["gate2"]), 0.5), given["dual_all"])
+    run.close("budgets dual_single", 2 * budget(run.cast(given["gate2"]), 0.7), given["dual_single"])
+    run.close("budget_of_logits", 20 * budget(run.expected["router_logits"], 0.5))
+
+
+def packing(run: Run) -> None:
+    """Tokens once each, with an end and padding as published."""
+    given = run.content["permuter"]
+    codes, config = given["codes"], given["config"]
+    for theirs, ours in {"region-first": "regions", "row-first": "rows"}.items():
+        packed = pack(codes, given["grain"] == 1, ours)
+        for part, tokens in packed._asdict().items():
+            name = part.replace("_places", "_position") if "_" in part else f"{part}_content"
+            prefix = name if "position" in name else "content"
+            padded = torch.nn.functional.pad(tokens, (0, 1), value=-1)
+            ends = (padded < 0).cumsum(1) == 1
+            padded = padded.where(~ends, config[f"{prefix}_eos_code"])
+            padded = padded.where(padded >= 0, config[f"{prefix}_pad_code"])
+            run.same(f"permuter {theirs} {name}", padded, given[theirs][name])
+        run.same(f"permuter {theirs} back", unpack(packed, tuple(codes.shape[1:])), given[theirs]["back"])
+
+
+def step(run: Run, model: Tokenizer) -> None:
+    """One step of training, with the published draw."""
+    model.train()
+    published, x = run.expected["train_step"], run["x"]
+    noise = run.cast(run.content["inputs"]["gumbel_exponential"][0]).movedim(-1, 1)
+    features, gates = model.encoder.routed(x, noise)
+    run.same("train_step grain_indices", gates.argmax(1), published["grain_indices"])
+    run.close("train_step gate", gates, published["gate"])
+    z = model.to_codes(features)
+    quantized = model.quantizer(z)
+    losses = model.autoencoder.routing_losses(gates, z, quantized.z_q, quantized.losses)
+    images = model.decode_codes(quantized.z_q)
+    run.close("train_step rec", images, published["rec"])
+    run.close("train_step vq_loss", 1.25 * losses["commitment"], published["vq_loss"])
+    weighted = model.loss_weights["budget"] * losses["budget"]
+    run.close("train_step budget", weighted, published["budget"])
+    difference = (images - x).abs().mean()
+    run.close("train_step total", difference + 1.25 * losses["commitment"] + weighted, published["total"])
+    total = difference + model.loss_weights["commitment"] * losses["commitment"] + weighted
+    inner = Run(run.fixture, {"f64": published}, run.dtype, "train_step ")
+    inner.gradients(total, {name: parameter(model, name) for name in published["grads"]})
+    run.close("train_step cluster_size_after", model.quantizer.counts, published["cluster_size_after"])
+    run.close("train_step codebook_after", model.quantizer.weight, published["codebook_after"][:-1])
