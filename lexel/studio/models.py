@@ -95,7 +95,10 @@ class Entry:
     @cached_property
     def transform(self) -> Transform:
         """What makes squares of pictures for the tokenizer, at a size that fits it."""
-        transform = own_transform(self.tokenizer)
+        size = None
+        if isinstance(self.model, Generator) and len(self.model.sampled_shape) == self.tokenizer.autoencoder.axes:
+            size = self.tokenizer.image_size(self.model.sampled_shape)[0]  # whose tokens the generator writes
+        transform = own_transform(self.tokenizer, size)
         self.tokenizer.grid(transform.size, transform.size)
         return transform
 
@@ -103,12 +106,21 @@ class Entry:
     def examples(self) -> np.ndarray:
         """Pictures to try, uint8 (N, size, size, C): a run's held-out ones, else made-up drawings."""
         size = self.transform.size
-        run = self.run()
-        if run is not None and "originals" in run.last:
-            return run.last["originals"][:EXAMPLES]
+        for entry in self._kin():
+            run = entry.run()
+            if run is not None and "originals" in run.last and run.last["originals"].shape[1] == size:
+                return run.last["originals"][:EXAMPLES]
         made = drawings(EXAMPLES, size, seed=1)
         channels = self.tokenizer.config.autoencoder.channels
         return made if channels == 3 else made.mean(-1, keepdims=True).astype(np.uint8).repeat(channels, -1)
+
+    def _kin(self) -> list["Entry"]:
+        """This entry, and for a generator the entries of its tokenizer."""
+        if isinstance(self.model, Tokenizer):
+            return [self]
+        wanted = self.tokenizer.fingerprint()
+        tokenizers = [other for other in self.others.values() if other.kind == "tokenizer"]
+        return [other for other in tokenizers if other.tokenizer.fingerprint() == wanted]
 
     def run(self) -> Run | None:
         """What the run folder says now; None where there is none."""

@@ -1,0 +1,41 @@
+"""Small models and a run in a folder, for the tests of the studio: made in a moment, good for nothing else."""
+
+import json
+from pathlib import Path
+
+from safetensors.numpy import save_file
+
+from lexel.autoencoders import VQGANConfig
+from lexel.generators import Generator, read_config
+from lexel.studio.pictures import drawings
+from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+
+def tiny(quantizer=None) -> Tokenizer:
+    sizes = {"width": 8, "multipliers": [1, 1, 1], "residual_blocks": 1, "attention_levels": [], "z_channels": 4}
+    table = quantizer or {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
+    return Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes, groups=4), quantizer=table))
+
+
+def make_models(home: Path) -> Path:
+    """Writes a and b (residual), tokenizers; generator; run, a run of a."""
+    a = tiny()
+    a.save_pretrained(home / "a", {"size": 16})
+    tiny({"kind": "residual", "codebook_size": 8, "codebook_dim": 4}).save_pretrained(home / "b", {"size": 16})
+    network = {"kind": "next_token", "codebook_size": 16, "rows": 4, "columns": 4, "classes": 3}
+    network |= {"layers": 1, "heads": 2, "width": 16}
+    table = {"transformer": network, "tokenizer": a.fingerprint(), "class_names": ["cat", "dog", "owl"]}
+    Generator(read_config(table, "the test")).save_pretrained(home / "generator", tokenizer=a)
+    run = home / "run"
+    run.mkdir()
+    a.save_pretrained(run, {"size": 16})
+    (run / "recipe.toml").write_text(
+        '[model]\nquantizer = { kind = "ibq", codebook_size = 16, codebook_dim = 4 }\n[train]\nsteps = 20\n'
+    )
+    lines = [{"step": step, "kind": "train", "seconds": 1.0, "loss": 1 / step} for step in (10, 20)]
+    lines.append({"step": 20, "kind": "validation", "seconds": 1.0, "usage": 0.1, "perplexity": 1.2, "psnr": 12.0})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "snapshots").mkdir()
+    pictures = drawings(4, 16)
+    save_file({"originals": pictures, "reconstructions": pictures}, run / "snapshots" / "00000020.safetensors")
+    return home

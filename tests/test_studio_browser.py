@@ -1,0 +1,213 @@
+"""The studio in a real browser: each view does its work, on a desk and on a phone, by keyboard alone."""
+
+import io
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+from PIL import Image
+from studio_models import make_models
+
+from lexel.studio import Library, make_app
+
+CHROMIUM = os.environ.get("LEXEL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+playwright = pytest.importorskip("playwright.sync_api")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; install it, or name it in LEXEL_CHROMIUM"),
+]
+ARGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+SIZES = {"desk": (1200, 900), "phone": (390, 844)}
+PATIENCE = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A studio over small models, served from a thread."""
+    app = make_app(Library([make_models(tmp_path_factory.mktemp("models"))]))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS.split())
+        yield opened
+        opened.close()
+
+
+class Visitor:
+    """A browser window of its own; faults of the page's scripts and requests to elsewhere are kept."""
+
+    def __init__(self, browser, address, size="desk"):
+        width, height = SIZES[size]
+        self.context = browser.new_context(viewport={"width": width, "height": height}, has_touch=size == "phone")
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.address, self.faults, self.elsewhere = address, [], []
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("request", self._note)
+
+    def _note(self, request):
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.elsewhere.append(request.url)
+
+    def open(self, view):
+        self.page.goto("about:blank")
+        self.page.goto(f"{self.address}#{view}")
+        return self.page
+
+
+@pytest.fixture
+def visit(browser, address):
+    visitors = []
+
+    def arrive(size="desk"):
+        visitors.append(Visitor(browser, address, size))
+        return visitors[-1]
+
+    yield arrive
+    for visitor in visitors:
+        visitor.context.close()
+        assert visitor.faults == []
+        assert visitor.elsewhere == []
+
+
+DONE = {  # a view, and what is there once it has done its work
+    "reconstruct?with=b": ".wipe img",
+    "tokens": ".grid canvas",
+    "codebook": ".codes button",
+    "generate": "button.main",
+    "training": ".chart svg",
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("view", DONE)
+def test_a_view_does_its_work_and_fits_the_screen(visit, view, size):
+    page = visit(size).open(view)
+    page.locator(DONE[view]).first.wait_for()
+    assert not page.locator("#message").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+    named = "e => e.labels?.length || e.ariaLabel || e.title || e.textContent.trim()"
+    assert page.evaluate(f"[...document.querySelectorAll('button, input, select')].every({named})")
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def choose(page, name, data, kind):
+    page.locator("input[type=file]").first.set_input_files({"name": name, "mimeType": kind, "buffer": data})
+
+
+def test_a_picture_is_reconstructed_and_a_wrong_file_gets_a_sentence(visit):
+    page = visit().open("reconstruct?whole=1")
+    page.locator(".wipe img").first.wait_for()
+    choose(page, "red.png", png(), "image/png")
+    page.get_by_text("50 × 40").first.wait_for()
+    choose(page, "notes.txt", b"not a picture", "text/plain")
+    page.locator("#message").wait_for()
+    assert page.locator("#message").inner_text().startswith("the picture cannot be read")
+    choose(page, "red.png", png(), "image/png")  # and the studio goes on
+    page.locator("#message").wait_for(state="hidden")
+
+
+def test_a_picture_above_the_limit_is_refused_before_it_is_sent(visit):
+    page = visit().open("reconstruct")
+    page.locator(".wipe img").first.wait_for()
+    page.evaluate("import('/static/lib.js').then(lib => lib.studio()).then(s => { s.limits.bytes = 10; })")
+    choose(page, "red.png", png(), "image/png")
+    page.locator("#message").wait_for()
+    assert "the limit is 10" in page.locator("#message").inner_text()
+
+
+def changed(page, count):
+    page.locator(f"[data-changed='{count}']").wait_for()
+
+
+def test_tokens_are_painted_and_undone_by_keyboard_alone(visit):
+    page = visit().open("")
+    page.locator(".wipe img").first.wait_for()
+    page.keyboard.press("2")  # the second view
+    canvas = page.locator(".grid canvas")
+    canvas.wait_for()
+    for _ in range(60):  # to the grid, as a keyboard gets there
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.tagName") == "CANVAS":
+            break
+    assert page.evaluate("document.activeElement.tagName") == "CANVAS"
+    before = page.locator("img[alt='The picture of these tokens']").get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    near = page.locator(".codes.small button").first
+    near.wait_for()
+    near.focus()
+    page.keyboard.press("Enter")  # picks the nearest code
+    canvas.focus()
+    page.keyboard.press("Enter")  # paints it
+    changed(page, 1)
+    page.wait_for_function(
+        "before => document.querySelector(\"img[alt='The picture of these tokens']\").src !== before", arg=before
+    )
+    assert "edits=1." in page.url
+    page.keyboard.press("Control+z")
+    changed(page, 0)
+
+
+def test_two_tokens_are_swapped_with_the_pointer(visit):
+    visitor = visit()
+    page = visitor.open("tokens?edits=0.1_15.2")  # so that they differ
+    changed(page, 2)
+    page.get_by_role("button", name="Swap two").click()
+    box = page.locator(".grid canvas").bounding_box()
+    page.mouse.click(box["x"] + 5, box["y"] + 5)
+    page.mouse.click(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5)
+    page.wait_for_function("location.hash.includes('0.2_') && location.hash.includes('15.1')")
+
+
+def test_an_address_shows_another_person_the_same(visit):
+    one, other = visit(), visit("phone")
+    page = one.open("codebook?order=number&code=5")
+    page.get_by_role("heading", name="Code 5").wait_for()
+    page = other.open(page.url.split("#")[1])
+    page.get_by_role("heading", name="Code 5").wait_for()
+
+
+def test_two_visitors_edit_at_once(visit):
+    one, other = visit().open("tokens?edits=3.1"), visit().open("tokens?edits=4.1_5.2")
+    changed(one, 1)
+    changed(other, 2)
+    one.get_by_role("button", name="Reset").click()
+    changed(one, 0)
+    changed(other, 2)
+
+
+def test_a_picture_is_completed_from_its_upper_half(visit):
+    page = visit().open("generate?class=1")
+    page.get_by_role("button", name="Example 1").first.click()
+    page.get_by_text("8 of 16 tokens are made anew").wait_for()
+    page.get_by_role("button", name="Generate").click()
+    page.get_by_text("done in").wait_for()
+    assert page.locator(".samples img").count() == 4
+
+
+def test_runs_are_laid_over_each_other_and_a_collapse_is_told(visit):
+    page = visit().open("training?runs=run")
+    page.locator(".finding.problem").first.wait_for()
+    page.locator(".strip img").first.wait_for()
