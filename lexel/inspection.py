@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from lexel.checkpoint import CONFIG
 from lexel.config import RECIPES
 from lexel.errors import UsageError
 from lexel.generators import Generator
 from lexel.loading import load, load_generator, load_tokenizer
 from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
-from lexel.run_folder import read_metrics
+from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
 from lexel.train.plan import count_parameters, networks_of
@@ -34,8 +35,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml" or (not path.exists() and any((f / f"{source}.toml").is_file() for f in RECIPES)):
         return _of_recipe(source)
-    if (path / "recipe.toml").is_file():
-        return _of_run(path)
+    if path.is_dir() and RunFolder.read(path).recipe.is_file():
+        return _of_run(RunFolder.read(path))
     model = load(source)
     return _of_tokenizer(model) if isinstance(model, Tokenizer) else _of_generator(model)
 
@@ -54,17 +55,17 @@ def _of_recipe(source: str | Path) -> dict[str, Any]:
     return facts | {f"parameters of the {name}": count for name, count in count_parameters(networks).items()}
 
 
-def _of_run(folder: Path) -> dict[str, Any]:
+def _of_run(run: RunFolder) -> dict[str, Any]:
     """A run is looked at even before its first checkpoint: its log is enough for a verdict."""
-    recipe = load_recipe(folder / "recipe.toml")
-    lines = read_metrics(folder / "metrics.jsonl")
+    recipe = load_recipe(run.recipe)
+    lines = run.lines()
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     facts: dict[str, Any] = {"steps done": lines[-1]["step"] if lines else 0}
-    saved = (folder / "config.json").is_file() or any((folder / "checkpoints").glob("*.pt"))
+    saved = bool(run.steps()) or (run.path / CONFIG).is_file()
     if isinstance(recipe, GeneratorRecipe):
-        found = _of_generator(load_generator(folder)) if saved else {"kind": "generator"}
+        found = _of_generator(load_generator(run.path)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
-    found = _of_tokenizer(load_tokenizer(folder)) if saved else {"kind": "tokenizer"}
+    found = _of_tokenizer(load_tokenizer(run.path)) if saved else {"kind": "tokenizer"}
     coded = [line for line in validation if {"usage", "perplexity"} <= line.keys()]  # continuous latents have no codes
     findings = diagnose(outline(recipe.model.quantizer), coded, train) if coded or not validation else []
     return found | facts | _last(validation) | {"findings": [finding._asdict() for finding in findings]}

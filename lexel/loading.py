@@ -81,8 +81,8 @@ def load_generator(source: str | Path, weights: str | None = None) -> Generator:
 def find_run(source: str | Path) -> RunFolder | None:
     """The run with checkpoints that a path names, by its folder or by one of its checkpoints."""
     path = Path(source).expanduser()
-    folder = path.parent.parent if path.is_file() and path.parent.name == "checkpoints" else path
-    if not folder.is_dir():
+    folder = path.parent.parent if path.is_file() else path
+    if path.is_file() and path.parent != RunFolder(folder, writes=False).checkpoints:
         return None
     run = RunFolder.read(folder)
     return run if run.recipe.is_file() and run.steps() else None
@@ -112,13 +112,17 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
     if step not in steps:
         raise UsageError(f"{run.path} has no checkpoint for weights = {weights!r}; it has steps {steps}")
     path = run.checkpoint(step)
-    state = checkpoint.load_state(path)
+    state = run.load(step)
     model: Tokenizer | Generator
     if "generator" in recipe:
         if weights == "average":
             raise UsageError(f"{run.path} is a generator's run, which keeps no averages; choose from live, best")
         config = read_config(_part(state, "config", path), str(path))
         model = Generator.with_weights(config, _part(state, "model", path), path)
+        model.find_tokenizer_in(run.path)
+        beside = (recipe.get("data") or {}).get("tokenizer")
+        if not model.has_tokenizer() and isinstance(beside, str) and Path(beside).expanduser().exists():
+            model.use_tokenizer(load_tokenizer(beside))
     else:
         tokenizer_config = check(recipe.get("model", {}), TokenizerConfig, str(run.recipe))
         tensors = _part(state, "model", path) if weights == "live" else _averaged(_part(state, "average", path))

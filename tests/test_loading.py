@@ -17,12 +17,15 @@ import lexel
 import lexel.publish
 from lexel.autoencoders import VQGANConfig
 from lexel.checkpoint import load_state, read_pickle, read_safetensors
+from lexel.codec import Codec
 from lexel.convert import torchscript
+from lexel.data import TRANSFORMS
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.inspection import inspect
 from lexel.loading import load_generator, load_tokenizer, own_transform
 from lexel.run_folder import RunFolder
+from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train import load_recipe, train
 from tests.fuzz import counts, survives
@@ -278,3 +281,22 @@ def test_a_damaged_index_of_a_split_checkpoint_gives_tensors_or_one_line(tmp_pat
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": "m-00001-of-00001.safetensors"}, "metadata": {"total_size": 8}}))
     survives(files.read, path, 9, count)
+
+
+def test_a_generators_run_that_was_stopped_samples_with_the_tokenizer_of_its_recipe(finished, pictures, tmp_path):
+    tokenizer = load_tokenizer(finished)
+    Codec(tokenizer, runtime("cpu"), TRANSFORMS["published"](8), 4).encode(pictures, tmp_path / "tokens")
+    spec = tokenizer.token_spec(8, 8)
+    grid = [f"generator.rows={spec.grids[0][0]}", f"generator.columns={spec.grids[0][1]}", "generator.classes=1"]
+    data = [f"data.tokens={tmp_path / 'tokens'}", f"data.tokenizer={finished}", "data.validation=0.2"]
+    size = f"generator.codebook_size={spec.codebook_size}"
+    recipe = load_recipe("generator_tiny", [*data, *grid, size, *STEPS])
+
+    def stop(now):
+        if now.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not train(recipe, tmp_path / "run", device="cpu", progress=stop).finished
+    generator = load_generator(tmp_path / "run")
+    assert generator.provenance["step"] == RunFolder.read(tmp_path / "run").steps()[-1]
+    assert generator.tokenizer.fingerprint() == tokenizer.fingerprint()

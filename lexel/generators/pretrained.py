@@ -55,6 +55,23 @@ class Pretrained(nn.Module):
             self._tokenizer.append(found)
         return self._tokenizer[0]
 
+    def find_tokenizer_in(self, folder: Path) -> None:
+        """Takes the tokenizer in a folder where the generator's is needed."""
+        self._folder = folder
+
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer with the generator, or in its folder."""
+        return bool(self._tokenizer) or (self._folder is not None and (self._folder / TOKENIZER).is_dir())
+
+    def use_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Makes `tokenizer` the generator's own.
+
+        Raises:
+            UsageError: the generator was trained with another one.
+        """
+        self.check_tokenizer(tokenizer.fingerprint(), "the tokenizer")
+        self._tokenizer = [tokenizer]
+
     def attach(self, tokenizer: Tokenizer) -> None:
         """Makes `tokenizer` the one whose tokens these are, and records its fingerprint."""
         self.config = self.config.model_copy(update={"tokenizer": tokenizer.fingerprint()})

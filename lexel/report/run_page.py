@@ -10,13 +10,12 @@ from warnings import warn
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lexel import config
 from lexel.errors import UsageError
 from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_map, line_chart, picture_rows, series
 from lexel.report.page import Section, write_page
-from lexel.run_folder import read_metrics
+from lexel.run_folder import RunFolder
 
 
 class Snapshot(Mapping[str, NDArray[Any]]):
@@ -73,14 +72,13 @@ def read_run(folder: str | Path, name: str | None = None) -> Run:
         UsageError: the folder is no run folder.
     """
     folder = Path(folder)
-    if not (folder / "metrics.jsonl").is_file():
+    files = RunFolder.read(folder)
+    if not files.metrics.is_file():
         raise UsageError(f"{folder} is no run folder: it has no metrics.jsonl")
-    run = Run(name or folder.name, folder)
-    if (folder / "recipe.toml").is_file():
-        run.recipe = config.read(folder / "recipe.toml")
-    for row in read_metrics(folder / "metrics.jsonl"):
+    run = Run(name or folder.name, folder, files.read_recipe())
+    for row in files.lines():
         {"train": run.train, "validation": run.validation}.get(row["kind"], run.evaluations).append(row)
-    run.snapshots = {int(path.stem): Snapshot(path) for path in sorted((folder / "snapshots").glob("*.safetensors"))}
+    run.snapshots = {int(path.stem): Snapshot(path) for path in sorted(files.snapshots.glob("*.safetensors"))}
     return run
 
 
@@ -166,7 +164,7 @@ def generator_figures(run: Run) -> list[Figure]:
 
 def recipe_section(folder: Path) -> list[Section]:
     """The resolved recipe, to run it again."""
-    path = folder / "recipe.toml"
+    path = RunFolder.read(folder).recipe
     return [Section("Recipe", code=path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
