@@ -41,7 +41,9 @@ class Loading:
 
     Attributes:
         batch_size: images a batch; in training of all processes together, in order of this process alone.
-        rank, processes: this process, of how many; in training, processes must divide batch_size.
+        rank, processes: this process, of how many; in training, processes times micro_batches must divide batch_size.
+        micro_batches: parts in which a training takes a batch, one after the other. All processes share each of them,
+            so that it holds the same images on any number of processes.
         workers: processes that read pictures; 0 reads them here.
         on_error: "replace" puts another picture in the place of an unreadable one, or leaves it out where every picture
             comes once, and notes it in `.unreadable`; "stop" raises UnreadableImage.
@@ -58,6 +60,7 @@ class Loading:
     prefetch: int = 2
     device: str | torch.device | None = None
     max_unreadable: float = 1.0
+    micro_batches: int = 1
 
     def check(self, images: ImageSet) -> None:
         """Raises UsageError for numbers that do not fit together."""
@@ -166,9 +169,10 @@ class TrainingBatches(Iterator[Batch]):
         self, images: ImageSet, transform: Transform, loading: Loading, seed: int, first_step: int = 0
     ) -> None:
         loading.check(images)
-        if loading.batch_size % loading.processes:
+        if loading.batch_size % (loading.processes * loading.micro_batches):
+            parts = f" in {loading.micro_batches} micro-batches" if loading.micro_batches > 1 else ""
             raise UsageError(
-                f"{loading.processes} processes cannot share a batch of {loading.batch_size} images evenly"
+                f"{loading.processes} processes cannot share a batch of {loading.batch_size} images evenly{parts}"
             )
         if first_step < 0:
             raise UsageError(f"the first step cannot be negative, got {first_step}")
@@ -257,10 +261,13 @@ class _TrainingSteps:
         self.positions = Positions(len(self.images), self.seed)
 
     def __getitem__(self, step: int) -> Pictures:
-        share = self.loading.batch_size // self.loading.processes
-        first = step * self.loading.batch_size + self.loading.rank * share
+        loading = self.loading
+        micro_batch = loading.batch_size // loading.micro_batches
+        share = micro_batch // loading.processes
+        first = step * loading.batch_size + loading.rank * share
+        starts = range(first, first + loading.batch_size, micro_batch)
         arrays, numbers, unreadable = [], [], {}
-        for position in range(first, first + share):
+        for position in (start + place for start in starts for place in range(share)):
             epoch, number = self.positions[position]
             picture, number, failed = self._readable(number)
             unreadable.update(failed)

@@ -4,11 +4,13 @@ Logits are of any shape (B, ...), high for images taken for real.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lexel.distributed import all_sum, processes
 from lexel.errors import unknown
 from lexel.losses.precision import at_least_float32
 
@@ -40,21 +42,26 @@ def generator_loss(kind: str, fake: Tensor) -> Tensor:
     return GENERATOR_LOSSES[kind](at_least_float32(fake))
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, over: Literal["global", "process"] = "process"
+) -> Tensor:
     """The weight that makes both terms pull equally hard at the generator's last layer (VQGAN, arXiv 2012.09841).
 
     |d reconstruction / d last_layer| / (|d adversarial / d last_layer| + 1e-4), at most 1e4, detached: a scalar to
-    multiply the adversarial term (and its weight in the recipe) with. Both graphs are kept for the backward pass. Each
-    process weighs by its own images, as published.
+    multiply the adversarial term (and its weight in the recipe) with. Both graphs are kept for the backward pass.
 
     Args:
         reconstruction: the scalar reconstruction and perceptual terms, weighted and summed.
         adversarial: the scalar adversarial term, unweighted.
         last_layer: the weight of the decoder's last convolution.
+        over: "process": each process weighs by its own images, as published. "global": by the gradients' means over all
+            processes, those of a loss over the images of all of them; every process must call.
     """
     (pull,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (push,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
     pull, push = at_least_float32(pull), at_least_float32(push)
+    if over == "global" and processes() > 1:
+        pull, push = all_sum(torch.stack([pull, push])) / processes()
     return (pull.norm() / (push.norm() + 1e-4)).clamp(max=1e4).detach()
 
 

@@ -134,6 +134,9 @@ class DiscriminatorConfig(Config):
     loss: str = "hinge"
     generator_loss: str = "non_saturating_image"
     adaptive: bool = False  # multiplies weights.adversarial so that both gradients are equal at the last layer
+    # The images whose gradients decide: "global", a micro-batch of all processes, the same on any number of them, or
+    # "process", those of each, as published; the weight is then the mean over processes.
+    adaptive_over: Literal["global", "process"] = "global"
     lecam: float = Field(default=0.0, ge=0)  # weight of the LeCAM term; 0 is off
     lecam_decay: float = Field(default=0.999, ge=0, lt=1)
     lr: float | None = Field(default=None, gt=0)  # None is the tokenizer's
@@ -153,6 +156,7 @@ class DiscriminatorConfig(Config):
             if getattr(self, name) not in table:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
         refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
+        refuse_unused(self, ("adaptive_over",), self.adaptive, "adaptive")
         refuse_unused(self, ("statistics",), self.kind != "blur", "batch norm, which kind = 'blur' does not have")
         buildable(self.build)
         return self

@@ -184,7 +184,8 @@ class Learner:
         weight = torch.full((), self.weights["adversarial"], device=reconstruction_loss.device)
         if self.config.discriminator is None or not self.config.discriminator.adaptive:
             return weight
-        ratio = adaptive_weight(reconstruction_loss, adversarial, self.tokenizer.last_layer)
+        over = self.config.discriminator.adaptive_over
+        ratio = adaptive_weight(reconstruction_loss, adversarial, self.tokenizer.last_layer, over)
         return weight * mean_over_processes(ratio)  # one weight for all processes
 
 
@@ -239,6 +240,7 @@ def train_tokenizer(
             data.workers,
             on_error=on_error,
             max_unreadable=data.max_unreadable,
+            micro_batches=config.accumulation,
         )
         start = math.inf if learner.adversary is None else learner.adversary.config.start
         unreadable: dict[str, str] = {}

@@ -1,0 +1,163 @@
+"""The same global batch gives the same training on any number of processes, to the rounding of float64."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from accelerate.state import AcceleratorState
+
+from lexel.config import check
+from lexel.data import TRANSFORMS, training_batches
+from lexel.data.images import ArrayImages
+from lexel.quantizers import QUANTIZERS
+from lexel.run_folder import flatten
+from lexel.tokenizer import Tokenizer
+from lexel.train.optimization import seed_step
+from lexel.train.processes import Processes
+from lexel.train.recipes import TokenizerRecipe
+from lexel.train.tokenizer import Learner
+
+STEPS, BATCH = 4, 8
+# What a case changes in the recipe. Quantizers that draw random numbers are left out: each process draws its own.
+OPTIONS = {"ibq": {"statistics": "global"}, "lfq": {"statistics": 2}, "bsq": {"statistics": "global"}}
+RANDOM = {"gumbel"}
+
+
+def case(kind, accumulation=1, first=True, **discriminator):
+    return {"kind": kind, "accumulation": accumulation, "first": first, **discriminator}
+
+
+QUICK = [case("ema", 2), case("ibq", 2, first=False), case("vq", adaptive_over="process")]
+ALL = [case(kind, accumulation) for kind in sorted(QUANTIZERS) if kind not in RANDOM for accumulation in (1, 2)]
+
+
+def recipe(kind, accumulation, first, **discriminator):
+    quantizer = {"kind": kind, "codebook_dim": 4, **({} if kind == "none" else {"codebook_size": 16})}
+    tables = {
+        "model": {
+            "quantizer": {**quantizer, **OPTIONS.get(kind, {})},
+            "autoencoder": {
+                "width": 4,
+                "multipliers": [1, 2],
+                "residual_blocks": 1,
+                "attention_levels": [],
+                "middle_attention": False,
+                "z_channels": 4,
+                "groups": 2,
+            },
+        },
+        "data": {"source": "openmoji", "size": 8},
+        "train": {
+            "steps": STEPS,
+            "batch_size": BATCH,
+            "accumulation": accumulation,
+            "lr": 1e-3,
+            "clip": 1.0,
+            "weights": {"l1": 1.0, "adversarial": 0.1},
+            "discriminator": {
+                "layers": 1,
+                "width": 4,
+                "lecam": 0.05,
+                "adaptive": True,
+                "statistics": 2,
+                "first": first,
+                **discriminator,
+            },
+        },
+    }
+    return check(tables, TokenizerRecipe, "test")
+
+
+def trained(options, processes):
+    """Everything that a few steps of a case leave behind, as a flat table of tensors, and the mean losses."""
+    chosen = recipe(**options)
+    torch.manual_seed(0)
+    learner = Learner(chosen, Tokenizer(chosen.model), processes)
+    generator = np.random.default_rng(0)
+    images = ArrayImages(
+        generator.integers(0, 256, (12, 8, 8, 3), dtype=np.uint8), [f"{number}" for number in range(12)]
+    )
+    batches = training_batches(
+        images,
+        TRANSFORMS["published"](8),
+        BATCH,
+        0,
+        rank=processes.rank,
+        processes=processes.count,
+        micro_batches=chosen.train.accumulation,
+    )
+    losses = {}
+    for step in range(STEPS):
+        seed_step(0, step, processes.rank)
+        values = learner.step(next(batches).images.double(), True, 1.0)
+        means = processes.reduce(list(values.values()))
+        losses |= {f"{name} of step {step}": torch.tensor(mean) for name, mean in zip(values, means, strict=True)}
+    state = flatten(learner.state_dict())
+    # The discriminator is always in training mode: what its batch norm runs along is each process's own, and unread.
+    unread = ("running_mean", "running_var", "num_batches_tracked")
+    kept = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return losses | {name: value.clone() for name, value in kept.items() if not name.endswith(unread)}
+
+
+def work(rank, folder, port, cases):
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank}
+    os.environ.update({name: str(value) for name, value in shared.items()})
+    AcceleratorState._reset_state(True)  # of the process that this one is a copy of
+    processes = Processes("cpu")
+    assert processes.count == 2
+    torch.save([trained(options, processes) for options in cases], folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def on_two(folder: Path, cases):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Forked: two fresh processes would import torch twice.
+    multiprocessing.start_processes(work, args=(folder, port, cases), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture
+def in_float64():
+    """Rounding of float32 would be enlarged by Adam where a gradient is nothing but rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def compare(tmp_path, cases):
+    found = on_two(tmp_path, cases)
+    alone = Processes("cpu")
+    for options, *both in zip(cases, *found, strict=True):
+        one = trained(options, alone)
+        for rank, two in enumerate(both):
+            assert two.keys() == one.keys()
+            for name, value in one.items():
+                message = f"{options}, process {rank}: {name}, {value} alone, {two[name]} with two"
+                torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9, msg=message)
+
+
+def test_two_processes_train_as_one_with_the_same_global_batch(in_float64, tmp_path):
+    compare(tmp_path, QUICK[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ALL, ids=lambda options: f"{options['kind']} {options['accumulation']}")
+def test_every_quantizer_trains_the_same_on_two_processes(in_float64, tmp_path, options):
+    compare(tmp_path, [options])
+
+
+def test_the_adaptive_weight_of_each_process_is_another_choice(in_float64, tmp_path):
+    (first, second), one = on_two(tmp_path, QUICK[2:]), trained(QUICK[2], Processes("cpu"))
+    name = "adversarial_weight of step 0"
+    assert torch.equal(first[0][name], second[0][name])
+    assert not torch.isclose(first[0][name], one[name])
