@@ -16,6 +16,8 @@ from lexel.generators import FREE, Generator, GeneratorConfig
 from lexel.generators.config import network_config
 from lexel.generators.continuous.generator import hidden_after
 from lexel.generators.flow.diffusion import Diffusion, cosine_betas, ddim_steps, linear_betas, spaced_steps
+from lexel.generators.flow.guidance import ProjectedGuidance
+from lexel.generators.flow.times import TIMES, training_times
 from lexel.generators.flow.transport import PATHS, Transport, solve_ode, solve_sde
 from lexel.generators.latents import normal
 from lexel.tokenizer import Tokenizer, TokenizerConfig
@@ -25,7 +27,7 @@ GRID = {"rows": 4, "columns": 6, "classes": 5}
 SMALL = {"width": 32, "layers": 2, "heads": 4}
 FAMILIES = {
     "flow": {"kind": "flow", "channels": 4, **GRID, **SMALL},
-    "flow-heun": {"kind": "flow", "channels": 4, "path": "gvp", **GRID, **SMALL},
+    "flow-heun": {"kind": "flow", "channels": 4, "path": "gvp", "times": "logit_normal", **GRID, **SMALL},
     "flow-noise": {"kind": "flow", "channels": 4, "prediction": "noise", "patch": 1, **GRID, **SMALL},
     "diffusion": {
         "kind": "flow", "channels": 4, "objective": "diffusion", "learned_variance": True, **GRID, **SMALL
@@ -180,6 +182,43 @@ def test_a_condition_may_be_a_caption_or_nothing(name):
         assert generator.sample(asked, **OPTIONS[name]).shape == (2, *generator.grid)
         prepared = generator.condition.check(asked)
         sum(generator.train().losses(some_tokens(generator, 2), prepared).values()).backward()
+
+
+def test_projected_guidance_is_of_an_image_alone_and_needs_guidance():
+    generator = make("flow")
+    options = {"cfg_scale": 3.0, "seed": 3, "steps": 4, "guidance": "projected"}
+    together = generator.sample([0, 1, 2], **options)
+    alone = torch.cat([generator.sample([n], image_numbers=[n], **options) for n in range(3)])
+    assert torch.equal(together, alone)
+    assert not torch.equal(together, generator.sample([0, 1, 2], **{**options, "guidance": "plain"}))
+    with pytest.raises(UsageError, match="reaches nothing without guidance; set cfg_scale above 1"):
+        generator.sample([0], steps=4, guidance="projected")
+
+
+def test_guidance_along_the_prediction_is_taken_out_and_the_rest_is_capped():
+    conditional, unconditional = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, -9.0]])
+    guided = ProjectedGuidance(longest=2.5)(conditional, unconditional, 3.0)
+    torch.testing.assert_close(guided, torch.tensor([[3.0, 4.0], [1.0, 5.0]]))
+    assert torch.equal(ProjectedGuidance()(conditional, unconditional, 1.0), conditional)
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_training_looks_at_times_within_the_path_and_a_stratified_batch_at_all_of_it(times):
+    uniform = torch.rand(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn, even = training_times(uniform, times), training_times(uniform, times, stratified=True)
+    assert 0 <= min(drawn.min(), even.min()) <= max(drawn.max(), even.max()) <= 1
+    steps = even.diff()  # one draw a part, in order
+    assert (steps > 0).all() or (steps < 0).all()
+    assert drawn.mean().item() == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(UsageError, match="unknown distribution of times 'lognormal'"):
+        training_times(uniform, "lognormal")
+
+
+def test_options_of_times_are_written_only_where_they_say_something():
+    plain = network_config(FAMILIES["flow"])
+    assert not {"times", "stratified"} & plain.model_dump(mode="json").keys()
+    table = network_config({**FAMILIES["flow"], "times": "mode"}).model_dump(mode="json")
+    assert table["times"] == "mode"
 
 
 def test_the_sde_of_a_flow_refuses_given_tokens():
@@ -398,6 +437,7 @@ def test_every_token_of_masked_autoregression_is_drawn_once():
     [
         ({"objective": "diffusion"}, "learned_variance = true"),
         ({"objective": "diffusion", "learned_variance": True, "path": "gvp"}, "path reach nothing"),
+        ({"objective": "diffusion", "learned_variance": True, "times": "mode"}, "times reach nothing"),
         ({"weighting": "velocity"}, "weighting reaches nothing"),
         ({"patch": 5}, "patch = 5 does not divide"),
         ({"width": 30}, "width must be a multiple"),

@@ -124,7 +124,7 @@ class Dynamic(Convolutional):
     @torch.no_grad()
     def granularity(self, images: Tensor) -> Tensor:
         """Which regions of images are fine, as evaluation chooses: bool (B, H / 2f, W / 2f)."""
-        return self.encoder.features(images)[2].argmax(1).bool()
+        return self.encoder.features(images.to(self.last_layer.dtype))[2].argmax(1).bool()
 
     def routed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.encoder.routed(images)

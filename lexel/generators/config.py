@@ -97,7 +97,8 @@ class NetworkConfig(Config):
     def _without_what_is_newer(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Options that came later are written only where they say something, so that fingerprints stay."""
         table: dict[str, Any] = handler(self)
-        newer = {"kind": "next_token", "network": "llama", "grid": None, "condition": None}
+        newer: dict[str, Any] = {"kind": "next_token", "network": "llama", "grid": None, "condition": None}
+        newer |= {"times": "uniform", "stratified": False}
         return {name: value for name, value in table.items() if name not in newer or value != newer[name]}
 
 

@@ -33,7 +33,8 @@ class Nested(Residual):
         base_options: further options of the base.
         shared: whether all levels use the same quantizer.
         shrink: as in Residual.
-        keep: "uniform", any number of levels from `least` is as likely; "powers", any power of two and `depth`.
+        keep: "uniform", any number of levels from `least` is as likely; "powers", any power of two and `depth`;
+            "rounded", a uniform number is rounded up to a power of two (at most `depth`), as in FlexTok.
         full: the probability that all levels are kept, before any other is drawn.
         least: the smallest number of levels kept.
     """
@@ -51,7 +52,7 @@ class Nested(Residual):
         base_options: Mapping[str, Any] | None = None,
         shared: bool = False,
         shrink: float = 1.0,
-        keep: Literal["uniform", "powers"] = "uniform",
+        keep: Literal["uniform", "powers", "rounded"] = "uniform",
         full: float = 0.0,
         least: int = 1,
     ) -> None:
@@ -61,8 +62,10 @@ class Nested(Residual):
         self.full = bounds.number("full", full, 0, 1)
         self.least = bounds.integer("least", least, 1, depth)
         counts = range(least, depth + 1)
-        if choose("keep", keep, ("uniform", "powers")) == "powers":
+        if choose("keep", keep, ("uniform", "powers", "rounded")) == "powers":
             self.counts = [count for count in counts if count == depth or count & (count - 1) == 0]
+        elif keep == "rounded":
+            self.counts = [min(1 << (count - 1).bit_length(), depth) for count in counts]
         else:
             self.counts = list(counts)
 

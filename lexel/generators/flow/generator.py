@@ -14,7 +14,9 @@ from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.generators.batch import SampleBatch
 from lexel.generators.flow.diffusion import Diffusion, ddim_steps, linear_betas, spaced_steps
+from lexel.generators.flow.guidance import ProjectedGuidance
 from lexel.generators.flow.network import DiffusionTransformer
+from lexel.generators.flow.times import training_times
 from lexel.generators.flow.transport import SDE, Transport, solve_ode, solve_sde
 from lexel.generators.latents import LatentConfig, LatentGenerator
 from lexel.generators.network import ConditionedNetwork
@@ -34,8 +36,9 @@ class FlowConfig(LatentConfig):
     """The options of a diffusion transformer.
 
     `objective` is `flow` (SiT: a path from noise to latents) or `diffusion` (DiT: noise is predicted, with a learned
-    variance). `path`, `prediction` and `weighting` belong to `flow`. `learned_variance` doubles the output's channels;
-    `flow` does not use the second half, which the released SiT has all the same.
+    variance). `path`, `prediction`, `weighting`, `times` and `stratified` belong to `flow`; the last two say where on
+    the path training looks, and whether every batch covers the whole of it. `learned_variance` doubles the output's
+    channels; `flow` does not use the second half, which the released SiT has all the same.
     """
 
     kind: Literal["flow"] = "flow"
@@ -43,6 +46,8 @@ class FlowConfig(LatentConfig):
     path: Literal["linear", "gvp", "vp"] = "linear"
     prediction: Literal["velocity", "noise", "score"] = "velocity"
     weighting: Literal["none", "velocity", "likelihood"] = "none"
+    times: Literal["uniform", "logit_normal", "mode"] = "uniform"
+    stratified: bool = False
     learned_variance: bool = False
     patch: int = Field(default=2, ge=1)
     width: int = Field(default=768, ge=4)
@@ -61,7 +66,11 @@ class FlowConfig(LatentConfig):
         if self.objective == "diffusion":
             if not self.learned_variance:
                 raise UsageError('objective = "diffusion" learns its variance; set learned_variance = true')
-            idle = [name for name in ("path", "prediction", "weighting") if name in self.model_fields_set]
+            idle = [
+                name
+                for name in ("path", "prediction", "weighting", "times", "stratified")
+                if name in self.model_fields_set
+            ]
             if idle and any(getattr(self, name) != type(self).model_fields[name].default for name in idle):
                 raise UsageError(f'{", ".join(idle)} reach nothing with objective = "diffusion"; leave them out')
         elif self.prediction == "velocity" and self.weighting != "none":
@@ -75,12 +84,13 @@ class FlowOptions(Config):
     `steps` are evaluations of the network on a path (a Heun or midpoint step takes two); 50 for flow and 250 for
     diffusion by default. `method` is `euler`, `heun` or `midpoint` for the ODE of a flow and `sde` for its
     Euler-Maruyama sampler; `ddpm` or `ddim` for diffusion. `guided_channels` guides only the first so many channels:
-    3 is what the released code of DiT and SiT does.
+    3 is what the released code of DiT and SiT does. `guidance = "projected"` guides as `ProjectedGuidance` does.
     """
 
     steps: int | None = Field(default=None, ge=2)
     method: Literal["euler", "heun", "midpoint", "sde", "ddpm", "ddim"] | None = None
     guided_channels: int | None = Field(default=None, ge=1)
+    guidance: Literal["plain", "projected"] = "plain"
 
 
 class FlowNetwork(ConditionedNetwork):
@@ -156,7 +166,8 @@ class Flow(LatentGenerator):
             return {name: term.mean() for name, term in terms.items()}
         transport = self.transport
         low, high = transport.interval(transport.training_margin)
-        time = torch.rand(len(latents), device=latents.device, dtype=latents.dtype) * (high - low) + low
+        uniform = torch.rand(len(latents), device=latents.device, dtype=latents.dtype)
+        time = training_times(uniform, config.times, config.stratified) * (high - low) + low
         return {"flow": transport.loss(lambda z, t: self._output(z, t, vector), latents, noise, time).mean()}
 
     def _output(self, latents: Tensor, time: Tensor, vector: Tensor) -> Tensor:
@@ -183,6 +194,10 @@ class Flow(LatentGenerator):
         if batch.null is not None:
             null = self.transformer.condition.pooled(self.transformer.condition(batch.null))[:, 0]
         field = Guided(self.transformer, vector, null, batch.scales[0][0], options.guided_channels)
+        if options.guidance == "projected":
+            if null is None:
+                raise UsageError('guidance = "projected" reaches nothing without guidance; set cfg_scale above 1')
+            field.projected = ProjectedGuidance()
         sampled = self._diffuse(batch, field) if config.objective == "diffusion" else self._flow(batch, field)
         tokens = self.tokens(sampled)
         if config.continuous:
@@ -253,6 +268,7 @@ class Guided:
         self.network, self.vector, self.null, self.scale = network, vector, null, scale
         config: Any = network.config
         self.channels = config.channels if channels is None else channels
+        self.projected: ProjectedGuidance | None = None  # guides in place of the plain formula
 
     def __call__(self, point: Tensor, time: Tensor) -> Tensor:
         if self.null is None:
@@ -260,7 +276,11 @@ class Guided:
         both = self.network(point.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([self.vector, self.null]))
         conditional, unconditional = both.chunk(2)
         first, null = conditional[:, : self.channels], unconditional[:, : self.channels]
-        return torch.cat([null + self.scale * (first - null), conditional[:, self.channels :]], 1)
+        if self.projected is not None:
+            guided = self.projected(first, null, self.scale)
+        else:
+            guided = null + self.scale * (first - null)
+        return torch.cat([guided, conditional[:, self.channels :]], 1)
 
 
 class Held:

@@ -1,0 +1,128 @@
+"""What Lexel has of FlexTok: FSQ, how many tokens are kept, times of a flow, guidance, the way to the data.
+
+Its time runs from data (0) to noise (1), ours the other way. The trunk, the token that stands for those left out and
+the table of positions are not compared: no autoencoder of Lexel has them.
+"""
+
+import torch
+from torch import Tensor
+
+from lexel import quantizers
+from lexel.generators.flow.diffusion import time_features
+from lexel.generators.flow.guidance import ProjectedGuidance
+from lexel.generators.flow.network import TimeEmbedding
+from lexel.generators.flow.times import training_times
+from lexel.generators.flow.transport import Transport, solve_ode
+from lexel.quantizers.nested import Nested
+from tests.parity.fixture import Fixture, Run
+
+TIMES = {
+    "logit_normal": ("logit_normal", False),
+    "stratified": ("logit_normal", True),
+    "uniform": ("uniform", False),
+    "mode_0p29": ("mode", False),
+}
+KEEP = {"uniform": "uniform", "pow2": "powers", "uniform_pow2": "rounded"}
+
+
+def check(fixture: Fixture) -> None:
+    for dtype in (torch.float64, torch.float32):
+        run = Run(fixture, {"f64": {}}, dtype)
+        for name, part in fixture.content["fsq"].items():
+            fsq(Run(fixture, part, dtype, f"fsq {name} "))
+        if dtype == torch.float32:  # the file has times of float32, and 1 - time rounded once more, in float64 too
+            noising(run, fixture.content["rf_noise"])
+        guidance(run, fixture.content["guidance"])
+        euler(run, fixture.content["euler"])
+        times(Run(fixture, fixture.content["time_embedding"], dtype, "time_embedding "))
+        kept(run, fixture.content["nested_dropout"]["sampled_keep_k_frequencies_N16"])
+
+
+def fsq(run: Run) -> None:
+    content, levels = run.content, run.content["levels"]
+    options = {"codebook_size": content["codebook_size"], "codebook_dim": len(levels), "levels": levels}
+    quantizer = quantizers.build("fsq", options).to(run.dtype)
+    z = run.cast(content["z"]).requires_grad_(True)
+    result = quantizer(z.movedim(-1, 1))
+    z_q = result.z_q.movedim(1, -1)
+    run.close("quant", z_q)
+    run.same("tokens", result.indices)
+    weights = torch.linspace(-1, 1, z.numel(), dtype=torch.float64).view(z.shape)
+    run.close("grad_weighted", torch.autograd.grad((z_q * weights).sum(), z)[0])
+    run.close("embedding_of_tokens", quantizer.indices_to_codes(run.expected["tokens"]).movedim(1, -1))
+    run.close("first_codes", quantizer.codebook[:12])
+
+
+def noising(run: Run, content: dict) -> None:
+    clean = torch.cat([run.cast(each) for each in content["clean"]])
+    for name, (distribution, stratified) in TIMES.items():
+        *noise, draw = (run.cast(each) for each in content[name]["draws"])
+        if name == "logit_normal":  # drawn as normal numbers
+            draw = torch.special.ndtr(draw)
+        sigma = training_times(draw, distribution, stratified)
+        run.close(f"rf_noise {name} sigmas", sigma, content[name]["sigmas"], 1e-6)
+        noised = Transport().between(clean, torch.cat(noise), 1 - sigma)[0]
+        run.close(f"rf_noise {name} noised", noised, torch.cat(content[name]["noised"]), 1e-6)
+
+
+def guidance(run: Run, content: dict) -> None:
+    conditional, unconditional = run.cast(content["cond"]), run.cast(content["uncond"])
+    options = (content["momentum"], content["norm_threshold"], content["eta"])
+    projected = ProjectedGuidance(*options)
+    run.close(
+        "apg_no_momentum_3",
+        ProjectedGuidance(0.0, *options[1:])(conditional, unconditional, 3.0),
+        content["apg_no_momentum_3"],
+    )
+    plain = unconditional + 3.0 * (conditional - unconditional)
+    run.close("cfg_3", plain, content["cfg_3"])
+    run.close("apg_step1", projected(conditional, unconditional, 3.0), content["apg_step1"])
+    second = projected(conditional * 0.7 + 0.1, unconditional * 1.2, 3.0)
+    run.close("apg_step2", second, content["apg_step2"])
+
+
+def euler(run: Run, content: dict) -> None:
+    noise = torch.cat([run.cast(each) for each in content["noise"]])
+    projected = ProjectedGuidance()
+
+    def conditional(x: Tensor, t: Tensor) -> Tensor:
+        return 0.8 * x + t
+
+    def unconditional(x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * x - t
+
+    def rounded(time: Tensor) -> Tensor:
+        """The published loop has its times in float32, whatever the precision."""
+        return time.float().to(run.dtype)
+
+    fields = {
+        "plain": conditional,
+        "cfg_2p5": lambda x, t: unconditional(x, t) + 2.5 * (conditional(x, t) - unconditional(x, t)),
+        "apg_2p5": lambda x, t: projected(conditional(x, t), unconditional(x, t), 2.5),
+    }
+    for name, field in fields.items():
+        ours = lambda x, time, field=field: -field(x, rounded(1 - time).view(-1, 1, 1, 1))  # noqa: E731
+        *_, last = solve_ode(ours, noise, content["steps"] + 1)
+        run.close(f"euler {name}", last, torch.cat([each.double() for each in content[name]]))
+
+
+def times(run: Run) -> None:
+    config, state = run.content["config"], run.content["state_dict"]
+    embedding = TimeEmbedding(config["dim"])
+    embedding.load_state_dict(state)
+    embedding = embedding.to(run.dtype)
+    time = run.cast(run.content["t"]) * 1000 / config["max_timestep"]
+    features = time_features(time, config["frequency_embedding_size"], float(config["max_period"]))
+    run.close("t_freq", features)
+    run.close("emb", embedding.mlp(features))
+
+
+def kept(run: Run, frequencies: dict) -> None:
+    """The published frequencies are of 20,000 draws; ours are probabilities."""
+    for name, published in frequencies.items():
+        counts = Nested(16, 4, depth=16, keep=KEEP[name]).counts
+        ours = torch.tensor([counts.count(int(count)) / len(counts) for count in published], dtype=torch.float64)
+        difference = (ours - torch.tensor(list(published.values()), dtype=torch.float64)).abs().max().item()
+        run.fixture.compared[f"kept {name}"] = None
+        if difference > 0.02 or not set(counts) <= {int(count) for count in published}:
+            run.fixture.faults.append(f"numbers of kept tokens, {name}, differ in frequency by {difference:.3f}")
