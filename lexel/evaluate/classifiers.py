@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lexel.config import Config
 from lexel.errors import UsageError
 
-KEPT_BYTES = 2**31  # features that are kept in memory instead of being made anew for each pass
+KEPT_BYTES = 2**30  # features that are kept in memory instead of being made anew for each pass
 SOLVER_NUMBERS = 2**27  # float64 numbers that scikit-learn is given at most
 SOLVER_STEPS = 1000  # of L-BFGS
 Report = Callable[[int, int], None]  # images, or passes, done; of all
@@ -80,8 +80,15 @@ class Table:
 
     def keep(self) -> None:
         """Makes all features once and keeps them, where they fit into KEPT_BYTES."""
-        if 4 * self.count * int(np.prod(self.shape)) <= KEPT_BYTES and self._kept is None:
-            self._kept = torch.cat(list(self.batches()))
+        integers = self.vocabulary is not None
+        if self._kept is not None or (8 if integers else 4) * self.count * int(np.prod(self.shape)) > KEPT_BYTES:
+            return
+        kept = torch.empty(self.count, *self.shape, dtype=torch.int64 if integers else torch.float32)
+        begin = 0
+        for rows in self.batches():
+            kept[begin : begin + len(rows)] = rows
+            begin += len(rows)
+        self._kept = kept
 
 
 class Probe(Protocol):
@@ -182,6 +189,7 @@ def fit(
         for name in sorted(module.OPTIONS - PROBES[kind].OPTIONS):
             if getattr(config, name) != ProbeConfig.model_fields[name].default:
                 raise UsageError(f"{name} belongs to the {other} probe and reaches nothing in the {kind} one")
+    table.keep()
     numbers = table.count * (int(np.prod(table.shape)) if config.pool == "all" else table.shape[-1])
     if kind == "linear" and table.vocabulary is None and numbers <= SOLVER_NUMBERS:
         return LogisticRegression(table, labels, classes, config)
@@ -220,7 +228,6 @@ class Trained:
         self, kind: str, table: Table, labels: Tensor, classes: int, config: ProbeConfig, report: Report | None
     ) -> None:
         self.solver = f"torch {torch.__version__}"
-        table.keep()
         self.moments = None if table.vocabulary is not None else moments(table)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
