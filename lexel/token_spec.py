@@ -22,6 +22,11 @@ class TokenSpec(NamedTuple):
         return self.cells * (self.books or 1)
 
     @property
+    def bits(self) -> float:
+        """Bits of one image's tokens, each written with log2(codebook_size)."""
+        return self.length * math.log2(self.codebook_size)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """The shape of one image's indices: (*grid) or (books, *grid); (T,) or (books, T) for several grids."""
         grid = self.grids[0] if len(self.grids) == 1 else (self.cells,)

@@ -24,7 +24,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"train"},
     {"inspection", "tables"},
     {"publish"},
-    {"compare", "demo", "studio"},
+    {"compare", "demo", "leaderboard", "studio"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

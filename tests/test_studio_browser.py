@@ -6,6 +6,8 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -28,10 +30,9 @@ SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 PATIENCE = 60_000  # milliseconds
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory) -> Iterator[str]:
-    """A studio over small models, served from a thread."""
-    app = make_app(Library([make_models(tmp_path_factory.mktemp("models"))]))
+@contextmanager
+def served(app) -> Iterator[str]:
+    """The address of an application that a thread serves."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -40,6 +41,13 @@ def address(tmp_path_factory) -> Iterator[str]:
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
     server.should_exit = True
     thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory) -> Iterator[str]:
+    """A studio over small models."""
+    with served(make_app(Library([make_models(tmp_path_factory.mktemp("models"))]))) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +111,10 @@ def test_a_view_does_its_work_and_fits_the_screen(visit, view, size):
     page.locator(DONE[view]).first.wait_for()
     assert not page.locator("#message").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
+    wide = page.evaluate("Math.min(...[...document.querySelectorAll('figure .grid')].map(e => e.clientWidth), 999)")
+    assert wide > 250  # to be painted with a finger
+    last = page.locator("#views a").last.bounding_box()
+    assert last["x"] + last["width"] <= SIZES[size][0]
     named = "e => e.labels?.length || e.ariaLabel || e.title || e.textContent.trim()"
     assert page.evaluate(f"[...document.querySelectorAll('button, input, select')].every({named})")
 
@@ -211,3 +223,16 @@ def test_runs_are_laid_over_each_other_and_a_collapse_is_told(visit):
     page = visit().open("training?runs=run")
     page.locator(".finding.problem").first.wait_for()
     page.locator(".strip img").first.wait_for()
+
+
+@pytest.mark.skipif("LEXEL_STUDIO_PICTURE" not in os.environ, reason="draws docs/studio.png from runs/demo when asked")
+def test_the_picture_in_the_documents_is_drawn(browser):
+    """LEXEL_STUDIO_PICTURE=docs/studio.png python -m pytest tests/test_studio_browser.py -k picture_in_the_documents"""
+    app = make_app(Library(["runs/demo"]))
+    with served(app) as address:
+        page = Visitor(browser, address).open("reconstruct?with=vq&example=6")
+        page.locator(".wipe img").first.wait_for()
+        page.wait_for_load_state("networkidle")
+        target = os.environ["LEXEL_STUDIO_PICTURE"]
+        page.screenshot(path=target, clip={"x": 0, "y": 0, "width": 1200, "height": 1150}, full_page=True)
+        assert Path(target).stat().st_size < 300_000

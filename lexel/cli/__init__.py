@@ -33,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": measure.sample,
     "probe": probe.probe,
     "compare": train.compare,
+    "leaderboard": studio.leaderboard,
     "studio": studio.studio,
     "bank": train.bank,
     "import": models.import_,

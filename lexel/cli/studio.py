@@ -1,10 +1,12 @@
-"""The command that opens the studio."""
+"""Commands whose results are looked at: studio, leaderboard."""
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lexel.cli.options import Out
 from lexel.errors import UsageError
 
 
@@ -35,3 +37,31 @@ def studio(
         print(f"open {address}  (Ctrl+C ends it)", flush=True)
 
     serve(models or (), "0.0.0.0" if share else host, port, opened)
+
+
+def leaderboard(
+    results: Annotated[
+        list[str], typer.Argument(metavar="RESULT...", help="Files of `lexel evaluate --json`, each FILE or NAME=FILE.")
+    ],
+    out: Out,
+    picture: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE", help="A picture beside a result; may be repeated.")
+    ] = None,
+) -> None:
+    """Writes a sortable page from results that can be compared, grouped by the bits of a picture."""
+    from lexel.leaderboard import write_leaderboard
+
+    print(f"open {write_leaderboard(_named(results), out, _named(picture or []))}")
+
+
+def _named(given: list[str]) -> dict[str, Path]:
+    """Files by their names; a file without one has its own, without the ending."""
+    files: dict[str, Path] = {}
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not sign or Path(text).is_file():
+            name, path = Path(text).stem, text
+        if name in files:
+            raise UsageError(f"two files are called {name!r}; name them: NAME=FILE")
+        files[name] = Path(path)
+    return files

@@ -41,7 +41,7 @@ def demo(
             out, steps, lambda stage, done, total, note: update(done, total, note, stage), device, precision
         )
     print_grid(result.table, 12)
-    print(f"open {result.page}")
+    print(f"open {result.page}, or try the models: lexel studio {out}")
 
 
 def train(

@@ -33,6 +33,7 @@ GENERATOR = (
     "learned how codes go together. Where training falls and validation rises, it learns by heart."
 )
 COMMANDS = """\
+lexel studio {out}                                   # try the models in your browser
 lexel inspect {out}/tokenizer                        # is the codebook healthy, and if not, why
 lexel reconstruct {out}/tokenizer PHOTO.jpg --out out    # your own picture through the tokenizer
 lexel sample {out}/generator --classes 0,3,7 --cfg-scale 2 --out samples.png

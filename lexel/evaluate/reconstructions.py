@@ -129,7 +129,8 @@ def evaluate_tokenizer(
             originals.give_back()
         values = results_of(built)
         discard_partial(options.resume)
-    return as_result(identity, chosen, real, visited, values, warnings, where, started)
+    tokens = {"length": spec.length, "codebook_size": spec.codebook_size, "bits": spec.bits}
+    return as_result({**identity, "tokens": tokens}, chosen, real, visited, values, warnings, where, started)
 
 
 def pad(tokenizer: ImageTokenizer, images: Tensor, padding: str) -> tuple[Tensor, int, int]:

@@ -152,7 +152,7 @@ def as_result(
     """A result as plain data.
 
     Args:
-        identity: kind, network, tokenizer, weights and precision of the evaluation.
+        identity: kind, network, tokenizer, tokens, weights and precision of the evaluation.
         protocol: the conventions.
         source: the images.
         visited: which of them were measured.
@@ -176,6 +176,7 @@ def as_result(
         "lpips": weights.pop("lpips", None),
         "weights": weights,
         "tokenizer": identity.get("tokenizer"),
+        "tokens": identity.get("tokens"),
         "data": {
             "images": visited.count,
             "fingerprint": visited.fingerprint,

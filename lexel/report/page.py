@@ -1,4 +1,4 @@
-"""One self-contained HTML page out of sections: no network, no scripts, readable on a phone."""
+"""One self-contained HTML page out of sections: no network, no scripts but for sorting, readable on a phone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +32,9 @@ def write_page(
     sections: Sequence[Section],
     tiles: Sequence[tuple[str, str]] = (),
     footer: str = "",
+    sortable: bool = False,
 ) -> Path:
-    """Writes one self-contained page."""
+    """Writes one self-contained page; with `sortable`, tables sort by the heads of their columns."""
     environment = Environment(
         loader=PackageLoader("lexel.report", "."),
         autoescape=True,
@@ -43,7 +44,7 @@ def write_page(
     )
     footer = footer or f"Made by Lexel {lexel.__version__}."
     html = environment.get_template("page.html.j2").render(
-        title=title, lead=lead, tiles=tiles, sections=sections, footer=footer
+        title=title, lead=lead, tiles=tiles, sections=sections, footer=footer, sortable=sortable
     )
     with atomic(path) as temporary:
         temporary.write_text(html, encoding="utf-8")

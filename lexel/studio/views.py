@@ -75,7 +75,7 @@ def layout(tokenizer: Tokenizer, height: int, width: int) -> dict[str, Any]:
         "cells": spec.cells,
         "spatial": spatial,
         "shape": list(spec.shape),
-        "bits": round(spec.length * math.log2(spec.codebook_size), 1),
+        "bits": round(spec.bits, 1),
     }
 
 
