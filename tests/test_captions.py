@@ -9,11 +9,13 @@ import pytest
 import torch
 from test_data_tokens import CROP, contents, levels, pictures
 
+from lexel.autoencoders import VQGANConfig
 from lexel.data.captions import CaptionFile
 from lexel.data.tokens import TokenSet, merge_tokens, write_tokens
 from lexel.errors import UsageError
 from lexel.generators.conditions import CaptionFeatures
 from lexel.samples import read_captions
+from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import load_generator_run, train_generator
 from lexel.train.recipes import GeneratorRecipe
 
@@ -259,3 +261,23 @@ def test_a_text_condition_needs_captions_before_anything_begins(tmp_path):
         train_generator(GeneratorRecipe.model_validate(table), tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert json.loads((tmp_path / "tokens" / "tokens.json").read_text()).get("caption_features") is None
+
+
+def test_a_flow_over_the_vectors_of_codes_trains_on_captions(tmp_path, file):
+    torch.manual_seed(0)
+    sizes = {"width": 8, "multipliers": [1, 1], "residual_blocks": 1, "attention_levels": [], "z_channels": 4}
+    quantizer = {"kind": "ibq", "codebook_size": 256, "codebook_dim": 4}
+    tokenizer = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes, groups=4), quantizer=quantizer)).eval()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write(tmp_path / "tokens", file, fingerprint=tokenizer.fingerprint())
+    condition = {"kind": "text", "features": CHANNELS, "length": LENGTH + 1}  # one row more than the captions have
+    network = {"kind": "flow", "codebook_size": 256, "channels": 4, "rows": 2, "columns": 2, "patch": 1}
+    table = {
+        "generator": {**network, "width": 32, "layers": 1, "heads": 2, "condition": condition},
+        "data": {"tokens": str(tmp_path / "tokens"), "tokenizer": str(tmp_path / "tokenizer")},
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-3},
+    }
+    trained = train_generator(GeneratorRecipe.model_validate(table), tmp_path / "run", device="cpu")
+    assert trained.finished
+    weights = load_generator_run(tmp_path / "run").condition.fc1.weight
+    assert weights.abs().sum() > 0

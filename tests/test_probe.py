@@ -232,8 +232,11 @@ def test_images_without_classes_and_with_one_class_are_refused(tmp_path, tokeniz
     one = written(tmp_path / "one", tokenizer, [0] * COUNT, indices_of(labels))
     with pytest.raises(UsageError, match=r"at least two classes .* has 1"):
         probe(one)
-    with pytest.raises(UsageError, match="images need a tokenizer"):
+    with pytest.raises(UsageError, match="holds no tokens; for images give the tokenizer"):
         probe(tmp_path)
+    (tmp_path / "one" / "tokens.json").rename(tmp_path / "one" / "unfinished.json")
+    with pytest.raises(UsageError, match="is not finished"):
+        probe(tmp_path / "one")
 
 
 def test_the_command_classifies_pictures_and_writes_the_result(tmp_path, tokenizer):

@@ -22,6 +22,7 @@ from lexel.data import ImageSet, ordered_batches
 from lexel.data.config import HELD_OUT, DataConfig, open_data
 from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
+from lexel.data.tokens.format import MANIFEST_PARTIAL
 from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Report, Table, fit
 from lexel.generators import Generator
@@ -112,7 +113,7 @@ def probe(
     warnings: list[str] = []
     report = progress or (lambda stage, done, total: None)
 
-    if isinstance(source, TokenSet) or (Path(source).expanduser() / INDEX).is_file():
+    if isinstance(source, TokenSet) or _holds_tokens(source):
         if size is not None:
             raise UsageError("size is of images; tokens have theirs")
         training, measured = _token_sets(source, validation)
@@ -120,7 +121,7 @@ def probe(
         if tokenizer is None and generator is not None:
             tokenizer = generator.tokenizer
         if tokenizer is None:
-            raise UsageError(f"{source} is no token set; images need a tokenizer that makes their tokens")
+            raise UsageError(f"{source} holds no tokens; for images give the tokenizer that makes their tokens")
         training, measured = _images(
             str(source), validation, tokenizer, size, workers, batch_size, where, report, warnings
         )
@@ -249,6 +250,11 @@ def _rows(codes: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _holds_tokens(source: str | Path) -> bool:
+    """Whether a folder holds tokens, be their writing finished or not."""
+    return any((Path(source).expanduser() / name).is_file() for name in (INDEX, MANIFEST_PARTIAL))
 
 
 def _token_sets(
