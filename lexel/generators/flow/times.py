@@ -1,7 +1,6 @@
-"""At which times of a path training looks: evenly, mostly in the middle, or more at one end.
+"""At which times of a path training looks: evenly, or mostly in the middle.
 
-The logit-normal and the mode distribution are those of https://arxiv.org/abs/2403.03206, stratified draws of
-https://arxiv.org/abs/2107.00630.
+The logit-normal and the mode distribution are those of https://arxiv.org/abs/2403.03206.
 """
 
 import math
@@ -32,7 +31,7 @@ TIMES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def training_times(uniform: Tensor, distribution: str = "uniform", stratified: bool = False) -> Tensor:
-    """Times in [0, 1] of a distribution that is symmetric about 1/2, or for `mode` nearly so, from uniform draws (N,).
+    """Times in [0, 1] of a distribution that is symmetric about 1/2, from uniform draws (N,).
 
     Args:
         uniform: numbers in (0, 1).
