@@ -294,6 +294,10 @@ def test_images_are_sampled_by_number_and_by_label(generator, capsys, tmp_path):
     assert code == 0
     assert re.search(r"int8 adds [+-]\d\.\d{4} bits a token \(on 2 images\)", out)
     assert np.load(tmp_path / "s.npy").shape == (6, 8, 8)
+    parts = [*arguments, "--classes", "all", "--out", tmp_path / "p.npz", "--part"]
+    assert [lexel(capsys, *parts, part)[0] for part in ("1/2", "2/2")] == [0, 0]  # a single batch: in the second
+    code, out, _ = lexel(capsys, "merge", tmp_path / "p.part-2-of-2.npz", "--out", tmp_path / "p.npz")
+    assert (code, "6 images in" in out) == (0, True)
     code, _, errors = lexel(capsys, *arguments, "--classes", "cat", "--out", tmp_path / "x.png")
     assert (code, errors.count("\n")) == (2, 1)
     assert "no class 'cat'; classes are 0 to 1 or a label" in errors

@@ -20,7 +20,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"convert"},
     {"loading", "memory"},
     {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
-    {"report"},
+    {"report", "sample_parts"},
     {"train"},
     {"inspection", "tables"},
     {"publish"},

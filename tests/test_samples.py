@@ -14,7 +14,9 @@ from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.generators.config import network_config
 from lexel.networks import Features
+from lexel.parts import Part
 from lexel.runtime import runtime
+from lexel.sample_parts import merge_samples, write_part
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 HERE = runtime("cpu")
@@ -197,3 +199,38 @@ def test_every_class_has_exactly_its_number_of_images_in_a_seeded_random_order(g
     assert labels == samples.class_labels(generator, ["0", "1", "2"], 5, seed=3)
     assert labels != samples.class_labels(generator, ["all"], 5, seed=4)
     assert samples.class_labels(generator, ["2", "0"], 2) == [2, 2, 0, 0]
+
+
+@pytest.mark.parametrize("ending", [".npz", ".npy"])
+def test_parts_of_samples_merge_to_the_bytes_of_one_command(generator, tmp_path, monkeypatch, ending):
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    labels, out = [0, 1, 2, 0, 1, 2, 0], tmp_path / f"s{ending}"
+    whole = write_samples(generator, labels, tmp_path / f"whole{ending}", HERE, seed=3)
+    parts = [write_part(generator, labels, out, HERE, Part(number, 3), seed=3) for number in (3, 1, 2)]
+    assert merge_samples(out, parts) == 7
+    assert out.read_bytes() == whole.read_bytes()
+    made = []
+    monkeypatch.setattr(samples, "write_samples", lambda *_, **__: made.append(1))
+    assert write_part(generator, labels, out, HERE, Part(1, 3), seed=3) == parts[1]  # there: not made again
+    assert made == []
+    assert write_part(generator, [0], out, HERE, Part(1, 3), seed=3) is None  # a single batch, in the last part
+
+
+def test_parts_of_samples_that_are_missing_damaged_or_of_others_are_named(generator, tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "AT_ONCE", 2)
+    labels, out = [0, 1, 2, 0, 1], tmp_path / "s.npy"
+    one, two = (write_part(generator, labels, out, HERE, Part(number, 2), seed=3) for number in (1, 2))
+    with pytest.raises(UsageError, match=r"image 0 of 5 is in none of the parts"):
+        merge_samples(out, [two])
+    with pytest.raises(UsageError, match=r"image 2 of 5 is in none of the parts"):
+        merge_samples(out, [one])
+    with pytest.raises(UsageError, match="give every part once"):
+        merge_samples(out, [one, one, two])
+    other = write_part(generator, labels, tmp_path / "other.npy", HERE, Part(2, 2), seed=4)
+    with pytest.raises(UsageError, match=r"parts of different samples \(identity\)"):
+        merge_samples(out, [one, other])
+    two.write_bytes(two.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"part-2-of-2.npy is damaged"):
+        merge_samples(out, [one, two])
+    with pytest.raises(UsageError, match="cannot be made in parts"):
+        write_part(generator, labels, tmp_path / "s.png", HERE, Part(1, 2))

@@ -25,7 +25,7 @@ from lexel.train.tokenizer import Learner
 STEPS, BATCH = 4, 8
 # What a case changes in the recipe. Quantizers that draw random numbers are left out: each process draws its own.
 OPTIONS = {"ibq": {"statistics": "global"}, "lfq": {"statistics": 2}, "bsq": {"statistics": "global"}}
-RANDOM = {"gumbel"}
+RANDOM = {"gumbel", "nested"}
 
 
 def case(kind, accumulation=1, first=True, **discriminator):

@@ -141,11 +141,15 @@ def encode(
 
 def merge(
     parts: Annotated[list[Path], typer.Argument(help="What `lexel encode` or `sample` wrote with --part I/N.")],
-    out: Out,
+    out: Annotated[Path, typer.Option(help="Output folder; for samples the .npz or .npy file.")],
 ) -> None:
-    """Puts parts of a token data set together, to the bytes of a single command."""
+    """Puts parts of a token data set, or of samples, together: to the bytes of a single command."""
     from lexel.data.tokens import merge_tokens
+    from lexel.sample_parts import merge_samples
 
+    if out.suffix.lower() in (".npz", ".npy") and not any(part.is_dir() for part in parts):
+        print(f"{merge_samples(out, parts):,} images in {out}")
+        return
     with progress("merge", "shards") as update:
         tokens = merge_tokens(out, parts, update)
     print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")

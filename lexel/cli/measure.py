@@ -9,6 +9,7 @@ import typer
 from lexel.cli.options import (
     BatchSize,
     Device,
+    PartOption,
     Precision,
     Split,
     Weights,
@@ -196,6 +197,7 @@ def sample(
     implementation: Annotated[
         str | None, typer.Option(help="Decoding implementation of next_token: auto, plain, packed, int8, ...")
     ] = None,
+    part: PartOption = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images per batch. Default: what fits in memory, at most 64.")
     ] = None,
@@ -209,9 +211,12 @@ def sample(
     from lexel import networks
     from lexel.config import parse_override
     from lexel.loading import load_generator, load_tokenizer
+    from lexel.parts import Part
     from lexel.runtime import runtime
+    from lexel.sample_parts import write_part
     from lexel.samples import asked_for, encode_captions, read_captions, read_tokens, write_samples
 
+    chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     scales, temperatures = (
         number_or_numbers(cfg_scale, "--cfg-scale"),
@@ -236,32 +241,31 @@ def sample(
         per_class,
         seed if shuffled else None,
     )
+    settings: dict[str, Any] = {
+        "tokenizer": load_tokenizer(tokenizer) if tokenizer else None,
+        "first_number": first_number,
+        "given": known,
+        "candidates": candidates,
+        "classifier": judge,
+        "rounding": rounding,
+        "cfg_scale": scales,
+        "cfg_schedule": cfg_schedule,
+        "temperature": temperatures,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "seed": seed,
+        "window": window,
+        "implementation": implementation,
+        "batch_size": batch_size,
+        **options,
+    }
     with progress("sample") as update:
-        written = write_samples(
-            generator,
-            condition,
-            out,
-            where,
-            load_tokenizer(tokenizer) if tokenizer else None,
-            first_number,
-            per_class,
-            known,
-            update,
-            candidates,
-            judge,
-            rounding,
-            cfg_scale=scales,
-            cfg_schedule=cfg_schedule,
-            temperature=temperatures,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            window=window,
-            implementation=implementation,
-            batch_size=batch_size,
-            **options,
-        )
+        if chosen:
+            path = write_part(generator, condition, out, where, chosen, progress=update, **settings)
+            print(f"part {chosen} is in {path}" if path else f"part {chosen} has no images: there are fewer batches")
+            return
+        written = write_samples(generator, condition, out, where, columns=per_class, progress=update, **settings)
     count = condition if isinstance(condition, int) else len(condition)
     print(f"{count} images in {out}")
     if written.extra_bits is not None:
