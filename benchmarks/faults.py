@@ -444,7 +444,9 @@ FAULTS = {
     "missing rights": Fault(missing_rights, "the run folder cannot be written; then it can", 20, 1),
     "jumping clock": Fault(jumping_clock, "by up to a year at every look", 20, 1),
     "killed worker": Fault(killed_worker, "the process that reads pictures", 20, 1),
-    "killed process": Fault(killed_process, "one of two that train together", 10, 0),
+    "killed process": Fault(
+        killed_process, "one of two; then one alone goes on to the end (weights not compared)", 10, 0
+    ),
     "two runs": Fault(two_runs, "in one folder", 20, 1),
 }
 
@@ -460,7 +462,13 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Injects every fault, and prints the table."""
     table = inject(arguments.seed, arguments.quick, arguments.only, arguments.times)
-    part = {"seed": arguments.seed, "commit": results.commit(), "machine": results.machine("cpu", 1), "faults": table}
+    part = {
+        "seed": arguments.seed,
+        "times": arguments.times,
+        "commit": results.commit(),
+        "machine": results.machine("cpu", 1),
+        "faults": table,
+    }
     lines = section(part)
     print("\n".join(lines))
     if arguments.write:
@@ -496,6 +504,7 @@ def quiet() -> Iterator[None]:
 
 def section(part: dict[str, Any]) -> list[str]:
     """The lines of the page."""
+    more = f" --times {part['times']}" if part["times"] else ""
     rows = [
         f"| {name} | {FAULTS[name].text} | {sum(counts.values())} | "
         + " | ".join(str(counts.get(kind, 0)) for kind in AFTER)
@@ -503,7 +512,7 @@ def section(part: dict[str, Any]) -> list[str]:
         for name, counts in part["faults"].items()
     ]
     return [
-        f"`python -m benchmarks faults --seed {part['seed']}`, commit {part['commit']}, {part['machine']}.",
+        f"`python -m benchmarks faults --seed {part['seed']}{more}`, commit {part['commit']}, {part['machine']}.",
         *(f"{kind}: {text}." for kind, text in AFTER.items()),
         "",
         f"| fault | how | times | {' | '.join(AFTER)} |",
