@@ -11,6 +11,7 @@ import socket
 import stat
 import struct
 import time
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -336,7 +337,9 @@ def read_pickle(path: str | Path) -> Any:
     try:
         with open_regular(path) as file:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        with warnings.catch_warnings():  # of a damaged file that an error tells
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         # A name without a dot is one of Python's own, such as eval.
         name = r"([\w.]+\.\w+|\w+(?= was not an allowed))"

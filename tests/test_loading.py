@@ -247,6 +247,7 @@ def test_damaged_pytorch_files_give_tensors_or_one_line(tmp_path, count, zipped)
     survives(read_pickle, path, 5, count)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @counts
 def test_damaged_torchscript_gives_tensors_or_one_line(tmp_path, count):
     path = tmp_path / "model.jit"
