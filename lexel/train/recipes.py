@@ -129,7 +129,7 @@ class DiscriminatorConfig(Config):
 
     start: float = Field(default=0, ge=0)  # it begins after this many epochs or steps, in the unit of the run's length
     kind: str = "patch"  # or blur: of the published pretrained tokenizers, at layers = 3 and width = 128
-    layers: int = Field(default=3, ge=1)
+    layers: int = Field(default=3, ge=1, le=32)
     width: int = Field(default=64, ge=1)
     loss: str = "hinge"
     generator_loss: str = "non_saturating_image"
