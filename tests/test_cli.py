@@ -437,7 +437,7 @@ def test_mistakes_about_real_folders_are_told_in_one_line(run, capsys, tmp_path)
 
 def test_one_picture_alone_can_be_trained_on(pictures, capsys, tmp_path):
     one = pictures / "garden" / "IMG_0000.jpg"
-    with pytest.warns(UserWarning, match="holds a single image"):
+    with pytest.warns(UserWarning, match="has a single image"):
         code, _, _ = lexel(
             capsys, "train", "tiny", "--out", tmp_path / "one", "--set", f"data.source={json.dumps(str(one))}", *FAST
         )
