@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lexel.convert.family import Family, Names
-from lexel.convert.masked import Entries, GeneratorLayout, convert, join
+from lexel.convert.family import Names
+from lexel.convert.masked import Entries, GeneratorLayout, family, join, unchanged
 from lexel.convert.names import count
 
 SD_SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder
@@ -48,16 +48,12 @@ def _diffusion_config(objective: str) -> Any:
     return config
 
 
-def _nothing(entries: Entries) -> None:
-    """The tensors are as we have them."""
-
-
 def _diffusion(family: str, title: str, objective: str) -> GeneratorLayout:
     return GeneratorLayout(
         family,
         title,
         ["x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "pos_embed"],
-        _nothing,
+        unchanged,
         [
             (r"y_embedder\.embedding_table\.weight", "transformer.classes.weight"),
             (r"((?:pos_embed|x_embedder|t_embedder|blocks|final_layer).*)", r"transformer.network.\1"),
@@ -120,13 +116,4 @@ MAR = GeneratorLayout(
 )
 
 
-def _family(layout: GeneratorLayout) -> Family:
-    return Family(
-        layout.family,
-        layout.title,
-        lambda names: all(name in names for name in layout.mark),
-        lambda request: convert(request, layout),
-    )
-
-
-FAMILIES = [_family(DIT), _family(SIT), _family(MAR)]
+FAMILIES = [family(DIT), family(SIT), family(MAR)]

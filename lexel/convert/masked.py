@@ -64,6 +64,20 @@ def convert(request: Request, layout: GeneratorLayout) -> Conversion:
     return Conversion(layout.family, model, renamed.origins, renamed.left_out)
 
 
+def family(layout: GeneratorLayout) -> Family:
+    """The family of a layout: files that have all the names of its mark."""
+    return Family(
+        layout.family,
+        layout.title,
+        lambda names: all(name in names for name in layout.mark),
+        lambda request: convert(request, layout),
+    )
+
+
+def unchanged(entries: Entries) -> None:
+    """Leaves the tensors as the file has them."""
+
+
 def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """The section of a configuration by that name, however deep; empty where there is none."""
     for key, value in config.items():
@@ -264,13 +278,4 @@ RAR = GeneratorLayout(
 )
 
 
-def _family(layout: GeneratorLayout) -> Family:
-    return Family(
-        layout.family,
-        layout.title,
-        lambda names: all(name in names for name in layout.mark),
-        lambda request: convert(request, layout),
-    )
-
-
-FAMILIES = [_family(BERT), _family(UVIT), _family(RAR)]
+FAMILIES = [family(BERT), family(UVIT), family(RAR)]

@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lexel.convert.family import Family, Names
-from lexel.convert.masked import Entries, GeneratorLayout, convert
+from lexel.convert.family import Names
+from lexel.convert.masked import Entries, GeneratorLayout, family
 from lexel.convert.names import count
 
 OWN = "transformer.network."
@@ -81,9 +81,4 @@ LAYOUT = GeneratorLayout(
     _config,
 )
 
-FAMILY = Family(
-    LAYOUT.family,
-    LAYOUT.title,
-    lambda names: all(name in names for name in LAYOUT.mark),
-    lambda request: convert(request, LAYOUT),
-)
+FAMILY = family(LAYOUT)

@@ -3,16 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lexel.convert.family import Family, Names
-from lexel.convert.masked import Entries, GeneratorLayout, convert
+from lexel.convert.family import Names
+from lexel.convert.masked import GeneratorLayout, family, unchanged
 from lexel.convert.names import count
 from lexel.errors import UsageError
 
 PUBLISHED = ((1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32))  # at 256 and 512 px
-
-
-def _nothing(entries: Entries) -> None:
-    """The tensors are as we have them."""
 
 
 def _scales(tokens: int, levels: int, options: Mapping[str, Any]) -> list[int]:
@@ -54,7 +50,7 @@ LAYOUT = GeneratorLayout(
     "var",
     "VAR, next-scale transformers",
     ["word_embed.weight", "pos_1LC", "lvl_embed.weight", "class_emb.weight", "head_nm.ada_lin.1.weight"],
-    _nothing,
+    unchanged,
     [
         (r"class_emb\.weight", "transformer.classes.weight"),
         (
@@ -69,9 +65,4 @@ LAYOUT = GeneratorLayout(
     _config,
 )
 
-FAMILY = Family(
-    LAYOUT.family,
-    LAYOUT.title,
-    lambda names: all(name in names for name in LAYOUT.mark),
-    lambda request: convert(request, LAYOUT),
-)
+FAMILY = family(LAYOUT)

@@ -11,7 +11,7 @@ from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.generators.base import FREE
 from lexel.generators.batch import SampleBatch
-from lexel.generators.continuous.network import DenoisingMLP, MaskedEncoderDecoder
+from lexel.generators.continuous.network import DenoisingMLP, MaskedEncoderDecoder, rows_at
 from lexel.generators.flow.diffusion import Diffusion, cosine_betas, spaced_steps
 from lexel.generators.latents import LatentConfig, LatentGenerator, normal
 from lexel.generators.network import ConditionedNetwork
@@ -163,7 +163,7 @@ class Continuous(LatentGenerator):
         count = math.ceil(latents.shape[1] * _mask_ratio(config.mask_ratio_min))
         hidden, visible = orders[:, :count], orders[:, count:].sort(1).values
         z = self.transformer(latents, visible, self.transformer.pooled(condition.to(latents.device)))
-        clean, wanted = (_rows(x, hidden).flatten(0, 1).repeat(config.repeats, 1) for x in (latents, z))
+        clean, wanted = (rows_at(x, hidden).flatten(0, 1).repeat(config.repeats, 1) for x in (latents, z))
         step = torch.randint(STEPS, (len(clean),), device=clean.device)
         terms = Diffusion(cosine_betas(STEPS)).losses(
             lambda noised, steps: self.transformer.head(noised, steps, wanted), clean, step, torch.randn_like(clean)
@@ -260,11 +260,6 @@ def denoise(
             output = torch.cat([unguided + scale * (predicted - unguided), rest], 1)
         point = schedule.ancestral_step(output, point, step, noise[number + 1], temperature)
     return point
-
-
-def _rows(x: Tensor, positions: Tensor) -> Tensor:
-    """The rows of x (B, T, C) at positions (B, n): (B, n, C)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _mask_ratio(least: float) -> float:

@@ -80,7 +80,7 @@ class MaskedEncoderDecoder(nn.Module):
         """
         x = self.z_proj(tokens)  # (B, T, C)
         x = torch.cat([condition[:, None].expand(-1, self.buffer, -1).to(x.dtype), x], 1)  # (B, buffer + T, C)
-        x = _rows(self.z_proj_ln(x + self.encoder_pos_embed_learned), self._kept(visible))  # (B, buffer + V, C)
+        x = rows_at(self.z_proj_ln(x + self.encoder_pos_embed_learned), self._kept(visible))  # (B, buffer + V, C)
         for block in self.encoder_blocks:
             x = run(block, x)
         return cast(Tensor, self.encoder_norm(x))
@@ -105,7 +105,7 @@ class MaskedEncoderDecoder(nn.Module):
         return torch.cat([buffer, visible + self.buffer], 1)
 
 
-def _rows(x: Tensor, positions: Tensor) -> Tensor:
+def rows_at(x: Tensor, positions: Tensor) -> Tensor:
     """The rows of x (B, T, C) at positions (B, V): (B, V, C)."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
