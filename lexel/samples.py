@@ -10,11 +10,11 @@ from PIL import Image
 
 from lexel.arrays import read_array
 from lexel.checkpoint import atomic
+from lexel.conditions import CaptionFeatures
 from lexel.data import ImageSet, Transform, to_uint8
 from lexel.data.captions import CaptionFile
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
-from lexel.generators.conditions import CaptionFeatures
 from lexel.metrics.statistics import NpzWriter
 from lexel.networks import FeatureNetwork
 from lexel.runtime import Runtime

@@ -14,7 +14,7 @@ TABLES: dict[str, tuple[str, str, str | None]] = {
     "quantizers": ("lexel.quantizers", "QUANTIZERS", "lexel.quantizers"),
     "autoencoders": ("lexel.autoencoders", "AUTOENCODERS", "lexel.autoencoders"),
     "generators": ("lexel.generators", "GENERATORS", "lexel.generators"),
-    "conditions": ("lexel.generators", "CONDITIONS", "lexel.conditions"),
+    "conditions": ("lexel.conditions", "CONDITIONS", "lexel.conditions"),
     "sources": ("lexel.data", "SOURCES", "lexel.sources"),
     "metrics": ("lexel.evaluate", "METRICS", "lexel.metrics"),
     "probes": ("lexel.evaluate", "PROBES", None),

@@ -10,10 +10,10 @@ import torch
 from test_data_tokens import CROP, contents, levels, pictures
 
 from lexel.autoencoders import VQGANConfig
+from lexel.conditions import CaptionFeatures
 from lexel.data.captions import CaptionFile
 from lexel.data.tokens import TokenSet, merge_tokens, write_tokens
 from lexel.errors import UsageError
-from lexel.generators.conditions import CaptionFeatures
 from lexel.samples import read_captions
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import load_generator_run, train_generator

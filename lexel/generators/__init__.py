@@ -1,11 +1,10 @@
 """Generators: models of the tokens of images, from which new images are sampled.
 
-`GENERATORS` has the families by name, a recipe's `generator.kind`; `CONDITIONS` what they may be conditioned on.
+`GENERATORS` has the families by name, a recipe's `generator.kind`.
 """
 
 from lexel.generators.base import FREE, Generator, Predicted, TrainingLosses
 from lexel.generators.batch import SampleBatch
-from lexel.generators.conditions import CONDITIONS, Condition
 from lexel.generators.config import GENERATORS, GeneratorConfig, NetworkConfig, NetworkOptions, family_of, read_config
 from lexel.generators.continuous import Continuous
 from lexel.generators.flow import Flow
@@ -24,10 +23,8 @@ GENERATORS["continuous"] = Continuous
 GENERATORS["flow"] = Flow
 
 __all__ = [
-    "CONDITIONS",
     "FREE",
     "GENERATORS",
-    "Condition",
     "Generator",
     "GeneratorConfig",
     "Masked",

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lexel import registry
+from lexel.conditions import Condition
 from lexel.config import Config as BaseConfig
 from lexel.config import check
 from lexel.errors import UsageError
 from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter, watched
-from lexel.generators.conditions import Condition
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig
 from lexel.generators.pretrained import Pretrained
 from lexel.generators.sampling import check_filters, guidance_scales
@@ -190,7 +190,7 @@ class Generator(Pretrained):
 
         Args:
             condition: class labels (B,), features of captions (B, length, features), or how many images; see
-                `lexel.generators.conditions`.
+                `lexel.conditions`.
             cfg_scale: guidance, unconditional + scale (conditional - unconditional); 1 is off and costs nothing.
                 A factorised vocabulary takes one for each sub-token too.
             cfg_schedule: how the scale runs over the image: see `lexel.generators.sampling.guidance_scales`.

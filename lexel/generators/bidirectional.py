@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lexel.generators.conditions import Condition
+from lexel.conditions import Condition
 
 if TYPE_CHECKING:
     from lexel.generators.masked import MaskedConfig

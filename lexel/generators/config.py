@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BeforeValidator, Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
 
 from lexel import registry
+from lexel.conditions import Condition, build_condition
 from lexel.config import Config, check
 from lexel.errors import UsageError
-from lexel.generators.conditions import Condition, build_condition
 from lexel.token_spec import TokenSpec
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class NetworkConfig(Config):
     """The options that all families share: the tokens and the condition. A family adds its network's.
 
     `rows` and `columns` are the grid of tokens; `grid` is for any other, as [32] for tokens on a line. `condition` is a
-    table with a `kind` of `lexel.generators.conditions.CONDITIONS` and its options; without it there are `classes`
+    table with a `kind` of `lexel.conditions.CONDITIONS` and its options; without it there are `classes`
     classes, dropped to the null class, which they do not count, at the rate `class_dropout`.
     """
 

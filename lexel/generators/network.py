@@ -5,8 +5,8 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lexel.conditions import Condition
 from lexel.errors import UsageError
-from lexel.generators.conditions import Condition
 from lexel.generators.config import NetworkConfig
 
 

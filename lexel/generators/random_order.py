@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lexel.conditions import Condition
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import FeedForward
-from lexel.generators.conditions import Condition
 from lexel.generators.config import NetworkConfig
 from lexel.generators.sampling import filter_logits, guide, sample_index
 

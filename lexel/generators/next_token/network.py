@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lexel.generators.conditions import Condition
+from lexel.conditions import Condition
 from lexel.generators.next_token.blocks import EPSILON, Block, ConditionalBlock, GPTBlock, RMSNorm, rope_table
 from lexel.generators.next_token.config import NextTokenConfig
 from lexel.generators.next_token.heads import FactorisedHead, Head, PlainHead

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from lexel.conditions import CaptionWords
 from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
-from lexel.generators.conditions import CaptionWords
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork
 from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
