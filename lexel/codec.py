@@ -188,6 +188,8 @@ class Codec:
         if self.transform is None:
             raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
         tokenizer = self.tokenizer
+        if tokenizer.continuous:
+            raise UsageError("continuous latents have no codes, and token sets hold codes; use another tokenizer")
         spec = tokenizer.token_spec(self.transform.size, self.transform.size)
 
         def indices(images: Tensor) -> Tensor:

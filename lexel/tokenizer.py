@@ -15,7 +15,7 @@ from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.provenance import of_folder as provenance_of_folder
-from lexel.quantizers import Levels, Quantized, Quantizer
+from lexel.quantizers import Continuous, Levels, Quantized, Quantizer
 from lexel.quantizers.base import straight_through
 from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
@@ -35,6 +35,15 @@ class Reconstruction(NamedTuple):
 
     images: Tensor  # (B, C, H, W), not clamped
     quantized: Quantized
+
+
+class Passed(NamedTuple):
+    """Images through a tokenizer in evaluation mode, with what lies between."""
+
+    images: Tensor  # (B, C, H, W) in [-1, 1]
+    tokens: Tensor  # int64 (B, *grid), or (B, Q, *grid) for Q books; latents (B, D, *grid) where there are no codes
+    latents: Tensor  # (B, D, *grid), before quantization
+    quantized: Tensor  # (B, D, *grid), what was decoded
 
 
 def build_quantizer(table: Mapping[str, Any], shares: tuple[int, ...] | None) -> Quantizer:
@@ -97,7 +106,7 @@ class Tokenizer(nn.Module):
     @property
     def continuous(self) -> bool:
         """Whether there is no codebook: tokens are then the latents (B, D, *grid)."""
-        return isinstance(self.quantizer, quantizers.Continuous)
+        return isinstance(self.quantizer, Continuous)
 
     @property
     def downsampling(self) -> int | None:
@@ -199,15 +208,33 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """The index of every latent: int64 (B, *grid), or (B, Q, *grid) for quantizers with Q books.
 
+        A continuous tokenizer gives the latents (B, D, *grid) that `decode` takes.
+
         Raises:
             UsageError: images are not float (B, C, H, W) of a size that `grid` takes, or clearly not in [-1, 1].
         """
-        self._check_images(images)
-        largest = images.abs().max().item() if images.numel() else 0.0
-        if not largest <= self.LARGEST:  # NaN included
-            raise UsageError(f"images must be in [-1, 1], got values up to {largest:g}; bytes become x / 127.5 - 1")
+        self._check_range(images)
         with self._evaluating():
-            return self.quantizer.assign(self.latents(images))
+            return self.tokens(self.latents(images))
+
+    def tokens(self, z: Tensor) -> Tensor:
+        """The indices of latents (B, D, *grid); for a continuous tokenizer the latents that its decoder takes."""
+        quantizer = self.quantizer
+        return quantizer.latents_to_decode(z) if isinstance(quantizer, Continuous) else quantizer.assign(z)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor) -> Passed:
+        """Images (B, C, H, W) in [-1, 1] to tokens and back, as `decode(encode(images))`, with the latents of both.
+
+        Raises:
+            UsageError: as `encode`.
+        """
+        self._check_range(images)
+        with self._evaluating():
+            z = self.latents(images)
+            tokens = self.tokens(z)
+            z_q = tokens if self.continuous else self.quantizer.indices_to_codes(tokens, tuple(z.shape[2:]))
+            return Passed(self.decode_codes(z_q).clamp(-1, 1), tokens, z, z_q)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, text: Tensor | None = None, grid: tuple[int, ...] | None = None) -> Tensor:
@@ -303,6 +330,12 @@ class Tokenizer(nn.Module):
     @property
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
+
+    def _check_range(self, images: Tensor) -> None:
+        self._check_images(images)
+        largest = images.abs().max().item() if images.numel() else 0.0
+        if not largest <= self.LARGEST:  # NaN included
+            raise UsageError(f"images must be in [-1, 1], got values up to {largest:g}; bytes become x / 127.5 - 1")
 
     def _check_images(self, images: Tensor) -> None:
         channels = self.config.autoencoder.channels

@@ -1,5 +1,6 @@
 """The frame of training: what several processes decide, what a step waits for, and what a run knows of its data."""
 
+import dataclasses
 import os
 import shutil
 import socket
@@ -15,15 +16,19 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lexel.config import check, dump
-from lexel.data import TRANSFORMS
+from lexel.data import TRANSFORMS, open_images
 from lexel.data.files import UnreadableImage
 from lexel.data.images import ArrayImages
 from lexel.errors import UsageError
+from lexel.evaluate import evaluate_tokenizer
+from lexel.loading import load_tokenizer
 from lexel.run_folder import RunFolder, read_metrics
+from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe, train
+from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
-from lexel.train.validation import readable_batches, require_readable
+from lexel.train.validation import RULES, Places, require_readable, validate
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def pictures(tmp_path):
 
 
 def tables(pictures, quantizer="vq", **train):
-    size = {} if quantizer == "none" else {"codebook_size": 16}
+    size = {} if quantizer in ("none", "gaussian") else {"codebook_size": 16}
     return {
         "model": {
             "quantizer": {"kind": quantizer, "codebook_dim": 4, **size},
@@ -249,8 +254,11 @@ def measured(images, limit, processes):
     """The grey levels that are measured, over all processes."""
     levels = []
     for rank in range(processes):
-        batches = readable_batches(images, TRANSFORMS["published"](8), 3, limit, rank, processes, 0, "replace", {})
-        levels += [round((float(image.mean()) + 1) * 127.5) for batch in batches for image in batch.images]
+        places = Places(images, TRANSFORMS["published"](8), limit)
+        share = range(len(places))[rank::processes]
+        levels += [
+            round((float(image.mean()) + 1) * 127.5) for batch in places.read(share, 3) for image in batch.images
+        ]
     return sorted(levels)
 
 
@@ -268,13 +276,29 @@ def test_a_validation_set_without_a_readable_picture_is_refused_before_training(
         require_readable(Holes(3, holes={0, 1, 2}))
 
 
-def test_continuous_latents_train_and_validate_without_codes(pictures, tmp_path):
+def test_a_validation_gives_the_numbers_of_an_evaluation_whatever_its_batches(pictures):
+    tokenizer, images = Tokenizer(recipe(pictures).model).eval(), open_images(str(pictures))
+    transform, alone = TRANSFORMS["published"](16), Processes("cpu")
+    rules = dataclasses.replace(RULES, transform="published", size=16)
+    metrics = ["l1", "psnr", "usage", "latents"]
+    expected = evaluate_tokenizer(tokenizer, images, rules, metrics=metrics, batch_size=12, device="cpu")["metrics"]
+    assert expected.keys() == {"l1", "psnr", "usage", "perplexity", "quantization_error", "latent_norm"}
+    for batch_size in (1, 5, 12):
+        values = validate(tokenizer, images, transform, batch_size, alone).values
+        assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["none", "gaussian"])
+def test_continuous_latents_train_and_validate_without_codes(pictures, tmp_path, kind):
     from lexel.inspection import inspect
 
-    (tmp_path / "recipe.toml").write_text(dump(recipe(pictures, "none")))
+    (tmp_path / "recipe.toml").write_text(dump(recipe(pictures, kind)))
     assert train(load_recipe(tmp_path / "recipe.toml"), tmp_path / "run", device="cpu").finished
     last = RunFolder(tmp_path / "run", writes=False).lines("validation")[-1]
     assert {"psnr", "l1", "latent_norm"} <= last.keys()
     assert not {"usage", "perplexity", "quantization_error", "gradient_ratio"} & last.keys()
     assert (tmp_path / "run" / "report.html").is_file()  # written by train(), not by the command alone
     assert inspect(tmp_path / "run")["steps done"] == 8
+    measured = evaluate_tokenizer(load_tokenizer(tmp_path / "run"), str(pictures), metrics=["psnr", "usage"], size=16)
+    assert measured["metrics"]["psnr"] > 0
+    assert any("usage is left out: images that come" in warning for warning in measured["warnings"])

@@ -64,6 +64,7 @@ def measure(
     batch_of: Callable[[Tensor, Tensor], Batch],
     options: Options | None = None,
     identity: Mapping[str, Any] | None = None,
+    least: int = 2,
 ) -> Visited:
     """Feeds every image of a source to metrics, once; then each process has the sums of all.
 
@@ -76,12 +77,13 @@ def measure(
             them through a tokenizer, for instance.
         options: batch size, progress, and where the partial state lies.
         identity: what the partial state is of; with another one it is refused.
+        least: as many images must be readable; intervals need two.
 
     Returns:
         Which images were measured. The partial state stays until `discard_partial` is called.
 
     Raises:
-        UsageError: fewer than two images can be read, or the partial state is of another evaluation.
+        UsageError: fewer than `least` images can be read, or the partial state is of another evaluation.
     """
     options = options or Options()
     visited = Visited(len(source))
@@ -107,9 +109,10 @@ def measure(
     for metric in metrics.values():
         metric.all_reduce()
     visited.all_reduce()
-    if visited.count < 2:
+    if visited.count < least:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(visited.unreadable.items())[:1])
-        raise UsageError(f"at least two readable images are needed, got {visited.count}{reasons and f' ({reasons})'}")
+        needed = "one readable image is" if least == 1 else "two readable images are"
+        raise UsageError(f"at least {needed} needed, got {visited.count}{reasons and f' ({reasons})'}")
     return visited
 
 

@@ -22,7 +22,8 @@ GROUPS = 10  # of samples, each left out once for the confidence intervals
 # What a metric may need, and why it can be missing.
 NEEDS = {
     "originals": "generated images have no originals",
-    "indices": "images that come from no tokenizer have no indices",
+    "indices": "images that come from no tokenizer, or from a continuous one, have no indices",
+    "latents": "the tokenizer shows no latents",
     "features": "there is no feature network",
     "logits": "{network} has no class scores",
     "spatial": "{network} has no spatial map",
@@ -82,6 +83,7 @@ class Context:
         reference: statistics of the real images that generated ones are held against; None for reconstructions.
         paired: whether images come with their originals.
         codebook_size, books: of the indices; None where there are none.
+        latents: whether batches come with the tokenizer's latents.
         sorted_by_class: whether the images come one class after the other.
     """
 
@@ -94,6 +96,7 @@ class Context:
     paired: bool = False
     codebook_size: int | None = None
     books: int | None = None
+    latents: bool = False
     sorted_by_class: bool = False
 
     @property
@@ -113,6 +116,7 @@ class Context:
         here = {
             "originals": self.paired,
             "indices": self.codebook_size is not None,
+            "latents": self.latents,
             "features": network is not None,
             "logits": network is not None and network.classes > 0,
             "spatial": network is not None and network.spatial_dims is not None,
@@ -130,7 +134,9 @@ class Batch:
         numbers: int64 (B,), the samples' numbers.
         images: (B, 3, H, W) in [-1, 1]: reconstructions or samples, not rounded.
         originals: (B, 3, H, W), what `images` are reconstructions of; None for samples.
-        indices: int64 (B, *grid), of reconstructions; None for samples.
+        indices: int64 (B, *grid), of reconstructions; None for samples and where there are no codes.
+        latents: (B, D, *grid), of a `lexel.Tokenizer`, before quantization.
+        quantized: (B, D, *grid), what it decoded.
     """
 
     def __init__(
@@ -140,8 +146,11 @@ class Batch:
         images: Tensor,
         originals: Tensor | None = None,
         indices: Tensor | None = None,
+        latents: Tensor | None = None,
+        quantized: Tensor | None = None,
     ) -> None:
         self.numbers, self.images, self.indices = numbers, images, indices
+        self.latents, self.quantized = latents, quantized
         self._originals, self._protocol = originals, protocol
         self._features: dict[tuple[bool, int], Features] = {}
 

@@ -318,7 +318,7 @@ def _images(
         for batch in batches:
             with where.autocast(), torch.no_grad():
                 pictures = batch.images.to(where.device)
-                indices = tokenizer.latents(pictures) if tokenizer.continuous else tokenizer.encode(pictures)
+                indices = tokenizer.encode(pictures)
             parts.append(indices.cpu())
             numbers += batch.numbers.tolist()
             report("encoding", len(numbers), len(images))

@@ -24,6 +24,7 @@ from lexel.metrics import Protocol
 from lexel.metrics.protocols import protocol as find_protocol
 from lexel.runtime import exact_float32, runtime
 from lexel.spacing import evenly_spaced
+from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
 
@@ -88,8 +89,7 @@ def evaluate_tokenizer(
             size=real.size,
             device=where.device,
             paired=True,
-            codebook_size=spec.codebook_size,
-            books=spec.books,
+            **describe(tokenizer, spec),
             sorted_by_class=real.sorted_by_class,
         )
         networks = Networks(chosen, network, weights, where.device)
@@ -100,19 +100,8 @@ def evaluate_tokenizer(
 
         def reconstructed(images: Tensor, numbers: Tensor) -> Batch:
             images = images.to(where.device)
-            with where.autocast():
-                if size == "native":
-                    padded, top, left = pad(tokenizer, images, chosen.padding)
-                else:
-                    padded, top, left = images, 0, 0  # a square that does not fit is refused by the tokenizer
-                indices = tokenizer.encode(padded)
-                height, width = images.shape[-2:]
-                decoded = tokenizer.decode(indices).float()[..., top : top + height, left : left + width]
-            if decoded.shape != images.shape:
-                raise UsageError(
-                    f"the tokenizer decodes {tuple(images.shape)} to {tuple(decoded.shape)}; give a size that fits it"
-                )
-            return Batch(chosen, numbers, decoded, images, indices)
+            with where.autocast():  # a square that does not fit is refused by the tokenizer
+                return reconstruct(tokenizer, chosen, images, numbers, padded=size == "native")
 
         identity = {
             "kind": "reconstruction",
@@ -129,8 +118,52 @@ def evaluate_tokenizer(
             originals.give_back()
         values = results_of(built)
         discard_partial(options.resume)
-    tokens = {"length": spec.length, "codebook_size": spec.codebook_size, "bits": spec.bits}
+    coded = context.codebook_size is not None
+    tokens = {
+        "length": spec.length,
+        "codebook_size": context.codebook_size,
+        "bits": spec.bits if coded else None,
+    }
     return as_result({**identity, "tokens": tokens}, chosen, real, visited, values, warnings, where, started)
+
+
+def describe(tokenizer: ImageTokenizer, spec: TokenSpec) -> dict[str, Any]:
+    """What `Context` says about a tokenizer: its codes if it has any, and whether it shows its latents."""
+    if isinstance(tokenizer, Tokenizer) and tokenizer.continuous:
+        return {"latents": True}
+    return {"codebook_size": spec.codebook_size, "books": spec.books, "latents": isinstance(tokenizer, Tokenizer)}
+
+
+def reconstruct(
+    tokenizer: ImageTokenizer, protocol: Protocol, images: Tensor, numbers: Tensor, padded: bool = False
+) -> Batch:
+    """Images (B, C, H, W) in [-1, 1] and what a tokenizer makes of them, as metrics take them.
+
+    Args:
+        tokenizer: on the images' device.
+        protocol: says how images are padded.
+        images: of a size that fits, unless they are to be padded.
+        numbers: of the images, int64 (B,).
+        padded: whether they are padded to a size that fits, and cropped back.
+
+    Raises:
+        UsageError: the size does not fit.
+    """
+    height, width = images.shape[-2:]
+    given, top, left = pad(tokenizer, images, protocol.padding) if padded else (images, 0, 0)
+    indices: Tensor | None
+    if isinstance(tokenizer, Tokenizer):
+        decoded, indices, latents, quantized = tokenizer.reconstruct(given)
+        indices = None if tokenizer.continuous else indices
+    else:
+        indices, latents, quantized = tokenizer.encode(given), None, None
+        decoded = tokenizer.decode(indices)
+    decoded = decoded.float()[..., top : top + height, left : left + width]
+    if decoded.shape != images.shape:
+        raise UsageError(
+            f"the tokenizer decodes {tuple(images.shape)} to {tuple(decoded.shape)}; give a size that fits it"
+        )
+    return Batch(protocol, numbers, decoded, images, indices, latents, quantized)
 
 
 def pad(tokenizer: ImageTokenizer, images: Tensor, padding: str) -> tuple[Tensor, int, int]:

@@ -39,6 +39,10 @@ class Continuous(Quantizer):
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         raise UsageError(_NONE)
 
+    def latents_to_decode(self, z: Tensor) -> Tensor:
+        """What of the latents (B, D, *grid) a decoder takes in evaluation: all of them."""
+        return z
+
     def bake(self) -> Quantizer:
         raise UsageError(_NONE)
 

@@ -26,6 +26,10 @@ class Gaussian(Continuous):
     def latent_dim(self) -> int:
         return 2 * self.codebook_dim
 
+    def latents_to_decode(self, z: Tensor) -> Tensor:
+        """The means (B, D, *grid) of latents (B, 2 D, *grid)."""
+        return z[:, : self.codebook_dim]
+
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         return self.draw(z, torch.randn_like(z[:, : self.codebook_dim]) if self.training else None)

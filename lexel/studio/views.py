@@ -94,7 +94,7 @@ def reconstruct(entry: Entry, picture: np.ndarray, whole: bool = False) -> dict[
     with torch.no_grad():
         images = to_images(array)[None]
         padded = tokenizer.pad(images)
-        indices = tokenizer.encode(padded) if not tokenizer.continuous else tokenizer.latents(padded)
+        indices = tokenizer.encode(padded)
         back = crop_back(tokenizer.decode(indices), height, width)
     seconds = time.monotonic() - started
     made = to_uint8(back[0])

@@ -14,7 +14,7 @@ from lexel.loading import load_tokenizer
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
 from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
-from lexel.train.validation import readable_batches, require_readable
+from lexel.train.validation import Places, require_readable
 
 COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy
 
@@ -116,25 +116,15 @@ class TokenSource:
             tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
-        batches = readable_batches(
-            self.image_validation,
-            self.transform,
-            batch_size,
-            limit,
-            rank,
-            processes,
-            self.workers,
-            self.on_error,
-            self.unreadable,
-        )
-        yield from map(self._encoded, batches)
+        places = Places(self.image_validation, self.transform, limit, self.workers, self.on_error)
+        yield from map(self._encoded, places.read(range(len(places))[rank::processes], batch_size))
+        self.unreadable.update(places.unreadable)
 
     @torch.no_grad()
     def _encoded(self, batch: Batch) -> TokenBatch:
         assert self.tokenizer is not None
         with self.runtime.autocast():
-            z = self.tokenizer.latents(batch.images.to(self.runtime.device))
-            indices = z if self.tokenizer.continuous else self.tokenizer.quantizer.assign(z)
+            indices = self.tokenizer.tokens(self.tokenizer.latents(batch.images.to(self.runtime.device)))
         return TokenBatch(indices, batch.labels, batch.numbers)
 
 

@@ -1,25 +1,35 @@
 """Validation of a tokenizer under training, on images it does not learn from."""
 
-from collections.abc import Iterator, MutableMapping
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lexel.data import Batch, ImageSet, Transform, ordered_batches, to_uint8
+from lexel.data import Batch as LoadedBatch
+from lexel.data import ImageSet, Transform, ordered_batches, to_uint8
 from lexel.data.batches import OnError
 from lexel.data.files import UnreadableImage
 from lexel.errors import UsageError
+from lexel.evaluate.measure import Options, measure, results_of
+from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan
+from lexel.evaluate.metrics.latents import Latents
+from lexel.evaluate.metrics.lpips import LPIPSDistance
+from lexel.evaluate.metrics.pixels import L1, PSNR
+from lexel.evaluate.metrics.usage import Usage
+from lexel.evaluate.reconstructions import describe, reconstruct
+from lexel.evaluate.sources import Source
 from lexel.losses import LPIPS
-from lexel.metrics.health import CodeHistogram, gradient_health
-from lexel.metrics.pixels import psnr
-from lexel.quantizers.continuous import Continuous
+from lexel.metrics.health import gradient_health
+from lexel.metrics.protocols import PROTOCOLS, PixelRule
 from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 from lexel.train.processes import Processes
 
 SHOWN = 8  # images in a snapshot, and for the gradient's health
 SAMPLED = 2048  # latents, and codes, in a snapshot at most
+RULES = dataclasses.replace(PROTOCOLS["lexel"], name="validation", psnr=PixelRule(rounding="float"), lpips=())
 
 
 class ValidationResult(NamedTuple):
@@ -27,7 +37,7 @@ class ValidationResult(NamedTuple):
 
     values: dict[str, float | None]
     snapshot: dict[str, Tensor]
-    unreadable: dict[str, str]  # images of this process's share that were left out, and why
+    unreadable: dict[str, str]  # images that were left out, and why
 
 
 @torch.no_grad()
@@ -44,7 +54,8 @@ def validate(
 ) -> ValidationResult:
     """Measures a tokenizer in evaluation mode; every process must call, and all get the same numbers.
 
-    Continuous latents have reconstructions and no codes: usage, perplexity and the like are left out.
+    The pass is that of `lexel.evaluate`: the numbers do not depend on batch size or processes. Continuous latents have
+    reconstructions and no codes: usage, perplexity and the like are left out.
 
     Args:
         tokenizer: in evaluation mode.
@@ -57,55 +68,50 @@ def validate(
         workers: processes that read images.
         on_error: "stop" raises for an unreadable image instead of taking another.
     """
-    quantizer, runtime = tokenizer.quantizer, processes.runtime
-    histogram = None
-    if not isinstance(quantizer, Continuous):
-        histogram = CodeHistogram(quantizer.codebook_size, getattr(quantizer, "books", None), runtime.device)
-    names = ["images", "l1", "psnr", "quantization_error", "latent_norm", *(["lpips"] if lpips is not None else [])]
-    sums = torch.zeros(len(names), dtype=torch.float64)
-    unreadable: dict[str, str] = {}
-    rank, count = processes.rank, processes.count
-    for batch in readable_batches(images, transform, batch_size, limit, rank, count, workers, on_error, unreadable):
-        originals = batch.images.to(runtime.device)
+    runtime = processes.runtime
+    places = Places(images, transform, limit, workers, on_error)
+    side = transform.size
+    context = Context(
+        protocol=RULES,
+        plan=SamplePlan.of(len(places), RULES),
+        size=(side, side),
+        device=runtime.device,
+        paired=True,
+        **describe(tokenizer, tokenizer.token_spec(side, side)),
+    )
+    metrics: dict[str, Metric] = {"l1": L1(context), "psnr": PSNR(context), "latents": Latents(context)}
+    if lpips is not None:
+        rules = dataclasses.replace(RULES, lpips=(lpips.network,))
+        metrics["lpips"] = LPIPSDistance(dataclasses.replace(context, protocol=rules), {lpips.network: lpips})
+    usage = None if tokenizer.continuous else Usage(context)
+    if usage is not None:
+        metrics["usage"] = usage
+
+    def reconstructed(images: Tensor, numbers: Tensor) -> Batch:
         with runtime.autocast():
-            z = tokenizer.latents(originals)
-            indices, z_q = _quantized(tokenizer, z)
-            reconstructions = tokenizer.decode_codes(z_q).clamp(-1, 1)
-        if histogram is not None:
-            histogram.add(indices)
-        means = [
-            (reconstructions - originals).abs().mean(),
-            psnr(originals, reconstructions).mean(),
-            (z_q - z).square().mean(),
-            z.norm(dim=1).mean(),
-            *([lpips(reconstructions, originals).mean()] if lpips is not None else []),
-        ]
-        sums += len(originals) * torch.tensor([1.0, *(float(mean) for mean in means)], dtype=torch.float64)
-    total, *totals = processes.reduce(list(sums), "sum")
-    values: dict[str, float | None] = {name: each / total for name, each in zip(names[1:], totals, strict=True)}
+            return reconstruct(tokenizer, RULES, images.to(runtime.device), numbers)
+
+    visited = measure(places, metrics, reconstructed, Options(batch_size=batch_size), least=1)
+    values: dict[str, float | None] = {**results_of(metrics).metrics}
+    if lpips is not None and f"lpips_{lpips.network}" in values:
+        values["lpips"] = values.pop(f"lpips_{lpips.network}")
 
     # A handful of images, the same in every process, for the gradient and the snapshot.
-    few = readable_batches(images, transform, SHOWN, SHOWN, 0, 1, 0, on_error, {})
-    shown = torch.cat([batch.images for batch in few]).to(runtime.device)
+    few = Places(images, transform, SHOWN, 0, on_error)
+    shown = torch.cat([batch for batch, _ in few.batches(range(len(few)), SHOWN)]).to(runtime.device)
     with runtime.autocast():
-        z = tokenizer.latents(shown)
-        indices, z_q = _quantized(tokenizer, z)
-        reconstructions = tokenizer.decode_codes(z_q)
+        passed = tokenizer.reconstruct(shown)
     snapshot = {
         "originals": torch.from_numpy(to_uint8(shown)),
-        "reconstructions": torch.from_numpy(to_uint8(reconstructions)),
-        "latents": _sample(z.float().movedim(1, -1).flatten(0, -2)),
+        "reconstructions": torch.from_numpy(to_uint8(passed.images)),
+        "latents": _sample(passed.latents.float().movedim(1, -1).flatten(0, -2)),
     }
-    if histogram is None:
-        del values["quantization_error"]
-    else:
-        histogram.all_reduce()
+    if usage is not None:
+        histogram = usage.states["histogram"]
         with runtime.autocast():
             health = gradient_health(tokenizer, shown)
-        codes = quantizer.codebook.detach().float().flatten(0, -2)
+        codes = tokenizer.quantizer.codebook.detach().float().flatten(0, -2)
         values |= {
-            "usage": histogram.usage,
-            "perplexity": histogram.perplexity,
             "dead_codes": histogram.dead,
             "tokens": float(histogram.counts[0].sum()),
             "softmax_perplexity": health.softmax_perplexity,
@@ -113,49 +119,64 @@ def validate(
             "gradient_cosine": health.cosine,
             "code_norm": float(codes.norm(dim=1).mean()),
         }
-        snapshot |= {"indices": indices, "histogram": histogram.counts.sum(0), "codes": _sample(codes)}
+        snapshot |= {"indices": passed.tokens, "histogram": histogram.counts.sum(0), "codes": _sample(codes)}
     plain = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
-    return ValidationResult(values, plain, unreadable)
+    return ValidationResult(values, plain, visited.unreadable)
 
 
-def _quantized(tokenizer: Tokenizer, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and quantized latents of z; continuous latents pass as they are."""
-    quantizer = tokenizer.quantizer
-    if isinstance(quantizer, Continuous):
-        return quantizer(z).indices, z
-    indices = quantizer.assign(z)
-    return indices, quantizer.indices_to_codes(indices)
-
-
-def readable_batches(
-    images: ImageSet,
-    transform: Transform,
-    batch_size: int,
-    limit: int | None,
-    rank: int,
-    processes: int,
-    workers: int,
-    on_error: OnError,
-    unreadable: MutableMapping[str, str],
-) -> Iterator[Batch]:
-    """This process's share of at most `limit` images, evenly spaced over a set.
+class Places(Source):
+    """At most `limit` images of a set, evenly spaced over it.
 
     An unreadable image gives its place to the next readable one before the following place, so that which images are
-    measured depends on the set alone. The reasons of unreadable ones are added to `unreadable`, by name.
+    measured depends on the set alone, not on how processes share it.
+
+    Args:
+        images: the set.
+        transform: resizes and crops them.
+        limit: so many places at most.
+        workers: processes that read images.
+        on_error: "stop" raises for an unreadable image instead of taking another.
     """
-    places = evenly_spaced(len(images), limit)
-    ends = dict(zip(places, [*places[1:], len(images)], strict=True))
-    wanted = {place: place for place in places[rank::processes]}  # the image that stands at a place
-    while wanted:
-        chosen = images.subset(list(wanted.values()))
-        batches = ordered_batches(chosen, transform, batch_size, 0, 1, workers, on_error=on_error)
-        yield from batches
-        unreadable.update(batches.unreadable)
-        wanted = {
-            place: number + 1
-            for place, number in wanted.items()
-            if images.names[number] in batches.unreadable and number + 1 < ends[place]
-        }
+
+    def __init__(
+        self,
+        images: ImageSet,
+        transform: Transform,
+        limit: int | None = None,
+        workers: int = 0,
+        on_error: OnError = "replace",
+    ) -> None:
+        super().__init__()
+        self._images, self._transform, self._workers, self._on_error = images, transform, workers, on_error
+        self._first = evenly_spaced(len(images), limit)
+        self._end = [*self._first[1:], len(images)]
+        self.size = (transform.size, transform.size)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def read(self, numbers: Sequence[int], batch_size: int) -> Iterator[LoadedBatch]:
+        """Batches of the images at these places, with the numbers of the places; one without any is passed over."""
+        wanted = {place: self._first[place] for place in numbers}  # the image that stands at a place
+        while wanted:
+            of = torch.tensor(list(wanted))
+            chosen = self._images.subset(list(wanted.values()))
+            batches = ordered_batches(chosen, self._transform, batch_size, 0, 1, self._workers, on_error=self._on_error)
+            for batch in batches:
+                yield batch._replace(numbers=of[batch.numbers])
+            self.unreadable.update(batches.unreadable)
+            wanted = {
+                place: number + 1
+                for place, number in wanted.items()
+                if self._images.names[number] in batches.unreadable and number + 1 < self._end[place]
+            }
+
+    def batches(self, numbers: Sequence[int], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.read(numbers, batch_size):
+            yield batch.images, batch.numbers
+
+    def listing(self) -> str:
+        return self._images.fingerprint()
 
 
 def require_readable(images: ImageSet) -> None:

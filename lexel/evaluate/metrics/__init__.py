@@ -6,9 +6,10 @@ from lexel import registry
 from lexel.evaluate.metric import Metric
 from lexel.evaluate.metrics.dists import DISTSDistance
 from lexel.evaluate.metrics.frechet import EfficientNetFrechet, Frechet, SpatialFrechet
+from lexel.evaluate.metrics.latents import Latents
 from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.neighbours import KID, MMD, PrecisionRecall
-from lexel.evaluate.metrics.pixels import PSNR, SSIM
+from lexel.evaluate.metrics.pixels import L1, PSNR, SSIM
 from lexel.evaluate.metrics.score import InceptionScore
 from lexel.evaluate.metrics.usage import Usage
 
@@ -19,11 +20,13 @@ METRICS: dict[str, type[Metric]] = {  # results come in this order
     "frechet_efficientnet_lite0": EfficientNetFrechet,
     "spatial_frechet": SpatialFrechet,
     "inception_score": InceptionScore,
+    "l1": L1,
     "psnr": PSNR,
     "ssim": SSIM,
     "lpips": LPIPSDistance,
     "dists": DISTSDistance,
     "usage": Usage,
+    "latents": Latents,
     "precision_recall": PrecisionRecall,
     "kid": KID,
     "mmd": MMD,

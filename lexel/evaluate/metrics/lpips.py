@@ -1,5 +1,6 @@
 """LPIPS of reconstructions, in every classifier that the protocol names."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lexel import checkpoint
@@ -16,14 +17,15 @@ class LPIPSDistance(Metric):
 
     needs = frozenset({"originals"})
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, loaded: Mapping[str, LPIPS] | None = None) -> None:
+        """The classifiers that the protocol names; those in `loaded` are on the device already."""
         super().__init__(context)
         self.networks: dict[str, LPIPS] = {}
         for name in context.protocol.lpips:
             if name not in NETWORKS:
                 raise unknown("LPIPS network", name, NETWORKS)
             try:
-                network = LPIPS(name).to(context.device)
+                network = (loaded or {}).get(name) or LPIPS(name).to(context.device)
             except UsageError as error:  # its weights are not found
                 self.left_out[f"lpips_{name}"] = str(error)
                 continue

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of reconstructions, by the protocol's conventions."""
+"""Mean absolute error, PSNR and SSIM of reconstructions, the latter two by the protocol's conventions."""
 
 import math
 
@@ -7,6 +7,24 @@ import torch
 from lexel.evaluate.metric import Batch, Context, Metric, Values, too_small
 from lexel.metrics import MeanState, psnr_of, squared_error, ssim
 from lexel.metrics.pixels import WINDOW_SIDES
+
+
+class L1(Metric):
+    """Mean absolute difference to the originals on the scale [-1, 1], without rounding."""
+
+    needs = frozenset({"originals"})
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self.states = {"l1": MeanState()}
+
+    def update(self, batch: Batch) -> None:
+        self.states["l1"].add((batch.images - batch.originals).abs().flatten(1).double().mean(1))
+
+    def compute(self) -> Values:
+        values = Values()
+        values.add_mean("l1", self.states["l1"])
+        return values
 
 
 class PSNR(Metric):
