@@ -11,7 +11,7 @@ from PIL import Image
 
 from lexel.data import ArrayImages, NoSplit, UnreadableImage, open_images, read_image
 from lexel.data.config import DataConfig, open_data
-from lexel.data.folder import layout
+from lexel.data.folder import classes_of_names, layout
 from lexel.data.images import CachedImages
 from lexel.data.listing import Names, find_images
 from lexel.errors import UsageError
@@ -218,22 +218,26 @@ def test_names_take_little_room_and_are_what_they_were(tmp_path):
     with pytest.raises(IndexError):
         names[5]
     assert Names([]) == []
+    assert Names(given, "ö/") == [f"ö/{name}" for name in given]
+    assert Names.joined([names, Names([]), Names(given, "c/")]) == [*given, *(f"c/{name}" for name in given)]
 
 
 def test_listing_equals_a_plain_walk(tmp_path):
     random = np.random.default_rng(0)
     for number in range(60):
-        parts = [f"d{random.integers(4)}" for _ in range(random.integers(3))]
-        made(
-            tmp_path,
-            "/".join([*parts, f"{'Zaä.'[random.integers(4)]}{number}.{['png', 'JPG', 'txt.png'][number % 3]}"]),
-        )
+        # Folders and files that sort before and behind each other's slash.
+        parts = [f"d{['', ' b', '.png', 'ä'][random.integers(4)]}" for _ in range(random.integers(3))]
+        name = f"{'Zad.'[random.integers(4)]}{number}.{['png', 'JPG', 'jpeg', 'txt.png'][number % 4]}"
+        made(tmp_path, "/".join([*parts, name]))
     expected = sorted(
         path.relative_to(tmp_path).as_posix()
         for path in tmp_path.rglob("*.*")
         if path.is_file() and path.name[0] != "."
     )
     assert find_images(tmp_path) == expected
+    for level in (0, 1):
+        named = [name for name in expected if name.count("/") > level]
+        assert classes_of_names("x", named, level, ordered=True) == classes_of_names("x", named, level)
 
 
 def test_a_set_knows_its_fingerprint_through_caches_and_parts(tmp_path):

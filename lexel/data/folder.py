@@ -1,5 +1,6 @@
 """Image sets in folders and single files: classes by subfolders, splits by their names."""
 
+import bisect
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from warnings import warn
 
 from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
 from lexel.data.images import FileImages, ImageSet
-from lexel.data.listing import find_images, holds_images, is_folder
+from lexel.data.listing import Names, find_images, holds_images, is_folder
 from lexel.errors import UsageError
 
 # How a folder may call its parts; the first of each row is the name used here.
@@ -128,7 +129,7 @@ def open_folder(
     if below_splits:
         inside = tuple(f"{name}/" for name in found.splits.values())
         beside += [name for name in names if "/" not in name]
-        names = [name for name in names if name.startswith(inside)]
+        names = Names([name for name in names if name.startswith(inside)])
     if beside:
         warn(f"{top} has the splits {', '.join(found.splits.values())}; left out: {_some(beside)}", stacklevel=4)
     if left_out:
@@ -136,7 +137,7 @@ def open_folder(
         warn(f"left out {len(left_out):,} entries of {folder}: {reasons}", stacklevel=4)
     if not names:
         raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
-    labels, classes = classes_of_names(folder, names, 1 if below_splits else 0)
+    labels, classes = classes_of_names(folder, names, 1 if below_splits else 0, ordered=True)
     images = FileImages(folder, names, labels, classes, pixel_limit=pixel_limit, channels=channels, depth=depth)
     images.left_out = left_out
     return images
@@ -154,12 +155,28 @@ def _why_no_split(folder: Path, split: str, found: Layout) -> str:
     return f"{name} is a class beside {_some(found.others)}; give {folder / name} for that folder alone"
 
 
-def classes_of_names(folder: str | Path, names: list[str], level: int) -> tuple[list[int] | None, list[str]]:
-    """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level."""
-    if level == 0:
-        parents = [name.partition("/")[0] if "/" in name else "" for name in names]
+def classes_of_names(
+    folder: str | Path, names: Sequence[str], level: int, ordered: bool = False
+) -> tuple[list[int] | None, list[str]]:
+    """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level.
+
+    Names that are sorted (`ordered`) are not all looked at: those of a folder are neighbours.
+    """
+
+    def parent(name: str) -> str:
+        return name.split("/", level + 1)[level] if name.count("/") > level else ""
+
+    if ordered:
+        parents = []
+        while len(parents) < len(names):
+            name = names[len(parents)]
+            last = len(parents) + 1
+            if parent(name):  # behind a folder's names come those with a greater character than its slash
+                inside = "/".join(name.split("/", level + 1)[: level + 1])
+                last = bisect.bisect_left(names, f"{inside}{chr(ord('/') + 1)}", last)
+            parents += [parent(name)] * (last - len(parents))
     else:
-        parents = [name.split("/", level + 1)[level] if name.count("/") > level else "" for name in names]
+        parents = [parent(name) for name in names]
     classes = sorted(set(parents) - {""})
     if "" in parents:
         strays = [name for name, parent in zip(names, parents, strict=True) if not parent]

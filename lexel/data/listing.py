@@ -1,6 +1,8 @@
 """Names of the image files below a folder: as fast as the walk itself, and what was left out."""
 
+import bisect
 import itertools
+import operator
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +22,8 @@ _ENDINGS = frozenset(
     for extension in EXTENSIONS
     for letters in itertools.product(*((letter.lower(), letter.upper()) for letter in extension.removeprefix(".")))
 )
+# What most names end with, for a look at many names without a call of ours for each.
+_SHORT_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS if len(ending) == 3)
 
 
 class Names(Sequence[str]):
@@ -29,10 +33,25 @@ class Names(Sequence[str]):
     does (`os.fsdecode`).
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
-        parts = [name.encode("utf-8", "surrogatepass") for name in names]
-        self._bytes = b"".join(parts)
-        self._ends = np.cumsum(np.fromiter((len(part) for part in parts), np.int64, len(parts)))
+    def __init__(self, names: Iterable[str], prefix: str = "") -> None:
+        """The names, each behind the same prefix."""
+        names = names if isinstance(names, list) else list(names)
+        text = prefix + prefix.join(names) if names else ""
+        self._bytes = text.encode("utf-8", "surrogatepass")
+        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(prefix)
+        if len(self._bytes) > len(text):  # characters of several bytes
+            first = len(prefix.encode("utf-8", "surrogatepass"))
+            lengths[:] = [first + len(name.encode("utf-8", "surrogatepass")) for name in names]
+        self._ends = np.cumsum(lengths)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Names"]) -> "Names":
+        """All names of several, one after the other, without a list of them."""
+        other = cls([])
+        other._bytes = b"".join([part._bytes for part in parts])
+        lengths = [np.diff(part._ends, prepend=0) for part in parts]
+        other._ends = np.cumsum(np.concatenate(lengths)) if parts else np.zeros(0, np.int64)
+        return other
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -82,8 +101,8 @@ class Names(Sequence[str]):
         return repr(list(self)) if len(self) <= 20 else f"<{len(self):,} names: {self[0]!r}, ...>"
 
 
-def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> list[str]:
-    """Paths of the image files below a folder, relative to it, with forward slashes, in an order that never changes.
+def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> Names:
+    """Paths of the image files below a folder, relative to it, with forward slashes, sorted.
 
     Hidden files and folders are left out; links to files and folders are followed, each folder once.
 
@@ -96,7 +115,6 @@ def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> l
         UsageError: the folder itself cannot be opened.
     """
     left_out = {} if left_out is None else left_out
-    names: list[str] = []
     top = os.fspath(folder)
     try:
         status = Path(top).stat()
@@ -104,9 +122,7 @@ def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> l
             pass
     except OSError as error:
         raise UsageError(f"{folder} cannot be opened: {error.strerror}") from None
-    _walk(top, "", {(status.st_dev, status.st_ino)}, names, left_out)
-    names.sort()
-    return names
+    return Names.joined(_walk(top, "", {(status.st_dev, status.st_ino)}, left_out))
 
 
 def holds_images(folder: str | Path) -> bool:
@@ -132,29 +148,30 @@ def holds_images(folder: str | Path) -> bool:
     return False
 
 
-def _walk(path: str, prefix: str, seen: set[tuple[int, int]], names: list[str], left_out: dict[str, str]) -> None:
-    """Adds the names below one folder; `prefix` is its path relative to the top, with a slash."""
+def _walk(path: str, prefix: str, seen: set[tuple[int, int]], left_out: dict[str, str]) -> list[Names]:
+    """The names below one folder, sorted, in pieces; `prefix` is its path relative to the top, with a slash."""
+    files, folders = [], []
     try:
-        with os.scandir(path) as scanned:
-            entries = [entry for entry in scanned if not entry.name.startswith(".")]
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_file(follow_symlinks=False):  # first, since most are: no second question, no call of ours
+                    files.append(entry.name)
+                    continue
+                name = entry.name
+                if name.startswith("."):
+                    continue
+                if is_folder(entry):
+                    folders.append(entry)
+                elif _is_named_like_an_image(name):
+                    special = _special(entry)
+                    if special is None:
+                        files.append(name)
+                    else:
+                        left_out[prefix + name] = f"it is {special}, not a regular file"
     except OSError as error:
         left_out[prefix.rstrip("/")] = error.strerror or "it cannot be opened"
-        return
-    folders = []
-    for entry in entries:
-        name = entry.name
-        if entry.is_file(follow_symlinks=False):  # first, since most are: no second question, no call of ours
-            dot = name.rfind(".")
-            if dot > 0 and name[dot + 1 :] in _ENDINGS:
-                names.append(prefix + name)
-        elif is_folder(entry):
-            folders.append(entry)
-        elif _is_named_like_an_image(name):
-            special = _special(entry)
-            if special is None:
-                names.append(prefix + name)
-            else:
-                left_out[prefix + name] = f"it is {special}, not a regular file"
+        return []
+    below: dict[str, list[Names]] = {}
     # Real folders come before links to folders, so that a picture goes by its real path where it has one.
     for entry in sorted(folders, key=lambda entry: (entry.is_symlink(), entry.name)):
         try:
@@ -164,7 +181,17 @@ def _walk(path: str, prefix: str, seen: set[tuple[int, int]], names: list[str], 
             continue
         if (status.st_dev, status.st_ino) not in seen:  # else a link that leads back to where we have been
             seen.add((status.st_dev, status.st_ino))
-            _walk(entry.path, f"{prefix}{entry.name}/", seen, names, left_out)
+            below[f"{entry.name}/"] = _walk(entry.path, f"{prefix}{entry.name}/", seen, left_out)
+    files.sort()
+    del files[bisect.bisect_left(files, ".") : bisect.bisect_left(files, "/")]  # hidden ones
+    if not _SHORT_ENDINGS.issuperset(map(operator.itemgetter(slice(-4, None)), files)):
+        files = [name for name in files if _is_named_like_an_image(name)]
+    pieces, first = [], 0
+    for name in sorted(below):  # with its slash, a folder lies among the files where its content does
+        last = bisect.bisect(files, name, first)
+        pieces += [Names(files[first:last], prefix), *below[name]]
+        first = last
+    return [*pieces, Names(files[first:] if first else files, prefix)]
 
 
 def _is_named_like_an_image(name: str) -> bool:
