@@ -12,6 +12,7 @@ BENCHMARKS = {
     "protocols": "the published protocols on the same pictures and the same tokenizer",
     "faults": "faults injected into training, encoding and reading: what survived",
     "soak": "a long training: memory, open files and threads that do not grow",
+    "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
     "fingerprint": "digests of the weights that the two tiny recipes end with",
 }
 

@@ -234,6 +234,21 @@ def test_a_header_in_which_a_bit_has_changed_does_not_end_the_shard_silently(tmp
     assert len(images) == COUNT - 3
 
 
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_headers_are_read_as_pythons_own_module_reads_them(tmp_path, form):
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as archive:
+        for number, name in enumerate(["a.png", f"{'b' * 90}/{'c' * 90}.png", "ä.png", "x" * 99, "y" * 100]):
+            add(archive, name, b"z" * (number * 300))
+        folder = tarfile.TarInfo("folder.png/")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        expected = [(one.name, one.offset_data, one.size) for one in archive if one.isreg()]
+    with (tmp_path / "a.tar").open("rb") as file:
+        assert [(one.name, one.offset_data, one.size) for one in tar_module._members(file)] == expected
+    assert len(expected) == 5
+
+
 def test_the_folders_of_an_archive_are_splits_and_classes(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         for number, name in enumerate(["train/cat/0.png", "train/dog/1.png", "validation/dog/2.png", "._x.png"]):

@@ -67,20 +67,20 @@ def split_layout(subfolders: Sequence[str], holds: Callable[[str], bool] = lambd
 class Part(NamedTuple):
     """What a split of a tree of images holds."""
 
-    numbers: list[int]  # of the names that were given
-    names: list[str]  # below the split's folder, if one was asked for
+    numbers: Sequence[int]  # of the names that were given
+    names: Names  # below the split's folder, if one was asked for
     labels: list[int] | None
     classes: list[str]
 
 
-def part_of_names(source: str, names: Sequence[str], split: str | None) -> Part:
+def part_of_names(source: str, names: Names, split: str | None) -> Part:
     """The images of a split, and their classes, by paths such as train/cat/1.jpg: the rule of folders for archives.
 
     Raises:
         NoSplit: there is no such split.
     """
     found = split_layout(sorted({name.partition("/")[0] for name in names if "/" in name}))
-    numbers = list(range(len(names)))
+    numbers: Sequence[int] = range(len(names))
     if split is not None:
         if split not in found.splits:
             raise NoSplit(f"{source} has no split {split!r}: it has no folder called {' or '.join(SPLITS[split])}")
@@ -88,15 +88,15 @@ def part_of_names(source: str, names: Sequence[str], split: str | None) -> Part:
     else:
         inside = tuple(f"{name}/" for name in found.splits.values())
     if inside:
-        numbers = [number for number in numbers if names[number].startswith(inside)]
+        numbers = [number for number, name in enumerate(names) if name.startswith(inside)]
         if found.others:
             warn(
                 f"{source} has the splits {', '.join(found.splits.values())}; left out: {_some(found.others)}",
                 stacklevel=4,
             )
-    chosen = [names[number] for number in numbers]
+    chosen = names.take(numbers) if inside else names
     if split is not None:
-        chosen = [name.partition("/")[2] for name in chosen]
+        chosen = Names([name.partition("/")[2] for name in chosen])
     labels, classes = classes_of_names(source, chosen, 1 if inside and split is None else 0)
     return Part(numbers, chosen, labels, classes)
 
@@ -167,7 +167,7 @@ def classes_of_names(
         return name.split("/", level + 1)[level] if name.count("/") > level else ""
 
     if ordered:
-        parents = []
+        parents: list[str] = []
         while len(parents) < len(names):
             name = names[len(parents)]
             last = len(parents) + 1

@@ -45,7 +45,8 @@ class ImageSet:
         attribution: str | None = None,
     ) -> None:
         self.names: Sequence[str] = names if isinstance(names, Names) else Names(names)
-        self.labels = None if labels is None else list(labels)
+        kept: dict[int, int] = {}  # one object for each class, however many pictures it has
+        self.labels = None if labels is None else [kept.setdefault(label, label) for label in labels]
         self.classes = list(classes)
         self.attribution = attribution
         self.left_out: dict[str, str] = {}

@@ -56,6 +56,18 @@ class Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def blank(self) -> bool:
+        """Whether none of them has a letter."""
+        return not self._bytes
+
+    @property
+    def distinct(self) -> bool:
+        """Whether no two of them are equal."""
+        hashes = np.fromiter(map(hash, self), np.int64, len(self))
+        hashes.sort()
+        return not (hashes[1:] == hashes[:-1]).any() or len(set(self)) == len(self)
+
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> "Names":
         """The names with these numbers, in this order."""
         chosen = np.asarray(numbers, np.int64)

@@ -48,11 +48,11 @@ class ShardIndex:
         damage: why the shard could not be read to its end, or empty.
     """
 
-    names: Sequence[str]
+    names: Names
     offsets: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
-    captions: Sequence[str]
+    captions: Names
     damage: str = ""
 
 
@@ -113,11 +113,13 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
                 f"{options.max_unreadable:g} allows; the first, {first}: {why}"
             )
         warn(f"{len(left_out)} of {len(shards)} shards are damaged and were read in part; {first}: {why}", stacklevel=3)
-    names = [name for index in indexes for name in index.names]
+    names = Names.joined([index.names for index in indexes])
     if not names:
         raise UsageError(f"there are no images in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
-    if len(set(names)) < len(names):  # keys that begin anew in every shard
-        names = [f"{path.stem}/{name}" for path, index in zip(shards, indexes, strict=True) for name in index.names]
+    if not names.distinct:  # keys that begin anew in every shard
+        names = Names.joined(
+            [Names(list(index.names), f"{path.stem}/") for path, index in zip(shards, indexes, strict=True)]
+        )
     places = np.concatenate(
         [
             np.stack([np.full(len(index.names), number), index.offsets, index.sizes], 1)
@@ -125,7 +127,7 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         ]
     )
     own = np.concatenate([index.labels for index in indexes])
-    captions = [caption for index in indexes for caption in index.captions]
+    captions = Names.joined([index.captions for index in indexes])
     labels, classes = None, []
     chosen = np.arange(len(names))
     if (own != NO_LABEL).any() and options.split is None:
@@ -143,8 +145,8 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
             labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
     found = [size_and_date(path) for path in shards]
     images = TarImages(options.decoding, shards, found, places[chosen], names, labels, classes)
-    if any(captions):
-        images.captions = Names([captions[number] for number in chosen.tolist()])
+    if not captions.blank:
+        images.captions = captions.take(chosen)
     images.left_out = left_out
     return images
 
@@ -265,9 +267,27 @@ def index_shard(path: Path) -> ShardIndex:
     )
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose header is read in a third of tarfile's time where it is that of a plain file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+        if len(buf) == 512 and buf[156] in b"0\0" and buf[345] == 0:  # a regular file, its name in one field
+            name, size, stored = bytes(buf[:100]), bytes(buf[124:136]), bytes(buf[148:156])
+            name = name[: name.find(b"\0") if b"\0" in name else 100]
+            size, stored = size.rstrip(b"\0 "), stored.rstrip(b"\0 ")
+            # 256: the checksum is made with its own eight bytes as spaces.
+            if size.isdigit() and stored.isdigit() and max(size + stored) < ord("8") and not name.endswith(b"/"):
+                member = cls(name.decode(encoding, errors))
+                member.size, member.chksum = int(size, 8), int(stored, 8)
+                if member.chksum == sum(buf) - sum(buf[148:156]) + 256:
+                    return member
+        return super().frombuf(buf, encoding, errors)
+
+
 def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
     """The regular, visible files of an archive."""
-    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as archive:
+    with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape", tarinfo=_Member) as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             if (
