@@ -247,7 +247,7 @@ def section(part: dict[str, Any]) -> list[str]:
     machine = f"commit {part['commit']}, {part['machine']}"
     equal = "equals that of the undisturbed run" if part["equal"] else "DIFFERS from that of the undisturbed run"
     return [
-        f"`python -m benchmarks million --pictures {part['pictures']}`: {part['pictures']:,} PNG files of {SIDE} pixels "
+        f"`python -m benchmarks million --pictures {part['pictures']}`: {part['pictures']:,} PNG files of {SIDE} px "
         f"with classes in tar shards of {IN_A_SHARD:,} ({part['bytes'] / 2**30:.2f} GiB), one process a command, "
         f"{machine}. Every byte of the merged tokens ({part['shards']} shards) {equal}. Shuffled reading: "
         f"{shuffled['images/s']:,} images a second.",
