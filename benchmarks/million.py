@@ -172,6 +172,7 @@ def million(
     """
     os.environ["LEXEL_CACHE"] = str(folder / "cache")
     started = time.perf_counter()
+    folder.mkdir(exist_ok=True)
     source = draw(folder / "pictures", pictures)
     say(f"{pictures:,} pictures drawn in {time.perf_counter() - started:.0f} s")
     found: dict[str, Any] = {"pictures": pictures, "bytes": sum(path.stat().st_size for path in source.iterdir())}

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from benchmarks import faults, results, soak
+from benchmarks import faults, million, results, soak
 from benchmarks.__main__ import BENCHMARKS
 
 
@@ -56,3 +56,13 @@ def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path):
     assert soaked.grows == []
     leaky = soaked._replace(after=soaked.after._replace(files=soaked.before.files + 1))
     assert leaky.grows == ["files"]
+
+
+@pytest.mark.slow
+def test_parts_of_which_one_is_killed_merge_to_the_tokens_of_an_undisturbed_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEXEL_CACHE", str(tmp_path / "cache"))
+    found = million.million(3000, tmp_path / "work", shard_size=100)
+    assert found["equal"]
+    assert found["shards"] == 30
+    assert 0 < found["killed"]["shards"] < 15
+    assert len(million.section({"commit": "abc", "machine": "here", **found})) == 12
