@@ -40,7 +40,7 @@ from lexel.quantizers import (
     save_bank,
 )
 from lexel.quantizers.base import as_vectors, rotate, straight_through, weighted_sum
-from lexel.quantizers.ema import kmeans, pick_rows
+from lexel.quantizers.clustering import kmeans, pick_rows
 from lexel.quantizers.fsq import choose_levels
 from lexel.quantizers.soft import soft_assign
 
@@ -98,7 +98,7 @@ def test_a_term_without_a_weight_is_refused_and_no_terms_weigh_nothing():
 def test_ema_is_the_decayed_mean_of_the_latents_that_chose_a_code():
     quantizer = EMA(3, 1, decay=0.5, epsilon=0.0)
     start = torch.tensor([[0.0], [10.0], [20.0]])
-    quantizer._set(torch.tensor([True, True, True]), start, torch.ones(3))
+    quantizer.place(torch.tensor([True, True, True]), start, torch.ones(3))
     quantizer(torch.tensor([[[1.0, 2.0, 9.0]]]))  # two latents choose code 0, one chooses code 1
     # counts (1, 1, 1) -> (1.5, 1, 0.5), sums (0, 10, 20) -> (1.5, 9.5, 10)
     torch.testing.assert_close(quantizer.counts, torch.tensor([1.5, 1.0, 0.5]))
@@ -140,7 +140,7 @@ def test_dead_codes_become_latents_of_the_batch_and_live_ones_stay():
     quantizer = EMA(8, 2, restart_below=0.5)
     quantizer.counts[:] = torch.tensor([1.0, 0.1, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0])
     before, z = quantizer.codebook.clone(), latents(1, 2, 30)
-    quantizer._restart(as_vectors(z))
+    quantizer._restart(as_vectors(z), 0)
     changed = (quantizer.codebook != before).any(1)
     assert changed.tolist() == [False, True, False, True, False, False, False, False]
     assert all((as_vectors(z) == code).all(1).any() for code in quantizer.codebook[changed])
@@ -151,7 +151,7 @@ def test_restart_gives_full_usage_where_plain_averages_collapse():
     for restart in (0.0, 0.5):
         torch.manual_seed(0)
         quantizer = EMA(32, 4, decay=0.9, restart_below=restart)
-        quantizer._set(
+        quantizer.place(
             torch.ones(32, dtype=torch.bool), 5 + 0.01 * latents(32, 4), torch.ones(32)
         )  # all codes far off, together
         for step in range(40):

@@ -12,7 +12,9 @@ from torch import Tensor
 from lexel.errors import UsageError
 from lexel.quantizers import QUANTIZERS, build
 
-RUNNING = [("ema", {}), ("ema", {"start": "kmeans"}), ("ema", {"restart_below": 0.995}), ("affine", {})]
+RESTARTING = ["ema", "vq", "cosine", "ibq", "soft", "affine"]
+RUNNING: list[tuple[str, dict[str, Any]]] = [("ema", {}), ("ema", {"start": "kmeans"}), ("affine", {})]
+RUNNING += [(kind, {"restart_below": 0.995}) for kind in RESTARTING]
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
 ENTROPIC = ["ibq", "lfq", "bsq"]
 STATISTICS = [1, 2, 4, "process", "global"]

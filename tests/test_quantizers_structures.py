@@ -159,7 +159,7 @@ def test_how_many_levels_are_kept_follows_the_options():
     device = torch.device("cpu")
     assert set(Nested(16, 4, depth=6).draw(500, device).tolist()) == {1, 2, 3, 4, 5, 6}
     assert set(Nested(16, 4, depth=6, keep="powers").draw(500, device).tolist()) == {1, 2, 4, 6}
-    assert sorted(Nested(16, 4, depth=6, keep="rounded").counts) == [1, 2, 4, 4, 6, 6]  # 1 to 6, rounded up
+    assert sorted(Nested(16, 4, depth=6, keep="rounded").prefix_lengths) == [1, 2, 4, 4, 6, 6]  # 1 to 6, rounded up
     assert set(Nested(16, 4, depth=6, least=4).draw(500, device).tolist()) == {4, 5, 6}
     assert set(Nested(16, 4, depth=6, full=1.0).draw(500, device).tolist()) == {6}
     share = (Nested(16, 4, depth=2, full=0.5).draw(4000, device) == 2).float().mean().item()

@@ -34,9 +34,11 @@ class Affine(ProjectedVQ):
         decay: of the running mean and covariance.
         spread: "full", R is the Cholesky factor of S; or "channel", the square roots of its diagonal.
         gradient: "straight_through" or "rotation".
+        restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
     batch_dependent = True
+    code_tables = ("weight",)
 
     def __init__(
         self,
@@ -45,6 +47,7 @@ class Affine(ProjectedVQ):
         decay: float = 0.99,
         spread: str = "full",
         gradient: str = "straight_through",
+        restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, gradient)
         self.decay = bounds.decay(decay)
@@ -58,17 +61,28 @@ class Affine(ProjectedVQ):
         self.mean: Tensor
         self.covariance: Tensor
         self.steps: Tensor
+        self.follow_use(restart_below)
 
-    def project(self) -> Tensor:
-        mean, covariance = self._recalled or (self.mean, self.covariance)
+    def _root(self, covariance: Tensor) -> Tensor:
+        """R in float64: a triangle (D, D), or the diagonal (D,) for `spread="channel"`."""
         covariance = covariance.double()
         floor = FLOOR * covariance.trace().clamp_min(torch.finfo(torch.float32).tiny)
         covariance = covariance + floor * torch.eye(self.codebook_dim).to(floor)
         if self.spread == "channel":
-            return mean + self.weight * covariance.diagonal().sqrt().to(mean)
+            return covariance.diagonal().sqrt()
         # Without a check, which would raise at latents that are NaN: training has a clear word for those.
-        root = torch.linalg.cholesky_ex(covariance).L.to(mean)
-        return mean + self.weight @ root.T
+        return torch.linalg.cholesky_ex(covariance).L
+
+    def project(self) -> Tensor:
+        mean, covariance = self._recalled or (self.mean, self.covariance)
+        root = self._root(covariance).to(mean)
+        return mean + (self.weight * root if self.spread == "channel" else self.weight @ root.T)
+
+    def rows_for(self, codes: Tensor) -> Tensor:
+        root, centred = self._root(self.covariance), (codes - self.mean).double()
+        if self.spread == "channel":
+            return (centred / root).to(codes)
+        return torch.linalg.solve_triangular(root, centred.T, upper=False).T.to(codes)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:

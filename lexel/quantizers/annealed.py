@@ -34,4 +34,5 @@ class Annealed(Quantizer):
         return cosine_decay(self.tau_start, self.tau_end, self.progress)
 
     def anneal(self, progress: float) -> None:
+        super().anneal(progress)
         self.progress.fill_(progress)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lexel.errors import UsageError, unknown
 from lexel.kernels import SIMILARITIES, Similarity, nearest
 from lexel.quantizers import bounds
+from lexel.quantizers.living import LivingCodebook
 
 
 class Quantized(NamedTuple):
@@ -55,7 +56,7 @@ ONLY_CHOSEN_LEARN = Advice(
 )
 
 
-class Quantizer(nn.Module):
+class Quantizer(LivingCodebook):
     """A vocabulary of codes for grids of latents.
 
     Latents are (B, D, *grid) with any number of grid axes. A subclass implements `forward` and stores its codes as
@@ -170,9 +171,6 @@ class Quantizer(nn.Module):
         return Advice(
             "codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder"
         )
-
-    def anneal(self, progress: float) -> None:
-        """Sets schedules inside the method to `progress` of the training, in [0, 1]; called before every step."""
 
     def loss(self, losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of the terms; weights default to LOSS_WEIGHTS.

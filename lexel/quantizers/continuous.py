@@ -24,6 +24,7 @@ class Continuous(Quantizer):
     gradient = "straight_through"
     straight_through = True
     stores_table = False
+    code_tables = ()
 
     def __init__(self, codebook_dim: int) -> None:
         super().__init__(2, codebook_dim)

@@ -35,6 +35,7 @@ class Cosine(Quantizer):
         gradient: "straight_through" or "rotation".
         raw_gradient: whether the decoder's gradient goes to the latents as they came, as in ViT-VQGAN, instead of to
             their normalised ones, as in LlamaGen and TiTok.
+        restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
@@ -43,13 +44,22 @@ class Cosine(Quantizer):
     comparable_norms = False  # only directions are compared
 
     def __init__(
-        self, codebook_size: int, codebook_dim: int, gradient: str = "straight_through", raw_gradient: bool = False
+        self,
+        codebook_size: int,
+        codebook_dim: int,
+        gradient: str = "straight_through",
+        raw_gradient: bool = False,
+        restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self.raw_gradient = raw_gradient
         start = torch.empty(codebook_size, codebook_dim).uniform_(-1, 1)  # only its direction matters
         self.weight = nn.Parameter(F.normalize(start, dim=1))
+        self.follow_use(restart_below)
+
+    def as_compared(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=1)
 
     @property
     def codebook(self) -> Tensor:
@@ -57,7 +67,9 @@ class Cosine(Quantizer):
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
+        self.restart_dead(z)
         indices = self.assign(z)
+        self.count_chosen(z, indices)
         unit = F.normalize(z, dim=1)
         z_q = F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
         return Quantized(GRADIENTS[self.gradient](z if self.raw_gradient else unit, z_q), indices, vq_terms(unit, z_q))

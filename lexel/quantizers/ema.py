@@ -3,7 +3,7 @@ restart of dead codes (https://arxiv.org/abs/2003.02836).
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,8 @@ from lexel.quantizers.base import (
     full_precision,
     lookup,
 )
+from lexel.quantizers.clustering import kmeans
+from lexel.quantizers.living import Recoded
 from lexel.quantizers.running import Recall, recomputing, statistics_move
 
 
@@ -52,6 +54,7 @@ class EMA(Quantizer):
     LOSS_WEIGHTS = {"commitment": 0.25}
     straight_through = True
     batch_dependent = True
+    code_tables = ("weight", "counts", "sums")
 
     def __init__(
         self,
@@ -105,9 +108,9 @@ class EMA(Quantizer):
         vectors = vectors.to(self.weight.dtype)
         if self.start == "kmeans" and self.steps == 0:
             centres, members = kmeans(all_rows(vectors), self.codebook_size)
-            self._set(members >= 0, centres, members.clamp_min(1))
+            self.place(members >= 0, centres, members.clamp_min(1))
         elif self.restart_below > 0 and not self.look_up_first:
-            self._restart(vectors)
+            self._restart(vectors, int(self.steps))
         self.steps += 1
 
         indices = nearest(vectors, self.weight)
@@ -116,55 +119,24 @@ class EMA(Quantizer):
         self.counts.lerp_(all_sum(counts), 1 - self.decay)
         self.sums.lerp_(all_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors)), 1 - self.decay)
         if self.restart_below > 0 and self.look_up_first:
-            self._restart(vectors)
+            self._restart(vectors, int(self.steps))
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
         self.weight.copy_(self.sums / smoothed[:, None])
         return indices, codes if self.look_up_first else lookup(indices, self.weight)
 
-    def _restart(self, vectors: Tensor) -> None:
-        dead = self.counts < self.restart_below
-        if dead.any():
-            # The step seeds the choice: processes agree, and a resumed run chooses as an uninterrupted one.
-            generator = torch.Generator().manual_seed(int(self.steps))
-            codes = pick_rows(all_rows(vectors), int(dead.sum()), generator)
-            self._set(dead, codes, torch.full_like(codes[:, 0], max(self.restart_below, 1.0)))
-
-    def _set(self, which: Tensor, codes: Tensor, counts: Tensor) -> None:
-        """Puts codes (n, D) with average counts (n,) where the mask `which` (K,) is true."""
-        self.weight[which] = codes
-        self.counts[which] = counts.to(self.counts.dtype)
+    def place(self, which: Tensor, codes: Tensor, counts: Tensor) -> None:
+        super().place(which, codes, counts)
         self.sums[which] = codes * counts[:, None]
+
+    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
+        recoded = super().grow(table, parents, codes)
+        state = recoded.state
+        state["sums"] = state["weight"] * state["counts"][:, None]
+        return recoded
 
     def dead_codes(self, seen: Mapping[str, float]) -> Advice:
         return Advice(
             "codes move only when latents choose them",
             "restart dead codes (restart_below), or start the codes from the data's own latents",
         )
-
-
-@torch.no_grad()
-def pick_rows(vectors: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different rows of vectors (N, D); where N is smaller, rows repeat with noise of 1 % of their spread."""
-    order = torch.randperm(len(vectors), generator=generator)
-    if count <= len(vectors):
-        return vectors[order[:count].to(vectors.device)]
-    rows = vectors[order.repeat(-(-count // len(vectors)))[:count].to(vectors.device)]
-    noise = torch.randn(rows.shape, generator=generator).to(rows)
-    return rows + 0.01 * vectors.std(correction=0) * noise
-
-
-@torch.no_grad()
-def kmeans(vectors: Tensor, count: int, iterations: int = 10) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm on vectors (N, D) from random rows: centres (count, D) and how many rows each has, int64.
-
-    A centre that no row is nearest to stays where it is.
-    """
-    centres = pick_rows(vectors, count, torch.Generator().manual_seed(0))
-    members = torch.zeros(count, dtype=torch.int64, device=vectors.device)
-    for _ in range(iterations):
-        indices = nearest(vectors, centres)
-        members = torch.bincount(indices, minlength=count)
-        sums = torch.zeros_like(centres).index_add_(0, indices, vectors)
-        centres = torch.where(members[:, None] > 0, sums / members.clamp_min(1)[:, None], centres)
-    return centres, members

@@ -40,6 +40,7 @@ class IBQ(Quantizer):
             on any number of processes; "global": the batches of all processes.
         normalize: what is brought to unit length before anything else: "latents" (in the loss terms too), "codes"
             (`codebook` and z_q are unit vectors), "both" (spherical IBQ, Emu3.5's `l2_normalize`), or nothing.
+        restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
     LOSS_WEIGHTS = {
@@ -62,6 +63,7 @@ class IBQ(Quantizer):
         rows: int | None = None,
         statistics: Statistics = "process",
         normalize: Literal["latents", "codes", "both"] | None = None,
+        restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.temperature = bounds.temperature("temperature", temperature)
@@ -77,15 +79,19 @@ class IBQ(Quantizer):
         self.normalize_codes = normalize in ("codes", "both")
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
+        self.follow_use(restart_below)
 
     @property
     def codebook(self) -> Tensor:
         return F.normalize(self.weight, dim=1) if self.normalize_codes else self.weight
 
+    def as_compared(self, z: Tensor) -> Tensor:
+        return F.normalize(z, dim=1) if self.normalize_latents else z
+
     @torch.no_grad()
     @full_precision
     def assign(self, z: Tensor) -> Tensor:
-        return super().assign(F.normalize(z, dim=1) if self.normalize_latents else z)
+        return super().assign(self.as_compared(z))
 
     def bake(self) -> Quantizer:
         if not self.normalize_latents or self.similarity == "dot":
@@ -99,7 +105,8 @@ class IBQ(Quantizer):
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        vectors = as_vectors(F.normalize(z, dim=1) if self.normalize_latents else z)
+        self.restart_dead(z)
+        vectors = as_vectors(self.as_compared(z))
         parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
         z_q, indices, losses = index_backpropagation(
             vectors,
@@ -112,6 +119,7 @@ class IBQ(Quantizer):
             entropy_parts=parts,
             entropy_processes=together,
         )
+        self.count_chosen(z, indices)
         if self.identity:
             z_q = z_q + self.identity * (vectors - vectors.detach())
         return Quantized(as_grid(z_q, z), indices.view(z.shape[0], *z.shape[2:]), losses)

@@ -69,6 +69,7 @@ class LatticeQuantizer(Quantizer):
 
     straight_through = True  # past the rounding; FSQ's gradient still goes through its tanh, BSQ's through its norm
     stores_table = False
+    code_tables = ()
     comparable_norms = False  # the codes are where they are, and latents of any length choose them
     lattice: Lattice
 

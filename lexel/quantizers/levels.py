@@ -2,7 +2,7 @@
 https://arxiv.org/abs/1906.00446).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantized, Quantizer, full_precision
+from lexel.quantizers.living import Recoded
+from lexel.quantizers.stacked import state_with_parts
 
 
 class Levels(Quantizer):
@@ -67,6 +69,13 @@ class Levels(Quantizer):
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         parts = [self.part(level).indices_to_codes(part) for level, part in enumerate(self.split(indices))]
         return torch.cat(parts, -1)
+
+    def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
+        parts = {f"parts.{level}": self.part(level).prune(table, kept) for level in range(len(self.parts))}
+        return Recoded(parts["parts.0"].table, state_with_parts(self, parts))
+
+    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
+        raise UsageError("a tokenizer of several levels cannot grow: finer latents depend on coarser codes")
 
     def bake(self) -> "Quantizer":
         return Levels([self.part(level).bake() for level in range(len(self.parts))], self.shares)

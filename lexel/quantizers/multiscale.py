@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lexel.errors import UsageError
 from lexel.quantizers import bounds
 from lexel.quantizers.base import GRADIENTS, Advice, Quantized, Quantizer, full_precision
-from lexel.quantizers.stacked import build_base
+from lexel.quantizers.living import Recoded
+from lexel.quantizers.stacked import around_base, build_base
 
 PUBLISHED = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # sides of the scales of a 16 x 16 grid
 LARGEST_SIDE = 4096  # of a grid that is looked for from a number of tokens
@@ -69,6 +70,7 @@ class Multiscale(Quantizer):
             raise UsageError(f"scales must be ascending sides such as [1, 2, 4, 8], got {list(self.scales)}")
         self.smoothing = bounds.number("smoothing", smoothing, 0, 1)
         count = len(self.scales) if smoothers is None else bounds.integer("smoothers", smoothers, 1, 64)
+        self.base_table = {"kind": base, **(base_options or {})}
         self.base = build_base(base, codebook_size, codebook_dim, base_options)
         self.smoothers = nn.ModuleList(_Smoother(codebook_dim) for _ in range(count))
         self._grids: dict[int, set[tuple[int, ...]]] = {}  # what has been quantized, by its number of tokens
@@ -119,6 +121,12 @@ class Multiscale(Quantizer):
             f"indices (B, {', '.join(map(str, shape))}) are those of no square grid at scales {list(self.scales)}; "
             "name the grid"
         )
+
+    def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
+        return around_base(self, table, {"base": self.base.prune(self.base_table, kept)}, len(kept))
+
+    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
+        raise UsageError("Multiscale cannot grow: its codes see what coarser scales leave, not the latents")
 
     def anneal(self, progress: float) -> None:
         self.base.anneal(progress)

@@ -63,16 +63,16 @@ class Nested(Residual):
         self.least = bounds.integer("least", least, 1, depth)
         counts = range(least, depth + 1)
         if choose("keep", keep, ("uniform", "powers", "rounded")) == "powers":
-            self.counts = [count for count in counts if count == depth or count & (count - 1) == 0]
+            self.prefix_lengths = [count for count in counts if count == depth or count & (count - 1) == 0]
         elif keep == "rounded":
-            self.counts = [min(1 << (count - 1).bit_length(), depth) for count in counts]
+            self.prefix_lengths = [min(1 << (count - 1).bit_length(), depth) for count in counts]
         else:
-            self.counts = list(counts)
+            self.prefix_lengths = list(counts)
 
     def draw(self, images: int, device: torch.device) -> Tensor:
         """The number of levels kept for each image: int64 (images,)."""
-        choices = torch.tensor(self.counts, device=device)
-        drawn = choices[torch.randint(len(self.counts), (images,), device=device)]
+        choices = torch.tensor(self.prefix_lengths, device=device)
+        drawn = choices[torch.randint(len(self.prefix_lengths), (images,), device=device)]
         return drawn.where(torch.rand(images, device=device) >= self.full, torch.full_like(drawn, self.books))
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:

@@ -1,5 +1,8 @@
 """A table behind a projection that trains: what SimVQ, VQGAN-LC and FVQ share."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,7 @@ from lexel.quantizers.base import (
     lookup,
     vq_terms,
 )
+from lexel.quantizers.living import Recoded
 from lexel.quantizers.running import transformed
 
 
@@ -25,6 +29,7 @@ class ProjectedVQ(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     straight_through = True
+    code_tables: tuple[str, ...] = ()  # unless a subclass can say which row makes a code
 
     def __init__(self, codebook_size: int, codebook_dim: int, gradient: str) -> None:
         super().__init__(codebook_size, codebook_dim)
@@ -53,10 +58,19 @@ class ProjectedVQ(Quantizer):
                     self._kept = state, self.project()
             return self._kept[1]
 
+    def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
+        """As `Quantizer.prune`; the result is plain `vq`: a projection of fewer rows rounds their codes differently."""
+        options = {"kind": "vq", "codebook_size": len(kept), "codebook_dim": self.codebook_dim}
+        with torch.no_grad():
+            weight = self.codebook.detach()[kept].clone()
+        return Recoded({**options, "gradient": self.gradient}, {"weight": weight})
+
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
+        self.restart_dead(z)
         table = self.codebook
         vectors = z.movedim(1, -1)  # (B, *grid, D)
         indices = nearest(vectors.flatten(0, -2), table).view(vectors.shape[:-1])
+        self.count_chosen(z, indices)
         z_q = lookup(indices, table).movedim(-1, 1)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))

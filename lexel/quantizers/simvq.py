@@ -28,5 +28,12 @@ class SimVQ(ProjectedVQ):
         self.table: Tensor
         self.projection = nn.Linear(codebook_dim, codebook_dim, bias=bias)
 
+    code_tables = ("table",)
+
+    def rows_for(self, codes: Tensor) -> Tensor:
+        weight, bias = self.projection.weight.double(), self.projection.bias
+        centred = codes.double() - (0 if bias is None else bias.double())
+        return torch.linalg.lstsq(weight, centred.T).solution.T.to(codes)
+
     def project(self) -> Tensor:
         return self.projection(self.table)

@@ -42,6 +42,7 @@ class Soft(Annealed):
         similarity: what the logits are, "dot" or "l2" (the negative squared distance).
         hard_from: from this progress on z_q is the best code in training too, with the average's gradient; 1 is
             never before the last step.
+        restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
     LOSS_WEIGHTS = {"gap": 0.0}
@@ -56,11 +57,13 @@ class Soft(Annealed):
         tau_end: float = 1e-6,
         similarity: Literal["dot", "l2"] = "dot",
         hard_from: float = 1.0,
+        restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
         self.hard_from = bounds.number("hard_from", hard_from, 0, 1)
         self.similarity = choose("similarity", similarity, ("dot", "l2"))
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
+        self.follow_use(restart_below)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -68,11 +71,13 @@ class Soft(Annealed):
             indices = self.assign(z)
             z_q = self.indices_to_codes(indices).to(z.dtype)
             return Quantized(z_q, indices, {"gap": z_q.new_zeros(())})
+        self.restart_dead(z)
         keys: Tensor = self.weight
         bias = self.weight.new_zeros(self.codebook_size)
         if self.similarity == "l2":  # -|z - e|^2 but for |z|^2, which the softmax does not see
             keys, bias = 2 * self.weight, -self.weight.square().sum(1)
         average, rows = soft_assign(as_vectors(z), keys, bias, self.weight, self.temperature)
+        self.count_chosen(z, rows)
         soft, indices = as_grid(average, z), rows.view(z.shape[0], *z.shape[2:])
         hard = self.indices_to_codes(indices).detach()
         value = torch.where(self.progress >= self.hard_from, hard, soft.detach())

@@ -32,6 +32,7 @@ class VQ(Quantizer):
         codebook_dim: length of a code, D.
         gradient: how the decoder's gradient reaches the latents: "straight_through" or "rotation".
         similarity: how the nearest code is found, "l2", "dot" or "cosine"; z_q is the code at its own length.
+        restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
@@ -43,15 +44,19 @@ class VQ(Quantizer):
         codebook_dim: int,
         gradient: str = "straight_through",
         similarity: Similarity = "l2",
+        restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.similarity = choose("similarity", similarity, SIMILARITIES)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
+        self.follow_use(restart_below)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
+        self.restart_dead(z)
         indices = self.assign(z)
+        self.count_chosen(z, indices)
         z_q = self.indices_to_codes(indices)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
 

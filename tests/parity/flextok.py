@@ -120,7 +120,7 @@ def times(run: Run) -> None:
 def kept(run: Run, frequencies: dict) -> None:
     """The published frequencies are of 20,000 draws; ours are probabilities."""
     for name, published in frequencies.items():
-        counts = Nested(16, 4, depth=16, keep=KEEP[name]).counts
+        counts = Nested(16, 4, depth=16, keep=KEEP[name]).prefix_lengths
         ours = torch.tensor([counts.count(int(count)) / len(counts) for count in published], dtype=torch.float64)
         difference = (ours - torch.tensor(list(published.values()), dtype=torch.float64)).abs().max().item()
         run.fixture.compared[f"kept {name}"] = None

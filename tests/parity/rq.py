@@ -6,7 +6,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from lexel.quantizers import Residual, build, ema
+from lexel.quantizers import Residual, build, living
 from tests.parity.fixture import Fixture, Run
 
 PARTS = ("shared", "separate_2x2_blocks", "shared_restart")
@@ -92,7 +92,7 @@ def compare(run: Run) -> None:
     quantizer = published(config, run.content["state_dict"], run.dtype).train()
     current = quantizer[0]
     step = run.expected["train_step"]
-    with patch.object(ema, "pick_rows", drawn):
+    with patch.object(living, "pick_rows", drawn):
         z_q, indices, losses = quantizer(fold(x.detach(), config))
     run.close("train_step z_q", unfold(z_q, x), step["z_q"])
     run.close("train_step commitment_loss", losses["commitment"], step["commitment_loss"])
