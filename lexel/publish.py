@@ -88,11 +88,10 @@ def stage(
 
 def _sample_strip(run: RunFolder, path: Path) -> str | None:
     """Writes pictures from the last snapshot and returns what they show; None if there are none."""
-    snapshots = sorted(run.snapshots.glob("*.safetensors"))
-    tensors = checkpoint.read_safetensors(snapshots[-1]) if snapshots else {}
+    tensors = run.last_snapshot()
     for caption, names in STRIPS.items():
         if set(names) <= tensors.keys():
-            rows = [np.concatenate(list(tensors[name][:PICTURES].numpy()), 1) for name in names]
+            rows = [np.concatenate(list(tensors[name][:PICTURES]), 1) for name in names]
             Image.fromarray(np.concatenate(rows, 0)).save(path)
             return caption
     return None

@@ -14,6 +14,7 @@ from typing import Any
 import safetensors
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,34 +22,9 @@ from lexel import config
 from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
+from lexel.run_log import Run, Snapshot, is_number, read_metrics
+from lexel.same_recipe import check_same_recipe
 
-# Options that change where a run stands or what it writes, never what it learns; a resumed run may change them.
-OPERATIONAL = {
-    "train.save_every",
-    "train.keep_last",
-    "train.log_every",
-    "train.validate_every",
-    "train.collapse_patience",
-    "train.checkpointing",
-    "train.trackers",
-    "train.evaluations",
-    *(
-        f"{section}.{name}"
-        for section in ("data", "data.images")
-        for name in ("workers", "memory", "on_error", "max_unreadable")
-    ),
-}
-LENGTHS = {"train.steps", "train.epochs"}  # a resumed run may grow, never shrink
-# What these name is compared by its content (`RunFolder.check_data`), so that it may move and be spelled otherwise.
-PATHS = {
-    "data.source",
-    "data.validation",
-    "data.tokens",
-    "data.tokenizer",
-    "data.images.source",
-    "data.images.validation",
-    "init.source",
-}
 DAMAGED = ".damaged"  # added to the name of a checkpoint that cannot be read
 
 
@@ -91,6 +67,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
+        self.report = self.path / "report.html"
         self.data = self.path / "data.safetensors"
         self._ranked: list[tuple[float, int]] | None = None  # (value, step) of the validations, read once
 
@@ -112,6 +89,30 @@ class RunFolder:
             UsageError: it is no TOML.
         """
         return config.read(self.recipe) if self.recipe.is_file() else {}
+
+    @property
+    def kind(self) -> str | None:
+        """What is trained here, "tokenizer" or "generator"; None where there is no run."""
+        if not (self.recipe.is_file() and self.metrics.is_file()):
+            return None
+        return "generator" if "generator" in self.read_recipe() else "tokenizer"
+
+    def contents(self, name: str | None = None) -> Run:
+        """The recipe and all lines; snapshots are read when they are looked at.
+
+        Args:
+            name: of the run, for people; the folder's by default.
+
+        Raises:
+            UsageError: the folder is no run folder.
+        """
+        if not self.metrics.is_file():
+            raise UsageError(f"{self.path} is no run folder: it has no {self.metrics.name}")
+        lines = self.lines()
+        train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
+        evaluations = [line for line in lines if line["kind"] not in ("train", "validation")]
+        snapshots = {step: Snapshot(self._snapshot(step)) for step in self.snapshot_steps()}
+        return Run(name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations, snapshots)
 
     def claim(self, recipe: Config) -> None:
         """Makes the folder this recipe's, and this process's until `release`.
@@ -226,7 +227,7 @@ class RunFolder:
         """
         path = self.checkpoint(step)
         state = load_state(path)
-        if state.get("step") != step or not _is_number(state.get("seconds")):
+        if state.get("step") != step or not is_number(state.get("seconds")):
             raise UsageError(f"{path} is no training state of step {step}")
         return state
 
@@ -303,6 +304,11 @@ class RunFolder:
         """The steps of the snapshots, oldest first."""
         return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors") if path.stem.isdecimal())
 
+    def last_snapshot(self) -> Mapping[str, NDArray[Any]]:
+        """The newest snapshot; empty where there is none."""
+        steps = self.snapshot_steps()
+        return Snapshot(self._snapshot(steps[-1])) if steps else {}
+
     def _snapshot(self, step: int) -> Path:
         return self.snapshots / f"{step:08d}.safetensors"
 
@@ -330,84 +336,6 @@ class RunFolder:
             raise TrainingStopped(
                 f"no space left in {self.path} at step {step} ({kept}); make room and run the same command again"
             ) from error
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`: "step", "kind", "seconds" and numbers.
-
-    A last line that a killed process did not finish is left out; so is a damaged one, with a warning.
-    """
-    if not path.is_file():
-        return []
-    found = [_read_line(line) for line in path.read_bytes().split(b"\n")[:-1]]  # what follows is unfinished, or empty
-    if None in found:
-        warnings.warn(f"{path}: {found.count(None)} damaged lines are left out", stacklevel=2)
-    return [line for line in found if line is not None]
-
-
-def _read_line(text: bytes) -> dict[str, Any] | None:
-    """A line of the log; None if it is none."""
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-        return None
-    numbers = {name: value for name, value in line.items() if name != "kind"}
-    if not {"step", "seconds"} <= numbers.keys() or not all(map(_is_number, numbers.values())):
-        return None
-    return line if isinstance(line["step"], int) and line["step"] >= 0 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
-
-
-def check_same_recipe(before: Mapping[str, Any], recipe: Config, folder: Path, begun: bool) -> None:
-    """Refuses to go on with a run under another recipe.
-
-    Once a run has `begun`, that is, has a checkpoint, the model that it started from may be left out.
-
-    Raises:
-        UsageError: names the options that differ.
-    """
-    now = recipe.model_dump(mode="json", exclude_none=True)
-    with contextlib.suppress(UsageError):  # options that came later have their defaults
-        before = config.check(dict(before), type(recipe), str(folder)).model_dump(mode="json", exclude_none=True)
-    old, new = flatten(before), flatten(now)
-    one_has_none = ("init.source" in old) != ("init.source" in new)
-    lasting = {"decoder", "proxy"} & {old.get("init.what"), new.get("init.what")}  # these matter at every step
-    if begun and one_has_none and not lasting:
-        old, new = (
-            {name: value for name, value in flat.items() if not name.startswith("init.")} for flat in (old, new)
-        )
-    differing = []
-    for name in sorted({*old, *new} - OPERATIONAL):
-        was, wanted = old.get(name), new.get(name)
-        grows = name in LENGTHS and was is not None and wanted is not None and wanted >= was
-        moved = name in PATHS and isinstance(was, str) and isinstance(wanted, str)
-        if was != wanted and not grows and not moved:
-            differing.append(name)
-    if not differing:
-        return
-    hint = "a run may grow but not shrink; " if LENGTHS & set(differing) else ""
-    changes = ", ".join(f"{name} = {old.get(name)!r}, the recipe now says {new.get(name)!r}" for name in differing[:5])
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
-    raise UsageError(
-        f"{folder} holds a run with {changes}{more}; "
-        f"{hint}use the recipe of the run ({folder / 'recipe.toml'}) or another folder"
-    )
-
-
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table with dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _hashes(names: Sequence[str]) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from lexel import report
 from lexel.errors import UsageError
+from lexel.run_folder import RunFolder
 
 RECIPE = '[model.quantizer]\nkind = "vq"\ncodebook_size = 32\ncodebook_dim = 4\n'
 
@@ -104,7 +105,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
 
 
 def test_a_snapshot_is_read_when_it_is_looked_at(run):
-    later = report.read_run(run)
+    later = RunFolder.read(run).contents()
     (run / "snapshots" / "00000030.safetensors").write_bytes(b"damaged")
     assert later.last["histogram"].sum() == 48  # the newest; the damaged one is not opened
     assert {"originals", "codes"} <= {*later.last}

@@ -10,8 +10,8 @@ from fuzz import counts, survives
 from PIL import Image
 
 from lexel.checkpoint import load_state
-from lexel.report.run_page import read_run
-from lexel.run_folder import RunFolder, read_metrics
+from lexel.run_folder import RunFolder
+from lexel.run_log import read_metrics
 from lexel.train import load_recipe, train
 
 
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_is_refused_in_one_line(run):
 @counts
 def test_a_damaged_snapshot_is_left_out_of_the_report(run, count):
     def look(path):
-        last = read_run(run.path).last
+        last = run.contents().last
         return {name: last[name] for name in last}
 
     with warnings.catch_warnings():

@@ -114,11 +114,11 @@ def test_titok_learns_in_two_stages_another_tokenizers_codes_and_then_pixels(tmp
 def test_the_first_stage_goes_on_after_a_stop_bit_for_bit(tmp_path):
     train_tokenizer(recipe(MASKGIT, projections=False, steps=2), tmp_path / "proxy")
     first = recipe(CODES, weights={"proxy_codes": 1.0}, init={"source": str(tmp_path / "proxy"), "what": "proxy"})
-    straight = train_tokenizer(first, tmp_path / "straight").tokenizer
+    straight = train_tokenizer(first, tmp_path / "straight").model
     run = shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     for path in (run / "checkpoints").glob("*4*"):
         path.unlink()
-    resumed = train_tokenizer(first, run).tokenizer
+    resumed = train_tokenizer(first, run).model
     for name, tensor in straight.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], tensor), name
 

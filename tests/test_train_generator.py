@@ -22,7 +22,8 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
-from lexel.run_folder import TrainingStopped, read_metrics
+from lexel.run_folder import TrainingStopped
+from lexel.run_log import read_metrics
 from lexel.runtime import runtime
 from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer, TokenizerConfig
@@ -202,7 +203,7 @@ def test_resuming_changes_nothing(tokens, tmp_path, steps):
     straight = train_generator(recipe(tokens), tmp_path / "straight", device="cpu")
     train_generator(recipe(tokens, steps=steps), tmp_path / "resumed", device="cpu")
     resumed = train_generator(recipe(tokens), tmp_path / "resumed", device="cpu")
-    same(straight.generator, resumed.generator)
+    same(straight.model, resumed.model)
     lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
     timed = ("seconds", "images_per_second")
     last = [{name: value for name, value in each[-2].items() if name not in timed} for each in lines]
@@ -217,7 +218,7 @@ def test_every_family_resumes_exactly_and_is_measured_in_bits(tokens, tmp_path, 
     straight = train_generator(recipe(tokens, family), tmp_path / "straight", device="cpu")
     train_generator(recipe(tokens, family, steps=3), tmp_path / "resumed", device="cpu")
     resumed = train_generator(recipe(tokens, family), tmp_path / "resumed", device="cpu")
-    same(straight.generator, resumed.generator)
+    same(straight.model, resumed.model)
     validation = [
         line for line in read_metrics(tmp_path / "straight" / "metrics.jsonl") if line["kind"] == "validation"
     ]
@@ -332,7 +333,7 @@ def test_a_checkpoint_of_version_0_1_goes_on(tokens, tmp_path):
         assert group.pop("name") in ("matrices", "norms")  # groups had no names
     torch.save(state, path)
     straight = train_generator(recipe(tokens), tmp_path / "straight", device="cpu")
-    same(straight.generator, train_generator(recipe(tokens), tmp_path / "run", device="cpu").generator)
+    same(straight.model, train_generator(recipe(tokens), tmp_path / "run", device="cpu").model)
 
 
 def test_a_run_that_went_on_and_was_stopped_gives_its_newest_weights(tokens, tmp_path):
@@ -356,7 +357,7 @@ def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):
 
 
 def test_training_goes_on_from_another_generator(tokens, tmp_path):
-    made = train_generator(recipe(tokens, steps=60, lr=1e-2), tmp_path / "first", device="cpu").generator
+    made = train_generator(recipe(tokens, steps=60, lr=1e-2), tmp_path / "first", device="cpu").model
     source = {"source": str(tmp_path / "first")}
     train_generator(recipe(tokens, {"dropout": 0.0}, init=source, steps=1, lr=1e-9), tmp_path / "second", device="cpu")
     found = Generator.from_pretrained(tmp_path / "second").state_dict()
@@ -378,7 +379,7 @@ def test_training_goes_on_from_a_generator_in_memory_whatever_its_head_is_called
     network = recipe(tokens, {"head": "plain"}).generator  # as converted ones say; a recipe says "auto"
     given = Generator(GeneratorConfig(transformer=network))
     still = recipe(tokens, init={"source": "published.ckpt"}, steps=1, lr=1e-9)
-    made = train_generator(still, tmp_path / "run", device="cpu", initial=given).generator
+    made = train_generator(still, tmp_path / "run", device="cpu", initial=given).model
     for name, value in given.state_dict().items():
         torch.testing.assert_close(made.state_dict()[name], value, rtol=0, atol=1e-7, msg=name)
     pairs = recipe(tokens, {"head": "factorised"}, init={"source": "published.ckpt"})
@@ -508,7 +509,7 @@ def test_two_processes_learn_what_one_does(tokens, tmp_path, fsdp):
     alone = train_generator(recipe(tokens, still), tmp_path / "alone", device="cpu")
     train_on(2, recipe(tokens, still, fsdp=fsdp), tmp_path / "two")
     found = Generator.from_pretrained(tmp_path / "two")
-    for name, value in alone.generator.state_dict().items():
+    for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
     lines = [
         [

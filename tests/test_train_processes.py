@@ -11,11 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from accelerate.state import AcceleratorState
 
-from lexel.config import check
+from lexel.config import check, flatten
 from lexel.data import TRANSFORMS, training_batches
 from lexel.data.images import ArrayImages
 from lexel.quantizers import QUANTIZERS
-from lexel.run_folder import flatten
 from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import seed_step
 from lexel.train.processes import Processes

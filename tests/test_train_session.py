@@ -22,7 +22,8 @@ from lexel.data.images import ArrayImages
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer
 from lexel.loading import load_tokenizer
-from lexel.run_folder import RunFolder, read_metrics
+from lexel.run_folder import RunFolder
+from lexel.run_log import read_metrics
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe, train
 from lexel.train.processes import Processes

@@ -63,6 +63,7 @@ def train(
 ) -> None:
     """Trains a tokenizer or a generator; the same command again resumes, bit for bit."""
     from lexel.distributed import launched_rank
+    from lexel.run_folder import RunFolder
     from lexel.train import load_recipe
     from lexel.train import train as run_training
 
@@ -88,7 +89,7 @@ def train(
         )
     if launched_rank() != 0:
         return
-    page = out / "report.html"
+    page = RunFolder(out, writes=False).report
     finished, again = f"{out} is finished; open {page}", f"stopped; run the same command again to go on ({out})"
     print(finished if trained.finished else again)
     print_left_out(trained.unreadable)

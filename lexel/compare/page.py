@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lexel.compare.summary import summarise, table
-from lexel.report import Figure, Run, Section, latent_map, line_chart, picture_rows, read_run, series, write_page
+from lexel.report import Figure, Section, latent_map, line_chart, picture_rows, series, write_page
+from lexel.run_folder import RunFolder
+from lexel.run_log import Run
 from lexel.train.tokenizer import TokenizerRecipe
 
 LINES = 8  # curves in one chart: as many as there are colours
@@ -35,7 +37,10 @@ CURVES = {
 
 def write_html(out: Path, recipe: TokenizerRecipe, results: Sequence[Mapping[str, Any]], planned: int) -> None:
     """Writes `compare.html` from the runs that are finished."""
-    runs = {result["name"]: read_run(out / "runs" / result["name"], result["quantizer"]) for result in results}
+    runs = {
+        result["name"]: RunFolder.read(out / "runs" / result["name"]).contents(result["quantizer"])
+        for result in results
+    }
     seeds = len({result["seed"] for result in results})
     data = recipe.data
     length = f"{recipe.train.steps:,} steps" if recipe.train.steps else f"{recipe.train.epochs} epochs"

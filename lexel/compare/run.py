@@ -16,8 +16,7 @@ from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer, write_result
 from lexel.loading import load_tokenizer
 from lexel.metrics.protocols import PROTOCOLS
-from lexel.report import read_run
-from lexel.run_folder import TrainingStopped
+from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import PeakMemory
 from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
@@ -126,8 +125,8 @@ def train_and_measure(
     else:
         if not trained.finished:
             return None
-        result["peak_memory_bytes"] = memory.read(next(trained.tokenizer.parameters()).device)
-        result["images_per_second"] = read_run(folder).train[-1]["images_per_second"]
+        result["peak_memory_bytes"] = memory.read(next(trained.model.parameters()).device)
+        result["images_per_second"] = RunFolder.read(folder).lines("train")[-1]["images_per_second"]
         tokenizer = load_tokenizer(folder)
         data = planned.recipe.data
         rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
@@ -157,7 +156,7 @@ def train_and_measure(
 
 def gradient_health(folder: Path) -> dict[str, float]:
     """The encoder's gradient at the last validation of a run, beside the decoder's."""
-    validations = read_run(folder).validation
+    validations = RunFolder.read(folder).lines("validation")
     return {name: validations[-1][name] for name in HEALTH if validations and name in validations[-1]}
 
 

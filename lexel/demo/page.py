@@ -14,7 +14,9 @@ from lexel.checkpoint import atomic
 from lexel.codec import Codec
 from lexel.data import ImageSet, Transform, to_images, to_uint8
 from lexel.generators import Generator
-from lexel.report import Figure, Run, Section
+from lexel.report import Figure, Section
+from lexel.run_folder import RunFolder
+from lexel.run_log import Run
 from lexel.samples import nearest_pictures, picture_grid
 from lexel.spacing import evenly_spaced
 
@@ -62,7 +64,7 @@ def labels(generator: Generator) -> list[int]:
 
 def write(out: Path, story: Story) -> Path:
     """Writes `report.html`, and `demo.png` with the held-out drawings; returns the page's path."""
-    runs = {name: report.read_run(folder, name) for name, folder in story.runs.items()}
+    runs = {name: RunFolder.read(folder).contents(name) for name, folder in story.runs.items()}
     rows = reconstructions(story)
     with atomic(out / "demo.png") as path:
         Image.fromarray(picture_grid(np.concatenate([*rows.values()]), columns=COLUMNS, scale=2)).save(path)
@@ -74,7 +76,9 @@ def write(out: Path, story: Story) -> Path:
         Section("Codes and latents", MAPS, latent_maps(runs)),
         Section("New drawings", new_drawings(story), [sample_rows(story)], wide=True),
         closest_section(story),
-        Section("How the generator learned", GENERATOR, report.generator_figures(report.read_run(story.generator))),
+        Section(
+            "How the generator learned", GENERATOR, report.generator_figures(RunFolder.read(story.generator).contents())
+        ),
         Section("Go on from here", code=COMMANDS.format(out=out)),
     ]
     return report.write_page(
@@ -126,7 +130,7 @@ def table(results: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Path]) ->
     for name, result in results.items():
         metrics = result["metrics"]
         lpips = next(value for key, value in metrics.items() if key.startswith("lpips"))
-        seconds = report.read_run(runs[name]).train[-1]["seconds"]
+        seconds = RunFolder.read(runs[name]).lines("train")[-1]["seconds"]
         rows.append(
             [
                 name,

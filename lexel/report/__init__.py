@@ -15,11 +15,10 @@ from lexel.report.figures import (
     series,
 )
 from lexel.report.page import Section, write_page
-from lexel.report.run_page import Run, generator_figures, read_run, write_report
+from lexel.report.run_page import generator_figures, write_report
 
 __all__ = [
     "Figure",
-    "Run",
     "Section",
     "code_histogram",
     "code_map",
@@ -28,7 +27,6 @@ __all__ = [
     "latent_map",
     "line_chart",
     "picture_rows",
-    "read_run",
     "series",
     "write_page",
     "write_report",

@@ -1,93 +1,26 @@
 """The page of one run: curves, reconstructions or samples, the codebook and its health."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from warnings import warn
 
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from lexel.errors import UsageError
 from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_map, line_chart, picture_rows, series
 from lexel.report.page import Section, write_page
 from lexel.run_folder import RunFolder
-
-
-class Snapshot(Mapping[str, NDArray[Any]]):
-    """The arrays that a validation kept, each read from the file when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def names(self) -> list[str]:
-        """What the file holds; nothing, with a warning, where it is damaged."""
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                return list(file.keys())
-        except SafetensorError as error:
-            warn(f"{self.path} cannot be read and is left out: {error}", stacklevel=2)
-            return []
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self.names:
-            raise KeyError(name)
-        with safe_open(self.path, framework="numpy") as file:
-            return file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-@dataclass
-class Run:
-    """What a run folder says."""
-
-    name: str
-    folder: Path
-    recipe: dict[str, Any] = field(default_factory=dict)
-    train: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl, of either kind
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    evaluations: list[dict[str, Any]] = field(default_factory=list)  # of the protocols that the recipe lists
-    snapshots: dict[int, Snapshot] = field(default_factory=dict)  # by step
-
-    @property
-    def last(self) -> Mapping[str, NDArray[Any]]:
-        """The newest snapshot; empty where there is none."""
-        return self.snapshots[max(self.snapshots)] if self.snapshots else {}
-
-
-def read_run(folder: str | Path, name: str | None = None) -> Run:
-    """Reads `recipe.toml` and `metrics.jsonl` of a run folder; snapshots are read when they are looked at.
-
-    Raises:
-        UsageError: the folder is no run folder.
-    """
-    folder = Path(folder)
-    files = RunFolder.read(folder)
-    if not files.metrics.is_file():
-        raise UsageError(f"{folder} is no run folder: it has no metrics.jsonl")
-    run = Run(name or folder.name, folder, files.read_recipe())
-    for row in files.lines():
-        {"train": run.train, "validation": run.validation}.get(row["kind"], run.evaluations).append(row)
-    run.snapshots = {int(path.stem): Snapshot(path) for path in sorted(files.snapshots.glob("*.safetensors"))}
-    return run
+from lexel.run_log import Run
 
 
 def write_report(folder: str | Path) -> Path:
     """Writes `report.html` into a run folder from what the folder holds; returns its path."""
-    run = read_run(folder)
+    files = RunFolder.read(folder)
+    run = files.contents()
     shown = generator_sections(run) if "generator" in run.recipe else tokenizer_sections(run)
     sections = [*shown, *recipe_section(run.folder)]
-    return write_page(run.folder / "report.html", f"Run {run.name}", lead(run), sections, tiles(run))
+    return write_page(files.report, f"Run {run.name}", lead(run), sections, tiles(run))
 
 
 # What a tokenizer's run shows

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lexel import config
 from lexel.checkpoint import CONFIG, read_json
 from lexel.data import Transform
 from lexel.errors import UsageError, unknown
 from lexel.generators import Generator
 from lexel.loading import load, own_transform
-from lexel.report import Run, read_run
+from lexel.run_folder import RunFolder
+from lexel.run_log import Run
 from lexel.studio.example import example_run
 from lexel.studio.pictures import drawings
 from lexel.tokenizer import Tokenizer
@@ -124,9 +124,8 @@ class Entry:
 
     def run(self) -> Run | None:
         """What the run folder says now; None where there is none."""
-        if self.folder is None or not (self.folder / "metrics.jsonl").is_file():
-            return None
-        return read_run(self.folder, self.key)
+        run = None if self.folder is None else RunFolder.read(self.folder)
+        return None if run is None or run.kind is None else run.contents(self.key)
 
 
 class Library:
@@ -178,8 +177,8 @@ class Library:
         key = self._key(folder.resolve().name)
         kind = _kind(folder)
         assert kind is not None
-        is_run = (folder / "metrics.jsonl").is_file()
-        self.entries[key] = Entry(key, str(folder), kind, folder if is_run else None, others=self.entries)
+        run = folder if RunFolder(folder, writes=False).kind is not None else None
+        self.entries[key] = Entry(key, str(folder), kind, run, others=self.entries)
 
     def _key(self, name: str) -> str:
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
@@ -191,8 +190,9 @@ class Library:
 
 def _kind(folder: Path) -> str | None:
     """What a run or model folder of Lexel's holds; None where it is neither."""
-    if (folder / "recipe.toml").is_file() and (folder / "metrics.jsonl").is_file():
-        return "generator" if "generator" in config.read(folder / "recipe.toml") else "tokenizer"
+    kind = RunFolder(folder, writes=False).kind
+    if kind is not None:
+        return kind
     if (folder / CONFIG).is_file():
         table = read_json(folder / CONFIG)
         if "lexel" in table and table.get("model") in ("tokenizer", "generator"):

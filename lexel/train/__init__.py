@@ -9,10 +9,8 @@ from lexel import config
 if TYPE_CHECKING:
     from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
-    from lexel.train.generator import TrainedGenerator
     from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
-    from lexel.train.session import ProgressCallback
-    from lexel.train.tokenizer import Trained
+    from lexel.train.session import ProgressCallback, Trained
 
     Recipe = TokenizerRecipe | GeneratorRecipe
 
@@ -42,7 +40,7 @@ def train(
     device: str = "auto",
     initial: "Tokenizer | Generator | None" = None,
     progress: "ProgressCallback | None" = None,
-) -> "Trained | TrainedGenerator":
+) -> "Trained[Tokenizer] | Trained[Generator]":
     """Trains what the recipe describes and writes `report.html`; the same call again goes on, bit for bit.
 
     Args:
@@ -63,7 +61,7 @@ def train(
     from lexel.report import write_report
     from lexel.train.recipes import TokenizerRecipe
 
-    result: Trained | TrainedGenerator
+    result: Trained[Tokenizer] | Trained[Generator]
     if isinstance(recipe, TokenizerRecipe):
         from lexel.train.tokenizer import train_tokenizer
 

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +26,15 @@ from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import RunningMeans, optimizer_step, seed_step, set_learning_rate, to_device
 from lexel.train.processes import Processes
 from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig
-from lexel.train.session import ProgressCallback, Session
+from lexel.train.session import ProgressCallback, Session, Trained
 from lexel.train.tokens import TokenSource, entropy_bits
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
 
-__all__ = ["GeneratorRecipe", "Learner", "TrainedGenerator", "initialise", "load_generator_run", "train_generator"]
+__all__ = ["GeneratorRecipe", "Learner", "initialise", "load_generator_run", "train_generator"]
 
 SHOWN = 8  # samples in the snapshot of the last step
-
-
-class TrainedGenerator(NamedTuple):
-    """The result of `train_generator`."""
-
-    generator: Generator  # sharded still, where the recipe says fsdp
-    step: int  # steps done
-    finished: bool  # False when a signal ended it early: the same command goes on from there
-    unreadable: Mapping[str, str]  # images that this process could not use, and why; empty for token sets
 
 
 # ---------------------------------------------------------------------------------------------- the learner
@@ -253,7 +244,7 @@ def train_generator(
     device: str = "auto",
     initial: Generator | None = None,
     progress: ProgressCallback | None = None,
-) -> TrainedGenerator:
+) -> Trained[Generator]:
     """Trains a generator in a run folder; called again with the same recipe it goes on, bit for bit.
 
     SIGTERM and SIGINT end it after the step at hand, which is saved.
@@ -316,7 +307,7 @@ def train_generator(
                     samples = show(exported.to(processes.device), source.tokenizer, config.seed)
                     session.run.snapshot(session.done, {"samples": samples})
     barrier()
-    return TrainedGenerator(generator.eval(), session.done, session.finished, source.unreadable)
+    return Trained(generator.eval(), generator, session.done, session.finished, source.unreadable)
 
 
 def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:

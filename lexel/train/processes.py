@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lexel.config import Config
+from lexel.config import Config, flatten
 from lexel.distributed import broadcast, gather
 from lexel.errors import UsageError
-from lexel.run_folder import flatten
 from lexel.runtime import Runtime, runtime
 
 Result = TypeVar("Result")

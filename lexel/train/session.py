@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,19 @@ class Progress(NamedTuple):
     images_per_second: float
     seconds_left: float
     values: Mapping[str, float]  # the last logged averages of the loss terms; empty before the first
+
+
+Model = TypeVar("Model")
+
+
+class Trained(NamedTuple, Generic[Model]):
+    """The result of a training."""
+
+    model: Model  # with the live weights; sharded still, where the recipe says fsdp
+    average: Model  # with the averaged weights; a generator has none, and this is `model`
+    step: int  # steps done
+    finished: bool  # False when a signal ended it early: the same command goes on from there
+    unreadable: Mapping[str, str]  # images that could not be used, and why
 
 
 ProgressCallback = Callable[[Progress], None]

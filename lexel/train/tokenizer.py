@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,22 +42,12 @@ from lexel.train.optimization import (
 )
 from lexel.train.processes import Processes
 from lexel.train.recipes import IMAGE_TERMS, InitConfig, TokenizerRecipe
-from lexel.train.session import ProgressCallback, Session
+from lexel.train.session import ProgressCallback, Session, Trained
 from lexel.train.validation import require_readable, validate
 
-__all__ = ["IMAGE_TERMS", "Learner", "TokenizerRecipe", "Trained", "initialise", "load_run", "train_tokenizer"]
+__all__ = ["IMAGE_TERMS", "Learner", "TokenizerRecipe", "initialise", "load_run", "train_tokenizer"]
 
 COLLAPSED = 1.1  # a perplexity below this is one code
-
-
-class Trained(NamedTuple):
-    """The result of `train_tokenizer`."""
-
-    tokenizer: Tokenizer  # the live weights; `average` holds the averaged ones
-    average: Tokenizer
-    step: int  # steps done
-    finished: bool  # False when a signal ended it early: the same command goes on from there
-    unreadable: Mapping[str, str]  # images that this process could not use, and why
 
 
 class Learner:
@@ -196,7 +186,7 @@ def train_tokenizer(
     device: str = "auto",
     initial: Tokenizer | None = None,
     progress: ProgressCallback | None = None,
-) -> Trained:
+) -> Trained[Tokenizer]:
     """Trains a tokenizer in a run folder; called again with the same recipe it goes on, bit for bit.
 
     SIGTERM and SIGINT end it after the step at hand, which is saved.
