@@ -193,7 +193,7 @@ def quality(folder: str, images: int) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="B", choices=list(SIZES))
+    parser.add_argument("--size", default="B", choices=[name for name in SIZES if "-" not in name])
     parser.add_argument("--batches", default="1,8", help="images at once, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

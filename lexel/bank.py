@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from lexel import networks
-from lexel.checkpoint import atomic
 from lexel.data import TRANSFORMS, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
@@ -97,8 +96,7 @@ def make_bank(
     if not features:
         raise UsageError(f"no picture of {data} can be read; {_first_reason(batches.unreadable)}")
     bank = build_bank(torch.cat(features), codes, torch.cat(labels) if per_class else None, seed)
-    with atomic(out) as path:
-        save_bank(bank, path)
+    save_bank(bank, out)
     return bank
 
 

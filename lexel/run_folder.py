@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from lexel.errors import UsageError
 from lexel.run_log import Run, Snapshot, is_number, read_metrics
 from lexel.same_recipe import check_same_recipe
 
+NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
 DAMAGED = ".damaged"  # added to the name of a checkpoint that cannot be read
 
 
@@ -111,7 +113,7 @@ class RunFolder:
         lines = self.lines()
         train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
         evaluations = [line for line in lines if line["kind"] not in ("train", "validation")]
-        snapshots = {step: Snapshot(self._snapshot(step)) for step in self.snapshot_steps()}
+        snapshots = {step: Snapshot(self.snapshot_path(step)) for step in self.snapshot_steps()}
         return Run(name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations, snapshots)
 
     def claim(self, recipe: Config) -> None:
@@ -180,7 +182,7 @@ class RunFolder:
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints at hand, oldest first."""
-        return sorted(int(path.stem) for path in self.checkpoints.glob("*.pt") if path.stem.isdecimal())
+        return sorted(int(path.stem) for path in self.checkpoints.glob("*.pt") if NUMBERED.fullmatch(path.stem))
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{step:08d}.pt"
@@ -215,7 +217,7 @@ class RunFolder:
                 temporary.write_text("".join(kept), encoding="utf-8")
             for step in self.snapshot_steps():
                 if step > last:
-                    self._snapshot(step).unlink()
+                    self.snapshot_path(step).unlink()
         self._ranked = None
         return state
 
@@ -297,19 +299,20 @@ class RunFolder:
         """Writes the tensors that the report draws."""
         if not self.writes:
             return
-        with self._stop_when_full(step), atomic(self._snapshot(step)) as temporary:
+        with self._stop_when_full(step), atomic(self.snapshot_path(step)) as temporary:
             save_file(dict(tensors), temporary)
 
     def snapshot_steps(self) -> list[int]:
         """The steps of the snapshots, oldest first."""
-        return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors") if path.stem.isdecimal())
+        return sorted(int(path.stem) for path in self.snapshots.glob("*.safetensors") if NUMBERED.fullmatch(path.stem))
 
     def last_snapshot(self) -> Mapping[str, NDArray[Any]]:
         """The newest snapshot; empty where there is none."""
         steps = self.snapshot_steps()
-        return Snapshot(self._snapshot(steps[-1])) if steps else {}
+        return Snapshot(self.snapshot_path(steps[-1])) if steps else {}
 
-    def _snapshot(self, step: int) -> Path:
+    def snapshot_path(self, step: int) -> Path:
+        """The snapshot of a step."""
         return self.snapshots / f"{step:08d}.safetensors"
 
     def _recorded_data(self) -> tuple[dict[str, Tensor], str | None]:

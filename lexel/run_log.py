@@ -44,6 +44,30 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
 
 
+DRAWN = {  # what pages draw of a snapshot: its type, and how many axes it may have
+    "originals": ("U8", (4,)),
+    "reconstructions": ("U8", (4,)),
+    "samples": ("U8", (4,)),
+    "latents": ("F32", (2,)),
+    "codes": ("F32", (2,)),
+    "histogram": ("I64", (1,)),
+    "indices": ("I64", (2, 3, 4)),
+}
+ALIKE = {"reconstructions": "originals", "codes": "latents"}  # of one shape but for the number of rows
+
+
+def unfit(forms: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
+    """The arrays of a snapshot that cannot be drawn, of those with these types and shapes."""
+    wrong = [
+        name
+        for name, (kind, axes) in DRAWN.items()
+        if name in forms
+        and (forms[name][0] != kind or len(forms[name][1]) not in axes or min(forms[name][1], default=0) < 1)
+    ]
+    shapes = {name: shape[1:] for name, (_, shape) in forms.items()}
+    return wrong + [name for name, other in ALIKE.items() if name in forms and shapes[name] != shapes.get(other)]
+
+
 class Snapshot(Mapping[str, NDArray[Any]]):
     """The arrays that a validation kept, each read from the file when it is asked for."""
 
@@ -55,10 +79,16 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         """What the file holds; nothing, with a warning, where it is damaged."""
         try:
             with safe_open(self.path, framework="numpy") as file:
-                return list(file.keys())
-        except SafetensorError as error:
+                names = list(file.keys())
+                found = {name: file.get_slice(name) for name in names}
+                forms = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
+        except (SafetensorError, OSError) as error:
             warnings.warn(f"{self.path} cannot be read and is left out: {error}", stacklevel=2)
             return []
+        if wrong := unfit(forms):
+            warnings.warn(f"{self.path} is damaged and is left out: {wrong[0]} is {forms[wrong[0]]}", stacklevel=2)
+            return []
+        return names
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self.names:

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.kernels import index_backpropagation, nearest, search
+from lexel.kernels import index_backpropagation, nearest, search, tiled
+from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
 from lexel.kernels.search import WIDTH, minus_squares, near_codes
 
@@ -244,6 +245,14 @@ def test_autocast_decides_indices_in_float32():
     assert z_q.dtype == torch.float32
     assert torch.equal(indices, index_backpropagation(z, codebook)[1])
     assert all(term.dtype == torch.float32 for term in terms.values())
+
+
+@pytest.mark.parametrize("entropy", [True, False])
+def test_the_state_of_the_forward_pass_has_the_shapes_that_compilers_are_told(entropy):
+    inputs = Inputs(normal(8, 6), normal(40, 6), None, True, 1.0, 0.01, entropy, 16, 2, 1)
+    told_and_found = zip(tiled.empty_state(inputs), tiled.forward(inputs), strict=True)
+    for name, (told, found) in zip(tiled.ForwardState._fields, told_and_found, strict=True):
+        assert (told.shape, told.dtype) == (found.shape, found.dtype), name
 
 
 def test_a_compiled_step_has_no_graph_break():

@@ -108,6 +108,32 @@ def test_a_module_imports_only_from_layers_to_its_left(path):
         assert RANK[name] < RANK[own] or (RANK[name] == 0 and RANK[own] == 0), f"{own} imports {name}"
 
 
+def used_before_they_stand(path: Path) -> list[str]:
+    """Constants that a file's functions use above the line where they are given, though they need no function of it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    given = {
+        target.id: node
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name) and target.id.strip("_").isupper()
+    }
+    return [
+        name.id
+        for name in ast.walk(tree)
+        if isinstance(name, ast.Name)
+        and name.id in given
+        and name.lineno < given[name.id].lineno
+        and not own & {part.id for part in ast.walk(given[name.id]) if isinstance(part, ast.Name)}
+    ]
+
+
+def test_constants_stand_before_their_first_use():
+    late = {str(path.relative_to(PACKAGE)): used_before_they_stand(path) for path in modules()}
+    assert {path: names for path, names in late.items() if names} == {}
+
+
 def run(script: str) -> str:
     """What a fresh Python prints; it must succeed."""
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)

@@ -232,8 +232,7 @@ def test_every_choice_of_ones_own_protocol_is_checked():
         ({"network": "random", "resize": "nearest"}, "unknown resize rule 'nearest'"),
         ({"lpips": ("squeeze",)}, "unknown LPIPS network 'squeeze'"),
         ({"reconstruction": ("rfid",)}, "unknown metric 'rfid'"),
+        ({"generation": ("rfid",)}, "unknown metric 'rfid'"),  # though generated images are not what is measured
     ):
-        with pytest.raises(UsageError, match=message):
-            evaluate_tokenizer(
-                Grey(), image_set(photos(4, 32)), dataclasses.replace(PROTOCOLS["lexel"], size=32, **change)
-            )
+        with pytest.raises(UsageError, match=message):  # before images are looked for
+            evaluate_tokenizer(Grey(), "nowhere", dataclasses.replace(PROTOCOLS["lexel"], size=32, **change))

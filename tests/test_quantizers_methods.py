@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz import counts, survives
 from torch import Tensor
 
 import lexel.quantizers
+from lexel.checkpoint import load_strict
 from lexel.errors import UsageError
 from lexel.quantizers import (
     BSQ,
@@ -43,6 +45,7 @@ from lexel.quantizers.base import as_vectors, rotate, straight_through, weighted
 from lexel.quantizers.clustering import kmeans, pick_rows
 from lexel.quantizers.fsq import choose_levels
 from lexel.quantizers.soft import soft_assign
+from lexel.runtime import without_weights
 
 
 def latents(*shape: int, seed: int = 2) -> Tensor:
@@ -599,10 +602,11 @@ def test_a_saved_model_needs_its_bank_file_no_more(tmp_path):
     quantizer = build("vqgan_lc", options).eval()
     assert torch.equal(quantizer.bank, latents(32, 6))
     path.unlink()
-    loaded = build("vqgan_lc", options)
     with pytest.raises(UsageError, match=r"bank\.safetensors does not exist"):
-        loaded(latents(2, 4, 5))
-    loaded.load_state_dict(quantizer.state_dict())
+        build("vqgan_lc", options)
+    with without_weights():
+        loaded = build("vqgan_lc", options)
+    load_strict(loaded, quantizer.state_dict(), "saved")
     assert torch.equal(loaded.eval()(latents(2, 4, 5)).z_q, quantizer(latents(2, 4, 5)).z_q)
 
 
@@ -610,7 +614,7 @@ def test_a_bank_of_another_size_or_no_bank_at_all_is_refused(tmp_path):
     with pytest.raises(UsageError, match="codebook_size x feature_dim = 32 x 768, got 32 x 6"):
         VQGANLC(32, 4, bank=latents(32, 6))
     (tmp_path / "no.safetensors").write_bytes(b"this is no bank")
-    with pytest.raises(UsageError, match="holds no bank"):
+    with pytest.raises(UsageError, match="no safetensors file"):
         load_bank(tmp_path / "no.safetensors")
     with pytest.raises(UsageError, match=r"gone\.safetensors does not exist"):
         load_bank(tmp_path / "gone.safetensors")
@@ -844,10 +848,34 @@ def test_a_base_has_the_size_of_the_structure():
         Residual(16, 4, base_options={"gradient": "rotate"})
 
 
-def test_a_bank_can_be_pickled_and_counts_as_loaded_with_the_weights(tmp_path):
-    missing = VQGANLC(32, 4, bank=tmp_path / "gone.safetensors", feature_dim=6)
-    other = pickle.loads(pickle.dumps(missing))
-    other.load_state_dict(VQGANLC(32, 4, feature_dim=6).state_dict())
-    assert other(latents(2, 4, 5)).z_q.isfinite().all()
-    with pytest.raises(UsageError, match="does not exist"):
-        missing(latents(2, 4, 5))
+def test_a_quantizer_with_a_bank_can_be_pickled():
+    quantizer = VQGANLC(32, 4, bank=latents(32, 6), feature_dim=6)
+    other = pickle.loads(pickle.dumps(quantizer))
+    assert torch.equal(other(latents(2, 4, 5)).z_q, quantizer(latents(2, 4, 5)).z_q)
+
+
+def test_a_bank_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "bank.safetensors"
+    save_bank(latents(4, 6), path)
+
+    def full(tensors, name, **options):
+        Path(name).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lexel.quantizers.vqgan_lc.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        save_bank(latents(8, 6), path)
+    assert torch.equal(load_bank(path), latents(4, 6))
+    assert [file.name for file in tmp_path.iterdir()] == ["bank.safetensors"]
+
+
+@counts
+def test_a_damaged_bank_is_read_or_refused_in_one_line(tmp_path, count):
+    save_bank(latents(4, 3), tmp_path / "bank.safetensors")
+
+    def right(bank):
+        assert bank.ndim == 2
+        assert bank.dtype == torch.float32
+        assert bank.isfinite().all()
+
+    survives(load_bank, tmp_path / "bank.safetensors", 1, count, right)

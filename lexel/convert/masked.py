@@ -208,6 +208,14 @@ UVIT = GeneratorLayout(
 # ---------------------------------------------------------------------------------------------- RAR
 
 
+RAR_SPARE = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
+RAR_TABLES = {
+    "pos_embed": {"positions": "all", "unused.positions": "rest"},
+    "target_aware_pos_embed": {"unused.before": "first", "targets": "tokens", "unused.targets": "rest"},
+    "timesteps_embeddings": {"steps": "all", "unused.steps": "rest"},
+}
+
+
 def _prepare_rar(entries: Entries) -> None:
     rows, codes = len(entries["embeddings.weight"].tensor), len(entries["lm_head.weight"].tensor)
     parts = {"tokens": (0, codes), "unused.mask": (codes, codes + 1), "classes": (codes + 1, rows)}
@@ -223,14 +231,6 @@ def _prepare_rar(entries: Entries) -> None:
             parts[part], begin = (begin, end), end
         cut(entries, name, parts)
     entries["cls_token"] = entries["cls_token"]._replace(tensor=entries["cls_token"].tensor.flatten())
-
-
-RAR_SPARE = {"pos_embed": 1024, "target_aware_pos_embed": 1024, "timesteps_embeddings": 100}
-RAR_TABLES = {
-    "pos_embed": {"positions": "all", "unused.positions": "rest"},
-    "target_aware_pos_embed": {"unused.before": "first", "targets": "tokens", "unused.targets": "rest"},
-    "timesteps_embeddings": {"steps": "all", "unused.steps": "rest"},
-}
 
 
 def _rar_config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:

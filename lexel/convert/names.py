@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     tensor: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Renamed:
     """Tensors under our names, where each came from, and what was left out: together all of a file."""
 

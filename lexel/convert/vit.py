@@ -33,6 +33,7 @@ LEFT_OUT = {
     r"loss\..*": "the loss and its discriminator, used in training only",
 }
 NEEDED = ["quantizer.weight", "encoder.patches.weight", "decoder.pixels.weight"]
+SIDES = ("encoder", "decoder")
 
 
 def config(tensors: Names, source: str) -> dict[str, Any]:
@@ -52,7 +53,6 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
     }
 
 
-SIDES = ("encoder", "decoder")
 LAYOUT = Layout("vit_vqgan", lambda _: RULES, LEFT_OUT, [], NEEDED, config)
 
 

@@ -36,7 +36,7 @@ NO_LABEL = -1
 MOST_TEXT = 2**20  # bytes of a .json, .txt or .cls that are read
 
 
-@dataclass
+@dataclass(frozen=True)
 class ShardIndex:
     """Where the images of a shard lie.
 

@@ -57,6 +57,9 @@ class Story:
     transform: Transform
 
 
+CAPTION = "Drawings that neither tokenizer learned from, and what each makes of them: 64 tokens a drawing, 1,024 codes."
+
+
 def labels(generator: Generator) -> list[int]:
     """The class of each sample on the page."""
     return [number for number in range(len(generator.config.class_names or [])) for _ in range(PER_CLASS)]
@@ -90,9 +93,6 @@ def write(out: Path, story: Story) -> Path:
         footer=f"Drawings: {story.held_out.attribution or ''} The runs behind this page lie beside it, each with a "
         "report.html of its own.",
     )
-
-
-CAPTION = "Drawings that neither tokenizer learned from, and what each makes of them: 64 tokens a drawing, 1,024 codes."
 
 
 def reconstructions(story: Story) -> dict[str, NDArray[np.uint8]]:

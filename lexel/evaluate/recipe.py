@@ -5,12 +5,13 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
+from lexel import networks, registry
 from lexel.config import Config
 from lexel.evaluate.measure import Options
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.reconstructions import evaluate_tokenizer
+from lexel.evaluate.rules import find_protocol
 from lexel.evaluate.sources import ImageTokenizer
-from lexel.metrics.protocols import protocol
 
 
 class EvaluationConfig(Config):
@@ -30,10 +31,12 @@ class EvaluationConfig(Config):
         """Looks the names up, so that a typing error ends a training before it begins.
 
         Raises:
-            UsageError: there is no such protocol or metric.
+            UsageError: there is no such protocol, metric or feature network.
         """
-        rules = protocol(self.protocol)
+        rules = find_protocol(self.protocol)
         wanted(rules.reconstruction if self.metrics is None else self.metrics)
+        if self.network is not None:
+            registry.lookup(networks.FEATURE_NETWORKS, self.network, "feature network", networks.GROUP)
 
     def run(self, tokenizer: ImageTokenizer, options: Options | None = None) -> dict[str, Any]:
         """The result of `evaluate_tokenizer`; every process calls it, and gets the same. No random state changes.

@@ -17,11 +17,11 @@ from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import Originals
 from lexel.evaluate.results import as_result
+from lexel.evaluate.rules import find_protocol
 from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, transform_of
 from lexel.evaluate.stream import discard_partial
 from lexel.memory import check_memory
 from lexel.metrics import Protocol
-from lexel.metrics.protocols import protocol as find_protocol
 from lexel.runtime import exact_float32, runtime
 from lexel.spacing import evenly_spaced
 from lexel.token_spec import TokenSpec

@@ -18,10 +18,10 @@ from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import fingerprint_of, reference_statistics
 from lexel.evaluate.results import as_result
+from lexel.evaluate.rules import find_protocol
 from lexel.evaluate.sources import ImageTokenizer, open_samples, resized
 from lexel.evaluate.stream import discard_partial
 from lexel.metrics import Protocol, ReferenceStatistics
-from lexel.metrics.protocols import protocol as find_protocol
 from lexel.networks import FeatureNetwork
 from lexel.runtime import exact_float32, runtime
 

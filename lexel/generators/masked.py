@@ -33,6 +33,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 Schedule = Literal["arccos", "cosine", "linear", "square"]
 BOUND_PASSES = 8  # shares of masked tokens at which `nll` looks
+# The schedules for a tensor of places.
+_SHARES: dict[str, Callable[[Tensor], Tensor]] = {
+    "arccos": lambda r: torch.acos(r) / (math.pi / 2),
+    "cosine": lambda r: torch.cos(r * math.pi / 2),
+    "linear": lambda r: 1 - r,
+    "square": lambda r: 1 - r**2,
+}
 
 
 class MaskedConfig(NetworkConfig):
@@ -293,15 +300,6 @@ class Masked(Generator):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         count = len(batch.tokens)
         return logits if null is None else guide(logits[:count], logits[count:], scale)
-
-
-# The schedules for a tensor of places.
-_SHARES: dict[str, Callable[[Tensor], Tensor]] = {
-    "arccos": lambda r: torch.acos(r) / (math.pi / 2),
-    "cosine": lambda r: torch.cos(r * math.pi / 2),
-    "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
-}
 
 
 def _mage_rates(count: int, device: torch.device) -> Tensor:

@@ -22,7 +22,6 @@ from lexel.kernels.inputs import (
     no_transform,
     second_derivatives,
 )
-from lexel.kernels.search import WIDTH
 
 NAME = "index backpropagation"
 
@@ -185,21 +184,8 @@ def _forward_operator(
 
 @_forward_operator.register_fake
 def _(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    entropy: bool = rest[4]
-    n, size = len(queries), rest[6] * len(keys)
-    listed = (n, WIDTH) if entropy else (0,)
-    return (
-        torch.empty_like(queries),
-        torch.empty_like(queries),
-        queries.new_empty(n, dtype=torch.int64),
-        queries.new_empty(()),
-        queries.new_empty(()),
-        queries.new_empty((n, WIDTH) if entropy else (0, WIDTH), dtype=torch.int64),
-        queries.new_empty(listed, dtype=torch.float64),
-        queries.new_empty(size if entropy else 0, dtype=torch.float64),
-        queries.new_empty(n if entropy else 0, dtype=torch.bool),
-        queries.new_empty((), dtype=torch.float64),
-    )
+    inputs = Inputs(queries, keys, *rest[:-1])
+    return torch.empty_like(queries), torch.empty_like(queries), *tiled.empty_state(inputs)
 
 
 @torch.library.custom_op("lexel::index_backpropagation_backward", mutates_args=())

@@ -25,7 +25,7 @@ from torch import Tensor
 from lexel.distributed import group_mean
 from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
-from lexel.kernels.search import TILE, minus_squares, near_codes
+from lexel.kernels.search import TILE, WIDTH, minus_squares, near_codes
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
@@ -60,22 +60,32 @@ def rows_at_a_time(size: int, cuda: bool) -> int:
     return max(16, min(most, budget // size))
 
 
+def empty_state(inputs: Inputs) -> ForwardState:
+    """The state of `forward` in its shapes and types, without values."""
+    queries, rows = inputs.queries, len(inputs.queries) if inputs.entropy else 0
+    return ForwardState(
+        queries.new_empty(len(queries), dtype=torch.int64),
+        queries.new_empty(()),
+        queries.new_empty(()),
+        queries.new_empty((rows, WIDTH), dtype=torch.int64),
+        queries.new_empty((rows, WIDTH), dtype=torch.float64),
+        queries.new_empty(inputs.parts * len(inputs.keys) if inputs.entropy else 0, dtype=torch.float64),
+        queries.new_empty(rows, dtype=torch.bool),
+        queries.new_empty((), dtype=torch.float64),
+    )
+
+
 def forward(inputs: Inputs, implementation: str = "tiled") -> ForwardState:
     """Indices and entropies; `implementation` is that of the scan."""
     queries, keys, bias, tau = inputs.queries, inputs.keys, _bias(inputs), inputs.entropy_temperature
     slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if inputs.entropy else 0.0
     near = near_codes(queries, keys, bias, slack, implementation=implementation)
     if not inputs.entropy:
-        scalar, empty = queries.new_zeros(()), queries.new_empty(0, dtype=torch.float64)
-        return ForwardState(
-            near.best,
-            scalar,
-            scalar.clone(),
-            near.codes[:0].clone(),
-            empty,
-            empty.clone(),
-            near.wide[:0],
-            empty.new_ones(()),
+        return empty_state(inputs)._replace(
+            indices=near.best,
+            sample=queries.new_zeros(()),
+            batch=queries.new_zeros(()),
+            share=queries.new_ones((), dtype=torch.float64),
         )
 
     # A wide row's list is empty, and its softmax is no number: it takes part below.

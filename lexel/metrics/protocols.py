@@ -218,9 +218,9 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def protocol(name: str | Protocol) -> Protocol:
-    """The protocol of that name, or the given one; the choices of one's own are checked.
+    """The protocol of that name, or the given one, its rules checked.
 
-    Names of transforms, networks and metrics are looked up where they are used.
+    `lexel.evaluate` also looks up the names of transforms, networks and metrics in it.
 
     Raises:
         UsageError: there is no such protocol, or a choice in it is unknown.

@@ -24,6 +24,19 @@ from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
 from lexel.runtime import cache_folder, is_cached, without_weights
 
+# What an unpickler raises on damaged or hostile bytes: it checks nothing ahead.
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    MemoryError,
+    OverflowError,
+    TypeError,
+    ValueError,
+)
+
 
 class Published(NamedTuple):
     """A weights file as its authors published it."""
@@ -91,20 +104,6 @@ def read_arrays(path: Path) -> Any:
             return _ArraysOnly(file).load()
     except _BROKEN_PICKLE as error:
         raise UsageError(f"{path} is refused: {error}; a weights file may hold numpy arrays and nothing else") from None
-
-
-# What an unpickler raises on damaged or hostile bytes: it checks nothing ahead.
-_BROKEN_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    TypeError,
-    ValueError,
-)
 
 
 class _ArraysOnly(pickle.Unpickler):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lexel.checkpoint import atomic, read_safetensors
 from lexel.errors import UsageError
 from lexel.quantizers import bounds
 from lexel.quantizers.projected import ProjectedVQ
@@ -27,8 +27,8 @@ class VQGANLC(ProjectedVQ):
     Args:
         codebook_size: number of codes, K.
         codebook_dim: length of a code, D; 8 in the paper.
-        bank: file written by `save_bank`, or features (K, F). A saved model carries its bank: a file that is gone
-            is an error when the bank is first used, unless weights have been loaded by then.
+        bank: file written by `save_bank`, or features (K, F). A saved model carries its bank: where weights follow
+            (on the meta device) the file is not looked for.
         feature_dim: length of a feature, F.
         hidden: width of a layer with ReLU between features and codes; None projects at once.
         gradient: "straight_through" or "rotation".
@@ -50,11 +50,10 @@ class VQGANLC(ProjectedVQ):
         bounds.table(codebook_size, bounds.integer("feature_dim", feature_dim, 1, 2**20))
         if hidden is not None:
             bounds.integer("hidden", hidden, 1, 2**20)
-        self._missing: str | None = None
         features = torch.empty(codebook_size, feature_dim)
         if bank is None:
             features.normal_()
-        elif isinstance(bank, Tensor) or Path(bank).exists():
+        elif not features.is_meta:
             given = bank if isinstance(bank, Tensor) else load_bank(bank)
             if given.shape != features.shape:
                 raise UsageError(
@@ -62,11 +61,8 @@ class VQGANLC(ProjectedVQ):
                     f"got {' x '.join(map(str, given.shape))}"
                 )
             features.copy_(given)
-        else:
-            self._missing = str(bank)
         self.register_buffer("bank", features)
         self.bank: Tensor
-        self.register_load_state_dict_post_hook(_bank_loaded)
         widths = [feature_dim, codebook_dim] if hidden is None else [feature_dim, hidden, codebook_dim]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
@@ -76,15 +72,7 @@ class VQGANLC(ProjectedVQ):
             nn.init.normal_(layers[0].weight, std=codebook_dim**-0.5)  # type: ignore[arg-type]
 
     def project(self) -> Tensor:
-        if self._missing is not None:
-            raise UsageError(f"the bank {self._missing} does not exist; make it with `build_bank` and `save_bank`")
         return self.projector(self.bank)
-
-
-def _bank_loaded(module: nn.Module, incompatible_keys: object) -> None:
-    """Weights bring the bank along. A function of the module, so that the quantizer can be pickled."""
-    assert isinstance(module, VQGANLC)
-    module._missing = None
 
 
 def build_bank(
@@ -128,20 +116,21 @@ def build_bank(
 
 
 def save_bank(bank: Tensor, path: str | Path) -> None:
-    """Writes a bank (K, F) as a safetensors file."""
-    save_file({"bank": bank.float().contiguous()}, str(path))
+    """Writes a bank (K, F) as a safetensors file, whole or not at all."""
+    with atomic(path) as partial:
+        save_file({"bank": bank.detach().float().contiguous()}, partial)
 
 
 def load_bank(path: str | Path) -> Tensor:
-    """Reads a bank (K, F) that `save_bank` wrote.
+    """Reads a bank float32 (K, F) that `save_bank` wrote.
 
     Raises:
-        UsageError: the file is missing or holds no bank.
+        UsageError: the file is missing, damaged, or holds no bank.
     """
-    try:
-        with safe_open(str(path), "pt") as file:
-            return file.get_tensor("bank")
-    except FileNotFoundError:
-        raise UsageError(f"the bank {path} does not exist; make it with `build_bank` and `save_bank`") from None
-    except SafetensorError as error:
-        raise UsageError(f"{path} holds no bank; make it with `build_bank` and `save_bank` ({error})") from None
+    path, advice = Path(path).expanduser(), "make it with `build_bank` and `save_bank`"
+    if not path.exists():
+        raise UsageError(f"the bank {path} does not exist; {advice}")
+    bank = read_safetensors(path).get("bank")
+    if bank is None or bank.ndim != 2 or not bank.is_floating_point() or not bank.isfinite().all():
+        raise UsageError(f"{path} holds no bank, finite numbers (K, F) named `bank`; {advice}")
+    return bank.float()

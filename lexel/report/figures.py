@@ -142,7 +142,10 @@ def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
 
 def latent_map(latents: NDArray[Any], codes: NDArray[Any]) -> Figure:
     """Latents (n, D) and codes (m, D) in the plane of the latents' and codes' two main directions."""
+    latents, codes = (rows[np.isfinite(rows).all(1)] for rows in (latents, codes))
     both = np.concatenate([latents, codes]).astype(np.float64)
+    if not len(both):
+        return Figure("", "No latent and no code is finite.")
     centre = both.mean(axis=0)
     directions = np.linalg.svd(both - centre, full_matrices=False)[2][:2]
     if len(directions) < 2:  # one-dimensional codes lie on a line

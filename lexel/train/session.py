@@ -189,6 +189,12 @@ class Session:
         self.processes.finish_trackers()
         self.run.release()
 
+    def saved(self, part: str) -> tuple[Any, Path] | None:
+        """A part of the state that `resume` will bring, and its file; None at the beginning of a run."""
+        if self._state is None or part not in self._state:
+            return None
+        return self._state[part], self.run.checkpoint(self.first)
+
     def resume(self, learner: Learner) -> None:
         """Takes the learner in, and gives it the state of the checkpoint if there is one."""
         self._learner = learner

@@ -211,7 +211,9 @@ def train_tokenizer(
     names = {"training": images.names, "validation": held_out.names}
     with Session(recipe, out, processes, names, best="psnr", progress=progress) as session:
         seed_step(config.seed, -1, 0)  # all processes begin with the same weights
-        tokenizer = Tokenizer(recipe.model)
+        # What only the start needs, such as a bank of vectors, may be gone when a run goes on.
+        before = session.saved("model")
+        tokenizer = Tokenizer(recipe.model) if before is None else Tokenizer.with_weights(recipe.model, *before)
         if recipe.init is not None:
             initialise(tokenizer, recipe.init, initial, load=not session.resumed)
         learner = Learner(recipe, tokenizer, processes)

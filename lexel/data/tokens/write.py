@@ -202,7 +202,7 @@ def _unlike(first: Any, second: Any, there: str, here: str) -> str:
     return f"{texts[0]} {there}, {texts[1]} {here}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Versions:
     """The batches of a shard as a table: every version of some pictures."""
 
