@@ -12,7 +12,9 @@ import torch.multiprocessing as multiprocessing
 from test_evaluate import QUICK, Stopped, assert_same, image_set, pictures, save, stop_after
 from toys import Grey
 
+from lexel.errors import UsageError
 from lexel.evaluate import evaluate_samples, evaluate_tokenizer
+from lexel.parts import Part
 
 
 def measure(folder: Path, **options) -> list[dict]:
@@ -63,6 +65,46 @@ def test_two_and_three_processes_with_uneven_shares_give_the_result_of_one(tmp_p
                 assert result["processes"] == processes
             assert results[0]["data"]["unreadable"]["count"] == 1
             assert results[0]["data"]["images"] == 22
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_parts_that_know_nothing_of_each_other_give_the_bits_of_one(tmp_path, monkeypatch, stopped):
+    monkeypatch.setenv("LEXEL_CACHE", str(tmp_path / "cache"))
+    images = save(tmp_path / "images", pictures())
+    (images / "0004.png").write_bytes(b"no image")
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(20, seed=5))
+    expected = measure(tmp_path)
+    images, samples, seen = tmp_path / "of images", tmp_path / "of samples", []
+
+    def both(**options):
+        options = {"batch_size": 3, **options}
+        return [
+            evaluate_tokenizer(Grey(), tmp_path / "images", QUICK, resume=images, **options),
+            evaluate_samples(tmp_path / "samples.npz", image_set(), QUICK, resume=samples, **options),
+        ]
+
+    for number in (3, 1, 2):
+        part = {"part": Part(number, 3), "cache": number != 1}
+        if stopped:
+            with pytest.raises(Stopped):
+                both(**part, save_every=0.0, progress=stop_after(1))
+        assert [result["part"] for result in both(**part)] == [f"{number}/3"] * 2
+    results = both(progress=lambda *done: seen.append(done))
+    assert not seen  # nothing is measured again
+    assert not images.exists()
+    for result, one in zip(results, expected, strict=True):
+        assert_same(result, one)
+        for name in ("l1", "psnr", "ssim"):
+            assert result["metrics"].get(name) == one["metrics"].get(name)  # to the bit
+
+
+def test_parts_that_share_images_are_refused(tmp_path):
+    for part in (Part(1, 2), Part(2, 3)):
+        evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=3, resume=tmp_path, part=part)
+    with pytest.raises(UsageError, match="parts that share images"):
+        evaluate_tokenizer(Grey(), image_set(), QUICK, batch_size=3, resume=tmp_path)
+    with pytest.raises(UsageError, match="needs a folder for its state"):
+        evaluate_tokenizer(Grey(), image_set(), QUICK, part=Part(1, 2))
 
 
 def work_as_torchrun_starts_it(rank: int, folder: Path, port: int) -> None:

@@ -263,6 +263,32 @@ def test_a_mean_state_knows_its_standard_error():
     assert state.standard_error == pytest.approx(float(values.std() / 50**0.5), rel=1e-9)
 
 
+def test_a_mean_has_the_same_bits_in_any_order_and_any_parts_and_is_rounded_once():
+    values = noise(300) * torch.logspace(-100, 100, 300, dtype=torch.float64)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    whole, parts = MeanState(), [MeanState() for _ in range(3)]
+    whole.add(values)
+    for number, part in enumerate(parts):
+        part.add(values[order[number::3]])
+    again = MeanState()
+    again.load_state_dict(parts[0].state_dict())
+    for part in parts[1:]:
+        again.merge(part)
+    assert (again.mean, again.standard_error) == (whole.mean, whole.standard_error)
+    assert whole.mean == math.fsum(values.tolist()) / 300
+    with pytest.raises(UsageError, match="a saved sum is damaged"):
+        again.load_state_dict({"n": 3, "sum": "x", "squares": "y"})
+
+
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_a_mean_with_infinite_values_is_infinite(odd):
+    state, other = MeanState(), MeanState()
+    state.add(torch.tensor([1.0, odd]))
+    other.load_state_dict(state.state_dict())
+    for one in (state, other):
+        assert repr(one.mean) == repr(odd)
+
+
 # --------------------------------------------------------------------------------------------------------- usage
 
 

@@ -61,16 +61,22 @@ def evaluate(
     resume: Annotated[
         Path | None, typer.Option(help="Folder for partial results; the same command again resumes.")
     ] = None,
+    part: PartOption = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Computes the metrics of a protocol for a tokenizer or for generated images."""
+    """Computes the metrics of a protocol for a tokenizer or for generated images.
+
+    With --part I/N only a share of the images, its sums kept in the folder of --resume. The same command without
+    --part, with the sums of all parts there, prints the result.
+    """
     from lexel.distributed import launched_rank
     from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
     from lexel.loading import load_tokenizer
+    from lexel.parts import Part
 
     if (source is None) == (samples is None):
         raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
@@ -82,6 +88,8 @@ def evaluate(
         raise UsageError("--data and --size go with a tokenizer; samples have their size and need --reference alone")
     if json_ and against and json_.resolve() == against.resolve():
         raise UsageError(f"--json {json_} is the file of --against, which would be overwritten; give another file")
+    if part and (json_ or against):
+        raise UsageError("a part has no result yet: give --json and --against to the command without --part")
     earlier = read_result(against) if against else None
     options: dict[str, Any] = {
         "split": split,
@@ -94,6 +102,7 @@ def evaluate(
         "precision": precision,
         "workers": workers,
         "resume": resume,
+        "part": Part.parse(part) if part else None,
     }
     with progress("evaluate") as update:
         if source:
@@ -109,6 +118,9 @@ def evaluate(
         return
     for warning in result["warnings"]:
         say(f"lexel: {warning}")
+    if part:
+        print(f"part {part}: {result['images']:,} images measured; the same command without --part gives the result")
+        return
     print_table(
         (name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items()
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from lexel.evaluate.metric import Batch, Context, Metric, Values, unmet
 from lexel.evaluate.sources import Source
 from lexel.evaluate.stream import Partial, Visited
 from lexel.metrics import ReferenceStatistics
+from lexel.parts import Part
 
 ProgressCallback = Callable[[int, int], None]  # called with (images done, images of this process)
 
@@ -32,6 +33,8 @@ class Options:
         cache: keeps statistics of real images by the fingerprint of data, protocol and network, and finds them again.
         resume: a folder for the partial state; the same call goes on where the last one was stopped. Removed at the
             end. With a network of D features it holds about 160 * D^2 bytes.
+        part: measure only this share of the images, cut where batches are, and keep its state in `resume`; the same
+            call without it, given the states of all parts there, gives the result.
         save_every: seconds between writes of the partial state.
         progress: called after every batch.
     """
@@ -43,6 +46,7 @@ class Options:
     workers: int = 0
     cache: bool = True
     resume: str | Path | None = None
+    part: Part | None = None
     save_every: float = 120.0
     progress: ProgressCallback | None = None
 
@@ -51,6 +55,8 @@ class Options:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.limit is not None and self.limit < 2:
             raise UsageError(f"limit must be at least 2 images, got {self.limit}")
+        if self.part is not None and self.resume is None:
+            raise UsageError(f"part {self.part} needs a folder for its state: --resume DIR, the same for all parts")
 
     def changed(self, changes: Mapping[str, Any]) -> "Options":
         """The same with some attributes changed."""
@@ -80,17 +86,21 @@ def measure(
         least: as many images must be readable; intervals need two.
 
     Returns:
-        Which images were measured. The partial state stays until `discard_partial` is called.
+        Which images were measured, of a part its own. The partial state stays until `discard_partial` is called.
 
     Raises:
         UsageError: fewer than `least` images can be read, or the partial state is of another evaluation.
     """
     options = options or Options()
     visited = Visited(len(source))
-    partial = None if options.resume is None else Partial(Path(options.resume), identity or {})
+    partial = None if options.resume is None else Partial(Path(options.resume), identity or {}, options.part)
     if partial is not None:
         partial.load(metrics, visited)
-    remaining = (~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
+    wanted = torch.ones(len(source), dtype=torch.bool)
+    if options.part is not None:
+        share = options.part.blocks(len(source), options.batch_size)
+        wanted[: share.start] = wanted[share.stop :] = False
+    remaining = (wanted & ~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
     done, saved = 0, time.monotonic()
     for images, numbers in source.batches(remaining, options.batch_size):
         batch = batch_of(images, numbers)
@@ -109,6 +119,8 @@ def measure(
     for metric in metrics.values():
         metric.all_reduce()
     visited.all_reduce()
+    if options.part is not None:
+        return visited
     if visited.count < least:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(visited.unreadable.items())[:1])
         needed = "one readable image is" if least == 1 else "two readable images are"
@@ -152,6 +164,17 @@ def build_metrics(
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UsageError(f"nothing can be measured: {reasons or 'no metric was asked for'}")
     return built
+
+
+def part_measured(part: Part, visited: Visited, warnings: Sequence[str]) -> dict[str, Any]:
+    """What is known after a part, as plain data: no metrics yet."""
+    return {
+        "kind": "part",
+        "part": str(part),
+        "images": visited.count,
+        "unreadable": dict(visited.unreadable),
+        "warnings": list(warnings),
+    }
 
 
 def results_of(metrics: Mapping[str, Metric]) -> Values:

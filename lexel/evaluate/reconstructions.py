@@ -12,7 +12,7 @@ from lexel.data import ImageSet, UnreadableImage
 from lexel.distributed import join
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks, described
-from lexel.evaluate.measure import Options, build_metrics, measure, results_of
+from lexel.evaluate.measure import Options, build_metrics, measure, part_measured, results_of
 from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import Originals
@@ -96,7 +96,8 @@ def evaluate_tokenizer(
         warnings: list[str] = []
         built = build_metrics(classes, context, networks, warnings)
         warnings = [*networks.warnings, *warnings]
-        originals = Originals(built, real, chosen, warnings) if options.cache else None
+        whole = options.part is None  # a part takes the statistics of its originals, for the whole to have them all
+        originals = Originals(built, real, chosen, warnings) if options.cache and whole else None
 
         def reconstructed(images: Tensor, numbers: Tensor) -> Batch:
             images = images.to(where.device)
@@ -114,6 +115,8 @@ def evaluate_tokenizer(
             "precision": options.precision,
         }
         visited = measure(real, built, reconstructed, options, identity)
+        if options.part is not None:
+            return part_measured(options.part, visited, warnings)
         if originals is not None:
             originals.give_back()
         values = results_of(built)

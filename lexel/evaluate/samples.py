@@ -13,7 +13,7 @@ from lexel.data.tokens import TokenSet
 from lexel.distributed import join
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks, described
-from lexel.evaluate.measure import Options, build_metrics, measure, results_of
+from lexel.evaluate.measure import Options, build_metrics, measure, part_measured, results_of
 from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import fingerprint_of, reference_statistics
@@ -68,6 +68,8 @@ def evaluate_samples(
         raise UsageError(f"samples must be square, got {fake.size[0]} x {fake.size[1]} pixels")
     chosen = resized(chosen, fake.size[0])
     resume = None if options.resume is None else Path(options.resume)
+    # Parts have nothing in common but the folder: each takes the reference from the cache or computes it.
+    whole = None if resume is None or options.part is not None else resume
     warnings: list[str] = []
     with exact_float32(where.device.type):
         networks = Networks(chosen, network, weights, where.device)
@@ -81,7 +83,7 @@ def evaluate_samples(
                 spatial=own and "spatial_frechet" in classes,
                 warnings=warnings,
                 options=dataclasses.replace(
-                    options, limit=None, resume=None if resume is None else resume / f"reference-{used.name}"
+                    options, limit=None, part=None, resume=None if whole is None else whole / f"reference-{used.name}"
                 ),
             )
 
@@ -120,6 +122,8 @@ def evaluate_samples(
             "precision": options.precision,
         }
         visited = measure(fake, built, batch_of, options, identity)
+        if options.part is not None:
+            return part_measured(options.part, visited, warnings)
         values = results_of(built)
         discard_partial(resume)
     result = as_result(identity, chosen, fake, visited, values, warnings, where, started)

@@ -17,6 +17,7 @@ from lexel.distributed import barrier, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.metric import Metric
 from lexel.metrics.states import restored
+from lexel.parts import Part
 
 
 class Visited:
@@ -79,16 +80,18 @@ class Visited:
 class Partial:
     """The states of an evaluation that is under way, in a folder: one file a process, each whole or not there.
 
-    The number of processes may change between runs: rank 0 merges all saved parts. A part whose samples it already has
-    is passed over, so that no sample counts twice.
+    The number of processes may change between runs: rank 0 merges all saved states. One whose samples it already has
+    is passed over, so that no sample counts twice. A part of the work (`--part I/N`) reads and writes its own files
+    alone; the evaluation of the whole reads all.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], part: Part | None = None) -> None:
         if folder.is_file():
             raise UsageError(f"{folder} is a file; give a folder for the partial state")
         self.folder = folder
         self.identity = digest(dict(identity))
-        self.path = folder / f"part-{rank()}.pt"
+        own = "part" if part is None else f"part-{part.number}-of-{part.parts}"
+        self.path, self._pattern = folder / f"{own}-{rank()}.pt", f"{own}-*.pt"
 
     def load(self, metrics: Mapping[str, Metric], visited: Visited) -> None:
         """Takes over what was saved, on rank 0.
@@ -98,7 +101,7 @@ class Partial:
         """
         if rank() == 0:
             parts = []
-            for path in sorted(self.folder.glob("part-*.pt")):
+            for path in sorted(self.folder.glob(self._pattern)):
                 state = checkpoint.load_state(path)
                 states = state.get("states")
                 if state.get("identity") != self.identity or not isinstance(states, Mapping):
@@ -114,6 +117,11 @@ class Partial:
                 parts.append((part, others))
             for part, others in sorted(parts, key=lambda part: -part[0].count):
                 if (part.done & ~visited.done).any():
+                    if (part.done & visited.done).any():
+                        raise UsageError(
+                            f"{self.folder} holds parts that share images: of other numbers of parts, or of another "
+                            "batch size; delete those that do not belong together"
+                        )
                     for name, metric in metrics.items():
                         metric.merge(others[name])
                     visited.merge(part)

@@ -1,5 +1,6 @@
 """Statistics of features that stream: added batch by batch, merged across processes, never held as a whole."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lexel.distributed import all_sum, gather, processes
 from lexel.errors import UsageError
+from lexel.metrics.exact import ExactSum
 from lexel.metrics.states import restored
 
 
@@ -95,37 +97,53 @@ class MomentState:
 
 
 class MeanState:
-    """Count, sum and sum of squares of one number a sample, in float64."""
+    """Count, sum and sum of squares of one number a sample, exact: the same bits in any order, in any parts."""
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64)  # n, sum, sum of squares
+        self.n = 0
+        self._sum, self._squares = ExactSum(), ExactSum()
 
     def add(self, values: Tensor) -> None:
         """Adds values (B,)."""
         values = values.detach().to("cpu", torch.float64)
-        self.sums += torch.stack([torch.tensor(float(len(values))).double(), values.sum(), values.square().sum()])
+        self.n += len(values)
+        self._sum.add(values.tolist())
+        self._squares.add(values.square().tolist())
 
     def merge(self, other: "MeanState") -> None:
-        self.sums = self.sums + other.sums
+        self.n += other.n
+        self._sum.merge(other._sum)
+        self._squares.merge(other._squares)
 
     def all_reduce(self) -> None:
-        self.sums = all_sum(self.sums)
+        self.n = int(all_sum(torch.tensor(self.n)))
+        self._sum.all_reduce()
+        self._squares.all_reduce()
 
     @property
     def mean(self) -> float:
-        return float(self.sums[1] / self.sums[0])
+        return float(self._sum) / self.n if self.n else float("nan")
 
     @property
     def standard_error(self) -> float:
         """The standard error of the mean; NaN below two samples."""
-        n, total, squares = self.sums.tolist()
-        return float("nan") if n < 2 else (max(squares - total * total / n, 0) / (n - 1) / n) ** 0.5
+        total, squares = float(self._sum), float(self._squares)
+        return float("nan") if self.n < 2 else (max(squares - total * total / self.n, 0) / (self.n - 1) / self.n) ** 0.5
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums}
+        return {"n": self.n, "sum": self._sum.text(), "squares": self._squares.text()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        (self.sums,) = restored(state, "a mean", sums=(torch.float64, (3,)))
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            UsageError: it is damaged, or of a version that kept rounded sums.
+        """
+        n = state.get("n") if isinstance(state, Mapping) else None
+        if not isinstance(n, int) or n < 0:
+            raise UsageError(f"a saved state of a mean is damaged: n is {n!r}")
+        self._sum, self._squares = ExactSum.of_text(state.get("sum")), ExactSum.of_text(state.get("squares"))
+        self.n = n
 
 
 class FeatureBank:
