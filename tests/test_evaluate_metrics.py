@@ -300,7 +300,7 @@ def going_on(folder: Path) -> dict:
         lambda state: state.update(seen=None),
         lambda state: state["states"]["psnr"].update(states={}),
         lambda state: state["states"]["psnr"].update(left_out=3),
-        lambda state: state["states"]["psnr"]["states"]["psnr"].update(sums=torch.zeros(3)),
+        lambda state: state["states"]["psnr"]["states"]["psnr"].update(sum=torch.zeros(3)),
         lambda state: state["states"]["frechet"]["states"]["fake"].update(n=torch.zeros(2)),
         lambda state: state["states"]["usage"]["states"]["window"].pop("tokens"),
         lambda state: state["states"].update(ssim=None),
