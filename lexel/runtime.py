@@ -96,6 +96,11 @@ def without_weights() -> Iterator[None]:
         yield
 
 
+def on_meta() -> bool:
+    """Whether new tensors have shapes only, as inside `without_weights`: files of weights need not be read."""
+    return torch.empty(0).is_meta
+
+
 def cache_folder() -> Path:
     """Where downloads, rendered drawings, converted weights and statistics are kept; it need not exist.
 

@@ -1,6 +1,6 @@
 """The tokenizer: images to indices and back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -14,6 +14,7 @@ from lexel import __version__, autoencoders, checkpoint, quantizers
 from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
+from lexel.losses.perturbation import Codes
 from lexel.provenance import of_folder as provenance_of_folder
 from lexel.quantizers import Continuous, Levels, Quantized, Quantizer
 from lexel.quantizers.base import straight_through
@@ -190,8 +191,16 @@ class Tokenizer(nn.Module):
         images = self.decoder(z) if text is None else self.decoder(z, text.to(self._dtype))
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def forward(self, images: Tensor, text: Tensor | None = None) -> Reconstruction:
-        """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms."""
+    def forward(
+        self, images: Tensor, text: Tensor | None = None, perturb: Callable[[Codes], Tensor] | None = None
+    ) -> Reconstruction:
+        """Images (B, C, H, W) in [-1, 1] through the vocabulary and back, with gradients and loss terms.
+
+        Args:
+            images: (B, C, H, W) in [-1, 1].
+            text: features of a text (B, L, C) where the decoder is guided by one.
+            perturb: codes for the decoder instead of those that were chosen; loss terms are those of the chosen ones.
+        """
         self._check_images(images)
         if self.autoencoder.routes:
             features, gates = self.autoencoder.routed(images.to(self._dtype))
@@ -199,7 +208,11 @@ class Tokenizer(nn.Module):
             quantized = self.quantizer(latents)
             routing = self.autoencoder.routing_losses(gates, latents, quantized.z_q, quantized.losses)
         else:
-            quantized, routing = self.quantizer(self.latents(images)), {}
+            latents, routing = self.latents(images), {}
+            quantized = self.quantizer(latents)
+        if perturb is not None:
+            codes = Codes(latents, quantized.z_q, self.quantizer.codebook, self.quantizer.similarity)
+            quantized = quantized._replace(z_q=perturb(codes))
         z = self.from_codes(quantized.z_q.to(self._dtype))
         losses = quantized.losses | routing | self.autoencoder.losses(images, z)
         return Reconstruction(self._decoded(z, text), quantized._replace(losses=losses))

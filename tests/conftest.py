@@ -7,12 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 
 import pytest
 import torch
-from random_network import Random
+from random_network import Random, RandomBackbone
 
 from lexel.networks import FEATURE_NETWORKS
+from lexel.networks.backbones import BACKBONES
 
 torch.set_num_threads(1)
 
+BACKBONES["random"] = RandomBackbone
 FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))

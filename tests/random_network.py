@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexel.errors import UsageError
+from lexel.networks.backbones import Backbone
 from lexel.networks.features import FeatureNetwork
+from lexel.networks.frozen import freeze
 from lexel.runtime import without_weights
 
 
@@ -51,3 +53,20 @@ class _Layers(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         images = F.relu(self.second(F.relu(self.first(images))))  # (B, 16, 8, 8)
         return images.mean((2, 3)), images[:, 0].flatten(1)
+
+
+class RandomBackbone(Backbone):
+    """Two smooth maps of the network above: 8 channels at stride 2, 16 at stride 4."""
+
+    widths = (8, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = freeze(Random._network())
+        if not next(self.network.buffers()).is_meta:
+            for name, tensor in Random.load().items():
+                self.network.get_buffer(name).copy_(tensor)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        shallow = torch.tanh(self.network.first(images.to(self.network.first.weight.dtype)))
+        return [shallow, torch.tanh(self.network.second(shallow))]

@@ -371,7 +371,7 @@ MISTAKES = [
     (["train", "tiny", "--out", "x", "--set", "model.quantizer.kind=ibqq"], "unknown quantizer 'ibqq'; choose from"),
     (
         ["train", "tiny", "--out", "x", "--set", "train.discriminator.kind=conv"],
-        "unknown kind 'conv'; choose from blur, blur_pooled, patch",
+        "unknown discriminator 'conv'; choose from blur, blur_pooled, features, patch",
     ),
     (["train", "tiny", "--out", "x", "--set", "data.source=nowhere"], "there is no file or folder 'nowhere'"),
     (["train", "tiny", "--out", "x", "--device", "cuda:7"], "cuda:7"),

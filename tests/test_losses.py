@@ -301,14 +301,14 @@ def test_the_blur_keeps_a_constant_and_weighs_1_3_3_1():
 
 def test_a_blur_discriminator_judges_each_image_by_itself():
     torch.manual_seed(0)
-    discriminator = BlurDiscriminator(stages=2, width=32)
+    discriminator = BlurDiscriminator(layers=2, width=32)
     images = noise(3, 3, 16, 16)
     torch.testing.assert_close(discriminator(images)[:1], discriminator(images[:1]))
 
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: PatchDiscriminator(layers=0), lambda: BlurDiscriminator(width=48), lambda: BlurDiscriminator(stages=0)],
+    [lambda: PatchDiscriminator(layers=0), lambda: BlurDiscriminator(width=48), lambda: BlurDiscriminator(layers=0)],
 )
 def test_impossible_discriminators_are_refused(build):
     with pytest.raises(UsageError, match="discriminator needs"):

@@ -17,7 +17,7 @@ from lexel import networks
 from lexel.errors import UsageError
 from lexel.networks import weights
 from lexel.networks.alexnet import AlexNet
-from lexel.networks.efficientnet_lite0 import _SameConv
+from lexel.networks.efficientnet_lite import _SameConv
 from lexel.networks.frozen import freeze
 from lexel.networks.inception import BlockE, Inception, InceptionV3
 from lexel.networks.resize import RESIZE, resize
@@ -158,7 +158,7 @@ def test_a_package_is_found_without_being_imported():
 
 
 def test_an_unknown_name_is_refused_with_the_choices():
-    with pytest.raises(UsageError, match="efficientnet_lite0, inception, lpips_alex, lpips_vgg"):
+    with pytest.raises(UsageError, match="efficientnet_lite0, efficientnet_lite2, inception, lpips_alex, lpips_vgg"):
         weights.load("resnet")
 
 
@@ -415,7 +415,7 @@ def test_a_feature_network_refuses_what_is_no_batch_of_images():
 
 
 def test_an_unknown_network_is_refused_with_the_choices():
-    with pytest.raises(UsageError, match="efficientnet_lite0, inception, random"):
+    with pytest.raises(UsageError, match="efficientnet_lite0, efficientnet_lite2, inception, random"):
         networks.build("dino")
 
 

@@ -20,6 +20,7 @@ from lexel import checkpoint, run_folder
 from lexel.checkpoint import load_state
 from lexel.config import check
 from lexel.errors import UsageError
+from lexel.losses import reconstruction
 from lexel.quantizers import save_bank
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.tokenizer import Tokenizer
@@ -384,8 +385,8 @@ def test_a_loss_that_is_nan_ends_the_run_with_the_last_good_checkpoint(pictures,
         calls.append(1)
         return l1(a, b) * (torch.nan if len(calls) == 6 else 1.0)
 
-    l1 = training.l1
-    monkeypatch.setattr(training, "l1", poisoned)
+    l1 = reconstruction.l1
+    monkeypatch.setattr(reconstruction, "l1", poisoned)
     with pytest.raises(TrainingStopped, match=r"stopped at step 6: loss and gradient_norm .*l1 nan.*00000004\.pt.*lr"):
         train_tokenizer(recipe(pictures), tmp_path, device="cpu")
     state = load_state(RunFolder(tmp_path, writes=False).checkpoint(4))
@@ -528,7 +529,7 @@ def test_the_adaptive_weight_makes_both_pull_equally_at_the_last_layer(pictures)
     seen = player.step(images(), True, 0.0)
     last = player.tokenizer.decoder.conv_out.weight
     made = player.tokenizer(images()).images
-    likeness = training.l1(made, images())
+    likeness = reconstruction.l1(made, images())
     with frozen(player.adversary.discriminator):
         pull = torch.autograd.grad(likeness, last, retain_graph=True)[0].norm()
         push = torch.autograd.grad(player.adversary.generator_loss(made), last)[0].norm()

@@ -31,11 +31,21 @@ def case(kind, accumulation=1, first=True, **discriminator):
     return {"kind": kind, "accumulation": accumulation, "first": first, **discriminator}
 
 
+# Losses with a projector and a balanced weight, and a discriminator on a frozen network's features.
+ALIGNED = {
+    "weights": {"l1": 1.0, "adversarial": 0.1, "va_vae": 0.5, "decoder": 0.3, "gram": 2.0},
+    "losses": {
+        "va_vae": {"teacher": "random"},
+        "decoder": {"kind": "repa", "teacher": "random", "at": "decoder.middle", "level": 0, "hidden": 8},
+        "gram": {"network": "random"},
+    },
+    "discriminator": {"kind": "features", "width": 8, "options": {"network": "random"}},
+}
 QUICK = [case("ema", 2), case("ibq", 2, first=False), case("vq", adaptive_over="process")]
 ALL = [case(kind, accumulation) for kind in sorted(QUANTIZERS) if kind not in RANDOM for accumulation in (1, 2)]
 
 
-def recipe(kind, accumulation, first, **discriminator):
+def recipe(kind, accumulation, first, train=None, **discriminator):
     quantizer = {"kind": kind, "codebook_dim": 4, **({} if kind == "none" else {"codebook_size": 16})}
     tables = {
         "model": {
@@ -67,6 +77,7 @@ def recipe(kind, accumulation, first, **discriminator):
                 "first": first,
                 **discriminator,
             },
+            **(train or {}),
         },
     }
     return check(tables, TokenizerRecipe, "test")
@@ -147,6 +158,10 @@ def compare(tmp_path, cases):
 
 def test_two_processes_train_as_one_with_the_same_global_batch(in_float64, tmp_path):
     compare(tmp_path, QUICK[:2])
+
+
+def test_losses_that_learn_train_the_same_on_two_processes(in_float64, tmp_path):
+    compare(tmp_path, [case("ibq", 2, train=ALIGNED)])
 
 
 @pytest.mark.slow

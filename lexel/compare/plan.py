@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from lexel import quantizers as table
 from lexel.config import Config, check, read
 from lexel.errors import UsageError
-from lexel.train.tokenizer import IMAGE_TERMS, TokenizerRecipe
+from lexel.train.objective import image_terms
+from lexel.train.tokenizer import TokenizerRecipe
 
 
 class Variant(Config):
@@ -78,7 +79,8 @@ def _recipe_of(
     options = own if is_own else variant.options
     table = recipe.model_dump(mode="json", exclude_none=True)
     table["model"]["quantizer"] = {**options, "kind": variant.kind, "codebook_size": size, "codebook_dim": dim}
-    shared = {term: weight for term, weight in recipe.train.weights.items() if is_own or term in IMAGE_TERMS}
+    images = {*image_terms(recipe.train)}
+    shared = {term: weight for term, weight in recipe.train.weights.items() if is_own or term in images}
     # Where a codebook collapses, what it does until the end is a result too.
     table["train"] |= {"collapse_patience": 0, **variant.train, "seed": seed}
     table["train"]["weights"] = {**shared, **variant.weights}

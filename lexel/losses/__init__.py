@@ -1,4 +1,4 @@
-"""What a tokenizer learns from: reconstruction, perception, and a discriminator's opinion."""
+"""What a tokenizer learns from: reconstruction, perception, a teacher's features, a discriminator's opinion."""
 
 from lexel.losses.adversarial import (
     DISCRIMINATOR_LOSSES,
@@ -7,18 +7,39 @@ from lexel.losses.adversarial import (
     discriminator_loss,
     generator_loss,
 )
-from lexel.losses.discriminator import DISCRIMINATORS, BlurDiscriminator, PatchDiscriminator
+from lexel.losses.alignment import REPA, VAVAE, Alignment, DecoderDistillation, FeatureReconstruction
+from lexel.losses.base import Loss, LossInputs
+from lexel.losses.discriminator import DISCRIMINATORS, BlurDiscriminator, FeatureDiscriminator, PatchDiscriminator
+from lexel.losses.gram import GramLoss
 from lexel.losses.lecam import LeCAM
 from lexel.losses.perceptual import LPIPS
-from lexel.losses.reconstruction import l1, l2
+from lexel.losses.perturbation import PERTURBATIONS, NearCodes
+from lexel.losses.reconstruction import DISTSLoss, L1Loss, L2Loss, LPIPSLoss, l1, l2
+from lexel.losses.table import LOSSES
 
 __all__ = [
     "DISCRIMINATORS",
     "DISCRIMINATOR_LOSSES",
     "GENERATOR_LOSSES",
+    "LOSSES",
     "LPIPS",
+    "PERTURBATIONS",
+    "REPA",
+    "VAVAE",
+    "Alignment",
     "BlurDiscriminator",
+    "DISTSLoss",
+    "DecoderDistillation",
+    "FeatureDiscriminator",
+    "FeatureReconstruction",
+    "GramLoss",
+    "L1Loss",
+    "L2Loss",
+    "LPIPSLoss",
     "LeCAM",
+    "Loss",
+    "LossInputs",
+    "NearCodes",
     "PatchDiscriminator",
     "adaptive_weight",
     "discriminator_loss",

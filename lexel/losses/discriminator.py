@@ -1,12 +1,15 @@
-"""Discriminators that judge an image patch by patch."""
+"""Discriminators that judge an image patch by patch, on pixels or on the features of a frozen network."""
 
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lexel.errors import UsageError
+from lexel.networks.backbones import backbone
 
 
 class PatchDiscriminator(nn.Module):
@@ -21,6 +24,8 @@ class PatchDiscriminator(nn.Module):
         layers: convolutions of stride 2, at least 1.
         width: channels after the first convolution.
     """
+
+    batch_norm: ClassVar[bool] = True
 
     def __init__(self, layers: int = 3, width: int = 64) -> None:
         super().__init__()
@@ -69,21 +74,22 @@ class BlurDiscriminator(nn.Module):
     256x256 images.
 
     Args:
-        stages: halvings of the grid, at least 1; the first keeps the width, each other doubles it.
+        layers: halvings of the grid, at least 1; the first keeps the width, each other doubles it.
         width: channels after the first convolution, a multiple of 32.
     """
 
+    batch_norm: ClassVar[bool] = False
     blur: Tensor
 
-    def __init__(self, stages: int = 3, width: int = 128) -> None:
+    def __init__(self, layers: int = 3, width: int = 128) -> None:
         super().__init__()
-        if stages < 1 or width < 1 or width % 32:
+        if layers < 1 or width < 1 or width % 32:
             raise UsageError(
-                f"a blur discriminator needs at least 1 stage and a width that is a multiple of 32, "
-                f"got {stages} and {width}"
+                f"a blur discriminator needs at least 1 layer and a width that is a multiple of 32, "
+                f"got {layers} and {width}"
             )
         self.stem = nn.Conv2d(3, width, 5, padding=2)
-        widths = [width, *(width * 2**number for number in range(stages))]
+        widths = [width, *(width * 2**number for number in range(layers))]
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
         self.norms = nn.ModuleList(nn.GroupNorm(32, wide) for wide in widths[1:])
         self.head = nn.Sequential(
@@ -120,8 +126,63 @@ class PooledBlurDiscriminator(BlurDiscriminator):
         return F.adaptive_max_pool2d(super().features(images), 16)
 
 
-DISCRIMINATORS: dict[str, type[PatchDiscriminator] | type[BlurDiscriminator]] = {
+class FeatureDiscriminator(nn.Module):
+    """Heads on the maps of a frozen network, as in StyleGAN-T and GigaTok (arXiv 2301.09515, 2504.08736).
+
+    Every map of the backbone has a head of its own: a 1x1 and a 3x3 convolution to `width` channels, the latter
+    residual, then one to a single channel; convolutions have spectral normalization, features are normalised by groups
+    within each image, so that logits do not depend on the batch (the published heads normalise over parts of a batch,
+    and convolve over sequences of tokens). Only the heads learn and are saved.
+
+    Args:
+        network: a backbone: efficientnet_lite0, vgg16, or a vision transformer of transformers by path or hub id.
+        width: channels of each head, a multiple of 8.
+        size: pixels a side of the images that the backbone sees; by default what they have.
+
+    Raises:
+        UsageError: the backbone or its weights are not here, or the width cannot be used.
+    """
+
+    batch_norm: ClassVar[bool] = False
+
+    def __init__(self, network: str = "efficientnet_lite0", width: int = 64, size: int | None = None) -> None:
+        super().__init__()
+        if width < 8 or width % 8:
+            raise UsageError(f"a feature discriminator needs a width that is a multiple of 8, got {width}")
+        if size is not None and size < 1:
+            raise UsageError(f"size must be a number of pixels, got {size}")
+        self.size = size
+        self.network = backbone(network)
+        self.heads = nn.ModuleList(_Head(channels, width) for channels in self.network.widths)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, n) of every place of every map, high where taken for real, for images (B, 3, H, W) in [-1, 1]."""
+        patch = self.network.patch
+        grid = (max(1, images.shape[2] // patch), max(1, images.shape[3] // patch))
+        maps = self.network.at(images, self.size, grid)
+        return torch.cat([head(each).flatten(1) for head, each in zip(self.heads, maps, strict=True)], 1)
+
+
+class _Head(nn.Module):
+    """A map (B, channels, h, w) to logits (B, 1, h, w)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = spectral_norm(nn.Conv2d(channels, width, 1))
+        self.second = spectral_norm(nn.Conv2d(width, width, 3, padding=1))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for _ in range(2))
+        self.last = spectral_norm(nn.Conv2d(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.norms[0](self.first(x)), 0.2)
+        x = (x + F.leaky_relu(self.norms[1](self.second(x)), 0.2)) / 2**0.5
+        return self.last(x)
+
+
+DISCRIMINATORS: dict[str, type[nn.Module]] = {
     "patch": PatchDiscriminator,
     "blur": BlurDiscriminator,
     "blur_pooled": PooledBlurDiscriminator,
+    "features": FeatureDiscriminator,
 }
+GROUP = "lexel.discriminators"  # the entry points by which other packages add theirs

@@ -1,7 +1,7 @@
 """LPIPS: distance between images in the features of a classifier (https://arxiv.org/abs/1801.03924), version 0.1."""
 
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,9 @@ from lexel.errors import UsageError, unknown
 from lexel.losses.precision import at_least_float32
 from lexel.networks import weights as pretrained
 from lexel.networks.alexnet import AlexNet
-from lexel.networks.frozen import freeze
+from lexel.networks.frozen import frozen_with
 from lexel.networks.vgg16 import VGG16
-from lexel.runtime import without_weights
+from lexel.runtime import on_meta
 
 NETWORKS: dict[str, type[VGG16] | type[AlexNet]] = {"vgg": VGG16, "alex": AlexNet}
 
@@ -39,12 +39,13 @@ class LPIPS(nn.Module):
         if network not in NETWORKS:
             raise unknown("LPIPS network", network, NETWORKS)
         self.network = network
-        tensors = pretrained.load(f"lpips_{network}", weights)
-        with without_weights():  # every tensor comes from the file: nothing is drawn, no random state is touched
-            trunk = NETWORKS[network]()
-        heads = [tensors.pop(f"heads.{number}") for number in range(len(trunk.TAP_WIDTHS))]
-        trunk.load_state_dict(tensors, strict=True, assign=True)
-        self.trunk = freeze(trunk)
+        trunk = NETWORKS[network]
+        tensors = None if on_meta() else pretrained.load(f"lpips_{network}", weights)
+        heads = [
+            torch.empty(width) if tensors is None else tensors.pop(f"heads.{number}")
+            for number, width in enumerate(trunk.TAP_WIDTHS)
+        ]
+        self.trunk = cast("VGG16 | AlexNet", frozen_with(trunk, tensors))
         for number, head in enumerate(heads):
             self.register_buffer(f"head_{number}", head.flatten(), persistent=False)  # (C,)
         # To the mean and the deviation of ImageNet's channels, for images in [-1, 1].

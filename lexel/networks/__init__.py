@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from lexel import registry
-from lexel.networks.efficientnet_lite0 import EfficientNetLite0
+from lexel.networks.efficientnet_lite import EfficientNetLite0, EfficientNetLite2
 from lexel.networks.features import FeatureNetwork, Features
 from lexel.networks.inception import Inception
 
 GROUP = "lexel.networks"  # entry points of other packages
 
 FEATURE_NETWORKS: dict[str, type[FeatureNetwork]] = {
-    network.name: network for network in (EfficientNetLite0, Inception)
+    network.name: network for network in (EfficientNetLite0, EfficientNetLite2, Inception)
 }
 
 

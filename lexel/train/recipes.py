@@ -1,33 +1,30 @@
 """Training recipes: the typed sections of a tokenizer's and of a generator's TOML file."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
+from torch import nn
 
+from lexel import registry
 from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
 from lexel.errors import UsageError
 from lexel.evaluate import EvaluationConfig
 from lexel.generators import Generator, GeneratorConfig, NetworkOptions
-from lexel.losses import (
-    DISCRIMINATOR_LOSSES,
-    DISCRIMINATORS,
-    GENERATOR_LOSSES,
-    BlurDiscriminator,
-    PatchDiscriminator,
-)
+from lexel.losses import DISCRIMINATOR_LOSSES, DISCRIMINATORS, GENERATOR_LOSSES, discriminator, perturbation
 from lexel.quantizers import QUANTIZERS
 from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.objective import Objective, image_terms
 
 Precision = Literal["float32", "bf16", "fp16"]
 Network = TypeVar("Network")
 Beta = Annotated[float, Field(ge=0, lt=1)]
-
-IMAGE_TERMS = ("l1", "l2", "lpips", "adversarial")  # what a recipe may weigh beside the quantizer's own terms
 
 
 def refuse_unused(section: Config, names: tuple[str, ...], used: bool, needs: str) -> None:
@@ -128,9 +125,10 @@ class DiscriminatorConfig(Config):
     """The discriminator of the adversarial term; it trains where `weights.adversarial` is not 0."""
 
     start: float = Field(default=0, ge=0)  # it begins after this many epochs or steps, in the unit of the run's length
-    kind: str = "patch"  # or blur: of the published pretrained tokenizers, at layers = 3 and width = 128
+    kind: str = "patch"  # or blur: of the published pretrained tokenizers, at layers = 3 and width = 128; features
     layers: int = Field(default=3, ge=1, le=32)
     width: int = Field(default=64, ge=1)
+    options: dict[str, Any] = {}  # further arguments of the kind: { network = "vgg16" } for kind = "features"
     loss: str = "hinge"
     generator_loss: str = "non_saturating_image"
     adaptive: bool = False  # multiplies weights.adversarial so that both gradients are equal at the last layer
@@ -148,7 +146,6 @@ class DiscriminatorConfig(Config):
     @model_validator(mode="after")
     def _known(self) -> "DiscriminatorConfig":
         tables: dict[str, Mapping[str, Any]] = {
-            "kind": DISCRIMINATORS,
             "loss": DISCRIMINATOR_LOSSES,
             "generator_loss": GENERATOR_LOSSES,
         }
@@ -157,13 +154,26 @@ class DiscriminatorConfig(Config):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
         refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
         refuse_unused(self, ("adaptive_over",), self.adaptive, "adaptive")
-        refuse_unused(self, ("statistics",), self.kind != "blur", "batch norm, which kind = 'blur' does not have")
+        network = registry.lookup(DISCRIMINATORS, self.kind, "discriminator", discriminator.GROUP)
+        needs = f"batch norm, which kind = {self.kind!r} does not have"
+        refuse_unused(self, ("statistics",), getattr(network, "batch_norm", True), needs)
+        takes = inspect.signature(network).parameters
+        refuse_unused(self, ("layers",), "layers" in takes, f"a kind that has layers, which {self.kind!r} has not")
+        refuse_unused(self, ("width",), "width" in takes, f"a kind that has a width, which {self.kind!r} has not")
         buildable(self.build)
         return self
 
-    def build(self) -> PatchDiscriminator | BlurDiscriminator:
+    def build(self) -> nn.Module:
         """The network."""
-        return DISCRIMINATORS[self.kind](self.layers, self.width)
+        network = registry.lookup(DISCRIMINATORS, self.kind, "discriminator", discriminator.GROUP)
+        takes = inspect.signature(network).parameters
+        sizes = {name: getattr(self, name) for name in ("layers", "width") if name in takes}
+        twice = sorted(sizes.keys() & self.options.keys())
+        if twice:
+            raise UsageError(
+                f"discriminator.options.{twice[0]} is an option of the discriminator itself; give it there"
+            )
+        return registry.build(network, self.kind, {**sizes, **self.options}, "discriminator")
 
 
 class TrainConfig(LoopConfig):
@@ -172,6 +182,10 @@ class TrainConfig(LoopConfig):
     betas: list[Beta] = Field(default=[0.5, 0.9], min_length=2, max_length=2)
     weights: dict[str, float] = {"l1": 1.0}  # of loss terms; the quantizer's default to its own LOSS_WEIGHTS
     lpips: Literal["vgg", "alex"] = "vgg"  # the network behind the term lpips
+    losses: dict[
+        str, dict[str, Any]
+    ] = {}  # options of losses by their names in `weights`; `kind` is the name if absent
+    perturbation: dict[str, Any] | None = None  # of codes on their way to the decoder: a kind and its options
     discriminator: DiscriminatorConfig | None = None
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     average_warm_up: bool = False
@@ -187,7 +201,15 @@ class TrainConfig(LoopConfig):
             raise ValueError(
                 "weights needs a reconstruction term: l1, l2 or lpips (proxy_codes in TiTok's first stage)"
             )
-        refuse_unused(self, ("lpips",), bool(self.weights.get("lpips")), "weights.lpips")
+        for name in self.losses:
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "adversarial":
+                raise ValueError(f"losses.{name}: a loss is named in small letters, digits and _, and not adversarial")
+            if name not in self.weights:
+                raise ValueError(f"losses.{name} has no weight; give weights.{name} (0 switches it off)")
+        by_weight = bool(self.weights.get("lpips")) and "lpips" not in self.losses
+        refuse_unused(self, ("lpips",), by_weight, "weights.lpips" + (" alone" if "lpips" in self.losses else ""))
+        if self.perturbation is not None:
+            perturbation.build(self.perturbation)
         for evaluation in self.evaluations:
             evaluation.check()
         micro_batch = self.batch_size // self.accumulation
@@ -228,8 +250,12 @@ class TokenizerRecipe(Config):
             )
         weights = [kind.LOSS_WEIGHTS for kind in QUANTIZERS.values()]
         weights += [kind.LOSS_WEIGHTS for kind in AUTOENCODERS.values()]
-        known = {*IMAGE_TERMS, *(term for table in weights for term in table)}
-        own = {*IMAGE_TERMS, *tokenizer.loss_weights}
+        terms = {*image_terms(self.train)}
+        known = {*terms, *(term for table in weights for term in table)}
+        own = {*terms, *tokenizer.loss_weights}
+        for name in self.train.losses:
+            if name in tokenizer.loss_weights:
+                raise ValueError(f"train.losses.{name} has the name of a term of the model; give it another")
         for term, weight in self.train.weights.items():
             if term not in known | own:
                 raise ValueError(
@@ -238,8 +264,11 @@ class TokenizerRecipe(Config):
             if weight and term not in own:
                 raise ValueError(
                     f"train.weights.{term} = {weight:g} has no effect: the model has no such loss term, only "
-                    f"{', '.join(sorted(own - {*IMAGE_TERMS})) or 'none'} (--set train.weights.{term}=none)"
+                    f"{', '.join(sorted(own - terms)) or 'none'} (--set train.weights.{term}=none)"
                 )
+        buildable(lambda: Objective(self.train, self.model, self.data.size))
+        if self.train.perturbation is not None:
+            check_perturbable(tokenizer)
         return self
 
     def resolved(self) -> "TokenizerRecipe":
@@ -247,6 +276,16 @@ class TokenizerRecipe(Config):
         with without_weights():
             weights = {**Tokenizer(self.model).loss_weights, **self.train.weights}
         return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
+
+
+def check_perturbable(tokenizer: Tokenizer) -> None:
+    """Refuses quantizers whose tokens are not one code of one table for each place."""
+    quantizer = tokenizer.quantizer
+    one_table = quantizer.books is None and not tokenizer.continuous and tokenizer.autoencoder.shares is None
+    if not one_table or quantizer.index_shape((2, 2)) != (2, 2):
+        raise ValueError(
+            "train.perturbation swaps codes of one table, one at each place, which this quantizer does not have"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- generators

@@ -6,10 +6,10 @@ order (https://arxiv.org/abs/2012.09841): the tokenizer first, then the discrimi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,15 @@ from lexel.distributed import barrier, mean_over_processes
 from lexel.errors import UsageError
 from lexel.evaluate import EvaluationConfig, Options
 from lexel.loading import load_tokenizer
-from lexel.losses import LPIPS, adaptive_weight, l1, l2
+from lexel.losses import LossInputs, adaptive_weight, perturbation
+from lexel.losses.perturbation import Codes
 from lexel.metrics.health import diagnose, rehearsal
-from lexel.quantizers import outline
+from lexel.quantizers import Quantized, outline
 from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import TrainingStopped
-from lexel.tokenizer import Reconstruction, Tokenizer
+from lexel.tokenizer import Tokenizer
 from lexel.train.adversary import Adversary
+from lexel.train.objective import Objective, gathered
 from lexel.train.optimization import (
     RunningMeans,
     WeightAverage,
@@ -41,13 +43,21 @@ from lexel.train.optimization import (
     to_device,
 )
 from lexel.train.processes import Processes
-from lexel.train.recipes import IMAGE_TERMS, InitConfig, TokenizerRecipe
+from lexel.train.recipes import InitConfig, TokenizerRecipe
 from lexel.train.session import ProgressCallback, Session, Trained
 from lexel.train.validation import require_readable, validate
 
-__all__ = ["IMAGE_TERMS", "Learner", "TokenizerRecipe", "initialise", "load_run", "train_tokenizer"]
+__all__ = ["Learner", "TokenizerRecipe", "initialise", "load_run", "train_tokenizer"]
 
 COLLAPSED = 1.1  # a perplexity below this is one code
+
+
+class Forward(NamedTuple):
+    """The result of a training pass."""
+
+    images: Tensor  # reconstructions (B, C, H, W), not clamped
+    quantized: Quantized
+    features: dict[str, Tensor]  # those that losses ask for
 
 
 class Learner:
@@ -64,11 +74,16 @@ class Learner:
         self.tokenizer = tokenizer.to(device)
         set_layout(self.tokenizer, train.channels_last)
         self.average = WeightAverage(self.tokenizer, train.average_decay, train.average_warm_up)
+        with torch.random.fork_rng(devices=[]):
+            seed_step(train.seed, -2, 0)  # projectors begin alike in every process, and shift no other random number
+            self.objective = Objective(recipe.resolved().train, recipe.model, recipe.data.size).to(device)
         self.learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
+        self.learning += self.objective.parameters()
         self.optimizer = torch.optim.Adam(self.learning, train.lr, (train.betas[0], train.betas[1]))
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.means = RunningMeans()
-        self.lpips = LPIPS(train.lpips).to(device) if self.weights.get("lpips") else None
+        self.perturbation = perturbation.build(train.perturbation) if train.perturbation is not None else None
+        self.progress = 0.0  # of the training, in [0, 1]
         self.adversary = None
         if train.discriminator is not None and self.weights.get("adversarial"):
             self.adversary = Adversary(train, train.discriminator, processes)
@@ -79,6 +94,7 @@ class Learner:
             "scaler": self.scaler,
             "means": self.means,
             **(self.adversary.parts if self.adversary is not None else {}),
+            **({"objective": self.objective} if self.objective.state_dict() else {}),
         }
         self.ddp_module = processes.parallel(self.tokenizer, unused=0 in self.weights.values())
         self.tokenizer.train()
@@ -128,7 +144,7 @@ class Learner:
         micro_batches: list[Tensor],
         adversary: Adversary | None,
         lr_factor: float,
-        forward: Reconstruction | None = None,
+        forward: Forward | None = None,
     ) -> dict[str, Tensor]:
         """The tokenizer learns to reconstruct, and to look real to the discriminator as it is now."""
         means = RunningMeans()
@@ -138,10 +154,11 @@ class Learner:
                 with self.processes.no_sync_unless(number == len(micro_batches) - 1, self.ddp_module):
                     reconstruction = self._forward(images) if forward is None else forward
                     with self.processes.runtime.autocast():
-                        terms = self._reconstruction_terms(images, reconstruction.images)
-                        reconstruction_loss = weighted_sum(terms, self.weights)
+                        inputs = LossInputs(images, reconstruction.images, reconstruction.features)
+                        terms, reconstruction_loss, others = self.objective(inputs, self.tokenizer.encoder)
                         terms |= reconstruction.quantized.losses
                         loss = reconstruction_loss + weighted_sum(reconstruction.quantized.losses, self.weights)
+                        loss = loss if others is None else loss + others
                         if adversary is not None:
                             terms["adversarial"] = adversary.generator_loss(reconstruction.images)
                             weight = self._adversarial_weight(reconstruction_loss, terms["adversarial"])
@@ -149,26 +166,26 @@ class Learner:
                             terms["adversarial_weight"] = weight
                     self.scaler.scale(loss / len(micro_batches)).backward()
                 means.add({**terms, "loss": loss})
+        self.objective.average_gradients()
         set_learning_rate(self.optimizer, lr_factor * self.config.lr)
         norm = optimizer_step(self.optimizer, self.scaler, self.learning, self.config.clip)
         self.average.update(self.tokenizer)
         return {**means.tensors(), "gradient_norm": norm}
 
-    def _forward(self, images: Tensor) -> Reconstruction:
-        with self.processes.runtime.autocast():
-            return self.ddp_module(images)
+    def _forward(self, images: Tensor) -> Forward:
+        grid = self.tokenizer.grid(images.shape[2], images.shape[3])
+        with self.processes.runtime.autocast(), gathered(self.tokenizer, self.objective.features, grid) as features:
+            images, quantized = self.ddp_module(images, **self._perturbing())
+        return Forward(images, quantized, {name: features[name] for name in self.objective.features})
 
     @torch.no_grad()
     def _reconstructions(self, micro_batches: list[Tensor]) -> list[Tensor]:
         """The reconstructions that a training pass gives: the same random numbers, and no statistics move."""
         with rehearsal(self.tokenizer), self.processes.runtime.autocast():
-            return [self.tokenizer(images).images for images in micro_batches]
+            return [self.tokenizer(images, **self._perturbing()).images for images in micro_batches]
 
-    def _reconstruction_terms(self, images: Tensor, reconstructions: Tensor) -> dict[str, Tensor]:
-        terms = {"l1": l1(reconstructions, images), "l2": l2(reconstructions, images)}
-        if self.lpips is not None:
-            terms["lpips"] = self.lpips(reconstructions, images).mean()
-        return {name: term for name, term in terms.items() if self.weights.get(name)}
+    def _perturbing(self) -> dict[str, Callable[[Codes], Tensor]]:
+        return {} if self.perturbation is None else {"perturb": partial(self.perturbation, progress=self.progress)}
 
     def _adversarial_weight(self, reconstruction_loss: Tensor, adversarial: Tensor) -> Tensor:
         weight = torch.full((), self.weights["adversarial"], device=reconstruction_loss.device)
@@ -239,6 +256,7 @@ def train_tokenizer(
         for step in session.steps():
             batch = next(batches)
             tokenizer.quantizer.anneal(step.progress)
+            learner.progress = step.progress
             losses = learner.step(batch.images, step.number >= start * step.unit, step.lr_factor)
             left_out = {"unreadable": len(batches.unreadable)} if batches.unreadable else {}
             session.log(step, losses, {"lr": step.lr_factor * config.lr, **left_out})
@@ -250,7 +268,7 @@ def train_tokenizer(
                     session.micro_batch,
                     processes,
                     config.validation_images,
-                    learner.lpips,
+                    learner.objective.lpips,
                     data.workers,
                     on_error,
                 )
