@@ -141,11 +141,11 @@ class TransformersBackbone(Backbone):
 
     def __init__(self, source: str) -> None:
         super().__init__()
+        folder = local_folder(source)
         try:
             import transformers  # type: ignore[import-not-found, unused-ignore]
         except ImportError:
             raise UsageError(f"the network {source} needs transformers: pip install 'lexel[text]'") from None
-        folder = local_folder(source)
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             config = transformers.AutoConfig.from_pretrained(folder, **local)
