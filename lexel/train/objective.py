@@ -18,6 +18,8 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 if TYPE_CHECKING:
     from lexel.train.recipes import TrainConfig
 
+QUANTIZED = ("latents", "codes")  # features that are the quantizer's argument and result
+
 
 def image_terms(train: "TrainConfig") -> list[str]:
     """What a recipe may weigh beside the terms of its model, in the order in which the terms are added up."""
@@ -143,9 +145,6 @@ def feature_shapes(model: TokenizerConfig, size: int, names: Sequence[str]) -> d
             tokenizer.decode_codes(z_q)
         found |= {"latents": z, "codes": z_q}
     return {name: tuple(found[name].shape[1:]) for name in names}
-
-
-QUANTIZED = ("latents", "codes")  # features that are the quantizer's argument and result
 
 
 @contextmanager
