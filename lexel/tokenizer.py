@@ -18,6 +18,7 @@ from lexel.losses.perturbation import Codes
 from lexel.provenance import of_folder as provenance_of_folder
 from lexel.quantizers import Continuous, Levels, Quantized, Quantizer
 from lexel.quantizers.base import straight_through
+from lexel.quantizers.living import Recoded
 from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
 
@@ -334,6 +335,13 @@ class Tokenizer(nn.Module):
                 for buffer in module._non_persistent_buffers_set:
                     setattr(tokenizer.quantizer.get_submodule(name), buffer, getattr(module, buffer))
         return tokenizer.eval()
+
+    def recoded(self, recoded: Recoded) -> Self:
+        """The same tokenizer around its quantizer with fewer or more codes, as `prune` and `grow` of that give it."""
+        rest = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("quantizer.")}
+        state = rest | {f"quantizer.{name}": tensor for name, tensor in recoded.state.items()}
+        config = self.config.model_copy(update={"quantizer": recoded.table})
+        return self.with_weights(config, state, "the tokenizer with other codes")
 
     def fingerprint(self) -> str:
         """Names these weights in token sets and result files: the same for equal weights, whatever their history."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from test_transformer import shake
 from torch import Tensor
 
+from lexel.codebooks import prune_tokenizer
 from lexel.config import load
 from lexel.errors import UsageError
 from lexel.generators import FREE, Generator, GeneratorConfig
@@ -479,3 +480,24 @@ def test_recipes_have_the_published_parameter_counts(recipe):
 @pytest.mark.parametrize("kind", ["flow", "continuous", "next_scale", "residual"])
 def test_the_small_recipe_of_a_family_is_of_that_family(kind):
     assert load(RECIPES / f"generator_{kind}_small.toml", GeneratorRecipe).generator.kind == kind
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith(("next_scale", "residual", "continuous"))])
+def test_a_pruned_generator_gives_the_codes_that_stay_their_old_losses_and_logits(name):
+    generator = make(name)
+    kept = torch.tensor([0, 2, 3, 7, 10])
+    small = generator.prune(kept)
+    if generator.needs_tokenizer:
+        small.attach(prune_tokenizer(generator.tokenizer, kept))
+    numbers = torch.randint(0, 5, (2, *generator.grid), generator=torch.Generator().manual_seed(0))
+    condition = torch.tensor([0, 1])
+    results = []
+    for one, tokens in ((generator, kept[numbers]), (small, numbers)):
+        torch.manual_seed(0)
+        found = one(tokens, condition)
+        results.append(next(iter(found.values())) if isinstance(found, dict) else found.logits)
+    if isinstance(results[0], Tensor):  # a model of the codes' vectors has no rows of codes
+        torch.testing.assert_close(results[1], results[0])
+        return
+    for new, old in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(new, old[..., kept], atol=1e-12, rtol=1e-12)

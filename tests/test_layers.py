@@ -23,7 +23,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
     {"report", "sample_parts"},
     {"train"},
-    {"inspection", "tables"},
+    {"inspection", "tables", "codebooks"},
     {"publish"},
     {"compare", "demo", "leaderboard", "studio"},
     {"cli"},

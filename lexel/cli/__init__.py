@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lexel import __version__
-from lexel.cli import images, measure, models, probe, studio, train
+from lexel.cli import codebooks, images, measure, models, probe, studio, train
 from lexel.cli.options import say
 from lexel.errors import UsageError
 
@@ -32,6 +32,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": measure.evaluate,
     "sample": measure.sample,
     "probe": probe.probe,
+    "usage": codebooks.usage,
+    "prune": codebooks.prune,
+    "grow": codebooks.grow,
     "compare": train.compare,
     "leaderboard": studio.leaderboard,
     "studio": studio.studio,

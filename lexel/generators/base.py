@@ -19,6 +19,7 @@ from lexel.errors import UsageError
 from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter, watched
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig
 from lexel.generators.pretrained import Pretrained
+from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
 from lexel.token_spec import TokenSpec
 
@@ -120,6 +121,14 @@ class Generator(Pretrained):
     def held_bytes(self) -> int:
         """Memory that the last call still holds and the next may use."""
         return 0
+
+    def prune(self, kept: Tensor) -> "Generator":
+        """The same generator over the codes `kept` (n,) alone, without a tokenizer: heads and embeddings are cut.
+
+        Raises:
+            UsageError: the family's weights do not follow its codes one by one.
+        """
+        return pruned(self, kept)
 
     @property
     def sub_tokens(self) -> int:

@@ -7,6 +7,7 @@ A folder holds `tokens.json` (what the tokens are and whose) and, for every shar
 from lexel.data.tokens.export import export_parquet, export_webdataset
 from lexel.data.tokens.format import INDEX, index_dtype
 from lexel.data.tokens.merge import merge_tokens
+from lexel.data.tokens.remap import remap_tokens
 from lexel.data.tokens.sequences import SequenceFormat, SequenceSet, export_sequences
 from lexel.data.tokens.token_set import TokenBatch, TokenSet
 from lexel.data.tokens.write import write_tokens
@@ -22,5 +23,6 @@ __all__ = [
     "export_webdataset",
     "index_dtype",
     "merge_tokens",
+    "remap_tokens",
     "write_tokens",
 ]

@@ -137,7 +137,7 @@ class TokenSet:
                 arrays.header(ONLY, *tokens._layout(number))
         if verify == "now":
             for number in range(len(shards)):
-                tokens._shard(number)
+                tokens.shard(number)
                 tokens._features(number)
         return tokens
 
@@ -166,7 +166,7 @@ class TokenSet:
         crops = np.broadcast_to(crops, len(numbers))
         result = np.empty((len(numbers), *self.grid), np.int64)
         for shard, chosen, rows in self._places(numbers):
-            result[chosen] = self._shard(shard)[rows, crops[chosen]]
+            result[chosen] = self.shard(shard)[rows, crops[chosen]]
         return torch.from_numpy(result)
 
     def features(self, numbers: Sequence[int] | np.ndarray) -> Tensor | None:
@@ -269,7 +269,7 @@ class TokenSet:
         labels = None if self.labels is None else torch.from_numpy(self.labels[numbers])
         return TokenBatch(self.tokens(numbers, crops), labels, torch.from_numpy(numbers), self.features(numbers))
 
-    def _shard(self, number: int) -> np.ndarray:
+    def shard(self, number: int) -> np.ndarray:
         """A shard's tokens (rows, crops, *grid), mapped into memory; checked when it is first used."""
         if number not in self._shards:
             path = shard_path(self.folder, number, ".npy")

@@ -11,6 +11,7 @@ from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.neighbours import KID, MMD, PrecisionRecall
 from lexel.evaluate.metrics.pixels import L1, PSNR, SSIM
 from lexel.evaluate.metrics.score import InceptionScore
+from lexel.evaluate.metrics.unseen import UnseenCodes
 from lexel.evaluate.metrics.usage import Usage
 
 GROUP = "lexel.metrics"  # entry points of other packages
@@ -26,6 +27,7 @@ METRICS: dict[str, type[Metric]] = {  # results come in this order
     "lpips": LPIPSDistance,
     "dists": DISTSDistance,
     "usage": Usage,
+    "unseen_codes": UnseenCodes,
     "latents": Latents,
     "precision_recall": PrecisionRecall,
     "kid": KID,
