@@ -482,7 +482,9 @@ def test_the_small_recipe_of_a_family_is_of_that_family(kind):
     assert load(RECIPES / f"generator_{kind}_small.toml", GeneratorRecipe).generator.kind == kind
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith(("next_scale", "residual", "continuous"))])
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name.startswith(("next_scale", "residual", "continuous"))]
+)
 def test_a_pruned_generator_gives_the_codes_that_stay_their_old_losses_and_logits(name):
     generator = make(name)
     kept = torch.tensor([0, 2, 3, 7, 10])
