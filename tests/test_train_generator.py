@@ -504,11 +504,12 @@ def train_on(processes: int, made: GeneratorRecipe, out: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_learn_what_one_does(tokens, tmp_path, fsdp):
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_learn_what_one_does(tokens, tmp_path, fsdp, count):
     still = {"dropout": 0.0, "class_dropout": 0.0}  # random numbers differ between processes
     alone = train_generator(recipe(tokens, still), tmp_path / "alone", device="cpu")
-    train_on(2, recipe(tokens, still, fsdp=fsdp), tmp_path / "two")
-    found = Generator.from_pretrained(tmp_path / "two")
+    train_on(count, recipe(tokens, still, fsdp=fsdp), tmp_path / "several")
+    found = Generator.from_pretrained(tmp_path / "several")
     for name, value in alone.model.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
     lines = [
@@ -517,7 +518,7 @@ def test_two_processes_learn_what_one_does(tokens, tmp_path, fsdp):
             for line in read_metrics(tmp_path / name / "metrics.jsonl")
             if line["kind"] == "validation"
         ]
-        for name in ("alone", "two")
+        for name in ("alone", "several")
     ]
     assert lines[0] == pytest.approx(lines[1], rel=1e-4)
 
