@@ -45,6 +45,16 @@ def all_sum(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def all_max(values: Tensor) -> Tensor:
+    """The largest of each of `values` over all processes; no gradient."""
+    if processes() == 1:
+        return values
+    reachable = _reachable(values.clone())
+    dist.all_reduce(reachable, dist.ReduceOp.MAX)
+    return reachable.to(values.device)
+
+
+@torch.no_grad()
 def group_mean(values: Tensor, weight: float, together: int) -> tuple[Tensor, Tensor]:
     """The weighted mean of `values` over runs of `together` consecutive processes, and what a local value counts in it.
 
