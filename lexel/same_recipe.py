@@ -17,6 +17,7 @@ OPERATIONAL = {
     "train.validate_every",
     "train.collapse_patience",
     "train.checkpointing",
+    "train.shard_codebook",
     "train.trackers",
     "train.evaluations",
     *(

@@ -14,7 +14,8 @@ from accelerate.state import AcceleratorState
 from lexel.config import check, flatten
 from lexel.data import TRANSFORMS, training_batches
 from lexel.data.images import ArrayImages
-from lexel.quantizers import QUANTIZERS
+from lexel.errors import UsageError
+from lexel.quantizers import QUANTIZERS, sharding
 from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import seed_step
 from lexel.train.processes import Processes
@@ -27,8 +28,9 @@ OPTIONS = {"ibq": {"statistics": "global"}, "lfq": {"statistics": 2}, "bsq": {"s
 RANDOM = {"gumbel", "nested"}
 
 
-def case(kind, accumulation=1, first=True, batch=8, **discriminator):
-    return {"kind": kind, "accumulation": accumulation, "first": first, "batch": batch, **discriminator}
+def case(kind, accumulation=1, first=True, batch=8, spread=False, **discriminator):
+    options = {"kind": kind, "accumulation": accumulation, "first": first, "batch": batch, "spread": spread}
+    return {**options, **discriminator}
 
 
 # Losses with a projector and a balanced weight, and a discriminator on a frozen network's features.
@@ -41,11 +43,11 @@ ALIGNED = {
     },
     "discriminator": {"kind": "features", "width": 8, "options": {"network": "random"}},
 }
-QUICK = [case("ema", 2), case("ibq", 2, first=False), case("vq", adaptive_over="process")]
+QUICK = [case("ema", 2), case("ibq", 2, first=False, spread=True), case("vq", adaptive_over="process")]
 KINDS = sorted(QUANTIZERS.keys() - RANDOM)
 
 
-def recipe(kind, accumulation, first, batch, train=None, **discriminator):
+def recipe(kind, accumulation, first, batch, spread, train=None, **discriminator):
     quantizer = {"kind": kind, "codebook_dim": 4, **({} if kind == "none" else {"codebook_size": 16})}
     tables = {
         "model": {
@@ -67,6 +69,7 @@ def recipe(kind, accumulation, first, batch, train=None, **discriminator):
             "accumulation": accumulation,
             "lr": 1e-3,
             "clip": 1.0,
+            "shard_codebook": spread,
             "weights": {"l1": 1.0, "adversarial": 0.1},
             "discriminator": {
                 "layers": 1,
@@ -85,7 +88,7 @@ def recipe(kind, accumulation, first, batch, train=None, **discriminator):
 
 def trained(options, processes):
     """Everything that a few steps of a case leave behind, as a flat table of tensors, and the mean losses."""
-    chosen = recipe(**options)
+    chosen = recipe(**{**options, "spread": options["spread"] and processes.count > 1})
     torch.manual_seed(0)
     learner = Learner(chosen, Tokenizer(chosen.model), processes)
     generator = np.random.default_rng(0)
@@ -168,6 +171,28 @@ def test_losses_that_learn_train_the_same_on_two_processes(in_float64, tmp_path)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_quantizer_trains_the_same_on_one_two_and_four_processes(in_float64, tmp_path, kind):
     compare(tmp_path, [case(kind, accumulation, batch=16) for accumulation in (1, 2)], [2, 4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ibq", "vq"])
+def test_a_codebook_spread_over_processes_learns_what_a_whole_one_does(in_float64, tmp_path, kind):
+    compare(tmp_path, [case(kind, accumulation, batch=16, spread=True) for accumulation in (1, 2)], [2, 4])
+
+
+def test_only_tables_that_processes_can_share_are_spread():
+    with pytest.raises(UsageError, match="codes of EMA cannot be spread over processes; those of vq and ibq can be"):
+        sharding.shard(QUANTIZERS["ema"](8, 2))
+    with pytest.raises(UsageError, match="do not restart"):
+        sharding.shard(QUANTIZERS["vq"](8, 2, restart_below=1.0))
+    for quantizer in (QUANTIZERS[kind](8, 2) for kind in ("vq", "ibq")):
+        z, before = torch.randn(2, 2, 3), quantizer.state_dict()["weight"]
+        expected = quantizer(z).z_q
+        sharding.shard(quantizer)
+        with sharding.whole(quantizer):
+            assert not quantizer.sharded
+        torch.testing.assert_close(quantizer(z).z_q, expected)
+        sharding.gather(quantizer)
+        assert torch.equal(quantizer.state_dict()["weight"], before)
 
 
 def test_the_adaptive_weight_of_each_process_is_another_choice(in_float64, tmp_path):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
-from lexel.kernels import SIMILARITIES, Similarity, nearest
+from lexel.kernels import SIMILARITIES, Similarity, nearest, sharded
 from lexel.quantizers import bounds
 from lexel.quantizers.living import LivingCodebook
 
@@ -78,6 +78,8 @@ class Quantizer(LivingCodebook):
     comparable_norms: bool = True  # latents and codes are compared as they are, so that their lengths should agree
     stores_table: bool = True  # K x D numbers lie in memory; False where codes follow from their index
     exact_in_training: bool = True  # z_q is what the indices name in training too, not an average, part or older code
+    can_be_sharded: bool = False  # the rows of `weight` may be spread over processes (`lexel.quantizers.sharding`)
+    sharded: bool = False  # they are: `weight` has this process's rows, and all processes call together
     starts_collapsed: bool = False  # all codes are alike before the first training steps, by design
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
@@ -127,7 +129,8 @@ class Quantizer(LivingCodebook):
     @full_precision
     def assign(self, z: Tensor) -> Tensor:
         """The index of each latent, without losses: int64 (B, *grid) for z (B, D, *grid)."""
-        return nearest(as_vectors(z), self.codebook, self.similarity).view(z.shape[0], *z.shape[2:])
+        search = sharded.nearest if self.sharded else nearest
+        return search(as_vectors(z), self.codebook, self.similarity).view(z.shape[0], *z.shape[2:])
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         """The codes that indices name: (B, D, *grid).
@@ -136,6 +139,8 @@ class Quantizer(LivingCodebook):
             indices: int64 (B, *index_shape(grid)).
             grid: of the latents; needed where the shape of the indices does not tell it (several scales in one row).
         """
+        if self.sharded:
+            return sharded.lookup(indices.flatten(), self.codebook).view(*indices.shape, -1).movedim(-1, 1)
         return lookup(indices, self.codebook).movedim(-1, 1)
 
     def bake(self) -> "Quantizer":

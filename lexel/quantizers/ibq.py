@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation
+from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation, sharded
 from lexel.quantizers import bounds
 from lexel.quantizers.base import Advice, Quantized, Quantizer, Table, as_grid, as_vectors, choose, full_precision
 from lexel.quantizers.statistics import Statistics, check_statistics, groups
@@ -50,6 +50,8 @@ class IBQ(Quantizer):
         "entropy_sample": 0.05,
         "entropy_batch": -0.05,
     }
+
+    can_be_sharded = True
 
     def __init__(
         self,
@@ -108,7 +110,8 @@ class IBQ(Quantizer):
         self.restart_dead(z)
         vectors = as_vectors(self.as_compared(z))
         parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
-        z_q, indices, losses = index_backpropagation(
+        backpropagation = sharded.index_backpropagation if self.sharded else index_backpropagation
+        z_q, indices, losses = backpropagation(
             vectors,
             self.codebook,
             temperature=self.temperature,

@@ -37,6 +37,7 @@ class VQ(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     straight_through = True
+    can_be_sharded = True
 
     def __init__(
         self,

@@ -5,12 +5,14 @@
 
 import copy
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lexel.distributed import all_sum
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -29,11 +31,22 @@ def optimizer_step(
     scaler: torch.amp.GradScaler,
     parameters: Iterable[nn.Parameter],
     clip: float | None,
+    spread: Sequence[nn.Parameter] = (),
 ) -> Tensor:
-    """One step on the gradients at hand, skipped by the scaler when half precision overflowed; returns their norm."""
+    """One step on the gradients at hand, skipped by the scaler when half precision overflowed; returns their norm.
+
+    `spread` are those of `parameters` of which every process has other rows: the norm is that of all rows.
+    """
     scaler.unscale_(optimizer)
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    rows = {id(parameter) for parameter in spread}
+    norm = nn.utils.get_total_norm(
+        [parameter.grad for parameter in parameters if parameter.grad is not None and id(parameter) not in rows]
+    )
+    own = [parameter.grad for parameter in spread if parameter.grad is not None]
+    if own:
+        squares = all_sum(nn.utils.get_total_norm(own).double().square())
+        norm = (norm.double().square() + squares).sqrt().to(norm.dtype)
     if clip is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     scaler.step(optimizer)

@@ -72,17 +72,21 @@ class Processes:
 
     # ------------------------------------------------------------------------------------------ gradients
 
-    def parallel(self, module: nn.Module, unused: bool = False) -> nn.Module:
+    def parallel(self, module: nn.Module, unused: bool = False, spread: Sequence[str] = ()) -> nn.Module:
         """A module whose gradients are averaged over processes; the module itself in a single one.
 
         Args:
             module: on this process's device.
             unused: whether a step may leave parameters without a gradient.
+            spread: names of parameters of which every process has other rows: their gradients are left as they are.
         """
         if self.count == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         own = [self.device] if self.device.type == "cuda" else None
         # Buffers stay each process's own: quantizers synchronise theirs, and batch statistics are meant to be local.
+        ignored = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks for them
+        if spread:
+            setattr(module, ignored, list(spread))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # it advises to keep this option while buffers stay apart
             return DistributedDataParallel(

@@ -190,6 +190,7 @@ class TrainConfig(LoopConfig):
     average_decay: float = Field(default=0.999, ge=0, lt=1)
     average_warm_up: bool = False
     channels_last: bool = False
+    shard_codebook: bool = False  # spread codes, their gradients, average and moments over the processes (vq, ibq)
     collapse_patience: int = Field(default=5, ge=0)  # validations in a row with one code in use that end a run; 0: none
     evaluations: list[EvaluationConfig] = []  # protocols to measure the averaged weights by, every so many steps
 
@@ -201,6 +202,8 @@ class TrainConfig(LoopConfig):
             raise ValueError(
                 "weights needs a reconstruction term: l1, l2 or lpips (proxy_codes in TiTok's first stage)"
             )
+        if self.shard_codebook and self.precision == "fp16":
+            raise ValueError("shard_codebook has no loss scaling; use precision bf16 or float32")
         for name in self.losses:
             if not re.fullmatch("[a-z][a-z0-9_]*", name) or name == "adversarial":
                 raise ValueError(f"losses.{name}: a loss is named in small letters, digits and _, and not adversarial")

@@ -5,6 +5,7 @@ reconstructions, then the tokenizer learns against the updated discriminator. `d
 order (https://arxiv.org/abs/2012.09841): the tokenizer first, then the discriminator on new reconstructions.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -45,6 +46,8 @@ from lexel.train.optimization import (
 from lexel.train.processes import Processes
 from lexel.train.recipes import InitConfig, TokenizerRecipe
 from lexel.train.session import ProgressCallback, Session, Trained
+from lexel.train.sharding import NAME as SPREAD
+from lexel.train.sharding import SpreadCodebook
 from lexel.train.validation import require_readable, validate
 
 __all__ = ["Learner", "TokenizerRecipe", "initialise", "load_run", "train_tokenizer"]
@@ -73,6 +76,7 @@ class Learner:
         self.weights = recipe.resolved().train.weights
         self.tokenizer = tokenizer.to(device)
         set_layout(self.tokenizer, train.channels_last)
+        self.codebook = SpreadCodebook(self.tokenizer) if train.shard_codebook else None
         self.average = WeightAverage(self.tokenizer, train.average_decay, train.average_warm_up)
         with torch.random.fork_rng(devices=[]):
             seed_step(train.seed, -2, 0)  # projectors begin alike in every process, and shift no other random number
@@ -96,23 +100,42 @@ class Learner:
             **(self.adversary.parts if self.adversary is not None else {}),
             **({"objective": self.objective} if self.objective.state_dict() else {}),
         }
-        self.ddp_module = processes.parallel(self.tokenizer, unused=0 in self.weights.values())
+        self.spread = [] if self.codebook is None else [self.codebook.parameter]
+        self.ddp_module = processes.parallel(
+            self.tokenizer, 0 in self.weights.values(), [SPREAD] if self.spread else []
+        )
         self.tokenizer.train()
         if recipe.init is not None and recipe.init.what == "decoder":
             self.tokenizer.quantizer.eval()  # codes must not move, not even by statistics
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()}
+        """All that changes; every process must ask where the codebook is spread over them."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        return state if self.codebook is None else self.codebook.gathered(state, self._table())
 
     def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
         missing = sorted(self.parts.keys() - state.keys())
         if missing:
             raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
+        if self.codebook is not None:
+            state = self.codebook.own(state, self._table())
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 load_strict(part, state[name], f"{source} ({name})")
             else:
                 part.load_state_dict(state[name])
+
+    def _table(self) -> int | None:
+        """The number of a spread codebook among the parameters that learn."""
+        return next(
+            (number for number, one in enumerate(self.learning) if any(one is own for own in self.spread)), None
+        )
+
+    def whole_average(self) -> contextlib.AbstractContextManager[None]:
+        """The average with all its codes for a while, where they are spread over the processes."""
+        average = self.average.module
+        assert isinstance(average, Tokenizer)
+        return contextlib.nullcontext() if self.codebook is None else self.codebook.whole(average)
 
     def step(self, images: Tensor, adversarial: bool, lr_factor: float) -> dict[str, Tensor]:
         """One step on this process's share of a batch; returns the loss terms, unweighted.
@@ -168,7 +191,7 @@ class Learner:
                 means.add({**terms, "loss": loss})
         self.objective.average_gradients()
         set_learning_rate(self.optimizer, lr_factor * self.config.lr)
-        norm = optimizer_step(self.optimizer, self.scaler, self.learning, self.config.clip)
+        norm = optimizer_step(self.optimizer, self.scaler, self.learning, self.config.clip, self.spread)
         self.average.update(self.tokenizer)
         return {**means.tensors(), "gradient_norm": norm}
 
@@ -261,24 +284,28 @@ def train_tokenizer(
             left_out = {"unreadable": len(batches.unreadable)} if batches.unreadable else {}
             session.log(step, losses, {"lr": step.lr_factor * config.lr, **left_out})
             if step.validates:
-                measured = validate(
-                    average,
-                    held_out,
-                    transform,
-                    session.micro_batch,
-                    processes,
-                    config.validation_images,
-                    learner.objective.lpips,
-                    data.workers,
-                    on_error,
-                )
+                with learner.whole_average():
+                    measured = validate(
+                        average,
+                        held_out,
+                        transform,
+                        session.micro_batch,
+                        processes,
+                        config.validation_images,
+                        learner.objective.lpips,
+                        data.workers,
+                        on_error,
+                    )
                 unreadable |= measured.unreadable
                 processes.decide(partial(check_collapse, session, step.done, measured.values))
                 session.validated(step, measured.values, measured.snapshot)
             for evaluation in config.evaluations:
                 if step.done % evaluation.every == 0 or session.finished:
-                    session.evaluated(step, evaluate(average, evaluation, session))
+                    with learner.whole_average():
+                        session.evaluated(step, evaluate(average, evaluation, session))
             session.save(step)
+        if learner.codebook is not None:
+            learner.codebook.end(tokenizer, average)
         if session.finished and processes.is_main:
             average.save_pretrained(
                 session.run.path, provenance.of_run(recipe.model_dump(mode="json"), session.done, "average")
