@@ -87,8 +87,10 @@ class Codec:
         self.native_pixels = native_pixels
         self.pixel_limit = pixel_limit
 
-    def open(self, source: str | Path, split: str | None = None) -> ImageSet:
+    def open(self, source: str | Path | ImageSet, split: str | None = None) -> ImageSet:
         """The images of a source, with the channels that the tokenizer takes."""
+        if isinstance(source, ImageSet):
+            return source
         return open_images(
             source,
             split,
@@ -158,7 +160,7 @@ class Codec:
 
     def encode(
         self,
-        source: str | Path,
+        source: str | Path | ImageSet,
         out: str | Path,
         split: str | None = None,
         crops: int = 1,
@@ -174,7 +176,7 @@ class Codec:
         folder or each in its own, for `merge_tokens`. The last to finish one folder gets the set, the others None.
 
         Args:
-            source: a folder, a file or an embedded set.
+            source: a folder, a file, an embedded set, or an ImageSet.
             out: the token set's folder.
             split: "train" or "validation", where the source has such parts.
             crops: versions of each picture; the first is the centred one, the others are random.
@@ -197,7 +199,8 @@ class Codec:
                 return tokenizer.encode(images.to(self.runtime.device)).cpu()
 
         images = self.open(source, split)
-        features = _features(captions, images, str(source))
+        named = "an image set" if isinstance(source, ImageSet) else source
+        features = _features(captions, images, str(named))
         origin = {"text_encoder": captions.name} if isinstance(captions, TextEncoder) else {}
         part = part or Part(1, 1)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -218,7 +221,7 @@ class Codec:
             workers=self.workers,
             rank=(part.number - 1) + part.parts * rank,
             processes=part.parts * processes,
-            provenance={"source": public_name(source), "split": split, "size": self.transform.size, **origin},
+            provenance={"source": public_name(named), "split": split, "size": self.transform.size, **origin},
             captions=features,
             progress=progress,
         )

@@ -26,6 +26,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"inspection", "tables", "codebooks"},
     {"publish"},
     {"compare", "demo", "leaderboard", "studio"},
+    {"paper"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

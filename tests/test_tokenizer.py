@@ -268,3 +268,16 @@ def test_a_wrong_key_in_the_configuration_names_the_options(tmp_path):
     save_folder(tmp_path, config, {name: tensor.clone() for name, tensor in tensors.items()})
     with pytest.raises(UsageError, match="has no option 'widht'"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["none", "gaussian"])
+def test_a_continuous_tokenizer_encodes_what_it_decodes(kind):
+    network = {"width": 4, "multipliers": [1, 2], "residual_blocks": 1, "attention_levels": [], "groups": 2}
+    network |= {"middle_attention": False, "z_channels": 4}
+    config = TokenizerConfig.model_validate({"autoencoder": network, "quantizer": {"kind": kind, "codebook_dim": 3}})
+    tokenizer = Tokenizer(config).eval()
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = tokenizer.encode(images)
+    assert latents.shape == (2, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(tokenizer.decode(latents), tokenizer(images).images.clamp(-1, 1))

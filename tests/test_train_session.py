@@ -171,7 +171,7 @@ class CountWaits:
                 self.places.append((name, *[file for file in files if "/lexel/" in file][-2:]))
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "ibq", "simvq", "fsq", "lfq", "none"])
+@pytest.mark.parametrize("quantizer", ["vq", "ibq", "simvq", "fsq", "lfq", "none", "gaussian"])
 def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictures, tmp_path, quantizer):
     count, waits, seen = CountWaits(), {}, 0
 

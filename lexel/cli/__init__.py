@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lexel import __version__
-from lexel.cli import codebooks, images, measure, models, probe, studio, train
+from lexel.cli import codebooks, images, measure, models, probe, studio, tables, train
 from lexel.cli.options import say
 from lexel.errors import UsageError
 
@@ -36,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "prune": codebooks.prune,
     "grow": codebooks.grow,
     "compare": train.compare,
+    "tables": tables.tables,
     "leaderboard": studio.leaderboard,
     "studio": studio.studio,
     "bank": train.bank,

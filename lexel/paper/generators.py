@@ -1,0 +1,113 @@
+"""A row of generators: tokens of a tokenizer, a training, samples, and how near they are to real pictures."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lexel.checkpoint import read_json
+from lexel.codec import Codec
+from lexel.compare.summary import NETWORK
+from lexel.data import ImageSet
+from lexel.data.config import DataConfig
+from lexel.errors import UsageError
+from lexel.evaluate import evaluate_samples, write_result
+from lexel.generators import Generator
+from lexel.loading import load_generator, load_tokenizer
+from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.runtime import PeakMemory, runtime
+from lexel.samples import write_samples
+from lexel.spacing import evenly_spaced
+from lexel.train.generator import train_generator
+from lexel.train.recipes import GeneratorRecipe
+from lexel.train.session import Progress
+
+RESULT = "result.json"
+SAMPLES = "samples.npz"
+METRICS = ("frechet", "precision_recall")
+
+
+def encode(tokenizer: Path, out: Path, training: ImageSet, measuring: ImageSet, data: DataConfig, device: str) -> None:
+    """The tokens of both sets, once: `out/train` and `out/validation`."""
+    for name, images in (("train", training), ("validation", measuring)):
+        codec = Codec(load_tokenizer(tokenizer), runtime(device), data.make_transform(), batch_size=32)
+        codec.encode(images, out / name)
+
+
+def train_and_measure_generator(
+    name: str,
+    recipe: GeneratorRecipe,
+    folder: Path,
+    measuring: ImageSet,
+    sampling: Mapping[str, Any],
+    count: int,
+    device: str,
+    progress: Callable[[Progress], None],
+) -> dict[str, Any] | None:
+    """Trains a generator, samples `count` images and measures them, or reads its result; None where a signal ended it.
+
+    Images are sampled of the classes of evenly spaced real ones, so that both have the same share of each.
+    """
+    path, asked = folder / RESULT, {"samples": count, **sampling}
+    if path.is_file():
+        result = read_json(path)
+        if result["recipe"] != recipe.model_dump(mode="json", exclude_none=True) or result["asked"] != asked:
+            raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
+        return result
+    result = {"name": name, "kind": recipe.generator.kind, "asked": asked, "stopped": None, "metrics": {}}
+    result["recipe"] = recipe.model_dump(mode="json", exclude_none=True)
+    memory = PeakMemory()
+    try:
+        trained = train_generator(recipe, folder, device=device, progress=progress)
+    except TrainingStopped as stopped:
+        result["stopped"] = str(stopped)
+    else:
+        if not trained.finished:
+            return None
+        run = RunFolder.read(folder)
+        result["peak_memory_bytes"] = memory.read(trained.model.device)
+        result["images_per_second"] = run.lines("train")[-1]["images_per_second"]
+        validation = [{}, *run.lines("validation")][-1]
+        result |= {key: validation.get(key) for key in ("bits_per_token", "histogram_bits", "loss")}
+        generator = load_generator(folder)
+        result["parameters"] = sum(parameter.numel() for parameter in generator.transformer.parameters())
+        seconds = sample(generator, folder / SAMPLES, measuring, sampling, count, recipe.train.seed, device)
+        result["seconds_per_image"] = seconds / count
+        measured = evaluate_samples(folder / SAMPLES, measuring, metrics=METRICS, network=NETWORK, device=device)
+        result |= {"metrics": measured["metrics"], "warnings": measured["warnings"]}
+    write_result(path, result)
+    return read_json(path)
+
+
+def sample(
+    generator: Generator,
+    out: Path,
+    measuring: ImageSet,
+    settings: Mapping[str, Any],
+    count: int,
+    seed: int,
+    device: str,
+) -> float:
+    """Writes `count` samples of the classes that the held-out images have; returns the seconds it took."""
+    classes = getattr(generator.condition, "classes", None)
+    condition: Any = count
+    if classes is not None:
+        labels = measuring.labels or [0]
+        spread = evenly_spaced(len(labels), count)
+        condition = [labels[spread[number % len(spread)]] % classes for number in range(count)]
+        if measuring.labels is not None:
+            known = generator.config.class_names or []
+            condition = [known.index(measuring.classes[label]) if known else label for label in condition]
+    elif not generator.condition.guided:
+        settings = {key: value for key, value in settings.items() if not key.startswith("cfg_")}
+    started = time.monotonic()
+    write_samples(generator, condition, out, runtime(device), seed=seed, **settings)
+    return time.monotonic() - started
+
+
+def pictures(folder: Path, count: int) -> np.ndarray:
+    """The first samples of a row, uint8 (count, H, W, 3)."""
+    with np.load(folder / SAMPLES) as archive:
+        return np.asarray(archive["arr_0"][:count])
