@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lexel.errors import UsageError
 
@@ -19,10 +19,25 @@ class Config(BaseModel):
     Attributes:
         REPLACES: options that exclude each other, such as steps and epochs: an override of the one takes the other
             away.
+        LARGEST: integers beyond are typing errors. Those of networks, whose options are sizes and counts, lie lower.
+        LARGER: options that may be larger, and their own bounds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     REPLACES: ClassVar[dict[str, str]] = {}
+    LARGEST: ClassVar[int] = 2**53
+    LARGER: ClassVar[dict[str, int]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bounded(cls, table: Any) -> Any:
+        """Refuses integers that no run could use, before anything is computed from them."""
+        for name, value in table.items() if isinstance(table, Mapping) else ():
+            most = cls.LARGER.get(name, cls.LARGEST)
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int) and abs(number) > most:
+                    raise ValueError(f"{name} must be at most {most:,}, got {_short(number)}")
+        return table
 
 
 # Recipes lie beside the package in a checkout, inside it where it is installed.
@@ -232,6 +247,8 @@ def _options(model: type[BaseModel], path: Sequence[str]) -> list[str]:
 
 def _short(value: Any) -> str:
     """A value for a message; what would fill the screen is cut."""
+    if isinstance(value, int) and abs(value) > 10**80:  # Python refuses to write very long numbers
+        return f"a number of about {round(value.bit_length() * 0.30103):,} digits"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

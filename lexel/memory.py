@@ -44,7 +44,7 @@ def check_memory(tokenizer: Tokenizer, runtime: Runtime, height: int, width: int
     if needed > there:
         raise UsageError(
             f"out of memory: {batch_size} images of {width:,} x {height:,} pixels at a time need at least "
-            f"{_gib(needed)} GiB, {runtime.device} has {_gib(there)} GiB; lower the size or the batch size"
+            f"{gib(needed)} GiB, {runtime.device} has {gib(there)} GiB; lower the size or the batch size"
         )
 
 
@@ -61,10 +61,22 @@ def needed_bytes(
         shape = Tokenizer(config).eval()
     with torch.device("meta"):
         images = torch.empty(batch_size, config.autoencoder.channels, height, width)
-    with torch.no_grad(), _Live() as live, _FusedAttention():
-        shape.decoder(shape.encoder(images))
+    with torch.no_grad(), _Live() as live, FusedAttention():
+        shape.decoder(decodable(shape, encoded(shape, images)))
     peak, pixels = live.peak, images.numel()
     return (peak // 2 if half is not None else peak) + pixels * 4 + pixels  # the images too: floats, and bytes
+
+
+def encoded(tokenizer: Tokenizer, images: Tensor) -> Tensor:
+    """What the encoder makes of images, without a search for codes: a finer level sees latents in their place."""
+    if tokenizer.autoencoder.shares is None:
+        return tokenizer.encoder(images)
+    return tokenizer.encoder(images, lambda level, latents: latents)
+
+
+def decodable(tokenizer: Tokenizer, z: Tensor) -> Tensor:
+    """An input of the decoder for the grid of an encoder's result, without values."""
+    return z.new_empty(len(z), tokenizer.autoencoder.decoder_channels, *z.shape[2:])
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -116,7 +128,8 @@ def _process_bytes() -> int | None:
     return max(0, soft - used)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Bytes in GiB, for people."""
     return f"{size / 2**30:,.1f}"
 
 
@@ -150,7 +163,7 @@ class _Live(TorchDispatchMode):
             self.bytes -= size
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as fused kernels have it on memory: a result, and nothing of N x N."""
 
     def __torch_function__(

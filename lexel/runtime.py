@@ -1,18 +1,27 @@
 """Where and how code runs: device, precision, exact float32, cache folder, peak memory."""
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.overrides import TorchFunctionMode
 
 from lexel.errors import UsageError, unknown
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Beyond these a network is a typing error; the largest published ones have a hundredth of either.
+MOST_MODULES = 10_000
+MOST_NUMBERS = 2**40
 
 
 class Runtime(NamedTuple):
@@ -86,19 +95,55 @@ class _WithoutInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """The context in which results are computed in the precision of their inputs; also on the meta device."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
+
+
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules made inside have shapes and no values (meta tensors); no random state is touched.
 
     Drawing values for meta tensors would import PyTorch's compiler and sympy: seconds for nothing.
+
+    Raises:
+        UsageError: a network of a size that no machine has room for, as soon as it is that large.
     """
-    with torch.device("meta"), _WithoutInitialisation():
+    with torch.device("meta"), _WithoutInitialisation(), _bounded():
         yield
 
 
 def on_meta() -> bool:
     """Whether new tensors have shapes only, as inside `without_weights`: files of weights need not be read."""
     return torch.empty(0).is_meta
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Counts the modules and the numbers of what this thread builds, and ends it where they are too many."""
+    thread, modules, numbers = threading.get_ident(), 0, 0
+
+    def count(_: nn.Module, name: str, part: nn.Module | Tensor | None) -> None:
+        nonlocal modules, numbers
+        if threading.get_ident() != thread:
+            return
+        modules += isinstance(part, nn.Module)
+        numbers += part.numel() if isinstance(part, Tensor) else 0
+        if modules > MOST_MODULES:
+            raise UsageError(f"the network has more than {MOST_MODULES:,} layers; lower the number of layers or blocks")
+        if numbers > MOST_NUMBERS:
+            raise UsageError(f"the network has more than {MOST_NUMBERS:,} weights; lower its widths")
+
+    hooks = (
+        register_module_module_registration_hook(count),
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def cache_folder() -> Path:

@@ -7,8 +7,12 @@ import torch
 
 from lexel import registry
 from lexel.autoencoders import AUTOENCODERS, VQGAN, autoencoder_class, build, parse
+from lexel.config import check
 from lexel.errors import UsageError
+from lexel.memory import needed_bytes
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.plan import plan
+from lexel.train.recipes import TokenizerRecipe
 
 CONVOLUTIONAL = {"width": 8, "multipliers": [1, 2], "residual_blocks": 1, "groups": 4, "z_channels": 6}
 TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
@@ -57,6 +61,23 @@ def test_decoding_what_was_encoded_is_the_forward_pass(kind, quantizer):
     model = tokenizer(kind, quantizer if AUTOENCODERS[kind].shares is None else "fsq")
     x = images(model)
     torch.testing.assert_close(model.decode(model.encode(x)), model(x).images.clamp(-1, 1), rtol=0, atol=1e-6)
+
+
+@KINDS
+def test_the_memory_that_images_need_is_foreseen(kind):
+    model = tokenizer(kind)
+    height, width = images(model).shape[2:]
+    assert needed_bytes(model, height, width, 4) > 1.9 * needed_bytes(model, height, width, 2) > 0
+
+
+@KINDS
+def test_a_training_is_planned(kind):
+    table = tokenizer(kind).config.model_dump(mode="json")
+    data, train = {"source": "nowhere", "size": 16}, {"steps": 1, "batch_size": 2, "lr": 1e-3}
+    if kind in ("vqvae2", "dynamic", "titok"):
+        table["autoencoder"]["size"] = [16, 16]
+    recipe = check({"model": table, "data": data, "train": train}, TokenizerRecipe, kind)
+    assert plan(recipe).memory.keys() == {"weights and optimizers", "average of the weights", "kept for backward"}
 
 
 @KINDS

@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from lexel.config import load
+from lexel.errors import UsageError
+from lexel.memory import FusedAttention
+from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
-from lexel.train.plan import plan
+from lexel.train import load_recipe
+from lexel.train.plan import check_memory, plan
+from lexel.train.processes import Processes
 from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.session import Session
 
 FOLDER = Path(__file__).parents[1] / "recipes"
 TOKENIZERS = sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("generator"))
@@ -149,3 +155,66 @@ def test_a_plan_foresees_what_autograd_keeps():
     weights = {parameter.untyped_storage().data_ptr() for parameter in tokenizer.parameters()}
     measured = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in weights)
     assert plan(tiny).memory["kept for backward"] == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["continuous_small", "flow_small", "masked_small", "next_scale_small", "residual_small"]
+)
+def test_a_training_of_every_family_is_planned(name):
+    assert "parameters" in str(plan(load_recipe(f"generator_{name}")))
+
+
+# sizes that no machine has room for
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("tiny", "model.autoencoder.residual_blocks=1000000", "more than 10,000 layers"),
+        ("tiny", "model.autoencoder.residual_blocks=10000000000", "residual_blocks must be at most 16,777,216"),
+        ("tiny", "model.autoencoder.z_channels=16000000", "GiB|more than 1,099,511,627,776 weights"),
+        ("tiny", "data.size=100000000", "less than or equal to 65536"),
+        ("tiny", "data.workers=1000000", "less than or equal to 1024"),
+        (
+            "tiny",
+            "train.steps=1" + 400 * "0",
+            "steps must be at most 9,0.*992, got a number of about 400 digits",
+        ),
+        ("generator_tiny", "generator.layers=1000000", "more than 10,000 layers"),
+        ("generator_tiny", "generator.width=16000000", "more than 1,099,511,627,776 weights"),
+        ("generator_tiny", "generator.rows=16000000", "an image of 128,000,000 tokens is too large"),
+        ("generator_tiny", "generator.grid=[1000, 1000, 1000]", "an image of 1,000,000,000 tokens is too large"),
+    ],
+)
+def test_absurd_sizes_are_refused_before_they_are_built(name, override, message):
+    with pytest.raises(UsageError, match=message) as refused:
+        check_memory(load_recipe(name, [override]), runtime("cpu"))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("tiny", "train.batch_size=100000000"),
+        ("tiny", "data.size=65536"),
+        ("tiny", "train.discriminator.width=100000"),
+        ("generator_tiny", "train.batch_size=100000000"),
+        ("generator_tiny", "generator.width=40000"),
+    ],
+)
+def test_a_training_that_does_not_fit_in_memory_ends_before_its_folder_is_made(tmp_path, name, override, monkeypatch):
+    monkeypatch.setattr("lexel.train.plan.available_bytes", lambda device: 2**36)
+    folder = tmp_path / "run"
+    names = {"training": ["a", "b"], "validation": ["c"]}
+    with pytest.raises(UsageError, match=r"out of memory: this training needs at least [\d,.]+ GiB, cpu has 64\.0 GiB"):
+        Session(load_recipe(name, [override]), folder, Processes("cpu"), names)
+    assert not folder.exists()
+
+
+def test_the_estimate_of_a_training_counts_attention_as_it_grows():
+    def attention(size):
+        wide = recipe("tiny", f"data.size={size}", "model.autoencoder.middle_attention=true")
+        with FusedAttention():
+            return plan(wide).memory["kept for backward"]
+
+    assert attention(512) < 4.5 * attention(256)  # with the pixels, not with their square

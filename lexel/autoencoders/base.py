@@ -13,6 +13,8 @@ from lexel.errors import UsageError
 class AutoencoderConfig(Config):
     """The options of one kind of autoencoder; every kind has a subclass of its own, discriminated by `kind`."""
 
+    LARGEST: ClassVar[int] = 2**24
+
     kind: str
     channels: int = Field(default=3, ge=1)  # of the images
 

@@ -23,6 +23,7 @@ from lexel.autoencoders.convolutional import (
     norm,
 )
 from lexel.errors import UsageError, unknown
+from lexel.runtime import without_autocast
 
 
 class DynamicConfig(ConvolutionalConfig):
@@ -301,7 +302,7 @@ class Router(nn.Module):
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         dtype = self.logits.weight.dtype
-        with torch.autocast(coarse.device.type, enabled=False):  # rounding must not choose
+        with without_autocast(coarse.device):  # rounding must not choose
             coarse, fine = self.norm_coarse(coarse.to(dtype)), F.avg_pool2d(self.norm_fine(fine.to(dtype)), 2)
             x = torch.cat([coarse, fine], 1).movedim(1, -1)  # (B, h, w, 2 D)
             return self.logits(F.silu(self.hidden(x))).movedim(-1, 1)

@@ -2,9 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, SerializerFunctionWrapHandler, model_serializer
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from lexel import registry
 from lexel.conditions import Condition, build_condition
@@ -16,6 +23,7 @@ if TYPE_CHECKING:
     from lexel.generators.base import Generator
 
 GENERATORS: dict[str, type["Generator"]] = {}  # by `generator.kind`; filled in lexel/generators/__init__.py
+MOST_TOKENS = 2**16  # of an image: 256 x 256
 GROUP = "lexel.generators"  # entry points of other packages
 
 
@@ -27,6 +35,9 @@ class NetworkConfig(Config):
     classes, dropped to the null class, which they do not count, at the rate `class_dropout`.
     """
 
+    LARGEST: ClassVar[int] = 2**24
+    LARGER: ClassVar[dict[str, int]] = {"codebook_size": 2**40}
+
     kind: str
     codebook_size: int = Field(default=16384, ge=2)
     rows: int = Field(default=16, ge=1)
@@ -35,6 +46,12 @@ class NetworkConfig(Config):
     condition: dict[str, Any] | None = None
     classes: int = Field(default=1000, ge=1)
     class_dropout: float = Field(default=0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "NetworkConfig":
+        if self.tokens > MOST_TOKENS:
+            raise UsageError(f"an image of {self.tokens:,} tokens is too large; at most {MOST_TOKENS:,} are possible")
+        return self
 
     @property
     def shape(self) -> tuple[int, ...]:

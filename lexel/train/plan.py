@@ -1,19 +1,23 @@
 """What a training would be, without starting it: the resolved recipe, its parameters, and the memory it may take."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lexel import config
+from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig
 from lexel.losses import Loss, LossInputs
-from lexel.runtime import without_weights
+from lexel.memory import UNQUESTIONED, FusedAttention, available_bytes, decodable, encoded, gib
+from lexel.runtime import Runtime, without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train.objective import Objective, feature_shapes
 from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
 
+UNQUESTIONED_WEIGHTS = 2**24  # fewer are not worth an estimate
 LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each float32
 
 
@@ -29,6 +33,8 @@ class Plan(NamedTuple):
         rows = [f"{name:<24}{count:>16,} parameters" for name, count in self.parameters.items()]
         rows += [f"{name:<24}{size / 2**30:>16.2f} GiB" for name, size in self.memory.items()]
         total = sum(self.memory.values()) / 2**30
+        if "kept for backward" not in self.memory:
+            rows += [f"{'kept for backward':<24}{'not estimated':>20}"]
         rows += [f"{'memory, estimated':<24}{total:>16.2f} GiB on a device that takes {self.images} images at a time"]
         return f"{self.recipe}\n" + "\n".join(rows)
 
@@ -36,12 +42,44 @@ class Plan(NamedTuple):
 def plan(recipe: TokenizerRecipe | GeneratorRecipe, processes: int = 1) -> Plan:
     """The plan for one of `processes` devices, made on the meta device: no weights, no data.
 
-    What a forward pass keeps for the backward pass is counted exactly; temporary results of the backward pass and the
-    allocator's reserve are not, so that the sum is low by a tenth or two.
+    What a forward pass keeps for the backward pass is counted exactly, where it can be run without values; temporary
+    results of the backward pass and the allocator's reserve are not, so that the sum is low by a tenth or two.
     """
     if isinstance(recipe, GeneratorRecipe):
         return _generator(recipe, processes)
     return _tokenizer(recipe, processes)
+
+
+def check_memory(recipe: TokenizerRecipe | GeneratorRecipe, where: Runtime, processes: int = 1) -> None:
+    """Refuses a training that cannot fit in memory, before any of it is allocated.
+
+    Weights, optimizers and what a forward pass keeps are counted, attention as fused kernels have it: a lower bound.
+
+    Raises:
+        UsageError: it is more than the device has.
+    """
+    there = available_bytes(where.device)
+    weights = sum(count_parameters(networks_of(recipe)).values())
+    if there is None or (weights < UNQUESTIONED_WEIGHTS and _pixels(recipe, processes) < UNQUESTIONED):
+        return
+    try:
+        with FusedAttention():
+            needed = sum(plan(recipe, processes).memory.values())
+    except RuntimeError as error:
+        if "meta" not in str(error):
+            raise
+        needed = weights * 4  # a network or a loss that looks at values tells no more without them
+    if needed > there:
+        raise UsageError(
+            f"out of memory: this training needs at least {gib(needed)} GiB, {where.device} has {gib(there)} GiB; "
+            "lower train.batch_size, the size of the images or of the network, or raise train.accumulation"
+        )
+
+
+def _pixels(recipe: TokenizerRecipe | GeneratorRecipe, processes: int) -> int:
+    """Pixels of the images, or tokens, that pass through a device at a time."""
+    share = recipe.train.batch_size // processes // recipe.train.accumulation
+    return share * (recipe.generator.tokens if isinstance(recipe, GeneratorRecipe) else recipe.data.size**2)
 
 
 def networks_of(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, nn.Module]:
@@ -81,9 +119,9 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     assert isinstance(tokenizer, Tokenizer)
     parameters = count_parameters(networks)
     with without_weights():
-        images = torch.empty(batch, 3, recipe.data.size, recipe.data.size)
-        z, kept = _kept(tokenizer, tokenizer.encoder, images)
-        _, of_decoder = _kept(tokenizer, tokenizer.decoder, z.detach())
+        images = torch.empty(batch, recipe.data.channels, recipe.data.size, recipe.data.size)
+        z, kept = _kept(tokenizer, partial(encoded, tokenizer), images)
+        _, of_decoder = _kept(tokenizer, tokenizer.decoder, decodable(tokenizer, z))
     learned = sum(parameter.numel() for parameter in tokenizer.parameters())
     frozen = sum(count for name, count in parameters.items() if name.endswith("(frozen)"))
     kept += of_decoder
@@ -107,14 +145,19 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
 
 
 def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
-    train, sizes = recipe.train, recipe.generator
+    train = recipe.train
     batch = max(1, train.batch_size // processes // train.accumulation)
     network = networks_of(recipe)["generator"]
     assert isinstance(network, Generator)
-    with without_weights():
-        tokens = torch.zeros(batch, sizes.tokens, dtype=torch.int64)
-        condition = network.condition.example(batch)
-        _, kept = _kept(network, lambda indices: network.losses(indices, condition), tokens)
+    kept = 0
+    if not network.needs_tokenizer:  # else what it sees are vectors of codes, which are not at hand
+        with without_weights():
+            condition = network.condition.example(batch)
+            try:
+                _, kept = _kept(network, lambda tokens: network.losses(tokens, condition), network.nothing(batch))
+            except RuntimeError as error:
+                if "meta" not in str(error):  # a loss that looks at values cannot be run without them
+                    raise
     count = sum(parameter.numel() for parameter in network.parameters())
     shares = processes if train.fsdp else 1
     memory = {
@@ -123,7 +166,7 @@ def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
     }
     if train.checkpointing:  # the input of each block, and one block at a time
         memory["kept for backward"] //= len(network.layers()) // 2 or 1
-    return Plan(config.dump(recipe), {"generator": count}, memory, batch)
+    return Plan(config.dump(recipe), {"generator": count}, {name: size for name, size in memory.items() if size}, batch)
 
 
 def _kept(module: nn.Module, call: Callable[[Any], Any], inputs: Any) -> tuple[Any, int]:

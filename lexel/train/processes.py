@@ -119,7 +119,7 @@ class Processes:
         return bool(told)
 
     def decide(self, question: Callable[[], Result]) -> Result:
-        """The answer of the main process, which alone is asked; where it raises a UsageError, all raise it."""
+        """The answer of the main process, which alone is asked; a UsageError or an OSError is raised in all."""
         answer, error = self._try(question) if self.is_main else (None, None)
         answer, error = broadcast((answer, error))
         if error is not None:
@@ -127,7 +127,7 @@ class Processes:
         return answer  # type: ignore[return-value]
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """Does something in every process; where one raises a UsageError, all raise the first."""
+        """Does something in every process; the first UsageError or OSError of any is raised in all."""
         result, error = self._try(action)
         error = next((other for other in gather(error) if other is not None), None)
         if error is not None:
@@ -135,10 +135,10 @@ class Processes:
         return result  # type: ignore[return-value]
 
     @staticmethod
-    def _try(action: Callable[[], Result]) -> tuple[Result | None, UsageError | None]:
+    def _try(action: Callable[[], Result]) -> tuple[Result | None, UsageError | OSError | None]:
         try:
             return action(), None
-        except UsageError as error:
+        except (UsageError, OSError) as error:  # a full or forbidden folder too
             return None, error
 
     # ------------------------------------------------------------------------------------------ trackers

@@ -15,6 +15,7 @@ from torch import Tensor
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.train.optimization import RunningMeans, seed_step
+from lexel.train.plan import check_memory
 from lexel.train.processes import Processes
 from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe, TrainConfig
 
@@ -145,6 +146,7 @@ class Session:
         self.total, self.unit = (config.steps, 1) if config.steps is not None else (epochs * per_epoch, per_epoch)
         self._progress = progress
 
+        processes.together(lambda: check_memory(recipe, processes.runtime, processes.count))
         self.run = RunFolder(out, config.keep_last, best, higher_is_better, writes=processes.is_main)
         processes.decide(lambda: self.run.claim(recipe))
         try:
@@ -252,7 +254,7 @@ class Session:
         """Writes the numbers of a validation, which are the same in every process, and its tensors for the report."""
         self._write(step, "validation", values)
         if snapshot is not None:
-            self.run.snapshot(step.done, snapshot)
+            self.processes.decide(lambda: self.run.snapshot(step.done, snapshot))
         self._better = self.processes.decide(lambda: self.run.best_step() == step.done)
 
     def evaluated(self, step: Step, values: Mapping[str, float | None]) -> None:
@@ -272,7 +274,7 @@ class Session:
 
     def _write(self, step: Step, kind: str, values: Mapping[str, float | None]) -> None:
         seconds = self._seconds_before + time.perf_counter() - self._begun
-        self.run.log(step.done, kind, seconds, values)
+        self.processes.decide(lambda: self.run.log(step.done, kind, seconds, values))
         self.processes.track(kind, values, step.done)
 
     # ------------------------------------------------------------------------------------------ guards
