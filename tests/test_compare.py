@@ -217,3 +217,13 @@ def test_the_table_shows_means_and_the_spread_over_seeds():
         ],
         ["vq", "1,024", "8", "10", "21.00 ± 1.00", "0.50 ± 0.00", "-", "-", "-"],
     ]
+
+
+def test_the_network_without_codes_is_a_row_that_counts_none(recipe, tmp_path):
+    found = compare(recipe, ["none", "vq"], tmp_path, codebook_sizes=(8, 16), **CHEAP)
+    labels = [(row["quantizer"], row["codebook_size"]) for row in found.rows]
+    assert labels == [("none", 8), ("vq", 8), ("vq", 16)]
+    none = found.rows[0]
+    assert none["bits"] is None
+    assert "usage" not in none
+    assert none["psnr"]["mean"] > 0

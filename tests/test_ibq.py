@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lexel.errors import UsageError
 from lexel.kernels import tiled
-from lexel.quantizers import IBQ
+from lexel.quantizers import IBQ, IBQAffine, frozen_statistics
+from lexel.quantizers.ibq_affine import power_of_two
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -20,7 +23,7 @@ def quantizer(**options) -> IBQ:
     return made
 
 
-def latent_gradient(ibq: IBQ, z: Tensor, g: Tensor) -> Tensor:
+def latent_gradient(ibq: IBQ | IBQAffine, z: Tensor, g: Tensor) -> Tensor:
     z = z.clone().requires_grad_()
     return torch.autograd.grad((ibq(z).z_q * g).sum(), z)[0]
 
@@ -192,3 +195,81 @@ def test_two_processes_learn_what_one_learns_from_both_halves():
     total.backward()
     for gradient in found:
         torch.testing.assert_close(gradient, ibq.weight.grad)
+
+
+def dense_mixture(table: Tensor, z: Tensor, g: Tensor, width: float, identity: float) -> tuple[Tensor, Tensor]:
+    """The gradients of latents (N, D) and of codes (K, D) as the formulas of IBQAffine read."""
+    p = (-torch.cdist(z, table).square() / (2 * width**2)).softmax(1)
+    pull = p * (g @ table.T - (p * (g @ table.T)).sum(1, keepdim=True)) / width**2  # of the logits, times 1 / width^2
+    through = pull @ table
+    codes = (1 - identity) * (pull.T @ z - pull.sum(0)[:, None] * table)
+    codes.index_add_(0, torch.cdist(z, table).argmin(1), g)
+    return (1 - identity) * through + identity * g, codes
+
+
+@pytest.mark.parametrize("identity", [0.0, 0.5, 1.0])
+def test_on_the_affine_table_gradients_are_those_of_the_softmax_at_the_measured_width(identity):
+    made = IBQAffine(40, 6, identity=identity).double()
+    for seed in range(3):
+        made(normal(4, 6, 10, seed=seed))
+    with frozen_statistics():
+        z, g = normal(2, 6, 9, seed=7).requires_grad_(), normal(2, 6, 9, seed=8)
+        table = made.codebook.detach().requires_grad_()
+        made.project = lambda: table  # the gradient of the codes themselves
+        found = torch.autograd.grad((made(z).z_q * g).sum(), (z, table))
+        width = float(made._statistics()[2])
+    rows = [x.detach().movedim(1, -1).flatten(0, 1) for x in (z, g)]
+    expected = dense_mixture(table.detach(), *rows, width, identity)
+    torch.testing.assert_close(found[0].movedim(1, -1).flatten(0, 1), expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_where_codes_are_dense_index_backpropagation_alone_hands_the_gradient_on_as_it_is():
+    made = IBQAffine(4096, 2, identity=0.0)
+    for seed in range(20):
+        made(normal(1, 2, 500, seed=seed).float())
+    z, g = 0.5 * normal(1, 2, 200, seed=50).float(), normal(1, 2, 200, seed=51).float()
+    found = latent_gradient(made, z, g)
+    assert F.cosine_similarity(found, g, dim=1).mean() > 0.95
+    assert found.norm() / g.norm() == pytest.approx(1, abs=0.15)
+
+
+def test_the_affine_tables_gradients_and_indices_do_not_see_the_scale_of_the_latents():
+    found = []
+    for scale in (1.0, 2.0**12, 2.0**-12):
+        made = IBQAffine(64, 4)
+        with torch.no_grad():
+            made.weight.copy_(normal(64, 4, seed=3))
+        for seed in range(5):
+            made(scale * normal(2, 4, 50, seed=seed).float())
+        z = scale * normal(2, 4, 50, seed=9).float()
+        found.append((made.assign(z), latent_gradient(made, z, normal(2, 4, 50, seed=10).float())))
+    for indices, gradient in found[1:]:
+        assert torch.equal(indices, found[0][0])
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_width_is_the_nearest_power_of_two():
+    values = torch.tensor([1.0, 0.75, 0.70, 1.42, 3e-20, 5e12])
+    found = power_of_two(values)
+    assert found.tolist() == [1.0, 1.0, 0.5, 2.0, 2.0**-65, 2.0**42]
+    assert torch.equal(values / found * found, values)
+
+
+def test_a_recomputed_pass_of_the_affine_table_has_the_width_of_the_first():
+    straight, again = IBQAffine(64, 4), IBQAffine(64, 4)
+    again.load_state_dict(straight.state_dict())
+    gradients = []
+    for made in (straight, again):
+        for seed in range(3):  # the error changes from step to step
+            z = (8.0**seed * normal(2, 4, 30, seed=seed).float()).requires_grad_()
+            run = (
+                (lambda x, made=made: checkpoint(lambda y: made(y).z_q, x, use_reentrant=False))
+                if made is again
+                else (lambda x, made=made: made(x).z_q)
+            )
+            made.zero_grad()
+            run(z).square().sum().backward()
+        gradients.append((z.grad, made.weight.grad))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)

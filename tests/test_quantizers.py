@@ -78,6 +78,15 @@ LAWS = {
     # The rest is behind the zero start.
     "fvq": Law(by_loss={"bridge.recover.weight", "bridge.recover.bias"}, wide_options={"width": 16, "patch": 8}),
     "affine": Law(by_loss={"weight"}, refused={"grad", "vmap", "jvp"}),
+    "ibq_affine": Law(
+        by_decoder={"weight"},
+        by_loss={"weight"},
+        identity=False,
+        differentiable_once=True,
+        refused={"grad", "vmap", "jvp"},
+        refused_in_evaluation={"vmap", "jvp"},
+        wide_options={"rows": 64},
+    ),
     "residual": Law(by_loss={f"levels.{q}.weight" for q in range(4)}, own_nearest=False),
     "nested": Law(by_loss={f"levels.{q}.weight" for q in range(4)}, identity=True, own_nearest=False),
     "multiscale": Law(

@@ -14,8 +14,8 @@ from lexel.quantizers import QUANTIZERS, Levels, Quantizer, build
 from lexel.quantizers.living import Recoded
 
 FIXED = {"lfq", "bsq", "fsq"}  # codes follow from their index
-BY_PROJECTION = {"simvq", "fvq", "vqgan_lc", "affine"}  # pruned to a plain table of their codes
-GROWS = {"vq", "ema", "cosine", "soft", "ibq", "simvq", "affine"}
+BY_PROJECTION = {"simvq", "fvq", "vqgan_lc", "affine", "ibq_affine"}  # pruned to a plain table of their codes
+GROWS = {"vq", "ema", "cosine", "soft", "ibq", "simvq", "affine", "ibq_affine"}
 RESTARTS = [kind for kind in KINDS if "restart_below" in inspect.signature(QUANTIZERS[kind]).parameters]
 TABLE = {"codebook_size": K, "codebook_dim": D}
 

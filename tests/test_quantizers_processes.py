@@ -13,7 +13,8 @@ from lexel.errors import UsageError
 from lexel.quantizers import QUANTIZERS, build
 
 RESTARTING = ["ema", "vq", "cosine", "ibq", "soft", "affine"]
-RUNNING: list[tuple[str, dict[str, Any]]] = [("ema", {}), ("ema", {"start": "kmeans"}), ("affine", {})]
+RUNNING: list[tuple[str, dict[str, Any]]] = [("ema", {}), ("ema", {"start": "kmeans"})]
+RUNNING += [("affine", {}), ("ibq_affine", {})]
 RUNNING += [(kind, {"restart_below": 0.995}) for kind in RESTARTING]
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
 ENTROPIC = ["ibq", "lfq", "bsq"]

@@ -10,6 +10,8 @@ from lexel.errors import UsageError
 from lexel.train.objective import image_terms
 from lexel.train.tokenizer import TokenizerRecipe
 
+UNQUANTIZED = "none"  # the same network without codes: how much of the error is theirs
+
 
 class Variant(Config):
     """A quantizer with options of its own, under a name of its own."""
@@ -45,7 +47,7 @@ def expand(
 ) -> list[PlannedRun]:
     """All runs of a comparison, checked; seeds change slowest, so that every method has a result early."""
     variants = variants or {}
-    known = table.names()
+    known = [*table.names(), UNQUANTIZED]
     for label, variant in variants.items():
         if label in known:
             raise UsageError(f"the variant {label!r} has a quantizer's name; choose another, such as '{label}_2'")
@@ -66,6 +68,7 @@ def expand(
         for size in sizes
         for dim in widths
         for label in quantizers
+        if label != UNQUANTIZED or size == sizes[0]  # it has no codes to count
     ]
 
 
@@ -78,7 +81,8 @@ def _recipe_of(
     is_own = label == own["kind"]
     options = own if is_own else variant.options
     table = recipe.model_dump(mode="json", exclude_none=True)
-    table["model"]["quantizer"] = {**options, "kind": variant.kind, "codebook_size": size, "codebook_dim": dim}
+    count = {} if variant.kind == UNQUANTIZED else {"codebook_size": size}
+    table["model"]["quantizer"] = {**options, "kind": variant.kind, **count, "codebook_dim": dim}
     images = {*image_terms(recipe.train)}
     shared = {term: weight for term, weight in recipe.train.weights.items() if is_own or term in images}
     # Where a codebook collapses, what it does until the end is a result too.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lexel import __version__
 from lexel.checkpoint import read_json
 from lexel.compare.page import write_html
-from lexel.compare.plan import PlannedRun, Variant, as_table, expand
+from lexel.compare.plan import UNQUANTIZED, PlannedRun, Variant, as_table, expand
 from lexel.compare.summary import HEALTH, NETWORK, summarise
 from lexel.data.config import open_data
 from lexel.errors import UsageError
@@ -55,7 +55,7 @@ def compare(
 
     Args:
         recipe: what to train.
-        quantizers: keys of QUANTIZERS, or names of `variants`.
+        quantizers: keys of QUANTIZERS, names of `variants`, or "none": the same network without codes.
         out: a folder: `runs/NAME` for each training, `compare.json`, `compare.html`.
         codebook_sizes: numbers of codes, K; the recipe's by default.
         dims: lengths of a code, D; the recipe's by default.
@@ -130,12 +130,13 @@ def train_and_measure(
         tokenizer = load_tokenizer(folder)
         data = planned.recipe.data
         rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
+        coded = planned.recipe.model.quantizer["kind"] != UNQUANTIZED
         measured = evaluate_tokenizer(
             tokenizer,
             open_data(data)[1],
             rules,
             size=data.size,
-            metrics=metrics,
+            metrics=[name for name in metrics if coded or name != "usage"],
             network=NETWORK,
             limit=limit,
             batch_size=planned.recipe.train.batch_size,
@@ -144,7 +145,7 @@ def train_and_measure(
         )
         quantizer = tokenizer.quantizer
         result |= {
-            "bits": (quantizer.books or 1) * math.log2(quantizer.codebook_size),
+            "bits": (quantizer.books or 1) * math.log2(quantizer.codebook_size) if coded else None,
             "metrics": measured["metrics"],
             "intervals": measured["intervals"],
             "warnings": measured["warnings"],

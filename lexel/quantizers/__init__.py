@@ -11,6 +11,7 @@ from lexel.quantizers.fvq import FVQ
 from lexel.quantizers.gaussian import Gaussian
 from lexel.quantizers.gumbel import Gumbel
 from lexel.quantizers.ibq import IBQ
+from lexel.quantizers.ibq_affine import IBQAffine
 from lexel.quantizers.levels import Levels
 from lexel.quantizers.lfq import LFQ
 from lexel.quantizers.multiscale import Multiscale
@@ -32,6 +33,7 @@ QUANTIZERS.update(
         "gumbel": Gumbel,
         "soft": Soft,
         "ibq": IBQ,
+        "ibq_affine": IBQAffine,
         "lfq": LFQ,
         "bsq": BSQ,
         "fsq": FSQ,
@@ -62,6 +64,7 @@ __all__ = [
     "Cosine",
     "Gaussian",
     "Gumbel",
+    "IBQAffine",
     "Levels",
     "Multiscale",
     "Nested",

@@ -53,7 +53,7 @@ class Affine(ProjectedVQ):
         self.decay = bounds.decay(decay)
         self.spread = choose("spread", spread, ("full", "channel"))
         self._recall = Recall()
-        self._recalled: tuple[Tensor, Tensor] | None = None  # the statistics of a forward pass that is repeated
+        self._recalled: tuple[Tensor, ...] | None = None  # the statistics of a forward pass that is repeated
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
         self.register_buffer("mean", torch.zeros(codebook_dim))
         self.register_buffer("covariance", torch.eye(codebook_dim))
@@ -67,14 +67,14 @@ class Affine(ProjectedVQ):
         """R in float64: a triangle (D, D), or the diagonal (D,) for `spread="channel"`."""
         covariance = covariance.double()
         floor = FLOOR * covariance.trace().clamp_min(torch.finfo(torch.float32).tiny)
-        covariance = covariance + floor * torch.eye(self.codebook_dim).to(floor)
+        covariance = covariance + floor * torch.eye(self.codebook_dim, dtype=floor.dtype, device=floor.device)
         if self.spread == "channel":
             return covariance.diagonal().sqrt()
         # Without a check, which would raise at latents that are NaN: training has a clear word for those.
         return torch.linalg.cholesky_ex(covariance).L
 
     def project(self) -> Tensor:
-        mean, covariance = self._recalled or (self.mean, self.covariance)
+        mean, covariance, *_ = self._recalled or self._statistics()
         root = self._root(covariance).to(mean)
         return mean + (self.weight * root if self.spread == "channel" else self.weight @ root.T)
 
@@ -84,26 +84,34 @@ class Affine(ProjectedVQ):
             return (centred / root).to(codes)
         return torch.linalg.solve_triangular(root, centred.T, upper=False).T.to(codes)
 
+    def _statistics(self) -> tuple[Tensor, ...]:
+        """What a batch meets beside the parameters: mean (D,) and covariance (D, D) first."""
+        return self.mean, self.covariance
+
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        if self.training:
-            vectors = as_vectors(z.detach())
-            if statistics_move(vectors):
-                self._follow(vectors)
-                self._recall.keep(vectors, self.mean.clone(), self.covariance.clone())
-            elif recomputing():
-                self._recalled = self._recall.find(vectors)
+        vectors = as_vectors(z.detach())
+        moving = self.training and statistics_move(vectors)
+        if moving:
+            self._follow(vectors)
+            self._recall.keep(vectors, *(each.clone() for each in self._statistics()))
+        elif self.training and recomputing():
+            self._recalled = self._recall.find(vectors)
         try:
-            return super().forward(z)
+            return self._quantized(z, moving)
         finally:
             self._recalled = None
+
+    def _quantized(self, z: Tensor, moving: bool) -> Quantized:
+        """Quantizes latents (B, D, *grid) by the table in force; `moving` says whether statistics follow this batch."""
+        return super().forward(z)
 
     @torch.no_grad()
     def _follow(self, vectors: Tensor) -> None:
         """One step of the running mean and covariance on latents (N, D) of every process."""
         vectors = vectors.to(self.mean.dtype)
         # Processes may have different numbers of latents.
-        count = all_sum(torch.tensor(float(len(vectors)), dtype=vectors.dtype, device=vectors.device))
+        count = all_sum(vectors.new_full((), len(vectors)))
         mean = all_sum(vectors.sum(0)) / count
         centred = vectors - mean
         covariance = all_sum(centred.T @ centred) / count

@@ -98,7 +98,7 @@ class EMA(Quantizer):
             self._recall.keep(vectors, indices, codes)
             return indices, codes
         if self.training and recomputing() and (found := self._recall.find(vectors)) is not None:
-            return found
+            return found[0], found[1]
         indices = nearest(vectors, self.weight)
         return indices, lookup(indices, self.weight)
 

@@ -63,7 +63,8 @@ class ProjectedVQ(Quantizer):
         options = {"kind": "vq", "codebook_size": len(kept), "codebook_dim": self.codebook_dim}
         with torch.no_grad():
             weight = self.codebook.detach()[kept].clone()
-        return Recoded({**options, "gradient": self.gradient}, {"weight": weight})
+        gradient = self.gradient if self.gradient in GRADIENTS else "straight_through"
+        return Recoded({**options, "gradient": gradient}, {"weight": weight})
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:

@@ -56,24 +56,24 @@ class Recall:
     """
 
     def __init__(self) -> None:
-        self.kept: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=16)
+        self.kept: deque[tuple[Tensor, tuple[Tensor, ...]]] = deque(maxlen=16)
         self.asked = False
 
-    def keep(self, vectors: Tensor, first: Tensor, second: Tensor) -> None:
-        """Keeps two tensors that belong to latents (N, D) if a recomputation may follow."""
+    def keep(self, vectors: Tensor, *tensors: Tensor) -> None:
+        """Keeps tensors that belong to latents (N, D) if a recomputation may follow."""
         if self.asked:  # the backward pass is over
             self.kept.clear()
             self.asked = False
         # Checkpointing runs without gradients (reentrant) or with hooks on what autograd saves.
         if not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            self.kept.append((vectors.detach(), first.detach(), second.detach()))
+            self.kept.append((vectors.detach(), tuple(tensor.detach() for tensor in tensors)))
 
-    def find(self, vectors: Tensor) -> tuple[Tensor, Tensor] | None:
+    def find(self, vectors: Tensor) -> tuple[Tensor, ...] | None:
         """The tensors kept for these latents; None if there are none."""
         self.asked = True
-        for known, first, second in self.kept:
+        for known, tensors in self.kept:
             if known.shape == vectors.shape and torch.equal(known, vectors):
-                return first, second
+                return tensors
         return None
 
     def __reduce__(self) -> tuple[type["Recall"], tuple[()]]:
