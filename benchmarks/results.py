@@ -2,11 +2,13 @@
 
 import json
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lexel.machine import commit as code
+from lexel.machine import processor
 
 PAGE = Path(__file__).parent / "RESULTS.md"
 
@@ -31,18 +33,14 @@ def write(page: Path, figures: dict[str, Any], section: str, lines: list[str]) -
 
 def commit() -> str:
     """The short name of the commit that is measured."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return code() or ""
 
 
 def machine(device: str, threads: int) -> str:
     """What was measured on, in a line."""
     if device != "cpu":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        named = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
-        name = named[0].split(":")[1].strip() if named else name
+    name = processor()
     bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
     count = "1 thread" if threads == 1 else f"{threads} threads"
     return f"{name} ({platform.machine()}, {bf16} AVX512-BF16), {count}, torch {torch.__version__}"

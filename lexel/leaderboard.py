@@ -26,7 +26,10 @@ HIGHER_IS_BETTER = {
     "recall",
     "density",
     "coverage",
+    "text_survival",
+    "reachable_codes",
 }
+CODE = ("weights", "lexel", "machine")  # the last columns
 PICTURE_SIDE = 512  # pixels; larger pictures are made smaller
 
 
@@ -99,9 +102,7 @@ def bits_of(result: Mapping[str, Any]) -> float | None:
 def table(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> list[list[str]]:
     """One row a result, the best first by the first metric; the first row is the head."""
     shown = [name for name in metrics if any(result["metrics"].get(name) is not None for result in results.values())]
-    rows = [
-        ["", *(f"{name} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name in shown), "weights", "lexel", "device"]
-    ]
+    rows = [["", *(f"{name} {'↑' if name in HIGHER_IS_BETTER else '↓'}" for name in shown), *CODE]]
 
     def rank(name: str) -> tuple[bool, float]:
         value = results[name]["metrics"].get(shown[0]) if shown else None
@@ -112,17 +113,23 @@ def table(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> l
     for name in sorted(results, key=rank):
         result = results[name]
         cells = [_cell(result["metrics"].get(metric), result["intervals"].get(metric)) for metric in shown]
-        version = (result.get("versions") or {}).get("lexel", "-")
-        rows.append(
-            [name, *cells, str(result.get("tokenizer") or "-")[:12], str(version), str(result.get("device", "-"))]
-        )
+        rows.append([name, *cells, *code_of(result)])
     return rows
+
+
+def code_of(result: Mapping[str, Any]) -> list[str]:
+    """By what a result was made, as CODE names it; "-" where an older file does not say."""
+    versions = result.get("versions") or {}
+    weights, machine = result.get("tokenizer") or "-", result.get("machine") or result.get("device") or "-"
+    return [str(weights)[:12], str(versions.get("commit") or versions.get("lexel") or "-"), str(machine)]
 
 
 def conditions(result: Mapping[str, Any]) -> list[list[str]]:
     """What all results have in common."""
     data, network = result["data"], result.get("network")
     rows = [["", "all results"], ["protocol", result["protocol"]["name"]], ["images", f"{data['images']:,}"]]
+    if isinstance(result.get("public_set"), str):
+        rows.append(["public set", result["public_set"]])
     rows.append(["fingerprint of the images", data["fingerprint"][:12]])
     if network:
         rows.append(["feature network", f"{network['name']} {network['fingerprint'][:12]}"])

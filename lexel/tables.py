@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[str, str, str | None]] = {
     "backbones": ("lexel.networks.backbones", "BACKBONES", "lexel.backbones"),
     "metrics": ("lexel.evaluate", "METRICS", "lexel.metrics"),
     "probes": ("lexel.evaluate", "PROBES", None),
+    "public_sets": ("lexel.public_sets", "PUBLIC_SETS", None),
     "protocols": ("lexel.metrics.protocols", "PROTOCOLS", None),
     "transforms": ("lexel.data", "TRANSFORMS", None),
     "networks": ("lexel.networks", "FEATURE_NETWORKS", None),

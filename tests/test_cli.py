@@ -388,7 +388,10 @@ MISTAKES = [
         ["evaluate", "nowhere", "--data", "photos", "--reference", "x.npz"],
         "--reference and --tokenizer go with --samples",
     ),
-    (["evaluate", "--samples", "x", "--reference", "y", "--size", "64"], "--data and --size go with a tokenizer"),
+    (
+        ["evaluate", "--samples", "x", "--reference", "y", "--size", "64"],
+        "--data, --size and --public-set go with a tokenizer",
+    ),
     (["sample", "nowhere", "--classes", "0", "--out", "x.png"], "nowhere"),
     (["import", "nowhere", "--out", "x"], "nowhere"),
     (["compare", "generator_tiny", "--quantizers", "vq", "--out", "x"], "is a generator's recipe"),

@@ -13,7 +13,7 @@ PACKAGE = Path(lexel.__file__).parent
 LAYERS = [  # a name that a change still to come will use may stand here before its file does
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
     | {"run_log", "same_recipe"}
-    | {"arrays", "regular", "provenance", "parts", "place"},
+    | {"arrays", "regular", "provenance", "parts", "place", "machine"},
     {"kernels", "networks", "conditions"},
     {"quantizers", "autoencoders", "losses", "metrics", "data"},
     {"tokenizer", "autoencoder", "text_encoder"},
@@ -23,7 +23,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
     {"report", "sample_parts"},
     {"train"},
-    {"inspection", "tables", "codebooks"},
+    {"inspection", "tables", "codebooks", "public_sets"},
     {"publish"},
     {"compare", "demo", "leaderboard", "studio"},
     {"paper"},

@@ -37,6 +37,10 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="ibq, llamagen, titok, fvq, adm or lexel; see docs/protocols.md.")
     ] = "lexel",
+    public_set: Annotated[
+        str | None,
+        typer.Option(help="kodak or cifar10: --data must be that set, and is measured as everybody's is."),
+    ] = None,
     split: Split = None,
     size: Annotated[
         str | None,
@@ -77,6 +81,7 @@ def evaluate(
     from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
+    from lexel.public_sets import measure_on
 
     if (source is None) == (samples is None):
         raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
@@ -84,8 +89,10 @@ def evaluate(
         raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
     if source and (reference or tokenizer):
         raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
-    if samples and (data or size):
-        raise UsageError("--data and --size go with a tokenizer; samples have their size and need --reference alone")
+    if samples and (data or size or public_set):
+        raise UsageError(
+            "--data, --size and --public-set go with a tokenizer; samples have their size and need --reference alone"
+        )
     if json_ and against and json_.resolve() == against.resolve():
         raise UsageError(f"--json {json_} is the file of --against, which would be overwritten; give another file")
     if part and (json_ or against):
@@ -108,7 +115,11 @@ def evaluate(
         if source:
             side: Any = size if size == "native" else pixels(size)
             model = load_tokenizer(source, weights)
-            result = evaluate_tokenizer(model, str(data), protocol, size=side, progress=update, **options)
+            options |= {"size": side, "progress": update}
+            if public_set:
+                result = measure_on(model, public_set, str(data), protocol, **options)
+            else:
+                result = evaluate_tokenizer(model, str(data), protocol, **options)
         else:
             decoder = load_tokenizer(tokenizer) if tokenizer else None
             result = evaluate_samples(

@@ -18,6 +18,7 @@ from lexel.errors import UsageError
 from lexel.evaluate.metric import Values
 from lexel.evaluate.sources import Source
 from lexel.evaluate.stream import Visited
+from lexel.machine import commit, machine
 from lexel.metrics import Protocol
 from lexel.runtime import Runtime
 
@@ -185,11 +186,13 @@ def as_result(
         },
         "versions": {
             "lexel": __version__,
+            "commit": commit(),
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
         },
         "device": str(where.device),
+        "machine": machine(where.device),
         "precision": identity["precision"],
         "processes": processes(),
         "seconds": round(time.monotonic() - started, 1),

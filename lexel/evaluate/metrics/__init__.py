@@ -11,6 +11,7 @@ from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.neighbours import KID, MMD, PrecisionRecall
 from lexel.evaluate.metrics.pixels import L1, PSNR, SSIM
 from lexel.evaluate.metrics.score import InceptionScore
+from lexel.evaluate.metrics.text import TextSurvival
 from lexel.evaluate.metrics.unseen import UnseenCodes
 from lexel.evaluate.metrics.usage import Usage
 
@@ -29,6 +30,7 @@ METRICS: dict[str, type[Metric]] = {  # results come in this order
     "usage": Usage,
     "unseen_codes": UnseenCodes,
     "latents": Latents,
+    "text": TextSurvival,
     "precision_recall": PrecisionRecall,
     "kid": KID,
     "mmd": MMD,
