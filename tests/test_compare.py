@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lexel.compare import Variant, compare, expand, read_variants, summarise, table
+from lexel.compare import Variant, compare, expand, halving, read_variants, summarise, table
 from lexel.compare import run as comparing
+from lexel.compare.halving import lengths, margin_and_noise, ranked, shortened
 from lexel.compare.summary import mean_and_deviation
 from lexel.config import check, load
 from lexel.errors import UsageError
@@ -227,3 +228,72 @@ def test_the_network_without_codes_is_a_row_that_counts_none(recipe, tmp_path):
     assert none["bits"] is None
     assert "usage" not in none
     assert none["psnr"]["mean"] > 0
+
+
+@pytest.mark.parametrize(
+    "candidates, steps, expected",
+    [(2, 10, [(2, 10)]), (3, 10, [(3, 5), (2, 10)]), (8, 4000, [(8, 1000), (4, 2000), (2, 4000)]), (5, 2, None)],
+)
+def test_each_round_of_a_halving_has_half_the_candidates_and_twice_the_steps(candidates, steps, expected):
+    assert lengths(candidates, steps) == (expected or [(5, 1), (3, 1), (2, 2)])
+
+
+def test_lengths_within_a_recipe_shorten_with_it(pictures):
+    changes = {"schedule": {"kind": "linear", "warm_up": 100, "hold": 0.3}, "validate_every": 200}
+    short = shortened(make(pictures, steps=400, **changes), 100)
+    assert (short.train.steps, short.train.schedule.warm_up, short.train.validate_every) == (100, 25, 50)
+    assert short.train.schedule.hold == 0.3
+
+
+def row(name: str, *values: float, stopped: int = 0) -> dict:
+    return {"quantizer": name, "stopped": stopped, "psnr": mean_and_deviation(list(values))}
+
+
+def test_a_row_that_ended_early_ranks_last_whatever_it_measured():
+    rows = [row("a", 20.0), row("b", 30.0, stopped=1), row("c", 25.0), row("d", float("nan"))]
+    assert [each["quantizer"] for each in ranked(rows, "psnr")][:2] == ["c", "a"]
+
+
+def test_the_margin_is_taken_between_equal_seeds():
+    margin, noise = margin_and_noise(row("a", 20.0, 30.0), row("b", 19.0, 29.2), "psnr")
+    assert margin == pytest.approx(0.9)
+    assert noise == pytest.approx(0.1)
+    assert margin_and_noise(row("a", 2.0), row("b", 1.0), "psnr") == (1.0, None)
+
+
+def test_a_halving_tells_who_was_dropped_when_and_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch):
+    names = ["vq", "ibq", "simvq"]
+    found = halving(recipe, names, tmp_path, **CHEAP)
+    first, last = found.rounds
+    assert [len(first), len(last)] == [3, 2]
+    assert [each["recipe"]["train"]["steps"] for each in runs_of(tmp_path / "round_1")] == [2, 2, 2]
+    assert [each["recipe"]["train"]["steps"] for each in runs_of(tmp_path / "round_2")] == [4, 4]
+    (dropped,) = found.dropped
+    assert (dropped.quantizer, dropped.steps) == (first[-1]["quantizer"], 2)
+    assert dropped.behind == pytest.approx(first[1]["psnr"]["mean"] - first[2]["psnr"]["mean"])
+    assert found.winner == last[0]["quantizer"] != dropped.quantizer
+    assert found.margin == pytest.approx(last[0]["psnr"]["mean"] - last[1]["psnr"]["mean"])
+    assert "in one seed" in found.verdict
+    assert "Dropped on the way" in found.page.read_text()
+
+    monkeypatch.setattr(comparing, "train_tokenizer", None)  # nothing is trained again
+    assert halving(recipe, names, tmp_path, **CHEAP)._replace(rounds=[]) == found._replace(rounds=[])
+
+
+def runs_of(folder: Path) -> list[dict]:
+    return json.loads((folder / "compare.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"quantizers": ["vq"]}, "among two candidates or more, got vq"),
+        ({"by": "fid"}, "unknown criterion 'fid'"),
+        ({"metrics": ["usage"]}, "psnr decides, and metrics leaves it out; add psnr"),
+        ({"quantizers": ["vq", "vqq"]}, "unknown quantizer 'vqq'"),
+    ],
+)
+def test_a_halving_that_cannot_end_is_refused_before_anything_is_trained(recipe, tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        halving(recipe, out=tmp_path, **{"quantizers": ["vq", "ibq"], **arguments})
+    assert not list(tmp_path.iterdir())

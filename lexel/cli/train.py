@@ -1,7 +1,7 @@
 """Commands that learn: demo, train, compare, bank."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -121,32 +121,65 @@ def compare(
     precision: Annotated[
         str | None, typer.Option(help="Training precision: float32, bf16 or fp16. Default: the recipe's.")
     ] = None,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving",
+            help="Successive halving: all train briefly, the better half twice as long, the last two in full.",
+        ),
+    ] = False,
+    by: Annotated[str, typer.Option(help="What decides with --halving: psnr, ssim or lpips_vgg.")] = "psnr",
 ) -> None:
     """Trains one recipe with several quantizers: a table, curves and code maps in one page; resumable."""
     from lexel.compare import METRICS, read_variants, table
     from lexel.compare import compare as run_compare
+    from lexel.compare import halving as run_halving
     from lexel.train import load_recipe
     from lexel.train.tokenizer import TokenizerRecipe
 
     loaded = load_recipe(recipe, [*(set_ or []), *([f"train.precision={precision}"] if precision else [])])
     if not isinstance(loaded, TokenizerRecipe):
         raise UsageError(f"{recipe} is a generator's recipe; a tokenizer's is needed here")
+    if by != "psnr" and not halving:
+        raise UsageError(f"--by {by} has no effect without --halving; leave it out")
+    if halving and (sizes or dims):
+        raise UsageError(
+            "--halving compares at one size and dimension: more codes are better at more bits; set them by "
+            "--set model.quantizer.codebook_size=1024 --set model.quantizer.codebook_dim=32"
+        )
     with progress("compare", "steps") as update:
-        compared = run_compare(
-            loaded,
-            names(quantizers),
-            out,
-            codebook_sizes=integers(sizes, "--sizes"),
-            dims=integers(dims, "--dims"),
-            seeds=integers(seeds, "--seeds"),
-            variants=read_variants(variants) if variants else None,
-            metrics=metric or METRICS,
-            limit=limit,
-            device=device,
-            progress=lambda number, count, name, now: update(
+        options: dict[str, Any] = {
+            "seeds": integers(seeds, "--seeds"),
+            "variants": read_variants(variants) if variants else None,
+            "metrics": metric or METRICS,
+            "limit": limit,
+            "device": device,
+            "progress": lambda number, count, name, now: update(
                 now.step, now.steps, _pace(now), f"{number + 1} of {count}: {name}"
             ),
-        )
+        }
+        if halving:
+            halved = run_halving(loaded, names(quantizers), out, by=by, **options)
+        else:
+            compared = run_compare(
+                loaded,
+                names(quantizers),
+                out,
+                codebook_sizes=integers(sizes, "--sizes"),
+                dims=integers(dims, "--dims"),
+                **options,
+            )
+    if halving:
+        for rows in halved.rounds:
+            print_grid(table(rows), 14)
+            print()
+        for each in halved.dropped:
+            behind = "it was not measured" if each.behind is None else f"{each.behind:.3g} behind the last that went on"
+            print(f"{each.quantizer}: dropped after {each.steps:,} steps, {behind}")
+        print(halved.verdict)
+        again = f"stopped; run the same command again to go on ({out})"
+        print(f"open {halved.page}" if halved.finished else again)
+        return
     print_grid(table(compared.rows), 14)
     print(f"open {compared.page}" if compared.finished else f"stopped; run the same command again to go on ({out})")
 

@@ -6,6 +6,7 @@ training is a run folder of its own that `lexel train` could have made, so anyon
 trained again, and a stopped one goes on.
 """
 
+from lexel.compare.halving import Dropped, Halving, halving
 from lexel.compare.plan import PlannedRun, Variant, expand, read_variants
 from lexel.compare.run import METRICS, ComparisonResult, compare
 from lexel.compare.summary import summarise, table
@@ -13,10 +14,13 @@ from lexel.compare.summary import summarise, table
 __all__ = [
     "METRICS",
     "ComparisonResult",
+    "Dropped",
+    "Halving",
     "PlannedRun",
     "Variant",
     "compare",
     "expand",
+    "halving",
     "read_variants",
     "summarise",
     "table",
