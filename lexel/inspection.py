@@ -1,7 +1,7 @@
 """What is in a run, a model or a recipe, and whether its codebook is healthy."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -9,15 +9,15 @@ from torch import nn
 from lexel.checkpoint import CONFIG
 from lexel.config import RECIPES
 from lexel.errors import UsageError
-from lexel.generators import Generator
-from lexel.loading import load, load_generator, load_tokenizer
-from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
 from lexel.train.plan import count_parameters, networks_of
-from lexel.train.recipes import GeneratorRecipe
+from lexel.train.recipes import TokenizerRecipe
+
+if TYPE_CHECKING:
+    from lexel.generators import Generator  # a tokenizer's recipe does without the generators
 
 SAMPLED = 4096  # codes among which the nearest neighbours are looked for
 
@@ -37,6 +37,8 @@ def inspect(source: str | Path) -> dict[str, Any]:
         return _of_recipe(source)
     if path.is_dir() and RunFolder.read(path).recipe.is_file():
         return _of_run(RunFolder.read(path))
+    from lexel.loading import load
+
     model = load(source)
     return _of_tokenizer(model) if isinstance(model, Tokenizer) else _of_generator(model)
 
@@ -45,24 +47,27 @@ def _of_recipe(source: str | Path) -> dict[str, Any]:
     recipe = load_recipe(source)
     networks = networks_of(recipe)
     facts: dict[str, Any] = {"kind": "recipe"}
-    if isinstance(recipe, GeneratorRecipe):
-        facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}
-    else:
+    if isinstance(recipe, TokenizerRecipe):
         tokenizer = networks["tokenizer"]
         assert isinstance(tokenizer, Tokenizer)
         facts |= _shape(tokenizer)
+    else:
+        facts |= {**recipe.generator.model_dump(mode="json"), "family": recipe.generator.kind, "kind": "recipe"}
     facts["parameters"] = _count(next(iter(networks.values())))  # of what is trained, without what only helps
     return facts | {f"parameters of the {name}": count for name, count in count_parameters(networks).items()}
 
 
 def _of_run(run: RunFolder) -> dict[str, Any]:
     """A run is looked at even before its first checkpoint: its log is enough for a verdict."""
+    from lexel.loading import load_generator, load_tokenizer
+    from lexel.metrics.health import diagnose
+
     recipe = load_recipe(run.recipe)
     lines = run.lines()
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
     facts: dict[str, Any] = {"steps done": lines[-1]["step"] if lines else 0}
     saved = bool(run.steps()) or (run.path / CONFIG).is_file()
-    if isinstance(recipe, GeneratorRecipe):
+    if not isinstance(recipe, TokenizerRecipe):
         found = _of_generator(load_generator(run.path)) if saved else {"kind": "generator"}
         return found | facts | _last(validation)
     found = _of_tokenizer(load_tokenizer(run.path)) if saved else {"kind": "tokenizer"}
@@ -110,7 +115,7 @@ def _codebook(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _of_generator(generator: Generator) -> dict[str, Any]:
+def _of_generator(generator: "Generator") -> dict[str, Any]:
     network = generator.config.transformer
     facts = {**network.model_dump(mode="json"), "family": network.kind, "kind": "generator"}
     facts |= {"parameters": _count(generator), "tokenizer": generator.config.tokenizer}

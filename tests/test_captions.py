@@ -17,7 +17,7 @@ from lexel.errors import UsageError
 from lexel.samples import read_captions
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import load_generator_run, train_generator
-from lexel.train.recipes import GeneratorRecipe
+from lexel.train.generator_recipe import GeneratorRecipe
 
 COUNT, LENGTH, CHANNELS = 10, 3, 5
 LENGTHS = np.array([1 + number % LENGTH for number in range(COUNT)])

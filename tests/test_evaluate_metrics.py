@@ -19,7 +19,6 @@ from lexel.data import to_images
 from lexel.errors import UsageError
 from lexel.evaluate import (
     METRICS,
-    EvaluationConfig,
     Metric,
     Options,
     Values,
@@ -30,6 +29,7 @@ from lexel.evaluate import (
 )
 from lexel.metrics import MeanState, frechet_distance_of_features, gaussian_mmd
 from lexel.networks import FEATURE_NETWORKS, FeatureNetwork
+from lexel.train.evaluations import EvaluationConfig
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from lexel.config import find_recipe, load
 from lexel.errors import UsageError
 from lexel.generators import FREE, GENERATORS, Generator, GeneratorConfig
 from lexel.generators.config import network_config
-from lexel.train.recipes import GeneratorRecipe
+from lexel.train.generator_recipe import GeneratorRecipe
 
 NETWORKS = {  # a family in each of its shapes; every family of the table must be here
     "next_token": {},

@@ -22,7 +22,7 @@ from lexel.generators.flow.times import TIMES, training_times
 from lexel.generators.flow.transport import PATHS, Transport, solve_ode, solve_sde
 from lexel.generators.latents import normal
 from lexel.tokenizer import Tokenizer, TokenizerConfig
-from lexel.train.recipes import GeneratorRecipe
+from lexel.train.generator_recipe import GeneratorRecipe
 
 GRID = {"rows": 4, "columns": 6, "classes": 5}
 SMALL = {"width": 32, "layers": 2, "heads": 4}

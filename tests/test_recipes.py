@@ -12,9 +12,10 @@ from lexel.memory import FusedAttention
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
+from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.plan import check_memory, plan
 from lexel.train.processes import Processes
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe
 from lexel.train.session import Session
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -12,7 +12,6 @@ from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan, Values
 from lexel.evaluate.metrics import METRICS
 from lexel.evaluate.probe import probe
-from lexel.evaluate.recipe import EvaluationConfig
 from lexel.evaluate.reconstructions import evaluate_tokenizer
 from lexel.evaluate.references import reference_statistics
 from lexel.evaluate.results import Difference, compare_results, read_result, write_result
@@ -27,7 +26,6 @@ __all__ = [
     "Batch",
     "Context",
     "Difference",
-    "EvaluationConfig",
     "ImageTokenizer",
     "Metric",
     "Options",

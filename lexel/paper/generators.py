@@ -21,7 +21,7 @@ from lexel.runtime import PeakMemory, runtime
 from lexel.samples import write_samples
 from lexel.spacing import evenly_spaced
 from lexel.train.generator import train_generator
-from lexel.train.recipes import GeneratorRecipe
+from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.session import Progress
 
 RESULT = "result.json"

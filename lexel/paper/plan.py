@@ -18,8 +18,9 @@ from lexel.generators.config import GROUP
 from lexel.quantizers.registry import quantizer_class
 from lexel.registry import lookup
 from lexel.tokenizer import Tokenizer
+from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.objective import image_terms
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe
 
 OWN = Path(__file__).with_name("tables.toml")
 BASE, GENERATOR_BASE = "tables", "generator_tables"  # recipes of Lexel's

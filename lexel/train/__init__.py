@@ -9,7 +9,8 @@ from lexel import config
 if TYPE_CHECKING:
     from lexel.generators import Generator
     from lexel.tokenizer import Tokenizer
-    from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+    from lexel.train.generator_recipe import GeneratorRecipe
+    from lexel.train.recipes import TokenizerRecipe
     from lexel.train.session import ProgressCallback, Trained
 
     Recipe = TokenizerRecipe | GeneratorRecipe
@@ -25,11 +26,13 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
     Raises:
         UsageError: there is no such recipe, or it holds a key or value that is not known.
     """
-    from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
-
     path = config.find_recipe(source)
     table = config.read(path)
-    model: type[TokenizerRecipe] | type[GeneratorRecipe] = GeneratorRecipe if "generator" in table else TokenizerRecipe
+    model: type[TokenizerRecipe] | type[GeneratorRecipe]
+    if "generator" in table:
+        from lexel.train.generator_recipe import GeneratorRecipe as model
+    else:
+        from lexel.train.recipes import TokenizerRecipe as model
     return config.check(config.override(table, overrides, model), model, path.name)
 
 

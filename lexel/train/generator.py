@@ -23,9 +23,9 @@ from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NetworkConfig, TrainingLosses, family_of
 from lexel.loading import load_generator
 from lexel.tokenizer import Tokenizer
+from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.optimization import RunningMeans, optimizer_step, seed_step, set_learning_rate, to_device
 from lexel.train.processes import Processes
-from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.session import ProgressCallback, Session, Trained
 from lexel.train.tokens import TokenSource, entropy_bits
 

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lexel import config
 from lexel.errors import UsageError
-from lexel.generators import Generator, GeneratorConfig
 from lexel.losses import Loss, LossInputs
 from lexel.memory import UNQUESTIONED, FusedAttention, available_bytes, decodable, encoded, gib
 from lexel.runtime import Runtime, without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train.objective import Objective, feature_shapes
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe
+
+if TYPE_CHECKING:
+    from lexel.train.generator_recipe import GeneratorRecipe
 
 UNQUESTIONED_WEIGHTS = 2**24  # fewer are not worth an estimate
 LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each float32
@@ -39,18 +41,18 @@ class Plan(NamedTuple):
         return f"{self.recipe}\n" + "\n".join(rows)
 
 
-def plan(recipe: TokenizerRecipe | GeneratorRecipe, processes: int = 1) -> Plan:
+def plan(recipe: "TokenizerRecipe | GeneratorRecipe", processes: int = 1) -> Plan:
     """The plan for one of `processes` devices, made on the meta device: no weights, no data.
 
     What a forward pass keeps for the backward pass is counted exactly, where it can be run without values; temporary
     results of the backward pass and the allocator's reserve are not, so that the sum is low by a tenth or two.
     """
-    if isinstance(recipe, GeneratorRecipe):
-        return _generator(recipe, processes)
-    return _tokenizer(recipe, processes)
+    if isinstance(recipe, TokenizerRecipe):
+        return _tokenizer(recipe, processes)
+    return _generator(recipe, processes)
 
 
-def check_memory(recipe: TokenizerRecipe | GeneratorRecipe, where: Runtime, processes: int = 1) -> None:
+def check_memory(recipe: "TokenizerRecipe | GeneratorRecipe", where: Runtime, processes: int = 1) -> None:
     """Refuses a training that cannot fit in memory, before any of it is allocated.
 
     Weights, optimizers and what a forward pass keeps are counted, attention as fused kernels have it: a lower bound.
@@ -76,18 +78,18 @@ def check_memory(recipe: TokenizerRecipe | GeneratorRecipe, where: Runtime, proc
         )
 
 
-def _pixels(recipe: TokenizerRecipe | GeneratorRecipe, processes: int) -> int:
+def _pixels(recipe: "TokenizerRecipe | GeneratorRecipe", processes: int) -> int:
     """Pixels of the images, or tokens, that pass through a device at a time."""
     share = recipe.train.batch_size // processes // recipe.train.accumulation
-    return share * (recipe.generator.tokens if isinstance(recipe, GeneratorRecipe) else recipe.data.size**2)
+    return share * (recipe.data.size**2 if isinstance(recipe, TokenizerRecipe) else recipe.generator.tokens)
 
 
-def networks_of(recipe: TokenizerRecipe | GeneratorRecipe) -> dict[str, nn.Module]:
+def networks_of(recipe: "TokenizerRecipe | GeneratorRecipe") -> dict[str, nn.Module]:
     """The networks of a training, on the meta device: "tokenizer" or "generator", "discriminator", losses by name."""
     networks: dict[str, nn.Module] = {}
     with without_weights():
-        if isinstance(recipe, GeneratorRecipe):
-            return {"generator": Generator(GeneratorConfig(transformer=recipe.generator))}
+        if not isinstance(recipe, TokenizerRecipe):
+            return {"generator": recipe.network()}
         networks["tokenizer"] = Tokenizer(recipe.model)
         if recipe.train.discriminator is not None and recipe.train.weights.get("adversarial"):
             networks["discriminator"] = recipe.train.discriminator.build()
@@ -144,11 +146,11 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     return Plan(config.dump(recipe), parameters, {name: size for name, size in memory.items() if size}, batch)
 
 
-def _generator(recipe: GeneratorRecipe, processes: int) -> Plan:
+def _generator(recipe: "GeneratorRecipe", processes: int) -> Plan:
     train = recipe.train
     batch = max(1, train.batch_size // processes // train.accumulation)
-    network = networks_of(recipe)["generator"]
-    assert isinstance(network, Generator)
+    with without_weights():
+        network = recipe.network()
     kept = 0
     if not network.needs_tokenizer:  # else what it sees are vectors of codes, which are not at hand
         with without_weights():

@@ -1,4 +1,4 @@
-"""Training recipes: the typed sections of a tokenizer's and of a generator's TOML file."""
+"""Training recipes: the typed sections that both kinds share, and those of a tokenizer's TOML file."""
 
 import inspect
 import math
@@ -14,12 +14,11 @@ from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
 from lexel.errors import UsageError
-from lexel.evaluate import EvaluationConfig
-from lexel.generators import Generator, GeneratorConfig, NetworkOptions
 from lexel.losses import DISCRIMINATOR_LOSSES, DISCRIMINATORS, GENERATOR_LOSSES, discriminator, perturbation
 from lexel.quantizers import QUANTIZERS
 from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.evaluations import EvaluationConfig
 from lexel.train.objective import Objective, image_terms
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -289,72 +288,3 @@ def check_perturbable(tokenizer: Tokenizer) -> None:
         raise ValueError(
             "train.perturbation swaps codes of one table, one at each place, which this quantizer does not have"
         )
-
-
-# ---------------------------------------------------------------------------------------------- generators
-
-
-class TokensConfig(Config):
-    """What a generator learns from: a token set, or images that a tokenizer turns into tokens on the way."""
-
-    REPLACES: ClassVar[dict[str, str]] = {"tokens": "images", "images": "tokens"}
-
-    tokens: str | None = None  # a folder that `lexel encode` wrote
-    validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.05  # another such folder, or the share to hold out
-    images: DataConfig | None = None  # instead of tokens: a fresh random crop of each image in every epoch
-    tokenizer: str | None = None  # a run, a folder or a hub id; needed for images, and kept beside the generator
-
-    @model_validator(mode="after")
-    def _one_source(self) -> "TokensConfig":
-        if (self.tokens is None) == (self.images is None):
-            raise ValueError("give either tokens (a token set) or images (a section like a tokenizer's data)")
-        if self.images is not None and self.tokenizer is None:
-            raise ValueError("images need the tokenizer that turns them into tokens")
-        refuse_unused(self, ("validation",), self.tokens is not None, "tokens (for images set images.validation)")
-        return self
-
-
-class GeneratorTrainConfig(LoopConfig):
-    """How a generator is trained."""
-
-    betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
-    weight_decay: float = Field(default=0.05, ge=0)
-    weight_decay_end: float | None = Field(default=None, ge=0)  # reached on a cosine; None is the same throughout
-    decay_norms: bool = True  # decay norms and biases too, as the published code does
-    clip: float | None = Field(default=1.0, gt=0)  # the largest norm of the gradient
-    checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    fsdp: bool = False  # spread weights, gradients and optimizer over the processes
-
-    @model_validator(mode="after")
-    def _sharded(self) -> "GeneratorTrainConfig":
-        if self.fsdp and self.precision == "fp16":
-            raise ValueError("fsdp has no loss scaling; use precision bf16 or float32")
-        return self
-
-    def decay(self, step: int, steps: int) -> float:
-        """The weight decay at a step."""
-        if self.weight_decay_end is None:
-            return self.weight_decay
-        fall = 0.5 + 0.5 * math.cos(math.pi * step / max(steps - 1, 1))
-        return self.weight_decay_end + (self.weight_decay - self.weight_decay_end) * fall
-
-
-class GeneratorInitConfig(Config):
-    """The generator a training starts from."""
-
-    source: str  # a run, a generator folder, a published checkpoint or a hub id, of the same network
-    what: Literal["all"] = "all"
-
-
-class GeneratorRecipe(Config):
-    """All that decides a generator: the network, the tokens, the training."""
-
-    generator: NetworkOptions
-    data: TokensConfig
-    train: GeneratorTrainConfig
-    init: GeneratorInitConfig | None = None
-
-    @model_validator(mode="after")
-    def _buildable(self) -> "GeneratorRecipe":
-        buildable(lambda: Generator(GeneratorConfig(transformer=self.generator)))
-        return self

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.train.optimization import RunningMeans, seed_step
 from lexel.train.plan import check_memory
 from lexel.train.processes import Processes
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe, TrainConfig
+from lexel.train.recipes import TokenizerRecipe, TrainConfig
+
+if TYPE_CHECKING:
+    from lexel.train.generator_recipe import GeneratorRecipe
 
 GUARDED = ("loss", "gradient_norm", "discriminator")  # what must stay finite
 SMALLEST_SCALE = 2.0**-10  # half precision that overflows at this scale is no longer a matter of scale
@@ -117,7 +120,7 @@ class Session:
 
     def __init__(
         self,
-        recipe: TokenizerRecipe | GeneratorRecipe,
+        recipe: "TokenizerRecipe | GeneratorRecipe",
         out: str | Path,
         processes: Processes,
         names: Mapping[str, Sequence[str]],

@@ -22,7 +22,7 @@ from lexel.data import training_batches
 from lexel.data.config import DataConfig, open_data
 from lexel.distributed import barrier, mean_over_processes
 from lexel.errors import UsageError
-from lexel.evaluate import EvaluationConfig, Options
+from lexel.evaluate import Options
 from lexel.loading import load_tokenizer
 from lexel.losses import LossInputs, adaptive_weight, perturbation
 from lexel.losses.perturbation import Codes
@@ -32,6 +32,7 @@ from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import TrainingStopped
 from lexel.tokenizer import Tokenizer
 from lexel.train.adversary import Adversary
+from lexel.train.evaluations import EvaluationConfig
 from lexel.train.objective import Objective, gathered
 from lexel.train.optimization import (
     RunningMeans,

@@ -13,7 +13,7 @@ from lexel.generators import NetworkConfig
 from lexel.loading import load_tokenizer
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
-from lexel.train.recipes import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
+from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
 from lexel.train.validation import Places, require_readable
 
 COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy

@@ -1,17 +1,14 @@
 """Evaluations that a recipe lists to be run while it trains."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
-from lexel import networks, registry
 from lexel.config import Config
-from lexel.evaluate.measure import Options
-from lexel.evaluate.metrics import wanted
-from lexel.evaluate.reconstructions import evaluate_tokenizer
-from lexel.evaluate.rules import find_protocol
-from lexel.evaluate.sources import ImageTokenizer
+
+if TYPE_CHECKING:
+    from lexel.evaluate import ImageTokenizer, Options  # imported where it is used: most recipes list none
 
 
 class EvaluationConfig(Config):
@@ -33,17 +30,23 @@ class EvaluationConfig(Config):
         Raises:
             UsageError: there is no such protocol, metric or feature network.
         """
+        from lexel import networks, registry
+        from lexel.evaluate.metrics import wanted
+        from lexel.evaluate.rules import find_protocol
+
         rules = find_protocol(self.protocol)
         wanted(rules.reconstruction if self.metrics is None else self.metrics)
         if self.network is not None:
             registry.lookup(networks.FEATURE_NETWORKS, self.network, "feature network", networks.GROUP)
 
-    def run(self, tokenizer: ImageTokenizer, options: Options | None = None) -> dict[str, Any]:
+    def run(self, tokenizer: "ImageTokenizer", options: "Options | None" = None) -> dict[str, Any]:
         """The result of `evaluate_tokenizer`; every process calls it, and gets the same. No random state changes.
 
         Raises:
             UsageError: as `evaluate_tokenizer`.
         """
+        from lexel.evaluate import Options, evaluate_tokenizer
+
         with torch.random.fork_rng(devices=[]):
             return evaluate_tokenizer(
                 tokenizer,
