@@ -23,7 +23,8 @@ from lexel.run_folder import RunFolder
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
 from lexel.train import train
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.generator_recipe import GeneratorRecipe
+from lexel.train.recipes import TokenizerRecipe
 
 TABLE = Path(__file__).with_name("losses.toml")
 JUDGE = "efficientnet_lite2"  # the teacher of these rows is efficientnet_lite0

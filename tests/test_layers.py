@@ -197,6 +197,7 @@ LINES = [
     ("usage HERE/b", NONE),
     ("prune HERE/model HERE/pictures --out HERE/p", NONE),
     ("grow HERE/nothing --to 32 --out HERE/g", NONE),
+    ("tables HERE/nothing", NONE),
     ("bank nothing HERE/pictures --out HERE/bank", NONE),
     ("studio HERE/nothing", {"starlette", "uvicorn", "jinja2", "matplotlib"}),
     ("import HERE/nothing --out HERE/d", {"huggingface_hub"}),
