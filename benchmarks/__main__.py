@@ -5,6 +5,7 @@ import importlib
 import sys
 
 BENCHMARKS = {
+    "gpu": "everything that only a GPU can tell, in parts",
     "quantizers": "time and memory of forward + backward, and of encoding, beside the peers",
     "step": "a whole training step of a small tokenizer, IBQ beside plain VQ",
     "generator": "decoding steps of a generator beside the published way",

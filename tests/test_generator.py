@@ -297,6 +297,8 @@ def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of the compiler's own imports
+@pytest.mark.filterwarnings(r"ignore:\s*Online softmax is disabled:UserWarning")  # and its choice of a slower kernel
 @pytest.mark.parametrize("implementation", ["graph", "compiled"])
 @pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT], ids=["plain", "factorised", "start", "gpt"])
 def test_recorded_steps_equal_the_plain_way_on_cuda(implementation, config):

@@ -303,7 +303,7 @@ def test_the_error_bound_of_a_scan_in_int8_holds():
     padded = torch.nn.functional.pad(exact, (0, -len(keys) % search.TILE), value=-torch.inf)
     groups = padded.view(len(queries), -1, search.GROUP, search.TILE // search.GROUP).amax(2).flatten(1)
     error = (maxima - groups)[groups.isfinite()].view(len(queries), -1).abs().amax(1)
-    bound = search._scan_error(queries, bias, torch.int8, norms)
+    bound = search.scan_error(queries, bias, torch.int8, norms)
     assert (error <= bound).all()
     assert error.max() > 0.002 * bound.max()  # and it is no wild guess
 
@@ -411,7 +411,7 @@ def test_no_tensor_grows_with_rows_times_codes():
         from lexel.kernels import tiled
         from lexel.kernels.inputs import Inputs
 
-        inputs = Inputs(z.detach(), codebook.detach(), None, False, 1.0, 0.01, True, 8, 1, 1)
+        inputs = Inputs(z.detach(), codebook.detach(), None, False, 1.0, 0.01, True, 8, 1, 1, False)
         found = tiled.forward(inputs)
         one = torch.ones(())
         tiled.backward(inputs, found, torch.ones(rows, dim), torch.ones(rows, dim), one, one)

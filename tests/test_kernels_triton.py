@@ -52,8 +52,9 @@ def test_triton_on_a_cpu_is_refused_with_what_would_work():
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
-@pytest.mark.parametrize(("capability", "most"), [(80, 163), (86, 99), (90, 227)])
-def test_the_kernels_compile_within_a_cards_shared_memory(capability, most):
+@pytest.mark.parametrize(("capability", "most"), [(80, 163), (86, 99), (90, 227), (120, 99)])
+def test_the_kernels_compile_within_a_cards_shared_memory(capability, most, monkeypatch):
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is left open
     # Compiling needs no GPU. KiB of shared memory a block may take, from NVIDIA's table of compute capabilities.
     import triton
     from triton.backends.compiler import GPUTarget
@@ -61,38 +62,33 @@ def test_the_kernels_compile_within_a_cards_shared_memory(capability, most):
 
     from lexel.kernels import triton_kernels as kernels
 
-    tile = {
-        "PRECISION": kernels.PRECISION,
-        "N": kernels.BLOCK_N,
-        "K": kernels.BLOCK_K,
-        "D": kernels.BLOCK_D,
-        "BIAS": True,
-    }
-    for kernel, constants in [
-        (kernels._maxima_kernel, {**tile, "HALF": True, "MEMBERS": 16}),
-        (kernels._statistics_kernel, tile),
-        (kernels._queries_kernel, {**tile, "OUT": kernels.OUTPUT}),
-        (kernels._keys_kernel, {**tile, "OUT": kernels.OUTPUT}),
-    ]:
-        function = kernel.fn
-        numbers = {"count", "size", "dim", "groups", "tiles", "blocks"}
-        types = {
-            name: "i32" if name in numbers else "fp32" if name == "scale" else "*fp32" for name in function.arg_names
-        }
-        types |= dict.fromkeys(constants, "constexpr")
-        source = ASTSource(
-            function, types, {(function.arg_names.index(name),): value for name, value in constants.items()}
-        )
-        for config in kernels.CONFIGS:
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    common = {"BIAS": True, "D": kernels.LARGEST_DIM}
+    size = max(size for size in kernels.SHAPES if size <= most)
+    cuts = [kernels.SHAPES[size], *[kernels.SHAPES[smaller] for smaller in kernels.SHAPES if smaller < size][:1]]
+    for cut, same in zip(cuts, (True, False), strict=False):
+        soft = {**common, "SAME": same}
+        for kernel, tiles, constants in [
+            (kernels._maxima_kernel, cut.scan, {**common, "MEMBERS": 16, "WHOLE": True}),
+            (kernels._statistics_kernel, cut.statistics, soft),
+            (kernels._slope_kernel, cut.slope, {**soft, "BULK": False}),
+        ]:
+            halves, floats = {"queries", "keys", "codes", "g", "out"}, {"bias", "maxima", "maximum", "total", "mean"}
+            types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(floats, "*fp32") | {"scale": "fp32"}
+            constants = {**constants, "N": tiles.rows, "K": tiles.codes}
+            types = {name: types.get(name, "i32") for name in kernel.arg_names}
+            types |= dict.fromkeys(constants, "constexpr")
+            source = ASTSource(
+                kernel, types, {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+            )
+            options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            assert compiled.metadata.shared <= most * 1024, (function, options)
+            assert compiled.metadata.shared <= most * 1024, (kernel, options)
 
 
 @on_device
 def test_float64_is_refused():
-    with pytest.raises(UsageError, match="computes in float32"):
-        nearest(torch.zeros(2, 3).double(), torch.zeros(4, 3).double(), implementation="triton")
+    with pytest.raises(UsageError, match="takes float32"):
+        nearest(*(torch.zeros(n, 3, device=DEVICE).double() for n in (2, 4)), implementation="triton")
 
 
 CASES = {
@@ -107,34 +103,39 @@ CASES = {
 
 @on_device
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_are_no_further_from_float64_than_the_dense_path(case):
+def test_products_in_bfloat16_leave_the_values_and_move_the_gradients_little(case):
     rows, size, dim, scale, options = CASES[case]
     z, codebook = normal(rows, dim) * scale, normal(size, dim, seed=1)
     exact = outcome(z, codebook, "oracle", torch.float64, **options)
     dense = outcome(z, codebook, "oracle", torch.float32, **options)
-    found = outcome(z, codebook, "triton", torch.float32, **options)
+    found = outcome(z, codebook, "triton", torch.float32, **options, products="bf16")
     assert torch.equal(found["indices"], exact["indices"])
     for name, value in exact.items():
         if name != "indices":
             error, allowed = ((x[name].double() - value).norm() for x in (found, dense))
-            assert error <= 2 * allowed + 1e-5 * value.norm() + 1e-9, name
+            share = (0.5 if scale > 1 else 0.01) if name.startswith("d_") else 1e-5  # rounded logits of hundreds
+            assert error <= 2 * allowed + share * value.norm() + 1e-9, name
 
 
 @on_device
 @pytest.mark.parametrize("distances", [False, True])
-@pytest.mark.parametrize("scan", [torch.bfloat16, torch.float32])
-def test_the_scan_lists_the_codes_that_the_tiles_list(scan, distances):
-    queries, keys = normal(66, 24).to(DEVICE), normal(1100, 24, seed=1).to(DEVICE)
+@pytest.mark.parametrize(("size", "dim"), [(1100, 24), (70, 300)])
+def test_the_kernels_list_the_codes_that_the_tiles_list(size, dim, distances):
+    rows = 9 if INTERPRETED else 660
+    queries, keys = normal(rows, dim).to(DEVICE), normal(size, dim, seed=1).to(DEVICE)
+    queries[3] = 0  # all codes are near: a wide row
     bias = minus_squares(keys) if distances else None
-    found = near_codes(queries, keys, bias, 0.3, scan, "triton")
+    found = near_codes(queries, keys, bias, 0.3, torch.bfloat16, "triton")
     expected = near_codes(queries, keys, bias, 0.3, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert found.counts[0] == 1 - distances
+    assert all(torch.equal(a, b) for a, b in zip(found[:2] + found[3:], expected[:2] + expected[3:], strict=True))
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-13, atol=0)  # sums in another order
 
 
 @on_device
 def test_two_runs_agree_to_the_bit():
     z, codebook = normal(70, 16), normal(130, 16, seed=1)
-    first, second = (outcome(z, codebook, "triton", torch.float32) for _ in range(2))
+    first, second = (outcome(z, codebook, "triton", torch.float32, products="bf16") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -144,6 +145,7 @@ def test_a_nan_in_one_row_leaves_the_others_alone():
     spoiled = z.clone()
     spoiled[2, 3] = float("nan")
     others = [0, 1, 3, 4]
-    found = nearest(spoiled, codebook, implementation="triton")
-    assert torch.equal(found[others], nearest(z, codebook, implementation="triton")[others])
-    assert 0 <= found[2] < 50
+    options = {"scan": torch.bfloat16, "implementation": "triton"}
+    found, expected = near_codes(spoiled, codebook, **options), near_codes(z, codebook, **options)
+    assert torch.equal(found.best[others], expected.best[others])
+    assert 0 <= found.best[2] < 50

@@ -14,6 +14,11 @@ Implementation = Literal["oracle", "tiled", "triton", "auto"]
 IMPLEMENTATIONS = ("oracle", "tiled", "triton", "auto")
 Similarity = Literal["dot", "l2", "cosine"]
 SIMILARITIES = ("dot", "l2", "cosine")
+Products = Literal["float32", "bf16"]
+PRODUCTS = ("float32", "bf16")
+
+# What `auto` takes on a GPU, by compute capability: measured by `python -m benchmarks gpu`, tiles where nobody has.
+FASTEST: dict[tuple[int, int], str] = {(9, 0): "triton"}
 
 
 class Inputs(NamedTuple):
@@ -29,6 +34,7 @@ class Inputs(NamedTuple):
     rows: int  # rows of the backward pass at a time; it holds two buffers of rows x K
     parts: int  # equal consecutive parts of the rows, each with a batch entropy of its own
     together: int  # consecutive processes that share a batch entropy
+    half: bool = False  # products of the gradient through the softmax in bfloat16
 
 
 def check_rows(z: Tensor, codebook: Tensor) -> None:
@@ -59,11 +65,21 @@ def choose_implementation(implementation: str, z: Tensor) -> str:
         if not (z.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
             raise UsageError(f"implementation 'triton' needs a CUDA device, got {z.device}; use 'tiled'")
         if z.dtype == torch.float64:
-            raise UsageError("implementation 'triton' computes in float32, got float64; use 'tiled'")
+            raise UsageError("implementation 'triton' takes float32, got float64; use 'tiled'")
         if find_spec("triton") is None:
             raise UsageError("implementation 'triton' needs the triton package; install it or use 'tiled'")
-    # The kernels have not been timed on a GPU yet: until they are shown to be faster, tiles are the choice everywhere.
-    return "tiled" if implementation == "auto" else implementation
+    if implementation != "auto":
+        return implementation
+    if z.is_cuda and z.dtype == torch.float32 and find_spec("triton") is not None:
+        return FASTEST.get(torch.cuda.get_device_capability(z.device), "tiled")
+    return "tiled"
+
+
+def has_half_products(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 matrices faster than those of float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def as_scores(z: Tensor, codebook: Tensor, similarity: str) -> tuple[Tensor, Tensor, bool]:

@@ -24,6 +24,7 @@ from lexel.kernels.inputs import (
     check_rows,
     check_similarity,
     choose_implementation,
+    has_half_products,
     is_traced,
 )
 
@@ -71,6 +72,25 @@ class Candidates(NamedTuple):
     codes: Tensor  # (N, WIDTH) int64 ascending, filled up with 0
     scores: Tensor  # (N, WIDTH) float64, filled up with -inf
     wide: Tensor  # (N,) bool: more than WIDTH codes are near; the lists of such a row are empty
+    counts: Tensor  # (2,) int64 in main memory: how many rows are wide, how many codes are listed in all
+
+
+def joined(blocks: list[Candidates]) -> Candidates:
+    """The candidates of consecutive rows as one."""
+    if len(blocks) == 1:
+        return blocks[0]
+    best, codes, scores, wide = (torch.cat(parts) for parts in zip(*(block[:4] for block in blocks), strict=True))
+    return Candidates(best, codes, scores, wide, torch.stack([block.counts for block in blocks]).sum(0))
+
+
+def minus_squares(keys: Tensor) -> Tensor:
+    """-|k|^2 of each row: (K,) float64. 2 q.k - |k|^2 orders codes as the distance |q - k| does."""
+    return torch.cat([-tile.double().square().sum(1) for tile in keys.split(_together(keys))])
+
+
+def _together(keys: Tensor) -> int:
+    """Codes handled at a time: a GPU would wait for the launches of small tiles."""
+    return TILE if keys.device.type == "cpu" else 64 * TILE
 
 
 class Norms(NamedTuple):
@@ -117,16 +137,18 @@ def near_codes(
         bias: (K,) float64, added to every row of scores.
         slack: how far below the best a listed code may be, in units of the score.
         scan: the precision of the scan, which decides the time and nothing else; by default the fastest.
-        implementation: of the scan, "tiled" or "triton".
+        implementation: of the scan, "tiled" or "triton"; the latter has kernels for a scan in bfloat16.
     """
     scan = scan or _fastest(queries, keys)
-    if implementation == "triton" and scan == torch.int8:
-        scan = queries.dtype  # the kernel has no such scan
-    norms, table = _prepared(keys, scan)
-    maxima = functools.partial(_group_maxima, table) if implementation == "tiled" else _triton_maxima
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
+    if implementation == "triton" and scan == torch.bfloat16:
+        from lexel.kernels import listing  # needs the triton package
+
+        return listing.near_codes(queries, keys, bias, slack, together)
+    norms, table = _prepared(keys, scan)
+    maxima = functools.partial(_group_maxima, table)
     blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
-    return Candidates(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
+    return joined(blocks)
 
 
 def _search(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
@@ -171,27 +193,20 @@ def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Ten
     return queries.new_empty(len(queries), dtype=torch.int64)
 
 
-def minus_squares(keys: Tensor) -> Tensor:
-    """-|k|^2 of each row: (K,) float64. 2 q.k - |k|^2 orders codes as the distance |q - k| does."""
-    return torch.cat([-tile.double().square().sum(1) for tile in keys.split(TILE)])
-
-
 def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
     if queries.dtype != torch.float32 or len(queries) * len(keys) < 2**20 or keys.shape[1] < 32:
         return queries.dtype
-    if queries.is_cuda:
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if has_half_products(queries.device):
+        return torch.bfloat16
     if queries.device.type != "cpu":
         return torch.float32
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return torch.bfloat16
     whole = SMALLEST_INT8 <= keys.shape[1] <= LARGEST_INT8
     return torch.int8 if whole and torch.cpu._is_vnni_supported() else torch.float32
 
 
 def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
     """Norms of the codes and, for a scan in int8, the rounded table: a quarter of the memory of the codes."""
-    tiles = keys.split(TILE if keys.device.type == "cpu" else 64 * TILE)
+    tiles = keys.split(_together(keys))
     largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
     if scan == keys.dtype:
         return Norms(largest, torch.zeros_like(largest)), None
@@ -207,24 +222,24 @@ def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
     return norms, Rounded(*whole)
 
 
-def _scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
+def scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
     """How far a score may be from the exact one before the scan rounds it for storage: (n,)."""
     # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator and
     # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there; sums of int8
     # products are exact, and rounded three times: to float32, and by the two scales. D is at least 32 there.
     size = queries.norm(dim=1) * norms.keys
     largest = size if bias is None else size + bias.abs().amax().to(size.dtype)
-    error = (queries.shape[1] + 2) * _unit(queries.dtype) * largest
+    error = (queries.shape[1] + 2) * unit(queries.dtype) * largest
     if scan != queries.dtype:
         scanned = rounded(queries, scan).values(queries.dtype)
         error = 1.01 * error + (queries - scanned).norm(dim=1) * norms.keys
         error = error + scanned.norm(dim=1) * norms.residual
         if bias is not None and scan != torch.int8:
-            error = error + _unit(scan) * size  # rounded for storage before the bias is added
+            error = error + unit(scan) * size  # rounded for storage before the bias is added
     return 1.01 * error
 
 
-def _unit(dtype: torch.dtype) -> float:
+def unit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2
 
 
@@ -239,9 +254,9 @@ def _near_block(
 ) -> Candidates:
     maxima = group_maxima(queries, keys, bias, scan)  # (n, groups)
     best = maxima.amax(1).to(queries.dtype)
-    below = slack + 2 * _scan_error(queries, bias, scan, norms)
+    below = slack + 2 * scan_error(queries, bias, scan, norms)
     if scan not in (queries.dtype, torch.int8) and bias is None:
-        below += 3.1 * _unit(scan) * (best.abs() + below)  # both the best and the code in question are stored rounded
+        below += 3.1 * unit(scan) * (best.abs() + below)  # both the best and the code in question are stored rounded
     if queries.is_cuda and scan == torch.float32:
         below += 2 * 1.01 * 2.0**-10 * queries.norm(dim=1) * norms.keys  # PyTorch's settings may allow TF32 products
     lowest = best - below  # a code computed below this is not within the slack of the best
@@ -254,8 +269,8 @@ def _near_block(
     rows, codes = _codes_of_groups(queries, keys, bias, slack, norms, rows, groups)
 
     # Scores within the rounding of float64 are ties.
-    single = _scan_error(queries, bias, queries.dtype, norms)
-    ties = 2 * single.double() * (_unit(torch.float64) / _unit(queries.dtype))
+    single = scan_error(queries, bias, queries.dtype, norms)
+    ties = 2 * single.double() * (unit(torch.float64) / unit(queries.dtype))
     scores = _exact_scores(queries, keys, bias, rows, codes)
     maximum = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
     keep = scores >= (maximum - slack - ties)[rows]
@@ -271,16 +286,34 @@ def _near_block(
     near = codes.new_zeros(len(queries), WIDTH).index_put(where, codes[listed])
     near_scores = scores.new_full((len(queries), WIDTH), -torch.inf).index_put(where, scores[listed])
     first = (near_scores >= (maximum - ties)[:, None]).int().argmax(1, keepdim=True)
-    found = Candidates(near.gather(1, first).squeeze(1), near, near_scores, wide)
-
     some = wide.nonzero().squeeze(1)
+    found = Candidates(near.gather(1, first).squeeze(1), near, near_scores, wide, _counts(some, len(where[0])))
     if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
-        finer = group_maxima if group_maxima is _triton_maxima else functools.partial(_group_maxima, None)
-        again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, finer)
-        return Candidates(*(whole.index_copy(0, some, part) for whole, part in zip(found, again, strict=True)))
+        return finer(found, some, queries, keys, bias, slack, norms)
     if len(some):
-        found.best[some] = _search_exactly(queries[some], keys, bias)
+        found.best[some] = search_exactly(queries[some], keys, bias)
     return found
+
+
+def _counts(wide: Tensor, listed: int) -> Tensor:
+    return torch.tensor([len(wide), listed])
+
+
+def finer(
+    found: Candidates,
+    some: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    slack: float,
+    norms: Norms,
+) -> Candidates:
+    """Candidates where `some` rows, which a coarse scan could not decide, are scanned again in full precision."""
+    again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, functools.partial(_group_maxima, None))
+    pairs = zip(found[:4], again[:4], strict=True)
+    best, codes, scores, wide = (whole.index_copy(0, some, part) for whole, part in pairs)
+    counts = torch.stack([again.counts[0], found.counts[1] + again.counts[1]])
+    return Candidates(best, codes, scores, wide, counts)
 
 
 def _group_maxima(
@@ -299,14 +332,15 @@ def _group_maxima(
     integer = scan == torch.int8
     stored = scan if bias is None and not integer else queries.dtype  # a bias is added in full precision
     maxima = queries.new_empty(len(queries), tiles, TILE // GROUP, dtype=stored)
-    scores = queries.new_empty(len(queries), TILE, dtype=queries.dtype if queries.is_cuda or integer else scan)
+    together = min(TILE if queries.device.type == "cpu" else 16 * TILE, tiles * TILE)
+    scores = queries.new_empty(len(queries), together, dtype=queries.dtype if queries.is_cuda or integer else scan)
     left, scales = rounded(queries, scan)
-    for tile in range(tiles):
-        part = slice(tile * TILE, (tile + 1) * TILE)
-        inside = scores
-        if len(keys[part]) < TILE:
+    for start in range(0, tiles * TILE, together):
+        part = slice(start, start + together)
+        size = len(keys[part])
+        inside = scores[:, :size]
+        if size < together:
             scores.fill_(-torch.inf)
-            inside = scores[:, : len(keys[part])]
         if table is not None:
             assert table.scales is not None
             torch.mul(torch._int_mm(left, table.rows[part].T), table.scales[part], out=inside)
@@ -315,24 +349,19 @@ def _group_maxima(
         else:  # on CUDA: a float32 result is also summed in float32, whatever PyTorch's settings allow
             inside.copy_(torch.mm(left, keys[part].to(scan).T, out_dtype=inside.dtype))
         if bias is None:
-            maxima[:, tile] = scores.view(-1, GROUP, TILE // GROUP).amax(1)
-            continue
-        if scales is None:
+            shifted = scores
+        elif scales is None:
             shifted = scores.to(stored)
-            shifted[:, : len(keys[part])] += bias[part].to(stored)
+            shifted[:, :size] += bias[part].to(stored)
         else:
             shifted = scores
             torch.addcmul(bias[part].to(stored), inside, scales[:, None], out=inside)
-        maxima[:, tile] = shifted.view(-1, GROUP, TILE // GROUP).amax(1)
+        written = slice(start // TILE, math.ceil((start + size) / TILE))
+        grouped = shifted.view(len(queries), -1, GROUP, TILE // GROUP)[:, : written.stop - written.start]
+        maxima[:, written] = grouped.amax(2)
     if bias is None and scales is not None:
         maxima *= scales[:, None, None]
     return maxima.flatten(1)
-
-
-def _triton_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, scan: torch.dtype) -> Tensor:
-    from lexel.kernels import triton_kernels  # needs the triton package
-
-    return triton_kernels.group_maxima(queries, keys, bias, scan == torch.bfloat16, GROUP, TILE // GROUP)
 
 
 def _codes_of_groups(
@@ -348,7 +377,7 @@ def _codes_of_groups(
     if bias is not None:
         scores += bias[codes].to(scores.dtype)
     best = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
-    lowest = best - slack - 2 * _scan_error(queries, bias, queries.dtype, norms)
+    lowest = best - slack - 2 * scan_error(queries, bias, queries.dtype, norms)
     keep = scores >= lowest[rows]
     return rows[keep], codes[keep]
 
@@ -359,7 +388,7 @@ def _sampled_products(queries: Tensor, keys: Tensor, rows: Tensor, codes: Tensor
         starts = torch.bincount(rows, minlength=len(queries)).cumsum(0)
         starts = torch.cat([starts.new_zeros(1), starts])
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
             pattern = torch.sparse_csr_tensor(
                 starts,
                 codes,
@@ -375,13 +404,14 @@ def _sampled_products(queries: Tensor, keys: Tensor, rows: Tensor, codes: Tensor
 def _exact_scores(queries: Tensor, keys: Tensor, bias: Tensor | None, rows: Tensor, codes: Tensor) -> Tensor:
     """The scores of pairs (row, code) in float64; equal codes get equal scores."""
     scores = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    for part in range(0, len(rows), ROWS):
-        some = slice(part, part + ROWS)
+    together = ROWS if rows.device.type == "cpu" else 64 * ROWS
+    for part in range(0, len(rows), together):
+        some = slice(part, part + together)
         scores[some] = (queries[rows[some]].double() * keys[codes[some]]).sum(1)
     return scores if bias is None else scores + bias[codes]
 
 
-def _search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
+def search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
     """The lowest best code of rows that a scan cannot decide, by products in float64: (n,)."""
     queries = queries.double()
     size = queries.norm(dim=1)
@@ -394,7 +424,7 @@ def _search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tenso
         if bias is not None:
             scores += bias[start : start + TILE]
             largest += bias[start : start + TILE].abs().amax()
-        ties = 2.02 * (keys.shape[1] + 2) * _unit(torch.float64) * largest
+        ties = 2.02 * (keys.shape[1] + 2) * unit(torch.float64) * largest
         maximum = scores.amax(1)
         better = maximum > best + ties
         index = (scores >= (maximum - ties)[:, None]).int().argmax(1)  # the first within a tie

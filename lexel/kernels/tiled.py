@@ -31,6 +31,7 @@ from lexel.kernels.search import TILE, WIDTH, minus_squares, near_codes
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
 # p is kept above exp(-FLOOR) of a row's largest, at most K exp(-40) of mass: denormal numbers slow a CPU down.
 FLOOR = 40.0
+TRITON_DIM = 256  # the longest rows that the Triton kernels of the gradient take
 
 
 class ForwardState(NamedTuple):
@@ -44,6 +45,7 @@ class ForwardState(NamedTuple):
     mean: Tensor  # (parts * K,) float64, the mean of q over the rows of each part, and of the same part elsewhere
     wide: Tensor  # (N,) bool, rows that have no such list
     share: Tensor  # () float64, what the rows here count in `mean`; 1 where all processes have equally many
+    counts: Tensor  # (2,) int64 in main memory: how many rows are wide, how many codes are listed in all
 
 
 class Gradients(NamedTuple):
@@ -56,7 +58,7 @@ class Gradients(NamedTuple):
 
 def rows_at_a_time(size: int, cuda: bool) -> int:
     """How many rows the backward pass takes at a time by default."""
-    most, budget = (4096, 2**28) if cuda else (384, 2**25)
+    most, budget = (4096, 2**27) if cuda else (384, 2**25)
     return max(16, min(most, budget // size))
 
 
@@ -72,6 +74,7 @@ def empty_state(inputs: Inputs) -> ForwardState:
         queries.new_empty(inputs.parts * len(inputs.keys) if inputs.entropy else 0, dtype=torch.float64),
         queries.new_empty(rows, dtype=torch.bool),
         queries.new_empty((), dtype=torch.float64),
+        torch.empty(2, dtype=torch.int64, device="cpu"),
     )
 
 
@@ -86,13 +89,17 @@ def forward(inputs: Inputs, implementation: str = "tiled") -> ForwardState:
             sample=queries.new_zeros(()),
             batch=queries.new_zeros(()),
             share=queries.new_ones((), dtype=torch.float64),
+            counts=near.counts,
         )
 
     # A wide row's list is empty, and its softmax is no number: it takes part below.
     q = (near.scores / tau).softmax(1).masked_fill(near.wide[:, None], 0.0)
     entropies = -torch.special.xlogy(q, q).sum(1)
-    mean = add_rows(q.new_zeros(inputs.parts * len(keys)), _in_part(inputs, near.codes).flatten(), q.flatten())
-    for some in _wide_blocks(inputs, near.wide):
+    row, place = _listed(near.scores.isfinite(), near.counts)
+    mean = add_rows(
+        q.new_zeros(inputs.parts * len(keys)), _in_part(inputs, near.codes)[row, place].contiguous(), q[row, place]
+    )
+    for some in _wide_blocks(inputs, near.wide, near.counts):
         log_q = _log_softmax(inputs, some, bias)
         q_some = log_q.exp()
         entropies[some] = -(q_some * log_q).sum(1).double()
@@ -104,7 +111,7 @@ def forward(inputs: Inputs, implementation: str = "tiled") -> ForwardState:
     mean, share = group_mean(mean, len(queries), inputs.together)
     sample = entropies.mean().to(queries.dtype)
     batch = -(mean * (mean + EPS).log()).sum().div(inputs.parts).to(queries.dtype)
-    return ForwardState(near.best, sample, batch, near.codes, q, mean, near.wide, share)
+    return ForwardState(near.best, sample, batch, near.codes, q, mean, near.wide, share, near.counts)
 
 
 def backward(
@@ -132,7 +139,7 @@ def backward(
         queries.new_empty(0) if codes is None else torch.zeros_like(codes),
     )
     logit_grad_sum = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
-    if soft is not None and implementation == "triton":
+    if soft is not None and implementation == "triton" and inputs.half and keys.shape[1] <= TRITON_DIM:
         from lexel.kernels import triton_kernels  # needs the triton package
 
         d_queries, d_keys, logit_grad_sum = triton_kernels.soft(inputs, soft, _bias(inputs))
@@ -158,22 +165,26 @@ def _soft(inputs: Inputs, g: Tensor, into: Gradients, logit_grad_sum: Tensor) ->
     g = g / temperature
     rows = min(inputs.rows, len(queries))
     p, dl = queries.new_empty(rows, len(keys)), queries.new_empty(rows, len(keys))
+    low = torch.bfloat16 if inputs.half else queries.dtype
+    low_g, low_codes, low_queries = g.to(low), codes.to(low), queries.to(low)
+    low_keys = low_codes if codes is keys else keys.to(low)
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
         n = len(queries[part])
-        _products(queries[part], keys, bias, out=p[:n])
-        _products(g[part], codes, None, out=dl[:n])
+        if queries.is_cuda:
+            _products(low_queries[part], low_keys, bias, out=p[:n])
+        else:  # a CPU's product of bfloat16 is rounded to bfloat16, which is too coarse for logits
+            _products(queries[part], keys, bias, out=p[:n])
+        _products(low_g[part], low_codes, None, out=dl[:n])
         if temperature != 1:
             p[:n].div_(temperature)
         if queries.dtype == torch.float32 and not queries.is_cuda:
             torch.maximum(p[:n], p[:n].amax(1, keepdim=True) - FLOOR, out=p[:n])
         torch.softmax(p[:n], 1, out=p[:n])
         torch.ops.aten._softmax_backward_data.out(dl[:n], p[:n], 1, dl.dtype, grad_input=dl[:n])
-        torch.mm(dl[:n], keys, out=into.queries[part])
-        if start == 0:
-            torch.mm(dl[:n].T, queries[part], out=into.keys)
-        else:
-            into.keys.addmm_(dl[:n].T, queries[part])
+        low_dl = dl[:n].to(low)
+        _multiply(low_dl, low_keys, into.queries[part])
+        _multiply(low_dl.T, low_queries[part], into.keys, add=start > 0)
         if inputs.distance:
             logit_grad_sum += dl[:n].sum(0)
 
@@ -197,7 +208,7 @@ def _entropies(
 
     # Rows with a list: one or two codes each.
     listed = slope(state.q, torch.where(state.q > 0, state.q, 1.0).log(), d_batch[_in_part(inputs, state.near)])
-    row, place = (state.q > 0).nonzero(as_tuple=True)
+    row, place = _listed(state.q > 0, state.counts)
     code, value = state.near[row, place], listed[row, place]
     add_rows(d_queries, row, value[:, None] * keys[code])
     value = value.to(queries.dtype)
@@ -206,7 +217,7 @@ def _entropies(
 
     # Broad rows: all codes.
     bias = _bias(inputs)
-    for some in _wide_blocks(inputs, state.wide):
+    for some in _wide_blocks(inputs, state.wide, state.counts):
         log_q = _log_softmax(inputs, some, bias)
         of_parts = d_batch.view(inputs.parts, -1).to(log_q.dtype)
         dl = slope(log_q.exp(), log_q, of_parts if inputs.parts == 1 else of_parts[_part(inputs, some)])
@@ -232,8 +243,19 @@ def _in_part(inputs: Inputs, near: Tensor) -> Tensor:
     return near + len(inputs.keys) * _part(inputs, rows)[:, None]
 
 
-def _wide_blocks(inputs: Inputs, wide: Tensor) -> tuple[Tensor, ...]:
+def _listed(used: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and places of the used numbers of a list (N, WIDTH), without a wait for the device."""
+    if not used.is_cuda:
+        row, place = used.nonzero(as_tuple=True)
+    else:  # at most counts[1]; the rest are of the last row's last place, and count there for nothing
+        row, place = torch.nonzero_static(used, size=int(counts[1]), fill_value=-1).unbind(1)
+    return row, place
+
+
+def _wide_blocks(inputs: Inputs, wide: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
     """Broad rows, a few at a time: some eight buffers of float64 take what the two of the softmax take."""
+    if counts is not None and not counts[0]:
+        return ()
     return wide.nonzero().squeeze(1).split(max(1, inputs.rows // 8))
 
 
@@ -252,15 +274,18 @@ def _log_softmax(inputs: Inputs, some: Tensor, bias: Tensor | None) -> Tensor:
 
 def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """queries @ keys.T + bias; on a CPU tile by tile, so that a tile of keys stays in the cache for all rows."""
-    if out.is_cuda and out.dtype == keys.dtype:  # a GPU would wait for the launches of small products
+    if out.is_cuda and queries.dtype == keys.dtype:  # a GPU would wait for the launches of small products
+        if out.dtype != queries.dtype:
+            out.copy_(torch.mm(queries, keys.T, out_dtype=out.dtype))
+            return out if bias is None else out.add_(bias.to(out.dtype))
         if bias is None:
             return torch.mm(queries, keys.T, out=out)
         return torch.addmm(bias.to(out.dtype), queries, keys.T, out=out)
     # Rows of `out` lie a power of two apart: a product writing there meets the same few cache lines again and again.
-    dense = out.new_empty(len(queries), min(TILE, len(keys)))
+    dense = queries.new_empty(len(queries), min(TILE, len(keys)))
     for start in range(0, len(keys), TILE):
         part = slice(start, start + TILE)
-        tile = keys[part].to(out.dtype)
+        tile = keys[part].to(queries.dtype)
         scores = dense[:, : len(tile)]
         torch.mm(queries, tile.T, out=scores)
         if bias is None:
@@ -268,6 +293,21 @@ def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -
         else:
             torch.add(scores, bias[part].to(out.dtype), out=out[:, part])
     return out
+
+
+def _multiply(left: Tensor, right: Tensor, into: Tensor, add: bool = False) -> None:
+    """Writes left @ right, or adds it; half precision is summed in float32, and on a CPU rounded after it."""
+    if left.dtype == into.dtype:
+        if add:
+            into.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=into)
+        return
+    product = torch.mm(left, right, out_dtype=into.dtype) if left.is_cuda else torch.mm(left, right)
+    if add:
+        into.add_(product)
+    else:
+        into.copy_(product)
 
 
 def add_rows(target: Tensor, indices: Tensor, rows: Tensor) -> Tensor:

@@ -48,6 +48,6 @@ class LeCAM(nn.Module):
 def _means(real: Tensor, fake: Tensor) -> Tensor:
     """The means of two sets of logits over all processes, which may hold different numbers of them: (2,)."""
     sums = torch.stack([real.sum(), fake.sum()])
-    counts = torch.tensor([real.numel(), fake.numel()], dtype=sums.dtype, device=sums.device)
+    counts = torch.stack([sums.new_full((), real.numel()), sums.new_full((), fake.numel())])  # waits for no device
     sums, counts = all_sum(torch.stack([sums, counts]))
     return sums / counts

@@ -1,14 +1,23 @@
 """Index Backpropagation Quantization (https://arxiv.org/abs/2412.02692)."""
 
 from collections.abc import Mapping
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.kernels import SIMILARITIES, Similarity, index_backpropagation, sharded
+from lexel.kernels import (
+    PRODUCTS,
+    SIMILARITIES,
+    Products,
+    Similarity,
+    has_half_products,
+    index_backpropagation,
+    sharded,
+)
 from lexel.quantizers import bounds
 from lexel.quantizers.base import Advice, Quantized, Quantizer, Table, as_grid, as_vectors, choose, full_precision
 from lexel.quantizers.statistics import Statistics, check_statistics, groups
@@ -41,6 +50,8 @@ class IBQ(Quantizer):
         normalize: what is brought to unit length before anything else: "latents" (in the loss terms too), "codes"
             (`codebook` and z_q are unit vectors), "both" (spherical IBQ, Emu3.5's `l2_normalize`), or nothing.
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
+        products: the precision of the products of the backward pass; "auto" is "bf16" under autocast where the device
+            has such products, as published under mixed precision, else "float32". Indices and losses are the same.
     """
 
     LOSS_WEIGHTS = {
@@ -66,6 +77,7 @@ class IBQ(Quantizer):
         statistics: Statistics = "process",
         normalize: Literal["latents", "codes", "both"] | None = None,
         restart_below: float = 0.0,
+        products: Products | Literal["auto"] = "auto",
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.temperature = bounds.temperature("temperature", temperature)
@@ -77,6 +89,7 @@ class IBQ(Quantizer):
         self.statistics = check_statistics(statistics)
         if normalize is not None:
             choose("normalize", normalize, ("latents", "codes", "both"))
+        self.products = choose("products", products, ("auto", *PRODUCTS))
         self.normalize_latents = normalize in ("latents", "both")
         self.normalize_codes = normalize in ("codes", "both")
         # Unit variance matters: the encoder's gradient is the covariance of the codes times the decoder's gradient.
@@ -105,12 +118,22 @@ class IBQ(Quantizer):
             "no search over unnormalised latents gives its indices"
         )
 
-    @full_precision
     def forward(self, z: Tensor) -> Quantized:
+        products = self.products
+        if products == "auto":
+            half = torch.is_autocast_enabled(z.device.type) and has_half_products(z.device) and not self.sharded
+            products = "bf16" if half else "float32"
+        return cast(Quantized, self._quantize(z, products))
+
+    @full_precision
+    def _quantize(self, z: Tensor, products: Products) -> Quantized:
         self.restart_dead(z)
         vectors = as_vectors(self.as_compared(z))
         parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
-        backpropagation = sharded.index_backpropagation if self.sharded else index_backpropagation
+        if self.sharded and products == "bf16":
+            raise UsageError("products = 'bf16' needs the whole codebook; spread it with products = 'float32' or 'auto'")
+        own = partial(index_backpropagation, products=products)
+        backpropagation = sharded.index_backpropagation if self.sharded else own
         z_q, indices, losses = backpropagation(
             vectors,
             self.codebook,

@@ -25,7 +25,12 @@ class Adversary:
         set_layout(self.discriminator, train.channels_last)
         # Its means move with every micro-batch; over a whole step they decay as the recipe says.
         self.lecam = LeCAM(config.lecam_decay ** (1 / train.accumulation)).to(device)
-        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), self.lr, (train.betas[0], train.betas[1]))
+        self.optimizer = torch.optim.Adam(
+            self.discriminator.parameters(),
+            self.lr,
+            (train.betas[0], train.betas[1]),
+            fused=device.type == "cuda" or None,
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.ddp_module = processes.parallel(self.discriminator)
         self.parts: dict[str, Any] = {

@@ -84,7 +84,9 @@ class Learner:
             self.objective = Objective(recipe.resolved().train, recipe.model, recipe.data.size).to(device)
         self.learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.learning += self.objective.parameters()
-        self.optimizer = torch.optim.Adam(self.learning, train.lr, (train.betas[0], train.betas[1]))
+        self.optimizer = torch.optim.Adam(
+            self.learning, train.lr, (train.betas[0], train.betas[1]), fused=device.type == "cuda" or None
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.means = RunningMeans()
         self.perturbation = perturbation.build(train.perturbation) if train.perturbation is not None else None

@@ -6,6 +6,7 @@ product, and weights are stored in the layout of the chosen kind of product (`li
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from lexel.generators.next_token.linears import LINEARS, plain
 from lexel.generators.next_token.network import Transformer
 
 # What `implementation` may be: a kind of product, and two ways to leave out the cost of starting kernels on a GPU.
-IMPLEMENTATIONS = ("auto", *LINEARS, "graph", "compiled")
+IMPLEMENTATIONS = ("auto", *LINEARS, "graph", "compiled", "triton")
 
 
 class Decoder:
@@ -37,7 +38,8 @@ class Decoder:
         transformer: the network; its weights are read once, so later changes need a new decoder.
         implementation: of IMPLEMENTATIONS. `auto` is packed for float32 on a CPU with oneDNN, graph on CUDA, plain
             elsewhere. `graph` records the decode step once as CUDA graphs, one for each bucket of cache lengths;
-            `compiled` compiles the step before that (on a CPU it only compiles).
+            `compiled` compiles the step before that (on a CPU it only compiles); `triton` records kernels of Lexel's
+            own where at most 16 rows are decoded in half precision.
         dtype: of weights, caches and arithmetic; the transformer's own by default.
 
     Raises:
@@ -57,13 +59,18 @@ class Decoder:
         if implementation == "auto":
             on_cpu = weight.device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
             implementation = "packed" if on_cpu else "graph" if weight.device.type == "cuda" else "plain"
-        if implementation == "graph" and weight.device.type != "cuda":
-            raise UsageError(f"implementation 'graph' needs a CUDA device, the generator is on {weight.device.type}")
+        if implementation in ("graph", "triton") and weight.device.type != "cuda":
+            raise UsageError(
+                f"implementation {implementation!r} needs a CUDA device, the generator is on {weight.device.type}"
+            )
+        own = implementation == "triton" and dtype in (torch.bfloat16, torch.float16)
+        if own and find_spec("triton") is None:
+            raise UsageError("implementation 'triton' needs the triton package; install it or use 'graph'")
         self.transformer = transformer
         self.implementation = implementation
         self.dtype = dtype
         self.device = weight.device
-        self.graphs = implementation in ("graph", "compiled") and weight.device.type == "cuda"
+        self.graphs = implementation in ("graph", "compiled", "triton") and weight.device.type == "cuda"
         linear = LINEARS.get(implementation, plain)
 
         self.heads = transformer.config.heads
@@ -80,7 +87,7 @@ class Decoder:
         self.blocks: list[FusedBlock | FusedGPTBlock] = [
             FusedGPTBlock(block, linear, dtype)
             if isinstance(block, GPTBlock)
-            else FusedBlock(cast(Block, block), linear, dtype)
+            else _block_class(own)(cast(Block, block), linear, dtype)
             for block in transformer.blocks
         ]
         self.pair_blocks = [FusedBlock(block, linear, dtype) for block in head.blocks(transformer)]
@@ -233,6 +240,14 @@ class Decoder:
         if key not in self._graphs:
             self._graphs[key] = _Graph(self, cache, length)
         return self._graphs[key](token, slot)
+
+
+def _block_class(own: bool) -> type[FusedBlock]:
+    if not own:
+        return FusedBlock
+    from lexel.generators.next_token.triton_block import TritonBlock  # needs the triton package
+
+    return cast(type[FusedBlock], TritonBlock)
 
 
 class _Graph:
