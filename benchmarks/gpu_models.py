@@ -12,50 +12,39 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
 
 from benchmarks.gpu import milliseconds
 from lexel.data.tokens import TokenBatch
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
 from lexel.generators.next_token.config import SIZES
 from lexel.generators.next_token.decoding import Decoder
-from lexel.losses.perceptual import LPIPS
-from lexel.networks.frozen import freeze
 from lexel.networks.vgg16 import VGG16
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
 from lexel.train.generator import Learner as GeneratorLearner
+from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.processes import Processes
-from lexel.train.recipes import GeneratorRecipe, TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import Learner
 
 Save = Callable[[str, Any], None]
 TOKENS = 256
 
 
-class RandomLPIPS(LPIPS):
-    """LPIPS with random weights: time and memory do not depend on them, and no file is needed."""
-
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.network = "vgg"
-        self.trunk = freeze(VGG16())
-        for number, width in enumerate(VGG16.TAP_WIDTHS):
-            self.register_buffer(f"head_{number}", torch.rand(width), persistent=False)
-        self.register_buffer("shift", torch.zeros(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.ones(1, 3, 1, 1), persistent=False)
-        self.eval()
+def _random_vgg(name: str, path: Any = None) -> dict[str, torch.Tensor]:
+    """Weights of LPIPS drawn at random: time and memory do not depend on them, and no file is needed."""
+    heads = {f"heads.{number}": torch.rand(width) for number, width in enumerate(VGG16.TAP_WIDTHS)}
+    return {**VGG16().state_dict(), **heads}
 
 
 def _learner(recipe: str, device: str, *overrides: str) -> Learner:
-    loaded = load_recipe(recipe, ["train.weights.lpips=0", *overrides])
+    loaded = load_recipe(recipe, list(overrides))
     assert isinstance(loaded, TokenizerRecipe)
-    learner = Learner(loaded, Tokenizer(loaded.model), Processes(device, loaded.train.precision))
-    learner.weights = {**learner.weights, "lpips": 1.0}
-    learner.lpips = RandomLPIPS().to(device)
-    return learner
+    with mock.patch("lexel.losses.perceptual.pretrained.load", _random_vgg):
+        return Learner(loaded, Tokenizer(loaded.model), Processes(device, loaded.train.precision))
 
 
 def step(save: Save, device: str, arguments: argparse.Namespace) -> None:

@@ -131,7 +131,7 @@ class IBQ(Quantizer):
         vectors = as_vectors(self.as_compared(z))
         parts, together = groups(self.statistics, z.shape[0], self.training and self.entropy)
         if self.sharded and products == "bf16":
-            raise UsageError("products = 'bf16' needs the whole codebook; spread it with products = 'float32' or 'auto'")
+            raise UsageError("products = 'bf16' needs the whole codebook in each process; use 'float32' or 'auto'")
         own = partial(index_backpropagation, products=products)
         backpropagation = sharded.index_backpropagation if self.sharded else own
         z_q, indices, losses = backpropagation(
