@@ -130,26 +130,28 @@ def errors(save: Save, device: str, tiny: bool) -> None:
 
 
 def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
-    """Times the Triton kernels cut in several ways: the fastest belongs into `triton_kernels.SHAPES`."""
+    """Times the Triton kernels cut in several ways: the fastest belongs into `triton_tiles.SHAPES`."""
     if device != "cuda":
         save("tuning", "needs a CUDA device")
         return
     from triton.runtime.errors import OutOfResources
 
-    from lexel.kernels import triton_kernels as kernels
+    from lexel.kernels import triton_search, triton_softmax
+    from lexel.kernels import triton_tiles as tiles
+    from lexel.kernels.inputs import Inputs
     from lexel.kernels.search import GROUP, TILE
 
     rows, size, dim = 4096, 2**18, 256
     z, g = (torch.randn(rows, dim, device=device) for _ in range(2))
     codes = torch.randn(size, dim, device=device)
     low_z, low_codes = z.bfloat16(), codes.bfloat16()
-    inputs = kernels.Inputs(z, codes, None, False, 1.0, 0.01, False, 16, 1, 1, True)
+    inputs = Inputs(z, codes, None, False, 1.0, 0.01, False, 16, 1, 1, True)
     jobs: dict[str, Callable[[], Any]] = {
-        "scan": lambda: kernels.group_maxima(low_z, low_codes, None, GROUP, TILE // GROUP),
-        "soft": lambda: kernels.soft(inputs, g, None),
+        "scan": lambda: triton_search.group_maxima(low_z, low_codes, None, GROUP, TILE // GROUP),
+        "soft": lambda: triton_softmax.soft(inputs, g, None),
     }
-    own = kernels.shapes(torch.device(device))
-    most = next(limit for limit, cut in kernels.SHAPES.items() if cut == own)
+    own = tiles.shapes(torch.device(device))
+    most = next(limit for limit, cut in tiles.SHAPES.items() if cut == own)
     trials = {
         "scan": [(128, 64, 8, 4), (128, 64, 8, 3), (128, 64, 4, 3), (256, 64, 8, 2)],
         "statistics": [(128, 64, 8, 3), (128, 128, 8, 1), (128, 64, 4, 3)],
@@ -157,10 +159,10 @@ def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
     }
     for kernel, cuts in trials.items():
         for cut in cuts:
-            kernels.SHAPES[most] = own._replace(**{kernel: kernels.Tiles(*cut)})
+            tiles.SHAPES[most] = own._replace(**{kernel: tiles.Tiles(*cut)})
             job = jobs["scan" if kernel == "scan" else "soft"]
             try:
                 save(f"{kernel} {cut}: ms with it", round(milliseconds(job, device, 7, 1), 3))
             except OutOfResources:
                 save(f"{kernel} {cut}: ms with it", "does not fit")
-    kernels.SHAPES[most] = own
+    tiles.SHAPES[most] = own

@@ -60,17 +60,18 @@ def test_the_kernels_compile_within_a_cards_shared_memory(capability, most, monk
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from lexel.kernels import triton_kernels as kernels
+    from lexel.kernels import triton_search, triton_softmax
+    from lexel.kernels.triton_tiles import LARGEST_DIM, SHAPES
 
-    common = {"BIAS": True, "D": kernels.LARGEST_DIM}
-    size = max(size for size in kernels.SHAPES if size <= most)
-    cuts = [kernels.SHAPES[size], *[kernels.SHAPES[smaller] for smaller in kernels.SHAPES if smaller < size][:1]]
+    common = {"BIAS": True, "D": LARGEST_DIM}
+    size = max(size for size in SHAPES if size <= most)
+    cuts = [SHAPES[size], *[SHAPES[smaller] for smaller in SHAPES if smaller < size][:1]]
     for cut, same in zip(cuts, (True, False), strict=False):
         soft = {**common, "SAME": same}
         for kernel, tiles, constants in [
-            (kernels._maxima_kernel, cut.scan, {**common, "MEMBERS": 16, "WHOLE": True}),
-            (kernels._statistics_kernel, cut.statistics, soft),
-            (kernels._slope_kernel, cut.slope, {**soft, "BULK": False}),
+            (triton_search._maxima_kernel, cut.scan, {**common, "MEMBERS": 16, "WHOLE": True}),
+            (triton_softmax._statistics_kernel, cut.statistics, soft),
+            (triton_softmax._slope_kernel, cut.slope, {**soft, "BULK": False}),
         ]:
             halves, floats = {"queries", "keys", "codes", "g", "out"}, {"bias", "maxima", "maximum", "total", "mean"}
             types = dict.fromkeys(halves, "*bf16") | dict.fromkeys(floats, "*fp32") | {"scale": "fp32"}

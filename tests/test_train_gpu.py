@@ -35,4 +35,4 @@ def test_a_training_step_waits_for_the_device_once_and_only_in_the_search():
             torch.cuda.set_sync_debug_mode("default")
     waits = [f"{entry.filename}:{entry.lineno}" for entry in seen if "called a synchronizing" in str(entry.message)]
     assert len(waits) == 1, waits
-    assert "listing.py" in waits[0]
+    assert "triton_search.py" in waits[0]

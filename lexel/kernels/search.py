@@ -142,12 +142,28 @@ def near_codes(
     scan = scan or _fastest(queries, keys)
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
     if implementation == "triton" and scan == torch.bfloat16:
-        from lexel.kernels import listing  # needs the triton package
-
-        return listing.near_codes(queries, keys, bias, slack, together)
+        return _triton_near_codes(queries, keys, bias, slack, together)
     norms, table = _prepared(keys, scan)
     maxima = functools.partial(_group_maxima, table)
     blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
+    return joined(blocks)
+
+
+def _triton_near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, together: int) -> Candidates:
+    """`near_codes` by kernels of fixed shapes: one wait for the device, which tells whether a row is wide."""
+    from lexel.kernels import triton_search  # needs the triton package
+
+    keys = keys.contiguous()
+    low, lengths, losses = triton_search.prepare(keys)
+    norms = Norms(lengths.amax(), losses.amax())
+    blocks = []
+    for rows in queries.contiguous().split(together):
+        found = Candidates(
+            *triton_search.near_codes(rows, keys, bias, slack, (low, *norms), GROUP, TILE // GROUP, WIDTH)
+        )
+        if found.counts[0]:
+            found = finer(found, found.wide.nonzero().squeeze(1), rows, keys, bias, slack, norms)
+        blocks.append(found)
     return joined(blocks)
 
 

@@ -140,9 +140,9 @@ def backward(
     )
     logit_grad_sum = queries.new_zeros(len(keys))  # sum_n dL, needed for distances
     if soft is not None and implementation == "triton" and inputs.half and keys.shape[1] <= TRITON_DIM:
-        from lexel.kernels import triton_kernels  # needs the triton package
+        from lexel.kernels import triton_softmax  # needs the triton package
 
-        d_queries, d_keys, logit_grad_sum = triton_kernels.soft(inputs, soft, _bias(inputs))
+        d_queries, d_keys, logit_grad_sum = triton_softmax.soft(inputs, soft, _bias(inputs))
         into = Gradients(d_queries, d_keys, into.codes)
     elif soft is not None:
         _soft(inputs, soft, into, logit_grad_sum)

@@ -1,89 +1,20 @@
-"""Triton kernels for a GPU: the scan for the best code, the lists of near codes, and the gradient's products in bf16.
+"""Triton kernels of the search: a scan in bfloat16 whose rows stay in shared memory, and the lists of near codes.
 
-All kernels are deterministic: a program owns what it writes, and partial results of splits are added in a fixed order.
-Rows stay in shared memory while codes stream past, so that a product reads its operands once: on an H100 the scan runs
-at 560 and the statistics at 650 TFLOP/s, where tiles that read both operands again for each product reach a fifth.
-
-The backward pass makes six products beside the scan, in exchange for no tensor of N x K: two for the statistics of a
-row (its maximum, sum of exponentials and mean of S), two for dL, which is written in bfloat16 for some codes at a time,
-and two that the matrix library makes of it. The statistics come from the very numbers that dL is made of, so that
-S - sum p S cancels for a saturated softmax as exactly as the rounding of dL allows.
+Deterministic: a program owns what it writes. Codes stream past rows that are read once, so that the scan runs at 560
+TFLOP/s on an H100, where tiles that read both operands again for each product reach a fifth. What is left of the groups
+of codes within a proven bound of the best is decided in float64, in the same kernel that lists it.
 """
 # mypy: ignore-errors
 # (kernels are not Python to a type checker)
-
-import math
-import os
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from lexel.kernels.inputs import Inputs
+from lexel.kernels.triton_tiles import LARGEST_DIM, PROGRAMS, operand, padded, rows_of, shapes
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of bfloat16 numbers, not the numbers
-LOG2_E = tl.constexpr(1.4426950408889634)
-LARGEST_DIM = 256  # numbers of a row that stay in shared memory; longer rows take the way of plain tiles
-PROGRAMS = 264  # enough to fill a large card twice
-HELD = 2**27  # numbers of dL at a time: 256 MiB
-
-
-class Tiles(NamedTuple):
-    """How a kernel is cut: rows that stay, codes that stream past, and how Triton compiles it."""
-
-    rows: int
-    codes: int
-    warps: int
-    stages: int
-
-
-class Shapes(NamedTuple):
-    """The tiles of each kernel. They decide time and nothing else, but for the order of sums over codes."""
-
-    scan: Tiles
-    statistics: Tiles
-    slope: Tiles
-
-
-# By KiB of shared memory that a block may take; the first was the fastest of those tried on an H100.
-SHAPES = {
-    227: Shapes(Tiles(128, 64, 8, 4), Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3)),
-    163: Shapes(Tiles(128, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
-    99: Shapes(Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 1), Tiles(32, 64, 4, 1)),
-}
-
-
-def shapes(device: torch.device, several: bool = False) -> Shapes:
-    """The tiles for a device.
-
-    Args:
-        several: whether two tables of codes stream past, which takes twice the room.
-    """
-    most = 227 if device.type != "cuda" else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    most = most // 1024 if most > 1024 else most
-    sizes = [size for size in SHAPES if size <= most]
-    if not sizes:
-        return SHAPES[min(SHAPES)]
-    if several and len(sizes) > 1:
-        return SHAPES[sizes[1]]
-    return SHAPES[sizes[0]]
-
-
-@triton.jit
-def _half(x):
-    """bfloat16 operands of a product."""
-    return x.to(tl.float32) if WIDEN else x
-
-
-@triton.jit
-def _rows_of(table, rows, count, columns, dim, D: tl.constexpr):
-    """table[rows, :D], zero where a row or column is out of range."""
-    inside = (rows < count)[:, None] & (columns < dim)[None, :]
-    return tl.load(table + rows.to(tl.int64)[:, None] * dim + columns[None, :], mask=inside, other=0.0)
+GROUPS = 32  # groups looked at for a row; a row with more is scanned again in full precision
 
 
 @triton.jit
@@ -94,7 +25,7 @@ def _prepare_kernel(keys, half, length, residual, size, dim, K: tl.constexpr, D:
     lost = tl.zeros((K,), dtype=tl.float32)
     for start in range(0, dim, D):
         columns = start + tl.arange(0, D)
-        values = _rows_of(keys, rows, size, columns, dim, D)
+        values = rows_of(keys, rows, size, columns, dim, D)
         short = values.to(tl.bfloat16)
         where = rows.to(tl.int64)[:, None] * dim + columns[None, :]
         tl.store(half + where, short, mask=(rows < size)[:, None] & (columns < dim)[None, :])
@@ -129,7 +60,7 @@ def _bounds_kernel(
     missing = tl.zeros((N,), dtype=tl.float32)
     for start in range(0, dim, D):
         columns = start + tl.arange(0, D)
-        values = _rows_of(queries, rows, count, columns, dim, D)
+        values = rows_of(queries, rows, count, columns, dim, D)
         short = values.to(tl.bfloat16)
         where = rows.to(tl.int64)[:, None] * dim + columns[None, :]
         tl.store(half + where, short, mask=(rows < count)[:, None] & (columns < dim)[None, :])
@@ -168,21 +99,21 @@ def _maxima_kernel(
     rows = tl.program_id(0) * N + tl.arange(0, N)
     columns = tl.arange(0, D)
     if WHOLE:
-        left = _rows_of(queries, rows, count, columns, dim, D)
+        left = rows_of(queries, rows, count, columns, dim, D)
     first = tl.program_id(1) * tiles
     for tile in range(first, tl.minimum(first + tiles, all_tiles)):
         best = tl.full((N, K), -float("inf"), dtype=tl.float32)
         for member in range(MEMBERS):
             cols = (tile * MEMBERS + member) * K + tl.arange(0, K)
             if WHOLE:
-                right = _rows_of(keys, cols, size, columns, dim, D)
-                scores = tl.dot(_half(left), tl.trans(_half(right)))
+                right = rows_of(keys, cols, size, columns, dim, D)
+                scores = tl.dot(operand(left), tl.trans(operand(right)))
             else:
                 scores = tl.zeros((N, K), dtype=tl.float32)
                 for start in range(0, dim, D):
-                    some = _rows_of(queries, rows, count, start + columns, dim, D)
-                    right = _rows_of(keys, cols, size, start + columns, dim, D)
-                    scores += tl.dot(_half(some), tl.trans(_half(right)))
+                    some = rows_of(queries, rows, count, start + columns, dim, D)
+                    right = rows_of(keys, cols, size, start + columns, dim, D)
+                    scores += tl.dot(operand(some), tl.trans(operand(right)))
             if BIAS:
                 scores += tl.load(bias + cols, mask=cols < size, other=0.0)[None, :]
             scores = tl.where((cols < size)[None, :], scores, -float("inf"))
@@ -254,7 +185,7 @@ def _list_kernel(
         for start in range(0, dim, D):
             columns = start + tl.arange(0, D)
             query = tl.load(queries + row.to(tl.int64) * dim + columns, mask=columns < dim, other=0.0).to(tl.float64)
-            values = _rows_of(keys, members, size, columns, dim, D).to(tl.float64)
+            values = rows_of(keys, members, size, columns, dim, D).to(tl.float64)
             total += tl.sum(query[None, :] * values, 1)
         if BIAS:
             total += tl.load(bias + members, mask=members < size, other=0.0)
@@ -290,126 +221,12 @@ def _list_kernel(
     tl.atomic_add(totals + 1, chosen.to(tl.int64))
 
 
-@triton.jit
-def _logits(left, right, bias, cols, size, scale, BIAS: tl.constexpr):
-    """Logits over the temperature, in powers of two; -inf beyond the last code: (N, K)."""
-    logits = tl.dot(_half(left), tl.trans(_half(right)))
-    if BIAS:
-        logits += tl.load(bias + cols, mask=cols < size, other=0.0)[None, :]
-    return tl.where((cols < size)[None, :], logits * (scale * LOG2_E), -float("inf"))
-
-
-@triton.jit
-def _statistics_kernel(
-    queries,
-    keys,
-    codes,
-    bias,
-    g,
-    maximum,
-    total,
-    mean,
-    count,
-    size,
-    dim,
-    scale,
-    tiles,
-    BIAS: tl.constexpr,
-    SAME: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-):
-    """One program: N rows against one split of the codes; the maximum, sum exp and sum exp S of each row."""
-    rows = tl.program_id(0) * N + tl.arange(0, N)
-    columns = tl.arange(0, D)
-    split = tl.program_id(1)
-    left = _rows_of(queries, rows, count, columns, dim, D)
-    above = _rows_of(g, rows, count, columns, dim, D)
-    largest = tl.full((N,), -float("inf"), dtype=tl.float32)
-    mass = tl.zeros((N,), dtype=tl.float32)
-    weighted = tl.zeros((N,), dtype=tl.float32)
-    for tile in range(tiles):
-        cols = (split * tiles + tile) * K + tl.arange(0, K)
-        right = _rows_of(keys, cols, size, columns, dim, D)
-        logits = _logits(left, right, bias, cols, size, scale, BIAS)
-        if not SAME:
-            right = _rows_of(codes, cols, size, columns, dim, D)
-        s = tl.dot(_half(above), tl.trans(_half(right)))
-        peak = tl.maximum(largest, tl.max(logits, 1))
-        base = tl.where(peak == -float("inf"), 0.0, peak)  # a split may hold no code at all
-        shrink = tl.exp2(largest - base)
-        p = tl.exp2(logits - base[:, None])
-        mass = mass * shrink + tl.sum(p, 1)
-        weighted = weighted * shrink + tl.sum(p * s, 1)
-        largest = peak
-    inside = rows < count
-    tl.store(maximum + split * count + rows, largest, mask=inside)
-    tl.store(total + split * count + rows, mass, mask=inside)
-    tl.store(mean + split * count + rows, weighted, mask=inside)
-
-
-@triton.jit
-def _slope_kernel(
-    queries,
-    keys,
-    codes,
-    bias,
-    g,
-    maximum,
-    total,
-    mean,
-    out,
-    count,
-    size,
-    dim,
-    scale,
-    first,
-    width,
-    stride,
-    tiles,
-    BIAS: tl.constexpr,
-    SAME: tl.constexpr,
-    BULK: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    D: tl.constexpr,
-):
-    """One program: dL = p (S - sum p S) / T in bfloat16 for N rows and some tiles of codes, from code `first` on."""
-    rows = tl.program_id(0) * N + tl.arange(0, N)
-    columns = tl.arange(0, D)
-    inside = rows < count
-    left = _rows_of(queries, rows, count, columns, dim, D)
-    above = _rows_of(g, rows, count, columns, dim, D)
-    peak = tl.load(maximum + rows, mask=inside, other=0.0)
-    share = scale / tl.load(total + rows, mask=inside, other=1.0)
-    delta = tl.load(mean + rows, mask=inside, other=0.0)
-    for tile in range(tiles):
-        place = (tl.program_id(1) * tiles + tile) * K + tl.arange(0, K)
-        cols = first + place
-        right = _rows_of(keys, cols, size, columns, dim, D)
-        logits = _logits(left, right, bias, cols, size, scale, BIAS)
-        if not SAME:
-            right = _rows_of(codes, cols, size, columns, dim, D)
-        s = tl.dot(_half(above), tl.trans(_half(right)))
-        dl = tl.exp2(logits - peak[:, None]) * share[:, None] * (s - delta[:, None])
-        if BULK:  # a third faster: the copy engine takes a tile away while the next one is computed
-            out.store([tl.program_id(0) * N, (tl.program_id(1) * tiles + tile) * K], dl.to(tl.bfloat16))
-        else:
-            where = rows.to(tl.int64)[:, None] * stride + place[None, :]
-            tl.store(out + where, dl.to(tl.bfloat16), mask=inside[:, None] & (place < width)[None, :])
-
-
-def _padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
 def prepare(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The codes (K, D) in bfloat16, their lengths (K,), and the lengths of what they lose by rounding (K,)."""
     keys = keys.contiguous()
     half, lengths = torch.empty_like(keys, dtype=torch.bfloat16), keys.new_empty(len(keys))
     residuals = torch.empty_like(lengths)
-    block = min(LARGEST_DIM, _padded(keys.shape[1]))
+    block = min(LARGEST_DIM, padded(keys.shape[1]))
     _prepare_kernel[(triton.cdiv(len(keys), 32),)](
         keys, half, lengths, residuals, *keys.shape, K=32, D=block, num_warps=4
     )
@@ -440,7 +257,7 @@ def group_maxima(queries: Tensor, keys: Tensor, bias: Tensor | None, members: in
         MEMBERS=members,
         N=cut.rows,
         K=per_tile,
-        D=_padded(dim) if whole else 64,
+        D=padded(dim) if whole else 64,
         WHOLE=whole,
         num_warps=cut.warps,
         num_stages=cut.stages,
@@ -488,7 +305,7 @@ def bounds(
         torch.finfo(torch.float32).eps / 2,
         torch.finfo(torch.float64).eps / 2,
         N=16,
-        D=min(LARGEST_DIM, _padded(dim)),
+        D=min(LARGEST_DIM, padded(dim)),
         num_warps=4,
     )
     return half, below, ties
@@ -535,78 +352,33 @@ def list_codes(
         GROUP=group,
         PER_TILE=per_tile,
         WIDTH=width,
-        D=min(LARGEST_DIM, _padded(keys.shape[1])),
+        D=min(LARGEST_DIM, padded(keys.shape[1])),
         num_warps=4,
     )
     return best, near, near_scores, wide.bool(), totals
 
 
-def soft(inputs: Inputs, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients through the softmax of the straight-through one-hot: queries' (N, D), keys' (K, D), and sum dL (K,).
+def near_codes(
+    queries: Tensor,
+    keys: Tensor,
+    bias: Tensor | None,
+    slack: float,
+    prepared: tuple[Tensor, Tensor, Tensor],
+    group: int,
+    per_tile: int,
+    width: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `search.Candidates`, with one wait for the device.
 
-    Products of bfloat16 numbers, summed in float32.
+    Args:
+        queries, keys, bias, slack: as in `search.near_codes`.
+        prepared: of `prepare`, with the largest length of a code, and of what one loses by rounding.
+        group, per_tile, width: codes that share a maximum, groups in a tile, codes in a list.
     """
-    queries, g = inputs.queries.to(torch.bfloat16).contiguous(), g.to(torch.bfloat16).contiguous()
-    keys = prepare(inputs.keys)[0]
-    codes = keys if inputs.codes is None else prepare(inputs.codes)[0]
-    n, size, dim = len(queries), len(keys), keys.shape[1]
-    scale = 1 / inputs.temperature
-    cut = shapes(queries.device, several=inputs.codes is not None)
-    shift = queries if bias is None else bias.float()
-    options = {"BIAS": bias is not None, "SAME": inputs.codes is None, "D": _padded(dim)}
-
-    blocks, tiles = triton.cdiv(n, cut.statistics.rows), triton.cdiv(size, cut.statistics.codes)
-    splits = max(1, min(math.ceil(PROGRAMS / blocks), tiles))
-    tiles = triton.cdiv(tiles, splits)  # in one split
-    partial = [torch.empty(splits, n, device=queries.device) for _ in range(3)]
-    _statistics_kernel[(blocks, splits)](
-        queries, keys, codes, shift, g, *partial, n, size, dim, scale, tiles, **options, **_cut(cut.statistics)
-    )
-    maximum = partial[0].amax(0)
-    weights = (partial[0] - maximum).exp2()
-    total = (partial[1] * weights).sum(0)
-    mean = (partial[2] * weights).sum(0) / total
-
-    arguments = (queries, keys, codes, shift, g, maximum, total, mean)
-    d_queries, d_keys = torch.zeros(n, dim, device=queries.device), torch.empty(size, dim, device=queries.device)
-    mass = torch.zeros(size, device=queries.device)
-    held = min(size, max(1024, HELD // n // 1024 * 1024))
-    stride = triton.cdiv(held, 64) * 64
-    out = torch.empty(n, stride, dtype=torch.bfloat16, device=queries.device)
-    bulk = queries.is_cuda and torch.cuda.get_device_capability(queries.device) >= (9, 0)
-    target = TensorDescriptor.from_tensor(out, [cut.slope.rows, cut.slope.codes]) if bulk else out
-    blocks = triton.cdiv(n, cut.slope.rows)
-    for first in range(0, size, held):
-        width = min(held, size - first)
-        tiles = triton.cdiv(width, cut.slope.codes)
-        each = max(1, min(8, tiles * blocks // PROGRAMS))
-        _slope_kernel[(blocks, triton.cdiv(tiles, each))](
-            *arguments,
-            target,
-            n,
-            size,
-            dim,
-            scale,
-            first,
-            width,
-            stride,
-            each,
-            **options,
-            BULK=bulk,
-            **_cut(cut.slope),
-        )
-        dl, part = out[:, :width], slice(first, first + width)
-        d_queries += _product(dl, keys[part])
-        d_keys[part] = _product(dl.T, queries)
-        if inputs.distance:
-            torch.sum(dl, 0, dtype=torch.float32, out=mass[part])
-    return d_queries, d_keys, mass
-
-
-def _cut(tiles: Tiles) -> dict[str, int]:
-    return {"N": tiles.rows, "K": tiles.codes, "num_warps": tiles.warps, "num_stages": tiles.stages}
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of bfloat16 numbers, summed and returned in float32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+    low, longest, lost = prepared
+    shift = longest.new_zeros(()) if bias is None else bias.abs().amax().to(longest.dtype)
+    short, below, ties = bounds(queries, longest, lost, shift, slack)
+    maxima = group_maxima(short, low, bias, group, per_tile)
+    listed, found = near_groups(maxima, below, GROUPS)
+    *fields, totals = list_codes(queries, keys, bias, ties, listed, found, slack, group, per_tile, width)
+    return *fields, totals.cpu()
