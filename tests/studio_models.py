@@ -17,6 +17,35 @@ def tiny(quantizer=None) -> Tokenizer:
     return Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes, groups=4), quantizer=table))
 
 
+def result(psnr: float, images: int = 24, name: str = "lexel", error: float = 0.2) -> dict:
+    """A result as `lexel evaluate --json` writes it."""
+    return {
+        "kind": "reconstruction",
+        "metrics": {"psnr": psnr, "lpips_vgg": 0.5 - psnr / 100, "usage": 0.75},
+        "intervals": {"psnr": {"low": psnr - error, "high": psnr + error, "standard_error": error / 1.96}},
+        "warnings": [],
+        "protocol": {"name": name},
+        "network": None,
+        "data": {"images": images, "fingerprint": f"{images:064x}"},
+        "tokenizer": "ab" * 32,
+        "tokens": {"bits": 640.0},
+        "machine": "a processor, 1 thread, torch 2",
+        "versions": {"lexel": "0.1.0", "commit": "0123456789ab"},
+    }
+
+
+def make_results(home: Path) -> list[Path]:
+    """Writes two results on one scale, one on another, and the folder of a comparison."""
+    files = {"small": result(17.5), "large": result(21.25), "elsewhere": result(30.0, images=100)}
+    for name, found in files.items():
+        (home / f"{name}.json").write_text(json.dumps(found))
+    row = {"quantizer": "ibq", "codebook_size": 16, "codebook_dim": 4, "bits": 64.0}
+    row |= {"psnr": {"mean": 18.0, "deviation": 0.25, "values": [17.75, 18.25]}}
+    (home / "compared").mkdir()
+    (home / "compared" / "compare.json").write_text(json.dumps({"rows": [row], "runs": [{}, {}]}))
+    return [*(home / f"{name}.json" for name in files), home / "compared"]
+
+
 def make_models(home: Path) -> Path:
     """Writes a and b (residual), tokenizers; generator; run, a run of a."""
     a = tiny()

@@ -25,7 +25,8 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"train"},
     {"inspection", "tables", "codebooks", "public_sets"},
     {"publish"},
-    {"compare", "demo", "leaderboard", "studio"},
+    {"compare", "demo", "leaderboard"},
+    {"studio"},
     {"paper"},
     {"cli"},
 ]

@@ -5,14 +5,18 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
-from studio_models import make_models
+from studio_models import make_models, make_results, tiny
 
 import lexel
+from lexel import samples
 from lexel.errors import UsageError
-from lexel.studio import Library, make_app, pictures
+from lexel.generators import Generator, read_config
+from lexel.studio import Library, codebook, make_app, pictures
 from lexel.studio.guard import COOKIE
+from lexel.studio.jobs import AT_ONCE, Job, Stopped
 
 HERE = "http://127.0.0.1"
 
@@ -149,7 +153,7 @@ def test_a_job_can_be_stopped(folder, monkeypatch):
 
     monkeypatch.setattr(views, "generate", endless)
     with TestClient(make_app(Library([folder / "generator"])), base_url=HERE) as client:
-        jobs = [client.post("/api/models/generator/generate", json={}).json() for _ in range(4)]
+        jobs = [client.post("/api/models/generator/generate", json={}).json() for _ in range(AT_ONCE)]
         assert client.post("/api/models/generator/generate", json={}).status_code == 400  # no more at once
         for job in jobs:
             client.delete(f"/api/jobs/{job['number']}")
@@ -161,6 +165,91 @@ def test_a_run_shows_curves_and_verdicts(client):
     assert shown["curves"]["loss"]["training"] == [[10, 0.1], [20, 0.05]]
     assert shown["findings"][0]["level"] == "problem"  # collapsed
     assert client.get("/api/models/a/training").json()["error"].startswith("a is no run")
+
+
+@pytest.mark.parametrize("path, method", [
+    ("a", "get"), ("a/codes", "get"), ("a/map", "get"), ("a/reconstruct?example=0", "post"),
+])  # fmt: skip
+def test_long_work_is_a_job_when_asked_and_gives_the_same(client, path, method):
+    ask = getattr(client, method)
+    at_once = ask(f"/api/models/{path}").json()
+    job = finished(client, ask(f"/api/models/{path}{'&' if '?' in path else '?'}job=1").json())
+    assert job["state"] == "done", job["error"]
+    for found in (at_once, job["result"]):
+        found.pop("seconds", None)
+    assert job["result"] == at_once
+
+
+def test_decoding_codes_stops_between_batches(folder):
+    entry = Library([folder]).find("a")
+    job = Job()
+    job.stop.set()
+    with pytest.raises(Stopped):
+        codebook.page(entry, job=job)
+
+
+def test_results_that_can_be_compared_stand_together(folder, tmp_path):
+    files = make_results(tmp_path)
+    with TestClient(make_app(Library([folder, *files])), base_url=HERE) as client:
+        shown = client.get("/api/results").json()
+        assert client.get("/api/studio").json()["start"] == "reconstruct"
+    assert [[row["name"] for row in board["rows"]] for board in shown["boards"]] == [["small", "large"], ["elsewhere"]]
+    assert "data differs" in shown["boards"][1]["apart"]
+    assert shown["boards"][0]["rows"][0]["values"]["psnr"]["low"] == pytest.approx(17.3)
+    assert shown["comparisons"][0]["rows"] == [["ibq", "16", "4", "64", "18.00 ± 0.25"]]
+    assert shown["comparisons"][0]["name"] == "compared"
+
+
+def test_results_alone_open_as_results_and_what_holds_none_is_refused(tmp_path):
+    library = Library(make_results(tmp_path)[:1])
+    assert library.only_results
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UsageError, match="no result of `lexel evaluate`"):
+        Library([tmp_path / "other.json"])
+    (tmp_path / "compared" / "compare.json").write_text("{}")
+    with pytest.raises(UsageError, match="no comparison of `lexel compare`"):
+        Library([tmp_path / "compared"])
+
+
+def test_models_run_where_the_studio_was_told(folder):
+    for kind in ("a", "generator"):
+        entry = Library([folder], device="cpu").find(kind)
+        entry.device = torch.device("meta")  # any that is not the usual one
+        assert {parameter.device.type for parameter in entry.tokenizer.parameters()} == {"meta"}
+        assert next(entry.model.parameters()).device.type == "meta"
+
+
+class Encoder:
+    """Stands for a text encoder."""
+
+    channels = 6
+
+    def __init__(self, source, length, where):
+        self.source, self.length = source, length
+
+    def encode(self, texts):
+        return np.stack([np.full((self.length, 6), len(text), np.float32) for text in texts])
+
+
+def test_a_caption_becomes_pictures_where_there_is_a_text_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "TextEncoder", Encoder)
+    tokenizer = tiny()
+    network = {"kind": "next_token", "codebook_size": 16, "rows": 4, "columns": 4, "layers": 1, "heads": 2, "width": 16}
+    network |= {"condition": {"kind": "text", "features": 6, "length": 3}}
+    table = {"transformer": network, "tokenizer": tokenizer.fingerprint()}
+    Generator(read_config(table, "the test")).save_pretrained(tmp_path / "text", tokenizer=tokenizer)
+    for encoder, state in (("clip", "done"), (None, "failed")):
+        with TestClient(make_app(Library([tmp_path / "text"], text_encoder=encoder)), base_url=HERE) as client:
+            assert client.get("/api/models/text").json()["captions"] is True
+            started = client.post("/api/models/text/generate", json={"caption": "an owl", "count": 2}).json()
+            job = finished(client, started)
+            assert job["state"] == state, job["error"]
+            if encoder is None:
+                assert "--text-encoder" in job["error"]
+            else:
+                assert len(job["result"]["images"]) == 2
+                empty = client.post("/api/models/text/generate", json={"caption": " "}).json()
+                assert "write a caption" in finished(client, empty)["error"]
 
 
 def test_two_visitors_do_not_see_each_other(app):

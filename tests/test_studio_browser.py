@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import uvicorn
 from PIL import Image
-from studio_models import make_models
+from studio_models import make_models, make_results
 
-from lexel.studio import Library, make_app
+from lexel.studio import Library, codebook, make_app
 
 CHROMIUM = os.environ.get("LEXEL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 playwright = pytest.importorskip("playwright.sync_api")
@@ -46,7 +46,8 @@ def served(app) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def address(tmp_path_factory) -> Iterator[str]:
     """A studio over small models."""
-    with served(make_app(Library([make_models(tmp_path_factory.mktemp("models"))]))) as found:
+    models, results = make_models(tmp_path_factory.mktemp("models")), make_results(tmp_path_factory.mktemp("results"))
+    with served(make_app(Library([models, *results]))) as found:
         yield found
 
 
@@ -101,6 +102,7 @@ DONE = {  # a view, and what is there once it has done its work
     "codebook": ".codes button",
     "generate": "button.main",
     "training": ".chart svg",
+    "results": "table.results",
 }
 
 
@@ -223,6 +225,31 @@ def test_runs_are_laid_over_each_other_and_a_collapse_is_told(visit):
     page = visit().open("training?runs=run")
     page.locator(".finding.problem").first.wait_for()
     page.locator(".strip img").first.wait_for()
+
+
+def test_results_sort_by_a_click_and_stand_apart_where_they_cannot_be_compared(visit):
+    page = visit().open("results")
+    page.get_by_text("Not beside the first table").wait_for()
+    assert page.locator("section > .scroll > table").count() == 3  # two scales and a comparison
+    first = page.locator("section > .scroll > table").first
+    assert first.locator("tbody th").all_inner_texts() == ["small", "large"]
+    first.get_by_role("button", name="PSNR").click()
+    assert first.locator("tbody th").all_inner_texts() == ["large", "small"]
+    assert "21.25" in first.locator(".best").first.inner_text()
+
+
+def test_long_work_shows_progress_and_can_be_stopped(visit, monkeypatch):
+    def slow(entry, page, book, order, job):
+        for done in range(1000):
+            job.progress(done, 1000)
+            time.sleep(0.05)
+
+    monkeypatch.setattr(codebook, "page", slow)
+    page = visit().open("codebook")
+    page.locator("#working progress").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.locator("#working").wait_for(state="hidden")
+    assert page.locator("#message").inner_text() == "stopped"
 
 
 @pytest.mark.skipif("LEXEL_STUDIO_PICTURE" not in os.environ, reason="draws docs/studio.png from runs/demo when asked")

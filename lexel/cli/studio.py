@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lexel.cli.options import Out
+from lexel.cli.options import Device, Out
 from lexel.errors import UsageError
 
 
@@ -15,7 +15,7 @@ def studio(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL]...",
-            help="Runs, folders of runs, models, checkpoints, hub ids. Default: runs/demo, or a tiny tokenizer.",
+            help="Runs, folders of runs, models, hub ids, results of evaluate, folders of compare. Default: runs/demo.",
         ),
     ] = None,
     port: Annotated[
@@ -27,8 +27,12 @@ def studio(
     share: Annotated[
         bool, typer.Option("--share", help="Let other machines connect, with the token in the printed address.")
     ] = False,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Text encoder (folder or hub id) for generators that take captions.")
+    ] = None,
+    device: Device = "auto",
 ) -> None:
-    """Opens a local page to try models: reconstruct, edit tokens, browse codes, generate, watch runs."""
+    """Opens a local page to try models: reconstruct, edit tokens, browse codes, generate, watch runs, read results."""
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UsageError("the studio needs Starlette and uvicorn: pip install 'lexel[studio]'")
     from lexel.studio import serve
@@ -36,7 +40,7 @@ def studio(
     def opened(address: str) -> None:
         print(f"open {address}  (Ctrl+C ends it)", flush=True)
 
-    serve(models or (), "0.0.0.0" if share else host, port, opened)
+    serve(models or (), "0.0.0.0" if share else host, port, opened, device, text_encoder)
 
 
 def leaderboard(

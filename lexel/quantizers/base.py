@@ -52,7 +52,7 @@ def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
 
 ONLY_CHOSEN_LEARN = Advice(
     "only chosen codes learn, so a code that is never nearest stays where it started",
-    "use affine or simvq (codes move together), ibq (all learn), ema with restart, or a smaller codebook",
+    "set restart_below, use affine or simvq (codes move together) or ibq (all learn), or a smaller codebook",
 )
 
 

@@ -1,7 +1,7 @@
 """The studio's web application: pages from the package, data from `views` and `codebook`, refusals in one sentence."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from starlette.routing import Route
 import lexel
 from lexel import report
 from lexel.errors import UsageError
-from lexel.studio import codebook, pictures, views
+from lexel.studio import codebook, pictures, results, views
 from lexel.studio.guard import LOOPBACK, Guard
-from lexel.studio.jobs import Jobs
+from lexel.studio.jobs import Job, Jobs
 from lexel.studio.models import Entry, Library
 
 STATIC = Path(__file__).parent / "static"
@@ -50,11 +50,23 @@ class Studio:
             for found in self.library.entries.values()
         ]
         limits = {"bytes": pictures.UPLOAD_BYTES, "pixels": pictures.UPLOAD_PIXELS, "samples": views.SAMPLES}
-        return JSONResponse({"version": lexel.__version__, "models": shown, "limits": limits})
+        start = "results" if self.library.only_results else "reconstruct"
+        return JSONResponse({"version": lexel.__version__, "models": shown, "limits": limits, "start": start})
+
+    async def answer(self, request: Request, work: Callable[[Job], dict[str, Any]]) -> Response:
+        """What some work gives; with ?job=1 at once the job that does it, which can be looked at and stopped."""
+        if request.query_params.get("job") == "1":
+            return JSONResponse(self.jobs.start(work).shown())
+        return JSONResponse(await run_in_threadpool(work, Job()))
 
     async def facts(self, request: Request) -> Response:
         """What a model is."""
-        return JSONResponse(await run_in_threadpool(views.facts, self.entry(request)))
+        found = self.entry(request)
+        return await self.answer(request, lambda job: views.facts(found))
+
+    async def results(self, request: Request) -> Response:
+        """Results of evaluations and comparisons."""
+        return JSONResponse(await run_in_threadpool(results.shown, self.library.results))
 
     async def example(self, request: Request) -> Response:
         """One of a model's pictures to try."""
@@ -67,13 +79,13 @@ class Studio:
         wanted = request.query_params.get("example")
         data = b"" if wanted is not None else await body(request, pictures.UPLOAD_BYTES, "the picture")
 
-        def work() -> dict[str, Any]:
+        def work(job: Job) -> dict[str, Any]:
             if wanted is not None:
-                return views.reconstruct(found, _example(found, _whole_number(wanted)), whole)
+                return views.reconstruct(found, _example(found, _whole_number(wanted)), whole, job)
             channels = found.tokenizer.config.autoencoder.channels
-            return views.reconstruct(found, pictures.read_upload(data, channels), whole)
+            return views.reconstruct(found, pictures.read_upload(data, channels), whole, job)
 
-        return JSONResponse(await run_in_threadpool(work))
+        return await self.answer(request, work)
 
     async def decode(self, request: Request) -> Response:
         """The picture of tokens."""
@@ -86,9 +98,8 @@ class Studio:
         """A page of codes."""
         query = request.query_params
         page, book = _whole_number(query.get("page", "0")), _whole_number(query.get("book", "0"))
-        return JSONResponse(
-            await run_in_threadpool(codebook.page, self.entry(request), page, book, query.get("order", "use"))
-        )
+        found, order = self.entry(request), query.get("order", "use")
+        return await self.answer(request, lambda job: codebook.page(found, page, book, order, job))
 
     async def code(self, request: Request) -> Response:
         """One code and its neighbours."""
@@ -99,8 +110,8 @@ class Studio:
 
     async def code_points(self, request: Request) -> Response:
         """Codes and latents in the plane."""
-        book = _whole_number(request.query_params.get("book", "0"))
-        return JSONResponse(await run_in_threadpool(codebook.code_points, self.entry(request), book))
+        found, book = self.entry(request), _whole_number(request.query_params.get("book", "0"))
+        return await self.answer(request, lambda job: codebook.code_points(found, book, job))
 
     async def generate(self, request: Request) -> Response:
         """Starts a job that samples."""
@@ -131,6 +142,7 @@ class Studio:
             Route("/", page),
             Route("/static/{name}", static),
             Route("/api/studio", self.studio),
+            Route("/api/results", self.results),
             Route(model, self.facts),
             Route(model + "/examples/{number:int}", self.example),
             Route(model + "/reconstruct", self.reconstruct, methods=["POST"]),

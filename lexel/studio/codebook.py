@@ -11,6 +11,7 @@ from lexel.data import to_images, to_uint8
 from lexel.errors import UsageError
 from lexel.spacing import evenly_spaced
 from lexel.studio import pictures
+from lexel.studio.jobs import Job
 from lexel.studio.models import Entry
 from lexel.tokenizer import Tokenizer
 
@@ -57,14 +58,14 @@ def _count(entry: Entry, tokenizer: Tokenizer) -> Use:
     if kept is not None and kept.size == books * size:
         counts = kept.reshape(books, size).astype(np.int64)
     else:
-        indices = tokenizer.encode(to_images(entry.examples))
+        indices = tokenizer.encode(to_images(entry.examples).to(entry.device)).cpu()
         rows = indices.movedim(1, 0) if tokenizer.quantizer.books else indices[None]
         counts = np.stack([torch.bincount(row.flatten(), minlength=size).numpy() for row in rows])
         counted = len(entry.examples)
     return Use(counts, np.argsort(-counts, axis=1, kind="stable"), counted)
 
 
-def page(entry: Entry, number: int = 0, book: int = 0, order: str = "use") -> dict[str, Any]:
+def page(entry: Entry, number: int = 0, book: int = 0, order: str = "use", job: Job | None = None) -> dict[str, Any]:
     """One page of codes with their patches.
 
     Args:
@@ -72,6 +73,7 @@ def page(entry: Entry, number: int = 0, book: int = 0, order: str = "use") -> di
         number: of the page, from 0.
         book: which codebook, where there are several.
         order: "use", "number" or "dead", which lists only codes that were never chosen.
+        job: that this is; it can be stopped between batches of codes.
 
     Raises:
         UsageError: there is no such page or book.
@@ -100,7 +102,7 @@ def page(entry: Entry, number: int = 0, book: int = 0, order: str = "use") -> di
         "histogram": [int(v) for v in counts[sorted_codes][evenly_spaced(len(counts), min(len(counts), 400))]],
     }
     if len(chosen):
-        shown["sheet"] = pictures.as_address(pictures.sheet(patches(entry.tokenizer, chosen, book, entry)))
+        shown["sheet"] = pictures.as_address(pictures.sheet(patches(entry.tokenizer, chosen, book, entry, job)))
     return shown
 
 
@@ -133,14 +135,18 @@ def code(entry: Entry, number: int, book: int = 0) -> dict[str, Any]:
     }
 
 
-def code_points(entry: Entry, book: int = 0) -> dict[str, Any]:
+def code_points(entry: Entry, book: int = 0, job: Job | None = None) -> dict[str, Any]:
     """Codes and latents of the examples on their two main axes, for a map."""
+    job = job or Job()
+    job.progress(0, 3)
     use = use_of(entry)
+    job.progress(1, 3)
     counts, _ = _row(use, book)
     table = _table(entry.tokenizer, book).double()
     codes = evenly_spaced(len(table), min(len(table), POINTS))
     with torch.no_grad():
-        z = entry.tokenizer.latents(to_images(entry.examples)).double()
+        z = entry.tokenizer.latents(to_images(entry.examples).to(entry.device)).double().cpu()
+    job.progress(2, 3)
     latents = z.movedim(1, -1).flatten(0, -2) if z.shape[1] == table.shape[1] else table[:0]
     latents = latents[evenly_spaced(len(latents), min(len(latents), POINTS))]
     points = torch.cat([latents, table[codes]])
@@ -159,7 +165,7 @@ def code_points(entry: Entry, book: int = 0) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def patches(tokenizer: Tokenizer, codes: np.ndarray, book: int, entry: Entry) -> np.ndarray:
+def patches(tokenizer: Tokenizer, codes: np.ndarray, book: int, entry: Entry, job: Job | None = None) -> np.ndarray:
     """What codes decode to, uint8 (N, h, w, C): the middle of a grid that is filled with the code.
 
     Where a token has no place in the picture, the whole picture that the code alone makes.
@@ -182,7 +188,11 @@ def patches(tokenizer: Tokenizer, codes: np.ndarray, book: int, entry: Entry) ->
         use = use_of(entry)
         for other in range(quantizer.books):
             filled[:, other] = wanted[:, 0] if other == book else int(use.order[other, 0])
-    images: list[Tensor] = [tokenizer.decode(part) for part in filled.split(BATCH)]
+    images: list[Tensor] = []
+    for part in filled.split(BATCH):
+        if job is not None:
+            job.progress(BATCH * len(images), len(filled))
+        images.append(tokenizer.decode(part.to(entry.device)).cpu())
     made = to_uint8(torch.cat(images))
     if not spatial or factor is None:
         return made
@@ -199,5 +209,5 @@ def _row(use: Use, book: int) -> tuple[np.ndarray, np.ndarray]:
 @torch.no_grad()
 def _table(tokenizer: Tokenizer, book: int) -> Tensor:
     """The codes of a book, (K, D)."""
-    table = tokenizer.quantizer.codebook.detach().float()
+    table = tokenizer.quantizer.codebook.detach().float().cpu()
     return table if table.dim() == 2 else table[min(book, len(table) - 1)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from lexel.errors import UsageError
 
-AT_ONCE = 4  # jobs under way; more are refused
+AT_ONCE = 8  # jobs under way; more are refused
 KEPT = 32  # finished jobs whose results can still be fetched
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
 from lexel.checkpoint import CONFIG, read_json
 from lexel.data import Transform
@@ -16,6 +18,8 @@ from lexel.generators import Generator
 from lexel.loading import load, own_transform
 from lexel.run_folder import RunFolder
 from lexel.run_log import Run
+from lexel.runtime import runtime
+from lexel.studio import results
 from lexel.studio.example import example_run
 from lexel.studio.pictures import drawings
 from lexel.tokenizer import Tokenizer
@@ -35,6 +39,8 @@ class Entry:
         folder: of the run, where it is one.
         made_here: whether the studio makes the model itself.
         others: the entries of the library, among which a generator may find its tokenizer.
+        device: where it runs.
+        text_encoder: of captions, for a generator of captions.
     """
 
     key: str
@@ -43,6 +49,8 @@ class Entry:
     folder: Path | None = None
     made_here: bool = False
     others: Mapping[str, "Entry"] = field(default_factory=dict, repr=False)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    text_encoder: str | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     loaded: Tokenizer | Generator | None = None
 
@@ -61,6 +69,8 @@ class Entry:
                 self.loaded = load(self.source)
                 if isinstance(self.loaded, Generator):
                     self._find_tokenizer(self.loaded)
+                    self.loaded.tokenizer.to(self.device)
+                self.loaded.to(self.device)
             return self.loaded
 
     def _find_tokenizer(self, generator: Generator) -> None:
@@ -132,22 +142,29 @@ class Library:
     """The entries of a studio, by key.
 
     Args:
-        sources: runs, folders of runs, model folders, published checkpoints, hub ids; without any, those of the demo,
-            or a tokenizer that is made on the spot.
+        sources: runs, folders of runs, model folders, published checkpoints, hub ids, results of `lexel evaluate` and
+            folders of `lexel compare`; without any, those of the demo, or a tokenizer that is made on the spot.
+        device: where models run: auto, cpu, cuda, ...
+        text_encoder: for the captions of generators: a folder or a hub id.
 
     Raises:
         UsageError: a source holds nothing that can be shown.
     """
 
-    def __init__(self, sources: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, sources: Sequence[str | Path] = (), device: str = "cpu", text_encoder: str | None = None
+    ) -> None:
         self.entries: dict[str, Entry] = {}
+        self.results: dict[str, Path] = {}
+        self._settings: dict[str, Any] = {"device": runtime(device).device, "text_encoder": text_encoder}
         for source in sources:
             self._add_all(source)
         if not sources and DEMO.is_dir():
             for folder in _inside(DEMO):
                 self._add(folder)
+        self.only_results = bool(self.results) and not self.entries
         if not self.entries:
-            self.entries["example"] = Entry("example", "example", "tokenizer", made_here=True)
+            self.entries["example"] = Entry("example", "example", "tokenizer", made_here=True, **self._settings)
 
     def find(self, key: str) -> Entry:
         """An entry.
@@ -161,6 +178,14 @@ class Library:
 
     def _add_all(self, source: str | Path) -> None:
         path = Path(source).expanduser()
+        found = results.find(path)
+        if found is not None:
+            results.check(found)
+            name = found.parent.resolve().name if found.name == results.COMPARISON else found.stem
+            self.results[self._key(name, self.results)] = found
+            for folder in _inside(found.parent / "runs") if found.name == results.COMPARISON else ():
+                self._add(folder)
+            return
         if _kind(path) is not None:
             self._add(path)
             return
@@ -171,19 +196,21 @@ class Library:
             model = load(source)
             kind = "tokenizer" if isinstance(model, Tokenizer) else "generator"
             key = self._key(path.stem or str(source))
-            self.entries[key] = Entry(key, str(source), kind, others=self.entries, loaded=model)
+            self.entries[key] = Entry(key, str(source), kind, others=self.entries, **self._settings)
+            self.entries[key].loaded = model.to(self.entries[key].device)
 
     def _add(self, folder: Path) -> None:
         key = self._key(folder.resolve().name)
         kind = _kind(folder)
         assert kind is not None
         run = folder if RunFolder(folder, writes=False).kind is not None else None
-        self.entries[key] = Entry(key, str(folder), kind, run, others=self.entries)
+        self.entries[key] = Entry(key, str(folder), kind, run, others=self.entries, **self._settings)
 
-    def _key(self, name: str) -> str:
+    def _key(self, name: str, taken: Mapping[str, object] | None = None) -> str:
+        taken = self.entries if taken is None else taken
         base = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
         key, number = base, 2
-        while key in self.entries:
+        while key in taken:
             key, number = f"{base}-{number}", number + 1
         return key
 
@@ -201,6 +228,8 @@ def _kind(folder: Path) -> str | None:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """The runs and models in a folder, tokenizers first."""
+    """The runs and models in a folder, tokenizers first; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
     found = [(path, _kind(path)) for path in sorted(folder.iterdir()) if path.is_dir()]
     return [path for wanted in ("tokenizer", "generator") for path, kind in found if kind == wanted]

@@ -22,6 +22,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int | None = None,
     opened: Callable[[str], None] = print,
+    device: str = "auto",
+    text_encoder: str | None = None,
 ) -> None:
     """Opens a studio and serves it until it is interrupted.
 
@@ -31,11 +33,13 @@ def serve(
         host: the address to listen on. Any but this machine's own asks every browser for a token.
         port: to listen on; by default the first free one from `PORT` on.
         opened: told the address to open.
+        device: where models run.
+        text_encoder: for the captions of generators: a folder or a hub id.
 
     Raises:
         UsageError: a source cannot be shown, or the address cannot be listened on.
     """
-    library = Library(sources)
+    library = Library(sources, device, text_encoder)
     local = host in LOOPBACK
     token = None if local else secrets.token_urlsafe(24)
     listening = _listen(host, port)

@@ -17,12 +17,15 @@ from lexel.metrics.health import diagnose
 from lexel.metrics.pixels import WINDOW_SIDES, psnr, ssim
 from lexel.quantizers import outline
 from lexel.report.run_page import NO_CURVES
+from lexel.runtime import Runtime
+from lexel.samples import encode_captions
 from lexel.studio import pictures
 from lexel.studio.jobs import Job
 from lexel.studio.models import Entry
 from lexel.tokenizer import Tokenizer
 
 SAMPLES = 16  # images of one job
+CAPTION = 1000  # characters
 
 
 def facts(entry: Entry) -> dict[str, Any]:
@@ -53,6 +56,7 @@ def generator_facts(generator: Generator) -> dict[str, Any]:
     return {
         "family": generator.config.transformer.kind,
         "condition": generator.condition.kind,
+        "captions": generator.condition.kind == "text",
         "classes": names,
         "guided": generator.condition.guided,
     }
@@ -79,14 +83,17 @@ def layout(tokenizer: Tokenizer, height: int, width: int) -> dict[str, Any]:
     }
 
 
-def reconstruct(entry: Entry, picture: np.ndarray, whole: bool = False) -> dict[str, Any]:
+def reconstruct(entry: Entry, picture: np.ndarray, whole: bool = False, job: Job | None = None) -> dict[str, Any]:
     """A picture (H, W, C) uint8 through a tokenizer and back, with error map, numbers and tokens.
 
     Args:
         entry: the model.
         picture: of any size.
         whole: keeps its proportions, reduced to at most `pictures.WHOLE_PIXELS`; else the square of the training.
+        job: that this is; it can be stopped between its steps.
     """
+    job = job or Job()
+    job.progress(0, 3)
     tokenizer = entry.tokenizer
     array = pictures.at_most(picture, pictures.WHOLE_PIXELS) if whole else entry.transform(picture)
     height, width = array.shape[:2]
@@ -94,8 +101,10 @@ def reconstruct(entry: Entry, picture: np.ndarray, whole: bool = False) -> dict[
     with torch.no_grad():
         images = to_images(array)[None]
         padded = tokenizer.pad(images)
-        indices = tokenizer.encode(padded)
-        back = crop_back(tokenizer.decode(indices), height, width)
+        job.progress(1, 3)
+        indices = tokenizer.encode(padded.to(entry.device)).cpu()
+        job.progress(2, 3)
+        back = crop_back(tokenizer.decode(indices.to(entry.device)), height, width).cpu()
     seconds = time.monotonic() - started
     made = to_uint8(back[0])
     numbers: dict[str, Any] = {"PSNR": round(float(psnr(images, back)), 2)}
@@ -134,7 +143,7 @@ def decode(entry: Entry, indices: Any, shape: Any) -> dict[str, Any]:
         UsageError: they are no tokens of this model.
     """
     tokens = as_tokens(indices, shape)
-    return {"picture": pictures.as_address(to_uint8(entry.tokenizer.decode(tokens[None])[0]))}
+    return {"picture": pictures.as_address(to_uint8(entry.tokenizer.decode(tokens[None].to(entry.device))[0]))}
 
 
 def as_tokens(indices: Any, shape: Any) -> Tensor:
@@ -176,6 +185,8 @@ def generate(entry: Entry, options: Mapping[str, Any], job: Job) -> dict[str, An
     if generator.condition.kind == "class":
         label = str(options.get("class", "0"))
         condition = generator.class_numbers([label]) * count
+    elif generator.condition.kind == "text":
+        condition = caption_features(entry, options.get("caption"), count)
     elif generator.condition.kind != "none":
         raise UsageError(f"the condition {generator.condition.kind!r} cannot be given here; use `lexel sample`")
     last = [0.0]
@@ -185,7 +196,7 @@ def generate(entry: Entry, options: Mapping[str, Any], job: Job) -> dict[str, An
             return
         last[0] = time.monotonic()
         known = tokens.view(len(tokens), *generator.sampled_shape)
-        images = to_uint8(tokenizer.decode(known.clamp(min=0)))
+        images = to_uint8(tokenizer.decode(known.clamp(min=0).to(entry.device)))
         job.preview = {
             "images": [pictures.as_address(image) for image in images],
             "free": (known[0].flatten() == FREE).tolist(),
@@ -203,9 +214,23 @@ def generate(entry: Entry, options: Mapping[str, Any], job: Job) -> dict[str, An
             progress=job.progress,
             watch=preview,
         )
-    images = to_uint8(tokenizer.decode(tokens))
+    images = to_uint8(tokenizer.decode(tokens.to(entry.device)))
     flat = [] if tokenizer.continuous else [image.flatten().tolist() for image in tokens]
     return {"images": [pictures.as_address(image) for image in images], "tokens": flat}
+
+
+def caption_features(entry: Entry, caption: Any, count: int) -> Tensor:
+    """Features of a caption for so many images, (count, length, features).
+
+    Raises:
+        UsageError: there is no caption, or the studio was opened without a text encoder.
+    """
+    if not isinstance(caption, str) or not caption.strip() or len(caption) > CAPTION:
+        raise UsageError(f"write a caption of 1 to {CAPTION:,} characters")
+    if entry.text_encoder is None:
+        raise UsageError("captions need the text encoder of the training: open the studio with --text-encoder NAME")
+    where = Runtime(entry.device, None)
+    return encode_captions(entry.generator, [caption], entry.text_encoder, where).expand(count, -1, -1)
 
 
 def number(options: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:

@@ -1,5 +1,5 @@
 // Every code as the patch it decodes to, sorted by use; dead codes; codes and latents in the plane.
-import { api, attempt, card, el, facts, field, modelPicker, patch, percent, select, state } from "./lib.js";
+import { api, attempt, card, el, facts, field, long, modelPicker, patch, percent, select, state } from "./lib.js";
 import { describe } from "./tokens.js";
 
 export async function open(root, models) {
@@ -20,7 +20,7 @@ export async function open(root, models) {
     const { page, order, book } = settings();
     list.replaceChildren(el("p", { class: "loading" }, "Decoding the codes…"));
     let found;
-    try { found = await api(`${model}/codes?page=${page}&order=${order}&book=${book}`); }
+    try { found = await long(`${model}/codes?page=${page}&order=${order}&book=${book}`, "Decoding the codes…"); }
     catch (error) { list.replaceChildren(); throw error; }
     const rows = Math.ceil(found.codes.length / 16);
     const turn = (by) => { state.set({ page: page + by || null }); load(); };
@@ -42,12 +42,12 @@ export async function open(root, models) {
           patch(found.sheet, at, 16, rows)))) : el("p", {}, "No dead codes: every code was chosen at least once.")));
   });
   const drawMap = attempt(async () => {
-    const found = await api(`${model}/map?book=${settings().book}`);
+    const found = await long(`${model}/map?book=${settings().book}`, "Placing the codes…");
     map.replaceChildren(card("Codes and latents", el("p", { class: "hint" }, "On their two main axes. Blue: codes in use; grey: dead codes; orange: latents of the examples. Click a code."), scatter(found, pick)));
   });
   root.replaceChildren(card("The codebook",
     el("div", { class: "controls" }, modelPicker("Tokenizer", tokenizers, key, (value) => { state.set({ model: value, page: null, code: null, book: null }); open(root, models); })),
-    el("p", {}, about.continuous ? "" : `${about.quantizer}, ${about.codebook_size.toLocaleString("en")} codes. Each code is shown as the patch it decodes to among its like.`)), list, detail, map);
+    el("p", {}, about.continuous ? "" : `${about.quantizer}, ${about.codebook_size.toLocaleString("en")} codes. Each code is shown as the patch it decodes to among its like.`)), list, el("div", { class: "pair" }, map, detail));
   if (about.continuous) throw new Error(`${key} has no codebook: its tokens are continuous; choose another tokenizer`);
   await load();
   if (state.get("code")) await pick(Number(state.get("code")));

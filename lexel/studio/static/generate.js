@@ -23,6 +23,7 @@ export async function open(root, models, alive) {
     top_p: number("top_p", 0.96, 0.01, 1, 0.01), seed: number("seed", 0, 0, 2 ** 31 - 1, 1), count: number("count", 4, 1, 16, 1),
   };
   const label = select(about.classes.map((name, at) => [at, name]), state.get("class", "0"), (value) => state.set({ class: value }));
+  const caption = el("input", { type: "text", class: "caption", maxlength: "1000", placeholder: "a lighthouse at dusk", value: state.get("caption"), onchange: () => state.set({ caption: caption.value }), onkeydown: (event) => { if (event.key === "Enter" && !go.disabled) run(); } });
   const go = el("button", { type: "button", class: "main", onclick: () => run() }, "Generate");
   const stop = el("button", { type: "button", disabled: true }, "Stop");
   const bar = el("progress", { max: "1", value: "0", "aria-label": "Progress" });
@@ -31,7 +32,7 @@ export async function open(root, models, alive) {
   let given = null, running = null;
 
   const run = attempt(async () => {
-    const options = { class: label.value || "0", given: given ? given() : null };
+    const options = { class: label.value || "0", caption: caption.value, given: given ? given() : null };
     for (const [name, input] of Object.entries(controls)) options[name] = Number(input.value);
     go.disabled = true;
     try {
@@ -70,7 +71,7 @@ export async function open(root, models, alive) {
   root.replaceChildren(
     card("New pictures", el("p", { class: "hint" }, `${about.family}, ${about.parameters.toLocaleString("en")} parameters, condition: ${about.condition}`),
       el("div", { class: "controls" }, generators.length > 1 && modelPicker("Generator", generators, key, (value) => { state.set({ model: value }); open(root, models, alive); }),
-        about.classes.length > 0 && field("Class", label),
+        about.classes.length > 0 && field("Class", label), about.captions && field("Caption", caption),
         ...Object.entries(controls).filter(([name]) => name !== "cfg_scale" || about.guided).map(([name, input]) => field(names[name], input)), go, stop),
       bar, words, samples),
     about.continuous || !about.layout.spatial || about.layout.books > 1 ? "" : card("Keep a part of a picture", el("p", { class: "hint" }, "Choose a picture, then paint over what is to be made anew, or keep its upper half. Generate fills in the rest."),

@@ -12,6 +12,35 @@ export async function api(path, options = {}) {
   return found;
 }
 
+const pause = (time) => new Promise((done) => setTimeout(done, time));
+
+// Work that may take long: a job, with its progress and a button to stop it once it has taken half a second.
+export async function long(path, words, options = {}) {
+  let job = await api(`${path}${path.includes("?") ? "&" : "?"}job=1`, options);
+  const started = Date.now(), box = document.getElementById("working");
+  const mine = job.number;
+  const here = location.hash.split("?")[0];
+  try {
+    for (let time = 15; job.state === "running"; time = Math.min(time * 1.6, 400)) {
+      await pause(time);
+      job = await api(`jobs/${mine}`);
+      if (location.hash.split("?")[0] !== here) { api(`jobs/${mine}`, { method: "DELETE" }).catch(() => {}); throw new DOMException("left", "AbortError"); }
+      if (job.state === "running" && Date.now() - started > 500) {
+        if (box.dataset.job !== mine) {
+          box.dataset.job = mine;
+          box.replaceChildren(el("span", {}, words), el("progress", { "aria-label": words }), el("button", { type: "button", onclick: () => api(`jobs/${mine}`, { method: "DELETE" }).catch(() => {}) }, "Stop"));
+          box.hidden = false;
+        }
+        const bar = box.querySelector("progress");
+        if (job.total) { bar.max = job.total; bar.value = job.done; }
+      }
+    }
+  } finally { if (box.dataset.job === mine) { box.hidden = true; delete box.dataset.job; } }
+  if (job.state === "failed") throw new Error(job.error);
+  if (job.state === "stopped") throw new Error("stopped");
+  return job.result;
+}
+
 export const post = (path, value) =>
   api(path, { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(value) });
 
@@ -103,8 +132,8 @@ export function picturePicker(key, count, chosen, pick) {
 
 export async function reconstruct(key, chosen, whole) {
   const model = `models/${encodeURIComponent(key)}/reconstruct?whole=${whole ? 1 : 0}`;
-  if (chosen.file) return api(model, { method: "POST", body: await reduced(chosen.file) });
-  return api(`${model}&example=${chosen.example ?? 0}`, { method: "POST" });
+  if (chosen.file) return long(model, "Reconstructing…", { method: "POST", body: await reduced(chosen.file) });
+  return long(`${model}&example=${chosen.example ?? 0}`, "Reconstructing…", { method: "POST" });
 }
 
 // A picture above the limit of the upload is refused here already, in the words of the studio.
@@ -120,7 +149,7 @@ let known;
 export const studio = () => (known ??= api("studio"));
 const seen = new Map();
 export const facts = (key) => {
-  if (!seen.has(key)) seen.set(key, api(`models/${encodeURIComponent(key)}`).catch((error) => { seen.delete(key); throw error; }));
+  if (!seen.has(key)) seen.set(key, long(`models/${encodeURIComponent(key)}`, "Loading the model…").catch((error) => { seen.delete(key); throw error; }));
   return seen.get(key);
 };
 

@@ -166,7 +166,7 @@ export function describe(found, cell, layout, use, put) {
       el("div", {}, el("b", {}, `Code ${found.code}`), cell === null ? "" : el("div", { class: "hint" }, `row ${Math.floor(cell / layout.columns) + 1}, column ${(cell % layout.columns) + 1}`))),
     el("dl", {}, el("dt", {}, "used"), el("dd", {}, `${found.count.toLocaleString("en")} times, ${percent(found.share)}`),
       el("dt", {}, "rank"), el("dd", {}, `${found.rank.toLocaleString("en")} of ${found.size.toLocaleString("en")}`)),
-    el("p", { class: "hint" }, "Nearest codes", use ? "; click one to paint with it" : ""),
+    el("p", { class: "hint" }, "Nearest codes", put ? "; click one to paint with it" : "; click one to see it"),
     el("div", { class: "codes small" }, found.nearest.map((near, at) =>
       el("button", { type: "button", title: `code ${near.code}, distance ${near.distance}`, "aria-label": `Code ${near.code}, distance ${near.distance}`, onclick: () => use && use(near.code) },
         patch(found.sheet, at + 1, count, 1), el("small", {}, String(near.code))))),
