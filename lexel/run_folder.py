@@ -70,6 +70,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.snapshots = self.path / "snapshots"
         self.report = self.path / "report.html"
+        self.curves = self.path / "curves.json"  # a user's own reference, to be drawn behind the run's curves
         self.data = self.path / "data.safetensors"
         self._ranked: list[tuple[float, int]] | None = None  # (value, step) of the validations, read once
 

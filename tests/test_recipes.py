@@ -64,6 +64,22 @@ def test_published_tokenizers_have_the_published_number_of_parameters(name):
     assert parameters(recipe(name)) == PUBLISHED[name]
 
 
+def test_the_aligned_recipe_has_the_size_of_emu35s_tokenizer():
+    assert parameters(recipe("ibq_131072_aligned")) == 455_336_963  # "455M"
+
+
+def test_the_decoder_stage_has_the_network_of_the_stage_before():
+    assert recipe("ibq_16384_vit_decoder").model == recipe("ibq_16384_vit").model
+
+
+def test_a_decoder_of_another_width_than_the_encoders_has_a_plan():
+    assert plan(recipe("vit_openmoji", "model.autoencoder.decoder.width=32")).memory["kept for backward"] > 0
+
+
+def test_latents_on_several_grids_have_a_plan():
+    assert plan(recipe("vqvae2_openmoji")).memory["kept for backward"] > 0
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_with_three_blocks_they_have_the_papers_own_count(name):
     three = parameters(recipe(name, "model.autoencoder.residual_blocks=3"))

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from safetensors.numpy import save_file
 
 from lexel import report
 from lexel.errors import UsageError
+from lexel.report.reference import FOLDER, LARGEST, settings_of, thinned
 from lexel.run_folder import RunFolder
+from lexel.train import load_recipe
 
 RECIPE = '[model.quantizer]\nkind = "vq"\ncodebook_size = 32\ncodebook_dim = 4\n'
 
@@ -109,3 +112,84 @@ def test_a_snapshot_is_read_when_it_is_looked_at(run):
     (run / "snapshots" / "00000030.safetensors").write_bytes(b"damaged")
     assert later.last["histogram"].sum() == 48  # the newest; the damaged one is not opened
     assert {"originals", "codes"} <= {*later.last}
+
+
+# Reference curves
+
+
+def reference(run, tmp_path, name="healthy"):
+    """The curves of a run as a file, whose rows are half those of the run."""
+    curves = report.curves_of(run, name)
+    halved = [{key: value / 2 if key == "l1" else value for key, value in row.items()} for row in curves.train]
+    return report.write_curves(replace(curves, train=halved), tmp_path / "reference" / f"{name}.json")
+
+
+def test_reference_curves_are_the_runs_own_thinned_and_small(run, tmp_path):
+    path = reference(run, tmp_path)
+    curves = report.read_curves(path)
+    assert path.stat().st_size < 4096
+    assert [row["step"] for row in curves.train] == [10, 20, 30, 40, 50, 60]
+    assert curves.validation[-1]["perplexity"] == 3.5
+    assert "seconds" not in curves.train[0]
+    assert curves.settings["model.quantizer.kind"] == "vq"
+
+
+def test_long_runs_keep_their_first_and_last_row_among_forty():
+    rows = thinned([{"step": step} for step in range(1000)])
+    assert len(rows) == 40
+    assert (rows[0]["step"], rows[-1]["step"]) == (0, 999)
+
+
+def test_a_run_of_a_known_recipe_is_drawn_before_its_reference(run, tmp_path, monkeypatch):
+    before = report.write_report(run).read_text()
+    monkeypatch.setattr("lexel.report.reference.FOLDER", reference(run, tmp_path).parent)
+    after = report.write_report(run).read_text()
+    assert after.count("stroke-dasharray") > before.count("stroke-dasharray")
+    assert "Dashed, behind: a healthy run of the recipe healthy." in after
+    assert "Dashed" not in before
+
+
+def test_the_caption_says_where_the_run_differs_from_the_reference(run, tmp_path, monkeypatch):
+    path = reference(run, tmp_path)
+    monkeypatch.setattr("lexel.report.reference.FOLDER", path.parent)
+    table = json.loads(path.read_text())
+    table["settings"]["train.lr"] = 0.002
+    path.write_text(json.dumps(table))
+    (run / "recipe.toml").write_text(RECIPE + "[train]\nlr = 0.001\nsteps = 7\n")
+    assert "recipe healthy, with train.lr = 0.002, here 0.001." in report.write_report(run).read_text()
+
+
+def test_a_run_of_another_network_has_no_reference_but_one_in_its_folder(run, tmp_path, monkeypatch):
+    path = reference(run, tmp_path)
+    monkeypatch.setattr("lexel.report.reference.FOLDER", path.parent)
+    (run / "recipe.toml").write_text(RECIPE.replace("32", "64"))
+    assert report.reference_for(run) is None
+    (run / "curves.json").write_bytes(path.read_bytes())
+    assert report.reference_for(run).recipe == "healthy"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[1]",
+        "no",
+        '{"recipe": "a", "settings": {}, "train": {"step": [1], "l1": [1, 2]}, "validation": {}}',
+        '{"recipe": "a", "settings": {}, "train": {"step": [1], "l1": ["x"]}, "validation": {}}',
+    ],
+)
+def test_a_damaged_reference_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "curves.json").write_text(text)
+    with pytest.raises(UsageError):
+        report.read_curves(tmp_path / "curves.json")
+
+
+def test_every_reference_that_is_shipped_is_small_and_of_a_recipe_of_its_name():
+    paths = sorted(FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
+        assert path.stat().st_size <= LARGEST
+        curves = report.read_curves(path)
+        shipped = settings_of(load_recipe(path.stem).model_dump(mode="json", exclude_none=True))
+        same = {name: value for name, value in shipped.items() if name.startswith(("model.", "generator."))}
+        assert {name: curves.settings.get(name) for name in same} == same

@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "leaderboard": studio.leaderboard,
     "studio": studio.studio,
     "bank": train.bank,
+    "curves": train.curves,
     "import": models.import_,
     "export": models.export,
     "publish": models.publish,

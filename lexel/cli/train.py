@@ -229,3 +229,15 @@ def bank(
         )
     print(f"{centres.shape[0]:,} features of {centres.shape[1]} dimensions in {out}")
     print(f'use it with quantizer = {{ kind = "vqgan_lc", bank = "{out}", feature_dim = {centres.shape[1]}, ... }}')
+
+
+def curves(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="Output file (.json); as curves.json in a run folder, it is drawn there.")],
+    name: Annotated[str | None, typer.Option(help="Name of the recipe that was run. Default: the folder's.")] = None,
+) -> None:
+    """Keeps the curves of a healthy run as a small file, for reports of other runs to draw behind their own."""
+    from lexel.report import curves_of, write_curves
+
+    path = write_curves(curves_of(run, name or run.resolve().name), out)
+    print(f"{path}: {path.stat().st_size:,} bytes")

@@ -79,7 +79,7 @@ def _learning_curves(by_label: Mapping[str, Sequence[Run]]) -> list[Figure]:
             part = labels[first : first + LINES]
             lines = {label: _mean_series(by_label[label], name) for label in part}
             positive = {label: line for label, line in lines.items() if not options.get("log") or (line[1] > 0).all()}
-            figures.append(line_chart(positive, caption, **options))
+            figures.append(line_chart(positive, caption, options.get("log", False), options.get("percent", False)))
     return [figure for figure in figures if figure.html]
 
 

@@ -7,7 +7,7 @@ the path of its folder or its hub id. Nothing is downloaded.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from lexel.runtime import on_meta
 GROUP = "lexel.backbones"  # entry points of other packages
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of channels in [0, 1]
+
+
+FIXED_POSITIONS = ("siglip_vision_model", "clip_vision_model", "vit")  # kinds of transformers
 
 
 class Backbone(nn.Module):
@@ -128,6 +131,8 @@ class TransformersBackbone(Backbone):
 
     Its maps are the hidden states after a quarter, a half, three quarters and all of its blocks, the last one as the
     network gives it (normalized, where it does so); tokens that stand for no patch (class, registers) are left out.
+    Inside `without_weights` only its configuration is read, and a source that is not here yet has the widths of a
+    network of 1,024 channels in patches of 16: recipes can be looked at without it.
 
     Args:
         source: a folder in the layout of transformers (config.json, safetensors), or a hub id in the local cache.
@@ -136,41 +141,38 @@ class TransformersBackbone(Backbone):
         UsageError: transformers is not installed, or the source is not here or holds no vision transformer.
     """
 
+    ABSENT: ClassVar[dict[str, Any]] = {"patch_size": 16, "hidden_size": 1024, "num_hidden_layers": 24}
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, source: str) -> None:
         super().__init__()
+        self.name = source
         folder = local_folder(source)
-        try:
-            import transformers  # type: ignore[import-not-found, unused-ignore]
-        except ImportError:
-            raise UsageError(f"the network {source} needs transformers: pip install 'lexel[text]'") from None
-        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, **local)
-            config = getattr(config, "vision_config", config)  # SigLIP and CLIP: of the half that sees
-            if on_meta():
-                model: Any = transformers.AutoModel.from_config(config)
-                missing: list[str] = []
-            else:
-                local |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-                model, found = transformers.AutoModel.from_pretrained(folder, config=config, **local)
-                missing = sorted(found["missing_keys"])
-        except (OSError, ValueError, KeyError) as error:
-            raise UsageError(f"{source} is no vision model of transformers: {checkpoint.reason(error)}") from None
-        if missing:
-            raise UsageError(f"{source} lacks {len(missing)} tensors of its own network, such as {missing[0]}")
-        if not (hasattr(config, "patch_size") and hasattr(config, "hidden_size")):
-            raise UsageError(f"{source} is a {config.model_type}, no vision transformer of one width and patch")
-        self.name, self.patch = str(source), int(config.patch_size)
-        depth = int(config.num_hidden_layers)
+        if folder is None and not on_meta():
+            raise UsageError(
+                f"{source} is not in the local cache, and a training downloads nothing: run `hf download {source}` "
+                "first, or give the folder that holds it"
+            )
+        if folder is not None and not (folder / checkpoint.CONFIG).is_file():
+            raise UsageError(f"{source} is no folder of transformers: it has no {checkpoint.CONFIG}")
+        table = self.ABSENT if folder is None else checkpoint.read_json(folder / checkpoint.CONFIG)
+        table = table.get("vision_config", table)  # of SigLIP and CLIP, the half that sees
+        sizes = [table.get(name) for name in self.ABSENT]
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            raise UsageError(
+                f"{source} is no vision transformer of one width and one patch: its config.json says {sizes}"
+            )
+        self.patch, width, depth = (int(size) for size in sizes)
         self.depths = tuple(sorted({-(-depth * quarter // 4) for quarter in range(1, 5)}))
-        self.widths = (int(config.hidden_size),) * len(self.depths)
-        self.network = freeze(model)
-        mean, deviation = published_range(folder, config.model_type)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("deviation", torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
+        self.widths = (width,) * len(self.depths)
+        self.network: nn.Module | None = None
+        span: tuple[Sequence[float], Sequence[float]] = IMAGENET
+        if folder is not None and not on_meta():
+            self.network = freeze(vision_model(source, folder))
+            span = published_range(folder, str(table.get("model_type", "")))
+        for name, values in zip(("mean", "deviation"), span, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -179,24 +181,48 @@ class TransformersBackbone(Backbone):
             raise UsageError(
                 f"{self.name} needs sides that are multiples of {self.patch}, got {tuple(images.shape[2:])}"
             )
+        if self.network is None:
+            return [images.new_empty(len(images), width, rows, columns) for width in self.widths]
         pixels = ((images.to(self.mean.dtype) + 1) / 2 - self.mean) / self.deviation
-        options = {"interpolate_pos_encoding": True} if self.takes_positions else {}
+        kind = self.network.config.model_type  # type: ignore[union-attr]
+        # These have to be told that positions are to be interpolated.
+        options = {"interpolate_pos_encoding": True} if kind in FIXED_POSITIONS else {}
         result = self.network(pixel_values=pixels, output_hidden_states=True, **options)
         chosen = [*(result.hidden_states[depth] for depth in self.depths[:-1]), result.last_hidden_state]
         places = rows * columns
         return [state[:, -places:].transpose(1, 2).unflatten(2, (rows, columns)) for state in chosen]
 
-    @property
-    def takes_positions(self) -> bool:
-        """Whether the forward pass has to be told that positions are to be interpolated."""
-        return self.network.config.model_type in ("siglip_vision_model", "clip_vision_model", "vit")
 
-
-def local_folder(source: str) -> Path:
-    """The folder of a path or of a hub id that is in the local cache; nothing is downloaded.
+def vision_model(source: str, folder: Path) -> nn.Module:
+    """The network in a folder of transformers, every tensor of it; of SigLIP and CLIP the half that sees.
 
     Raises:
-        UsageError: it is neither; says how to bring it here.
+        UsageError: transformers is not installed, or the folder holds no such network.
+    """
+    try:
+        import transformers  # type: ignore[import-not-found, unused-ignore]
+    except ImportError:
+        raise UsageError(f"the network {source} needs transformers: pip install 'lexel[text]'") from None
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        config = getattr(config, "vision_config", config)
+        local |= {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        model, found = transformers.AutoModel.from_pretrained(folder, config=config, **local)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{source} is no vision model of transformers: {checkpoint.reason(error)}") from None
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UsageError(f"{source} lacks {len(missing)} tensors of its own network, such as {missing[0]}")
+    network: nn.Module = model
+    return network
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder of a path or of a hub id that is in the local cache; None where it is not. Nothing is downloaded.
+
+    Raises:
+        UsageError: it can be neither.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -212,10 +238,7 @@ def local_folder(source: str) -> Path:
     try:
         return Path(snapshot_download(source, local_files_only=True, allow_patterns=["*.json", "*.safetensors"]))
     except LocalEntryNotFoundError:
-        raise UsageError(
-            f"{source} is not in the local cache, and a training downloads nothing: run `hf download {source}` first, "
-            "or give the folder that holds it"
-        ) from None
+        return None
 
 
 def published_range(folder: Path, model: str) -> tuple[Sequence[float], Sequence[float]]:

@@ -15,19 +15,25 @@ from lexel.report.figures import (
     series,
 )
 from lexel.report.page import Section, write_page
+from lexel.report.reference import ReferenceCurves, curves_of, read_curves, reference_for, write_curves
 from lexel.report.run_page import generator_figures, write_report
 
 __all__ = [
     "Figure",
+    "ReferenceCurves",
     "Section",
     "code_histogram",
     "code_map",
+    "curves_of",
     "generator_figures",
     "labelled_rows",
     "latent_map",
     "line_chart",
     "picture_rows",
+    "read_curves",
+    "reference_for",
     "series",
+    "write_curves",
     "write_page",
     "write_report",
 ]

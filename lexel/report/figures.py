@@ -52,10 +52,21 @@ def series(rows: Rows, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
     return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
+Lines = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+
+
 def line_chart(
-    lines: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], caption: str, log: bool = False, percent: bool = False
+    lines: Lines, caption: str, log: bool = False, percent: bool = False, *, behind: Lines | None = None
 ) -> Figure:
-    """Curves over steps; several lines get a legend. Empty where no line has a point."""
+    """Curves over steps; several lines get a legend. Empty where no line has a point.
+
+    Args:
+        lines: steps and values of each.
+        caption: above the chart.
+        log: whether the values' axis is logarithmic.
+        percent: whether values are shares of 1.
+        behind: curves of the same names to compare with, pale and dashed.
+    """
     lines = {name: line for name, line in lines.items() if line[0].size}
     if not lines:
         return Figure("")
@@ -64,6 +75,8 @@ def line_chart(
         axes = canvas.subplots()
         for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
             axes.plot(steps, values, color=colour, label=name, linewidth=1.8, marker="o" if len(steps) < 3 else None)
+            if behind and name in behind:
+                axes.plot(*behind[name], color=colour, alpha=0.45, linewidth=1.4, linestyle="--", zorder=1)
         if log:
             axes.set_yscale("log")
         if percent:

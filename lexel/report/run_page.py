@@ -1,6 +1,6 @@
 """The page of one run: curves, reconstructions or samples, the codebook and its health."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from lexel.metrics.health import diagnose
 from lexel.quantizers import outline
 from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_map, line_chart, picture_rows, series
 from lexel.report.page import Section, write_page
+from lexel.report.reference import ReferenceCurves, reference_for, settings_of
 from lexel.run_folder import RunFolder
 from lexel.run_log import Run
 
@@ -18,9 +19,11 @@ def write_report(folder: str | Path) -> Path:
     """Writes `report.html` into a run folder from what the folder holds; returns its path."""
     files = RunFolder.read(folder)
     run = files.contents()
-    shown = generator_sections(run) if "generator" in run.recipe else tokenizer_sections(run)
-    sections = [*shown, *recipe_section(run.folder)]
-    return write_page(files.report, f"Run {run.name}", lead(run), sections, tiles(run))
+    reference = reference_for(folder)
+    sections_of = generator_sections if "generator" in run.recipe else tokenizer_sections
+    sections = [*sections_of(run, reference), *recipe_section(run.folder)]
+    behind = "" if reference is None else f" {reference.caption(settings_of(run.recipe))}"
+    return write_page(files.report, f"Run {run.name}", lead(run) + behind, sections, tiles(run))
 
 
 # What a tokenizer's run shows
@@ -49,7 +52,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
     return [(name, form.format(row[key])) for key, (name, form) in shown.items() if key in row]
 
 
-def tokenizer_sections(run: Run) -> list[Section]:
+def tokenizer_sections(run: Run, reference: ReferenceCurves | None = None) -> list[Section]:
     """Everything a tokenizer's run has to show, in reading order."""
     sections = []
     if run.validation and "usage" in run.validation[-1]:
@@ -60,16 +63,16 @@ def tokenizer_sections(run: Run) -> list[Section]:
         caption = "Above: held-out originals. Below: their reconstructions."
         sections.append(Section("Originals and reconstructions", figures=[picture_rows(rows, caption)], wide=True))
     if "histogram" in run.last:
-        sections.append(Section("The codebook", figures=codebook_figures(run)))
+        sections.append(Section("The codebook", figures=codebook_figures(run, reference)))
     if "indices" in run.last:
         sections.append(Section("Token maps", figures=map_figures(run.last)))
     sections.append(Section("Evaluations", figures=loss_curves(run.evaluations)))
-    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
     sections.append(Section("Timing", figures=timing_figures(run.train)))
     return [section for section in sections if section.figures or section.findings]
 
 
-def generator_sections(run: Run) -> list[Section]:
+def generator_sections(run: Run, reference: ReferenceCurves | None = None) -> list[Section]:
     """Everything a generator's run has to show, in reading order."""
     sections = []
     if "samples" in run.last:
@@ -78,20 +81,24 @@ def generator_sections(run: Run) -> list[Section]:
             "One sample of each of the first classes after the last step, without guidance.",
         )
         sections.append(Section("Samples", figures=[figure], wide=True))
-    sections.append(Section("Bits per token", figures=generator_figures(run)))
-    sections.append(Section("Losses", figures=loss_curves(run.train)))
+    sections.append(Section("Bits per token", figures=generator_figures(run, reference)))
+    sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
     sections.append(Section("Timing", figures=timing_figures(run.train)))
     return [section for section in sections if section.figures]
 
 
-def generator_figures(run: Run) -> list[Figure]:
+def generator_figures(run: Run, reference: ReferenceCurves | None = None) -> list[Figure]:
     """Bits per token in training and validation, beside the entropy of the token histogram."""
-    lines = {
-        "training": series(run.train, "bits_per_token"),
-        "validation": series(run.validation, "bits_per_token"),
-        "entropy of the histogram": series(run.validation, "histogram_bits"),
-    }
-    chart = line_chart(lines, "bits per token; below the entropy of the token histogram, the model has learned context")
+    lines, behind = (
+        {
+            "training": series(each.train, "bits_per_token"),
+            "validation": series(each.validation, "bits_per_token"),
+            "entropy of the histogram": series(each.validation, "histogram_bits"),
+        }
+        for each in (run, reference or run)
+    )
+    caption = "bits per token; below the entropy of the token histogram, the model has learned context"
+    chart = line_chart(lines, caption, behind=behind if reference else None)
     return [chart] if chart.html else []
 
 
@@ -115,39 +122,34 @@ CHARTS: dict[str, tuple[str, ...]] = {
 NO_CURVES = {"step", "seconds", "images_per_second", "adversarial_weight", "bits_per_token"}
 
 
-def loss_curves(rows: Rows) -> list[Figure]:
-    """Every number that training logs, those that belong together in one chart."""
+def chart_of(rows: Rows, names: Sequence[str], caption: str, reference: Rows, **options: Any) -> Figure:
+    """A chart of the numbers of these names, before those of a reference."""
+    lines, behind = ({name.replace("_", " "): series(each, name) for name in names} for each in (rows, reference))
+    return line_chart(lines, caption, behind=behind, **options)
+
+
+def loss_curves(rows: Rows, reference: Rows = ()) -> list[Figure]:
+    """Every number that training logs, those that belong together in one chart, before those of a reference."""
     logged = dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, (int, float)))
     grouped = {name for names in CHARTS.values() for name in names}
     others = {name.replace("_", " "): (name,) for name in logged if name not in grouped | NO_CURVES}
-    charts = [
-        line_chart({name.replace("_", " "): series(rows, name) for name in names}, caption)
-        for caption, names in (CHARTS | others).items()
-    ]
+    charts = [chart_of(rows, names, caption, reference) for caption, names in (CHARTS | others).items()]
     return [chart for chart in charts if chart.html]
 
 
-def codebook_figures(run: Run) -> list[Figure]:
+def codebook_figures(run: Run, reference: ReferenceCurves | None = None) -> list[Figure]:
     """Usage over time, the histogram of codes, and the gradient that reaches the encoder."""
-    rows = run.validation
+    rows, behind = run.validation, reference.validation if reference else ()
+    histograms = {f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}
+    perplexities = "perplexity of the codes, and of the softmax over codes"
+    gradients = "gradient at the encoder against the decoder's: size and direction"
+    norms = "norms of codes and latents, quantization error"
     figures = [
-        line_chart({"usage": series(rows, "usage")}, "usage of the codebook, held-out pictures", percent=True),
-        code_histogram(
-            {f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}
-        ),
-        line_chart(
-            {name.replace("_", " "): series(rows, name) for name in ("perplexity", "softmax_perplexity")},
-            "perplexity of the codes, and of the softmax over codes",
-            log=True,
-        ),
-        line_chart(
-            {name.replace("_", " "): series(rows, name) for name in ("gradient_ratio", "gradient_cosine")},
-            "gradient at the encoder against the decoder's: size and direction",
-        ),
-        line_chart(
-            {name.replace("_", " "): series(rows, name) for name in ("code_norm", "latent_norm", "quantization_error")},
-            "norms of codes and latents, quantization error",
-        ),
+        chart_of(rows, ["usage"], "usage of the codebook, held-out pictures", behind, percent=True),
+        code_histogram(histograms),
+        chart_of(rows, ["perplexity", "softmax_perplexity"], perplexities, behind, log=True),
+        chart_of(rows, ["gradient_ratio", "gradient_cosine"], gradients, behind),
+        chart_of(rows, ["code_norm", "latent_norm", "quantization_error"], norms, behind),
     ]
     return [figure for figure in figures if figure.html]
 
