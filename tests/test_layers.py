@@ -206,6 +206,7 @@ LINES = [
     ("publish HERE/nothing a/b", NONE),
     ("probe HERE/nothing", NONE),
     ("leaderboard HERE/nothing --out HERE/l", NONE),
+    ("curves HERE/nothing --out HERE/c.json", NONE),
     ("compare tiny --quantizers nothing --out HERE/e", {"accelerate"}),
     ("demo --device nothing --out HERE/f", NONE),
     ("train tiny --out HERE/run --dry-run", {*COMPILER, "sympy"}),  # PyTorch decomposes group norm on the meta device
