@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity import checker
+from tests.parity import checker, not_compared
 from tests.parity.fixture import Fixture
 
 FOLDER = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity")) / "families"
@@ -20,3 +20,4 @@ def test_the_published_implementation_and_ours_give_the_same_numbers(path):
     check(fixture)
     assert fixture.compared
     assert not fixture.faults, str(fixture)
+    assert not_compared(fixture) == []

@@ -68,13 +68,14 @@ def convert(request: Request) -> Conversion:
 
 
 def check_positions(name: str, table: Tensor, source: str) -> None:
-    """Refuses positions (1, h w, C) that are not the fixed sines and cosines of a square grid."""
-    side = int(table.shape[1] ** 0.5) if table.dim() == 3 else 0
-    if side and side**2 == table.shape[1] and table.shape[2] % 4 == 0:
-        expected = sincos(side, side, table.shape[2])
-        if table.is_meta or torch.allclose(table[0].float(), expected, rtol=0, atol=1e-5):
+    """Refuses positions (1, h w, C) that are not the fixed sines and cosines of a grid."""
+    count, width = table.shape[1:] if table.dim() == 3 else (0, 0)
+    if count and width % 4 == 0:
+        grids = [(rows, count // rows) for rows in range(1, count + 1) if count % rows == 0]
+        tables = (sincos(*grid, width) for grid in sorted(grids, key=lambda grid: abs(grid[0] - grid[1])))
+        if table.is_meta or any(torch.allclose(table[0].float(), found, rtol=0, atol=1e-5) for found in tables):
             return
-    raise UsageError(f"{source}: {name} is not the fixed table of sines and cosines of a square grid")
+    raise UsageError(f"{source}: {name} is not the fixed table of sines and cosines of a grid")
 
 
 FAMILY = Family(

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from tests.parity import CHECKERS, checker
+from lexel.errors import UsageError
+from tests.parity import CHECKERS, checker, not_compared
 from tests.parity.fixture import Fixture
 
 
@@ -21,7 +22,12 @@ def main(paths: list[str]) -> int:
             print(f"{fixture.path.name}: FAILED: no checker for the family {fixture.family!r}")
             failed = True
             continue
-        check(fixture)
+        try:
+            check(fixture)
+        except (UsageError, LookupError, RuntimeError, ValueError) as error:  # the other files are still checked
+            fixture.faults.append(f"{type(error).__name__}: {error}")
+        left = not_compared(fixture)
+        fixture.faults += [f"{place} was compared with nothing" for place in left[:1]]
         print(fixture)
         failed |= bool(fixture.faults) or not fixture.compared
     return int(failed)

@@ -24,7 +24,7 @@ def parameter(model: Tokenizer, name: str) -> nn.Parameter:
 
 def check(fixture: Fixture) -> None:
     for run in fixture.runs():
-        model = run.load("dqvae")
+        model = run.load("dqvae", {"autoencoder.share": run.content["config"]["budget"]["target_ratio"]})
         x = run["x"]
         features, gates = model.encoder.routed(x)
         run.close("h_dual", features)
@@ -43,11 +43,18 @@ def check(fixture: Fixture) -> None:
         step(run, model)
 
 
+def weight(run: Run) -> float:
+    """Of the budget: gamma, twice where the published code adds its second term, which is the same."""
+    given = run.content["config"]["budget"]
+    return float(given["gamma"] * (2 if given["calculate_all"] else 1))
+
+
 def budgets(run: Run) -> None:
     given = run.content["budgets"]
     run.close("budgets dual_all", 20 * budget(run.cast(given["gate2"]), 0.5), given["dual_all"])
     run.close("budgets dual_single", 2 * budget(run.cast(given["gate2"]), 0.7), given["dual_single"])
-    run.close("budget_of_logits", 20 * budget(run.expected["router_logits"], 0.5))
+    share = run.content["config"]["budget"]["target_ratio"]
+    run.close("budget_of_logits", weight(run) * budget(run.expected["router_logits"], share))
 
 
 def packing(run: Run) -> None:
@@ -64,6 +71,9 @@ def packing(run: Run) -> None:
             padded = padded.where(~ends, config[f"{prefix}_eos_code"])
             padded = padded.where(padded >= 0, config[f"{prefix}_pad_code"])
             run.same(f"permuter {theirs} {name}", padded, given[theirs][name])
+            if prefix == "content":  # which of the two sequences a token belongs to
+                segment = given[theirs][f"{part}_segment"]
+                run.same(f"permuter {theirs} {part}_segment", torch.full_like(padded, int(part == "fine")), segment)
         run.same(f"permuter {theirs} back", unpack(packed, tuple(codes.shape[1:])), given[theirs]["back"])
 
 
@@ -81,7 +91,7 @@ def step(run: Run, model: Tokenizer) -> None:
     images = model.decode_codes(quantized.z_q)
     run.close("train_step rec", images, published["rec"])
     run.close("train_step vq_loss", 1.25 * losses["commitment"], published["vq_loss"])
-    weighted = model.loss_weights["budget"] * losses["budget"]
+    weighted = weight(run) * losses["budget"]
     run.close("train_step budget", weighted, published["budget"])
     difference = (images - x).abs().mean()
     run.close("train_step total", difference + 1.25 * losses["commitment"] + weighted, published["total"])

@@ -3,6 +3,7 @@
 import torch
 
 from lexel.quantizers import build
+from lexel.tokenizer import Tokenizer
 from tests.parity.fixture import Fixture, Run
 
 
@@ -29,6 +30,24 @@ def tokenizer(run: Run, spherical: bool) -> None:
     run.close("train loss", loss, expected["loss"])
     run.same("train indices", result.quantized.indices, expected["indices"])
     run.close("train rec", result.images, expected["rec"])
+    features = levels(model, result.quantized.z_q)
+    for number, (ours, theirs) in enumerate(zip(features, expected["intermediate_features"], strict=True)):
+        if list(ours.shape) != expected["intermediate_shapes"][number]:
+            run.fixture.faults.append(f"the decoder's level {number} has {list(ours.shape)}")
+        run.close(f"train level {number}", ours[:, : theirs.shape[1]], theirs)  # the file has the first channels
+    total = (result.images - x).square().mean() + loss
+    run.close("train total", total, expected["total"])
+    leaves = {
+        theirs: model.get_parameter(ours)
+        for theirs, ours in {
+            "encoder.conv_in.weight": "encoder.conv_in.weight",
+            "quant_conv.weight": "to_codes.weight",
+            "quantize.embedding.weight": "quantizer.weight",
+            "post_quant_conv.weight": "from_codes.weight",
+            "decoder.conv_out.bias": "decoder.conv_out.bias",
+        }.items()
+    }
+    Run(run.fixture, {"f64": expected}, run.dtype, "train ").gradients(total, leaves)
     model.eval()
     expected = run.expected["eval"]
     indices = model.encode(x)
@@ -40,6 +59,17 @@ def tokenizer(run: Run, spherical: bool) -> None:
     run.close("eval codebook_entry", raw, expected["codebook_entry"])
     run.close("eval rec", model.decode_codes(model.quantizer.indices_to_codes(indices)), expected["rec"])
     run.close("eval rec_from_codes", model.decode_codes(raw), expected["rec_from_codes"])
+
+
+def levels(model: Tokenizer, z_q: torch.Tensor) -> list[torch.Tensor]:
+    """What each level of the decoder gives, coarse to fine, after its upsampling."""
+    decoder, found = model.decoder, []
+    first = decoder.first_upsampled
+    for number in reversed(range(len(decoder.levels))):
+        last = decoder.upsamples[number - first] if number >= first else decoder.levels[number]
+        last.register_forward_hook(lambda _, __, output: found.append(output))
+    model.decode_codes(z_q)
+    return found
 
 
 def entropies(run: Run, spherical: bool) -> None:

@@ -1,6 +1,6 @@
 """A fixture of a published implementation, and what was compared with it."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,6 +12,10 @@ from torch import Tensor, nn
 import lexel
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of the published tensor
+# What is given and not found, by its name in a file; under `f64` and `f32` everything is found.
+GIVEN = {"inputs", "state_dict", "config", "arch", "quantizer_state_dict", "vae_quantizer_state_dict", "embedding"}
+GIVEN |= {"z", "x", "t", "logits", "noise", "draws", "random_draws", "clean", "cond", "uncond", "gumbel_uniform"}
+GIVEN |= {"gumbel_exponential", "gate2", "gate3", "grain", "codes"}
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Fixture:
     worst: dict[torch.dtype, Worst] = field(default_factory=dict)
     tokens: bool | None = None  # whether all tokens were equal; None where a file has none
     faults: list[str] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)  # storages of the published results that were compared
 
     @classmethod
     def open(cls, path: str | Path) -> "Fixture":
@@ -40,6 +45,16 @@ class Fixture:
     @property
     def family(self) -> str:
         return str(self.content["family"])
+
+    def left(self) -> list[str]:
+        """Published results that were compared with nothing, by their places in the file."""
+        return [
+            place for place, tensor in results(self.content) if tensor.untyped_storage().data_ptr() not in self.seen
+        ]
+
+    def parts(self) -> list[str]:
+        """The sections of the file that have configuration, numbers and results of their own."""
+        return [name for name, part in self.content.items() if isinstance(part, dict) and "f64" in part]
 
     def runs(self, part: str | None = None) -> Iterator["Run"]:
         """The file, or a part of it with results of its own, in float64 and in float32."""
@@ -54,6 +69,19 @@ class Fixture:
         tokens = {None: "no tokens", True: "tokens equal", False: "TOKENS DIFFER"}[self.tokens]
         verdict = "FAILED: " + "; ".join(self.faults[:3]) if self.faults else "ok"
         return f"{self.path.name}: {', '.join(self.compared)}: {errors or 'nothing compared'}; {tokens}; {verdict}"
+
+
+def results(content: Any, place: str = "", found: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Every published result in a file, with its place: `f64/train/loss`."""
+    if isinstance(content, Tensor):
+        yield place, content
+    elif isinstance(content, Mapping):
+        for name, part in content.items():
+            if found or name not in GIVEN:
+                yield from results(part, f"{place}/{name}".lstrip("/"), found or name in ("f64", "f32"))
+    elif isinstance(content, list):
+        for number, part in enumerate(content):
+            yield from results(part, f"{place}/{number}", found)
 
 
 @dataclass
@@ -94,9 +122,15 @@ class Run:
             model = lexel.load(path, family=family, overrides=dict(overrides or {}))
             return model.to(self.dtype) if isinstance(model, nn.Module) else model
 
-    def close(self, name: str, ours: Tensor, theirs: Tensor | None = None, tolerance: float | None = None) -> None:
+    def close(
+        self,
+        name: str,
+        ours: Tensor,
+        theirs: Tensor | Sequence[Tensor] | None = None,
+        tolerance: float | None = None,
+    ) -> None:
         """Compares numbers: the largest difference as a share of the largest published number."""
-        theirs = self.expected[name] if theirs is None else theirs
+        theirs = self.published(name, theirs)
         self.fixture.compared[self.prefix + name] = None
         if ours.numel() != theirs.numel():
             self.fixture.faults.append(f"{name} is {tuple(ours.shape)}, published {tuple(theirs.shape)}")
@@ -112,9 +146,16 @@ class Run:
         if not error <= allowed:
             self.fixture.faults.append(f"{self.prefix}{name} differs by {error:.1e} in {str(self.dtype)[6:]}")
 
-    def same(self, name: str, ours: Tensor, theirs: Tensor | None = None) -> None:
-        """Compares integers, which must be equal."""
+    def published(self, name: str, theirs: Tensor | Sequence[Tensor] | None) -> Tensor:
+        """The published side of a comparison; several tensors are those of a batch's samples, one after the other."""
         theirs = self.expected[name] if theirs is None else theirs
+        parts = [theirs] if isinstance(theirs, Tensor) else theirs
+        self.fixture.seen |= {part.untyped_storage().data_ptr() for part in parts}
+        return parts[0] if len(parts) == 1 else torch.cat([part.double() for part in parts])
+
+    def same(self, name: str, ours: Tensor, theirs: Tensor | Sequence[Tensor] | None = None) -> None:
+        """Compares integers, which must be equal."""
+        theirs = self.published(name, theirs)
         self.fixture.compared[self.prefix + name] = None
         equal = ours.numel() == theirs.numel() and torch.equal(ours.reshape(theirs.shape).long(), theirs.long())
         self.fixture.tokens = equal and self.fixture.tokens is not False

@@ -4,6 +4,9 @@ Its time runs from data (0) to noise (1), ours the other way. The trunk, the tok
 the table of positions are not compared: no autoencoder of Lexel has them.
 """
 
+import re
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,17 +14,17 @@ from lexel import quantizers
 from lexel.generators.flow.diffusion import time_features
 from lexel.generators.flow.guidance import ProjectedGuidance
 from lexel.generators.flow.network import TimeEmbedding
-from lexel.generators.flow.times import training_times
+from lexel.generators.flow.times import mode, training_times
 from lexel.generators.flow.transport import Transport, solve_ode
 from lexel.quantizers.nested import Nested
 from tests.parity.fixture import Fixture, Run
 
-TIMES = {
-    "logit_normal": ("logit_normal", False),
-    "stratified": ("logit_normal", True),
-    "uniform": ("uniform", False),
-    "mode_0p29": ("mode", False),
-}
+
+def scale_of(name: str) -> float:
+    """The guidance in a name: 2.5 in `apg_2p5`."""
+    return float(name.rsplit("_", 1)[1].replace("p", "."))
+
+
 KEEP = {"uniform": "uniform", "pow2": "powers", "uniform_pow2": "rounded"}
 
 
@@ -35,7 +38,9 @@ def check(fixture: Fixture) -> None:
         guidance(run, fixture.content["guidance"])
         euler(run, fixture.content["euler"])
         times(Run(fixture, fixture.content["time_embedding"], dtype, "time_embedding "))
-        kept(run, fixture.content["nested_dropout"]["sampled_keep_k_frequencies_N16"])
+        for name, frequencies in fixture.content["nested_dropout"].items():
+            if name.startswith("sampled_keep_k_frequencies_N"):
+                kept(run, frequencies, int(name.rsplit("N", 1)[1]))
 
 
 def fsq(run: Run) -> None:
@@ -55,55 +60,68 @@ def fsq(run: Run) -> None:
 
 def noising(run: Run, content: dict) -> None:
     clean = torch.cat([run.cast(each) for each in content["clean"]])
-    for name, (distribution, stratified) in TIMES.items():
-        *noise, draw = (run.cast(each) for each in content[name]["draws"])
-        if name == "logit_normal":  # drawn as normal numbers
+    for name, part in content.items():
+        if name == "clean":
+            continue
+        settings = part["settings"]
+        stratified = settings.get("stratisfied", False)  # spelt so
+        distribution = "logit_normal" if settings["ln"] else "uniform"
+        *noise, draw = (run.cast(each) for each in part["draws"])
+        if settings["ln"] and not stratified:  # drawn as normal numbers
             draw = torch.special.ndtr(draw)
         sigma = training_times(draw, distribution, stratified)
+        if settings.get("mode_scale"):
+            sigma = mode(sigma, settings["mode_scale"])
         run.close(f"rf_noise {name} sigmas", sigma, content[name]["sigmas"], 1e-6)
         noised = Transport().between(clean, torch.cat(noise), 1 - sigma)[0]
-        run.close(f"rf_noise {name} noised", noised, torch.cat(content[name]["noised"]), 1e-6)
+        run.close(f"rf_noise {name} noised", noised, content[name]["noised"], 1e-6)
 
 
 def guidance(run: Run, content: dict) -> None:
     conditional, unconditional = run.cast(content["cond"]), run.cast(content["uncond"])
     options = (content["momentum"], content["norm_threshold"], content["eta"])
     projected = ProjectedGuidance(*options)
-    run.close(
-        "apg_no_momentum_3",
-        ProjectedGuidance(0.0, *options[1:])(conditional, unconditional, 3.0),
-        content["apg_no_momentum_3"],
-    )
-    plain = unconditional + 3.0 * (conditional - unconditional)
-    run.close("cfg_3", plain, content["cfg_3"])
-    run.close("apg_step1", projected(conditional, unconditional, 3.0), content["apg_step1"])
-    second = projected(conditional * 0.7 + 0.1, unconditional * 1.2, 3.0)
+    (scale,) = {scale_of(name) for name in content if name.startswith(("cfg_", "apg_no_momentum_"))}
+    for name in content:
+        if name.startswith("apg_no_momentum_"):
+            once = ProjectedGuidance(0.0, *options[1:])(conditional, unconditional, scale)
+            run.close(name, once, content[name])
+        elif name.startswith("cfg_"):
+            run.close(name, unconditional + scale * (conditional - unconditional), content[name])
+    run.close("apg_step1", projected(conditional, unconditional, scale), content["apg_step1"])
+    changed = [float(number) for number in re.findall(r"\d+\.\d+", content["apg_step2_inputs"])]
+    second = projected(conditional * changed[0] + changed[1], unconditional * changed[2], scale)
     run.close("apg_step2", second, content["apg_step2"])
 
 
 def euler(run: Run, content: dict) -> None:
     noise = torch.cat([run.cast(each) for each in content["noise"]])
-    projected = ProjectedGuidance()
+    first, second = (float(number) for number in re.findall(r"(\d+\.\d+)\*x", content["model"]))
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
-        return 0.8 * x + t
+        return first * x + t
 
     def unconditional(x: Tensor, t: Tensor) -> Tensor:
-        return 0.3 * x - t
+        return second * x - t
 
     def rounded(time: Tensor) -> Tensor:
         """The published loop has its times in float32, whatever the precision."""
         return time.float().to(run.dtype)
 
-    fields = {
-        "plain": conditional,
-        "cfg_2p5": lambda x, t: unconditional(x, t) + 2.5 * (conditional(x, t) - unconditional(x, t)),
-        "apg_2p5": lambda x, t: projected(conditional(x, t), unconditional(x, t), 2.5),
-    }
-    for name, field in fields.items():
+    def field_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+        if name == "plain":
+            return conditional
+        scale = scale_of(name)
+        if name.startswith("apg_"):
+            projected = ProjectedGuidance()
+            return lambda x, t: projected(conditional(x, t), unconditional(x, t), scale)
+        return lambda x, t: unconditional(x, t) + scale * (conditional(x, t) - unconditional(x, t))
+
+    for name in content.keys() - {"noise", "model", "steps"}:
+        field = field_of(name)
         ours = lambda x, time, field=field: -field(x, rounded(1 - time).view(-1, 1, 1, 1))  # noqa: E731
         *_, last = solve_ode(ours, noise, content["steps"] + 1)
-        run.close(f"euler {name}", last, torch.cat([each.double() for each in content[name]]))
+        run.close(f"euler {name}", last, content[name])
 
 
 def times(run: Run) -> None:
@@ -117,10 +135,10 @@ def times(run: Run) -> None:
     run.close("emb", embedding.mlp(features))
 
 
-def kept(run: Run, frequencies: dict) -> None:
+def kept(run: Run, frequencies: dict, depth: int) -> None:
     """The published frequencies are of 20,000 draws; ours are probabilities."""
     for name, published in frequencies.items():
-        counts = Nested(16, 4, depth=16, keep=KEEP[name]).prefix_lengths
+        counts = Nested(16, 4, depth=depth, keep=KEEP[name]).prefix_lengths
         ours = torch.tensor([counts.count(int(count)) / len(counts) for count in published], dtype=torch.float64)
         difference = (ours - torch.tensor(list(published.values()), dtype=torch.float64)).abs().max().item()
         run.fixture.compared[f"kept {name}"] = None

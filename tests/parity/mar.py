@@ -34,6 +34,7 @@ def check(fixture: Fixture) -> None:
         numbers = run.content["schedule"]
         run.close("train_alphas_cumprod", schedule.cumulative[numbers["at"]], numbers["train_alphas_cumprod"])
         run.close("spaced_betas", spaced.betas, numbers["spaced_betas"])
+        run.close("spaced_alphas_cumprod", spaced.cumulative, numbers["spaced_alphas_cumprod"])
         run.close("spaced_log_variance", spaced.log_variance, numbers["spaced_posterior_log_variance_clipped"])
         run.close("spaced_coef1", spaced.clean_part, numbers["spaced_posterior_mean_coef1"])
         run.close("spaced_coef2", spaced.noised_part, numbers["spaced_posterior_mean_coef2"])
@@ -90,10 +91,37 @@ def diffusion(run: Run, head: torch.nn.Module, schedule: Diffusion, spaced: Diff
     one = run.expected["one_step"]
     index = one["t_index"]
     run.same("timestep_map", spaced.steps, torch.tensor(one["timestep_map"]))
-    output = head(inputs["x_start"], spaced.steps[index], inputs["z"])
-    believed = spaced.posterior(output, inputs["x_start"], index)
-    if torch.allclose(believed.mean.double(), one["mean"].double(), rtol=1e-2, atol=1e-2):
-        run.close("one_step: mean", believed.mean, one["mean"])
+    start = inputs["x_start"]
+    output = head(start, spaced.steps[index], inputs["z"])
+    believed = spaced.posterior(output, start, index)
+    run.close("one_step: mean", believed.mean, one["mean"])
+    run.close("one_step: log_variance", believed.log_variance, one["log_variance"])
+    run.close("one_step: pred_xstart", believed.clean, one["pred_xstart"])
+    for name in one:
+        if name.startswith("sample_temperature"):
+            scaled = scale_of(name, "sample_temperature") * run["one_step_noise"]
+            steps = [spaced.ancestral_step(output[[n]], start[[n]], int(t), scaled[[n]]) for n, t in enumerate(index)]
+            run.close(f"one_step: {name}", torch.cat(steps), one[name])
+    for name in expected:
+        if name.startswith("net_out_cfg"):
+            run.close(
+                f"diffusion: {name}", guided_output(head, noised, inputs, scale_of(name, "net_out_cfg")), expected[name]
+            )
+
+
+def scale_of(name: str, before: str) -> float:
+    """The number in a name: 2.5 in `net_out_cfg2p5`."""
+    return float(name.removeprefix(before).replace("p", "."))
+
+
+def guided_output(head: torch.nn.Module, noised: Tensor, inputs: dict[str, Tensor], scale: float) -> Tensor:
+    """Both halves from the first half's point: noise is guided, variances are each half's own."""
+    half = noised[: len(noised) // 2]
+    steps = inputs["t"][: len(half)].repeat(2)
+    noise, rest = head(torch.cat([half, half]), steps, inputs["z"]).chunk(2, 1)
+    conditional, unconditional = noise.chunk(2)
+    guided = unconditional + scale * (conditional - unconditional)
+    return torch.cat([torch.cat([guided, guided]), rest], 1)
 
 
 def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
@@ -114,6 +142,9 @@ def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
         left = max(hidden, 1)
         now = 1 + (scale - 1) * (length - left) / length if settings.get("cfg_schedule") == "linear" else scale
         masked = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :before], True)
+        if "masks" in case:
+            after = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :left], True)
+            run.same(f"sample_tokens {number}: masks", after, case["masks"][step])
         drawn = masked & ~torch.zeros_like(masked).scatter(1, orders[:, :hidden], True)
         z = [model.transformer(latents, visible(masked), vector)[drawn] for vector in vectors]
         noise = torch.stack([draw[: len(z[0])].to(run.dtype) for draw in draws[step * count : (step + 1) * count]])

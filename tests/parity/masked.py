@@ -15,12 +15,15 @@ class PublishedDraws:
     """The recorded uniform numbers, alternately for tokens and for confidences; notes what each step chose."""
 
     def __init__(self, uniforms: list[Tensor], dtype: torch.dtype) -> None:
+        self.step, self.chosen = 0, {}
         self.noise = [-(-u.to(dtype).clamp(min=1e-20).log()).clamp(min=1e-20).log() for u in uniforms]
 
     def tokens(self, step: int, logits: Tensor, temperature: float, filters: dict[str, Any]) -> Tensor:
-        return (logits + temperature * self.noise[2 * step]).argmax(-1)
+        self.chosen[step] = (logits + temperature * self.noise[2 * step]).argmax(-1)
+        return self.chosen[step]
 
     def gumbel(self, step: int) -> Tensor:
+        self.step = step + 1
         return self.noise[2 * step + 1]
 
 
@@ -135,9 +138,31 @@ def generate(run: Run, model: Masked) -> None:
             dtype=None,
             report=lambda share: None,
         )
+        draws, rows = PublishedDraws(recorded[number], run.dtype), len(labels)
+        given: dict[int, Tensor] = {}  # the tokens that each step sees
+        logits: list[Tensor] = []
+        hooks = [
+            model.transformer.register_forward_pre_hook(
+                lambda _, inputs, given=given, draws=draws: given.setdefault(draws.step, inputs[0]) is None or None
+            ),
+            model.transformer.register_forward_hook(lambda _, __, output, logits=logits: logits.append(output)),
+        ]
         with torch.no_grad():
-            found = model.fill(batch, PublishedDraws(recorded[number], run.dtype))
+            found = model.fill(batch, draws)
+        for hook in hooks:
+            hook.remove()
         run.same(f"generate {number}: ids", found, case["ids"])
+        run.close(f"generate {number}: first logits", logits[0][:rows], case["first_step"]["cond_logits"])
+        for step, theirs in enumerate(case["steps"]):
+            tokens = given[step][:rows]
+            run.same(f"generate {number}: ids_in", tokens, theirs["ids_in"])
+            if step in draws.chosen:
+                run.same(f"generate {number}: sampled_ids", draws.chosen[step], theirs["sampled_ids"])
+            else:  # the likeliest are taken without a draw, and stay where they stay known
+                after = given[step + 1][:rows] if step + 1 in given else found
+                kept = (tokens == model.mask) & (after != model.mask)
+                run.same(f"generate {number}: sampled_ids", after[kept], theirs["sampled_ids"].masked_select(kept))
+                run.published("", theirs["sampled_ids"])
 
 
 def check_schedules(fixture: Fixture) -> None:

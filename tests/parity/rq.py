@@ -9,14 +9,11 @@ from torch import Tensor
 from lexel.quantizers import Residual, build, living
 from tests.parity.fixture import Fixture, Run
 
-PARTS = ("shared", "separate_2x2_blocks", "shared_restart")
-
 
 def check(fixture: Fixture) -> None:
-    for part in PARTS:
-        if part in fixture.content:
-            for run in fixture.runs(part):
-                compare(run)
+    for part in fixture.parts():
+        for run in fixture.runs(part):
+            compare(run)
 
 
 def published(config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dtype) -> Residual:
@@ -81,6 +78,8 @@ def compare(run: Run) -> None:
     for theirs, total in zip(run.expected["cumulative_quants"], torch.stack(parts).cumsum(0), strict=True):
         run.close("cumulative_quants", total.movedim(1, -1), theirs)
     run.close("embed_code", unfold(quantizer.indices_to_codes(indices), x))
+    by_depth = torch.stack([part.movedim(1, -1) for part in parts], -2)
+    run.close("embed_code_with_depth", by_depth)
     run.close("embed_partial_select1", unfold(parts[1], x))
     run.close("embed_partial_add1", unfold(parts[0] + parts[1], x))
 

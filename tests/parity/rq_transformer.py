@@ -45,6 +45,8 @@ def check(fixture: Fixture) -> None:
         run.close("ce", nll.mean())
         run.close("codebook_ce", nll.unflatten(1, (codes.shape[3], -1)).mean((0, 2)))
         soft = run.expected["soft"]
+        for name in ("codes", "soft_codes"):  # of the tokenizer, given to the transformer
+            run.published("", soft[name])
         found = logits(soft["codes"])
         run.close("soft: logits", found, soft["logits"])
         losses = soft_cross_entropy(found, soft["soft_codes"])

@@ -142,6 +142,7 @@ def single_stage(fixture: Fixture) -> None:
         run.close("logvar", log_variance.clamp(-30, 20))
         drawn = model.quantizer.draw(latents, noise)
         run.close("z", drawn.z_q)
+        run.close("std", (0.5 * log_variance.clamp(-30, 20)).exp())
         run.close("kl_loss_unweighted", drawn.losses["kl"])
         images = (model.decode_codes(drawn.z_q) + 1) / 2
         run.close("rec", images)

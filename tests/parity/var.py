@@ -65,8 +65,10 @@ def check(fixture: Fixture) -> None:
 def generate(run: Run, model: NextScale, labels: Tensor, number: int, case: dict) -> None:
     scale = 1 + case["cfg"]  # conditional + t (conditional - unconditional), t rising to cfg at the last scale
     found = model.sample(labels, scale, "linear", top_k=1)
-    run.same(f"infer {number}: greedy_ids", found, torch.cat(case["greedy_ids"], 1))
-    tokens = torch.cat(case["greedy_ids"], 1)
+    scales = case["greedy_ids"]
+    for ours, theirs in zip(found.split([scale.shape[1] for scale in scales], 1), scales, strict=True):
+        run.same(f"infer {number}: greedy_ids", ours, theirs)
+    tokens = torch.cat(scales, 1)
     conditional = model(tokens, labels).logits[0]
     unconditional = model(tokens, model.condition.null(labels)).logits[0]
     levels = model.transformer.network.levels(labels.device)

@@ -7,14 +7,11 @@ import torch
 from lexel.quantizers import Multiscale, build
 from tests.parity.fixture import Fixture, Run
 
-PARTS = ("shared4", "single_znorm", "nonshared")
-
 
 def check(fixture: Fixture) -> None:
-    for part in PARTS:
-        if part in fixture.content:
-            for run in fixture.runs(part):
-                compare(run)
+    for part in fixture.parts():
+        for run in fixture.runs(part):
+            compare(run)
 
 
 def published(config: dict[str, Any], state: dict[str, torch.Tensor]) -> Multiscale:

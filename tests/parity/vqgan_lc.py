@@ -9,15 +9,14 @@ BETA = 0.33  # of the codebook term
 
 
 def check(fixture: Fixture) -> None:
-    for part in ("linear", "mlp"):
-        if part in fixture.content:
-            for run in fixture.runs(part):
-                projected(run)
-                if part == "linear":
-                    tokenizer(run)
-    if "none_ema" in fixture.content:
-        for run in fixture.runs("none_ema"):
-            averaged(run)
+    for part in fixture.parts():
+        for run in fixture.runs(part):
+            if run.content["config"]["quantizer_type"] == "ema":
+                averaged(run)
+                continue
+            projected(run)
+            if "rec" in run.expected:
+                tokenizer(run)
 
 
 def projected(run: Run) -> None:
@@ -45,12 +44,20 @@ def projected(run: Run) -> None:
     run.close("quantizer z_q", z_q, alone["z_q"])
     run.same("quantizer indices", indices, alone["indices"])
     run.close("quantizer codebook", quantizer.codebook, alone["codebook"])
+    distances(run, z, quantizer.codebook)
     loss = losses["commitment"] + BETA * losses["codebook"]
     run.close("quantizer loss", loss, alone["loss"])
     leaves = {theirs: quantizer.get_parameter(ours) for theirs, ours in names.items()} | {"z": z}
     for name, theirs in alone["grads_of_loss"].items():
         (gradient,) = torch.autograd.grad(loss, leaves[name], retain_graph=True)
         run.close(f"quantizer grad {name}", gradient, theirs)
+
+
+def distances(run: Run, z: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Squared distances of the first latents to all codes."""
+    theirs = run.expected["quantizer_alone"]["distances_first"]
+    rows = z.movedim(1, -1).flatten(0, -2)[: len(theirs)]
+    run.close("distances_first", (rows[:, None] - codebook).square().sum(-1), theirs)
 
 
 def tokenizer(run: Run) -> None:
@@ -91,8 +98,14 @@ def averaged(run: Run) -> None:
     quantizer.sums.copy_(state["embed_avg"])
     quantizer.to(run.dtype).train()
     alone = run.expected["quantizer_alone"]
-    z_q, indices, _ = quantizer(run.cast(run.content["z"]))
+    z = run.cast(run.content["z"]).requires_grad_()
+    distances(run, z, quantizer.codebook.clone())
+    z_q, indices, losses = quantizer(z)
+    run.close("ema codebook", quantizer.codebook, alone["codebook"])
     run.close("ema z_q", z_q, alone["z_q"])
+    run.close("ema loss", losses["commitment"], alone["loss"])
+    (gradient,) = torch.autograd.grad(losses["commitment"], z)
+    run.close("ema grad z", gradient, alone["grads_of_loss"]["z"])
     run.same("ema indices", indices, alone["indices"])
     for name, ours in (("cluster_size_after", "counts"), ("embed_avg_after", "sums"), ("codebook_after", "weight")):
         run.close(f"ema {name}", quantizer.get_buffer(ours), alone[name])

@@ -18,15 +18,16 @@ def _logit_normal(uniform: Tensor) -> Tensor:
     return torch.special.ndtri(uniform).sigmoid()
 
 
-def _mode(uniform: Tensor) -> Tensor:
+def mode(uniform: Tensor, scale: float = MODE_SCALE) -> Tensor:
+    """Times that favour the middle of the path; a scale of 0 is uniform."""
     bend = (math.pi / 2 * uniform).cos().square() - 1 + uniform
-    return 1 - uniform - MODE_SCALE * bend
+    return 1 - uniform - scale * bend
 
 
 TIMES: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": lambda uniform: uniform,
     "logit_normal": _logit_normal,
-    "mode": _mode,
+    "mode": mode,
 }
 
 
