@@ -30,12 +30,14 @@ from lexel.compare.plan import UNQUANTIZED, PlannedRun
 from lexel.compare.summary import summarise
 from lexel.data.config import open_data
 from lexel.data.images import ImageSet
+from lexel.errors import UsageError
 from lexel.kernels import oracle
 from lexel.kernels.inputs import Inputs, as_scores
 from lexel.losses import LPIPS, l1
 from lexel.metrics.health import CodeHistogram, gradient_health
 from lexel.metrics.pixels import psnr
 from lexel.quantizers.base import weighted_sum
+from lexel.quantizers.living import LivingCodebook
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe
 from lexel.train.optimization import seed_step
@@ -110,6 +112,15 @@ class Training:
         self.recipe, self.batch = planned.recipe, train.batch_size
         self.weights = planned.recipe.resolved().train.weights
         self.tokenizer = Tokenizer(planned.recipe.model).to(device).train()
+        quantizer = self.tokenizer.quantizer
+        if quantizer.restart_below or planned.recipe.model.quantizer.get("start") == "kmeans":
+            raise UsageError(
+                f"{planned.label} waits for the device in its steps, which a graph cannot; use lexel compare"
+            )
+        if type(quantizer).anneal is not LivingCodebook.anneal:
+            raise UsageError(
+                f"{planned.label} has a schedule of its own, which a graph cannot follow; use lexel compare"
+            )
         self.learning = [each for each in self.tokenizer.parameters() if each.requires_grad]
         self.average = [each.detach().clone() for each in self.tokenizer.parameters()]
         self.lr = torch.zeros((), device=device)

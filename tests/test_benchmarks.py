@@ -4,11 +4,19 @@ import argparse
 import importlib
 import json
 import os
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import faults, million, results, soak
+from benchmarks import faults, many, million, results, soak
 from benchmarks.__main__ import BENCHMARKS
+from lexel.compare import expand
+from lexel.config import check
+from lexel.tokenizer import Tokenizer
+from lexel.train.optimization import seed_step
+from lexel.train.processes import Processes
+from lexel.train.tokenizer import Learner, TokenizerRecipe
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -66,3 +74,32 @@ def test_parts_of_which_one_is_killed_merge_to_the_tokens_of_an_undisturbed_comm
     assert found["shards"] == 30
     assert 0 < found["killed"]["shards"] < 15
     assert len(million.section({"commit": "abc", "machine": "here", **found})) == 12
+
+
+@pytest.mark.parametrize("kind", ["affine", "ibq"])
+def test_a_training_among_many_takes_the_steps_of_the_training_loop(kind):
+    sizes = {"codebook_size": 32, "codebook_dim": 4}
+    network = {"width": 8, "multipliers": [1], "patch": 4, "residual_blocks": 1, "attention_levels": []}
+    network |= {"middle_attention": False, "z_channels": 8, "groups": 4}
+    train = {"steps": 4, "batch_size": 3, "lr": 1e-3, "clip": 1.0, "average_warm_up": True, "average_decay": 0.5}
+    train["schedule"] = {"kind": "linear", "warm_up": 2}
+    table = {"model": {"quantizer": {"kind": kind, **sizes}, "autoencoder": network}, "train": train}
+    recipe = check({**table, "data": {"source": "none", "size": 8}}, TokenizerRecipe, "test")
+    pictures = torch.randint(0, 256, (9, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (planned,) = expand(recipe, [kind])
+    training = many.Training(planned, pictures, 4, torch.device("cpu"))
+    seed_step(planned.seed, -1, 0)
+    processes = Processes("cpu", "float32", [], Path())
+    learner = Learner(planned.recipe, Tokenizer(planned.recipe.model), processes)
+    with many.dense():
+        for step in range(4):
+            training.advance(1)
+            images = pictures[training.order[step]].float() / 127.5 - 1
+            learner.step(images, False, planned.recipe.train.schedule.factor(step, 4))
+    average = [*learner.average.module.parameters()]
+    for found, expected in zip(
+        [*training.tokenizer.parameters(), *training.average],
+        [*learner.tokenizer.parameters(), *average],
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -22,6 +22,8 @@ class Affine(ProjectedVQ):
     latents, all codes go along; the loss only has to refine w, code by code. In each step the latents are measured
     first and then choose, so z_q is always what the indices name.
 
+    Commitment weighs 0.1, not VQ's 0.25: at that the latents give up directions that the picture needs.
+
     The map for each channel by itself (`spread="channel"`) is the affine parametrization of
     https://arxiv.org/abs/2305.08842; the covariance is Lexel's
     (evidence: docs/studies/which-quantizer.md).
@@ -37,6 +39,7 @@ class Affine(ProjectedVQ):
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
 
+    LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.1}
     batch_dependent = True
     code_tables = ("weight",)
 
