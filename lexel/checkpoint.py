@@ -337,8 +337,8 @@ def read_pickle(path: str | Path) -> Any:
     try:
         with open_regular(path) as file:
             mappable = file.read(4) == b"PK\x03\x04"  # files from before torch 1.6 are no zip and cannot be mapped
-        with warnings.catch_warnings():  # of a damaged file that an error tells
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
+        with warnings.catch_warnings():  # PyTorch's are for who wrote the file; what is wrong with it an error tells
+            warnings.simplefilter("ignore", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
         # A name without a dot is one of Python's own, such as eval.

@@ -3,14 +3,16 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from lexel import samples
 from lexel.arrays import NpzWriter, read_array
 from lexel.checkpoint import atomic, read_json
+from lexel.config import Config, check
 from lexel.data.images import digest
 from lexel.data.tokens.format import digest as digest_of_bytes
 from lexel.errors import UsageError
@@ -82,7 +84,7 @@ def write_part(
     description = _description(path)
     if description.is_file():
         found = read_json(description)
-        if {**found, "sha256": None} == {**about, "sha256": None} and found["sha256"] == _checksum(path):
+        if {**found, "sha256": None} == {**about, "sha256": None} and found.get("sha256") == _checksum(path):
             return path
     samples.write_samples(
         generator,
@@ -144,14 +146,25 @@ def merge_samples(out: str | Path, parts: Sequence[str | Path]) -> int:
     return about["of"]
 
 
+class Description(Config):
+    """What stands beside a part."""
+
+    format: Literal["lexel samples"]  # FORMAT
+    part: int = Field(ge=1)
+    parts: int = Field(ge=1)
+    images: list[Annotated[int, Field(ge=0)]] = Field(min_length=2, max_length=2)  # from the first to before the last
+    of: int = Field(ge=1)
+    identity: str
+    sha256: str | None
+
+
 def _read(path: Path) -> tuple[Path, dict[str, Any]]:
     """A part's file and its description, its bytes compared."""
     description = _description(path)
     if not description.is_file():
         raise UsageError(f"{path} is no finished part: {description.name} is not beside it; run that part again")
     about = read_json(description)
-    if about.get("format") != FORMAT or not {"part", "parts", "images", "of", "identity", "sha256"} <= about.keys():
-        raise UsageError(f"{description} does not describe a part of samples")
+    check(about, Description, f"{description} does not describe a part of samples")
     if _checksum(path) != about["sha256"]:
         raise UsageError(f"{path} is damaged: it does not match its checksum; delete it and run that part again")
     return path, about

@@ -18,7 +18,7 @@ import lexel.publish
 from lexel.autoencoders import VQGANConfig
 from lexel.checkpoint import load_state, read_pickle, read_safetensors
 from lexel.codec import Codec
-from lexel.convert import torchscript
+from lexel.convert import files, torchscript
 from lexel.data import TRANSFORMS
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
@@ -276,12 +276,32 @@ def test_a_damaged_checkpoint_of_a_run_gives_a_model_or_one_line(finished, tmp_p
 
 @counts
 def test_a_damaged_index_of_a_split_checkpoint_gives_tensors_or_one_line(tmp_path, count):
-    from lexel.convert import files
-
     safetensors.torch.save_file({"a": torch.zeros(2)}, tmp_path / "m-00001-of-00001.safetensors")
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": {"a": "m-00001-of-00001.safetensors"}, "metadata": {"total_size": 8}}))
     survives(files.read, path, 9, count)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_files_that_once_ended_in_a_traceback_are_refused_in_one_line(tmp_path):
+    """Faults that 20,000 mutations found; each stands here in the form that shows it at once."""
+    network = NextTokenConfig(codebook_size=16, rows=2, columns=3, classes=3, width=16, layers=1, heads=2)
+    Generator(GeneratorConfig(transformer=network)).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    whole = json.loads(config.read_text())
+    for size in ({"a": 1}, [1, 2], None, "32", 1.5, True, 10**30):
+        config.write_text(json.dumps({**whole, "transformer": {**whole["transformer"], "codebook_size": size}}))
+        with pytest.raises(UsageError, match="codebook_size"):
+            lexel.load(tmp_path / "model")
+    index = tmp_path / "m.safetensors.index.json"
+    for name in ({"a": 1}, [1], None, 3):
+        index.write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(UsageError, match="names the shard"):
+            files.read(index)
+    script = tmp_path / "script.pt"  # a TorchScript archive whose mark is damaged
+    torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)).save(str(script))
+    with pytest.raises(UsageError, match="TorchScript"):
+        read_pickle(script)
 
 
 def test_a_generators_run_that_was_stopped_samples_with_the_tokenizer_of_its_recipe(finished, pictures, tmp_path):

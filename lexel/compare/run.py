@@ -6,11 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from lexel import __version__
 from lexel.checkpoint import read_json
 from lexel.compare.page import write_html
 from lexel.compare.plan import UNQUANTIZED, PlannedRun, Variant, as_table, expand
 from lexel.compare.summary import HEALTH, NETWORK, summarise
+from lexel.config import Config, check
 from lexel.data.config import open_data
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer, write_result
@@ -92,6 +95,34 @@ def compare(
     return ComparisonResult(out / "compare.html", summarise(results), finished)
 
 
+class Finished(Config, extra="allow"):
+    """What the result of a training in a comparison must hold; more may stand in it."""
+
+    name: str
+    quantizer: str
+    codebook_size: int = Field(ge=1)
+    codebook_dim: int = Field(ge=1)
+    seed: int
+    recipe: dict[str, Any]
+    asked: list[Any]
+    stopped: str | None
+    metrics: dict[str, float | None]
+    bits: float | None = None
+    images_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+def read_finished(path: Path) -> dict[str, Any]:
+    """The result of a training that an earlier call finished.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    result = read_json(path)
+    check(result, Finished, f"{path} is damaged; delete it to train and measure that run again")
+    return result
+
+
 def train_and_measure(
     planned: PlannedRun,
     folder: Path,
@@ -103,7 +134,7 @@ def train_and_measure(
     """Trains and measures one run, or reads its result if it is finished; None where a signal ended the training."""
     path = folder / RESULT
     if path.is_file():
-        result = read_json(path)
+        result = read_finished(path)
         if result["recipe"] != as_table(planned.recipe) or result["asked"] != [sorted(metrics), limit]:
             raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
         return result

@@ -88,7 +88,21 @@ def convert(
         raise unknown("family", family, FAMILIES)
     published = files.read(source)
     chosen = FAMILIES[family] if family is not None else recognise(published)
-    conversion = chosen.convert(Request(published, weights, overrides or {}))
+    try:
+        conversion = chosen.convert(Request(published, weights, overrides or {}))
+    except UsageError:
+        raise
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:  # what shapes of other lengths lead to
+        raise UsageError(
+            f"{source} has the names of {chosen.name} tensors, but not their shapes or configuration: "
+            f"{checkpoint.reason(error)}"
+        ) from error
     conversion.model.provenance = {
         "source": published.name,
         "family": conversion.family,

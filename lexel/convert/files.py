@@ -209,10 +209,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     table = checkpoint.read_json(index).get("weight_map")
     if not isinstance(table, dict):
         raise UsageError(f"{index} has no weight_map; it is no index of a split checkpoint")
-    shards = sorted(set(table.values()))
-    outside = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+    outside = [name for name in table.values() if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise UsageError(f"{index} names the shard {outside[0]!r}, which is not beside it")
+    shards = sorted(set(table.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
         raise UsageError(f"{index} lacks {checkpoint.some(missing)}; the checkpoint is half-downloaded")

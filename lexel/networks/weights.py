@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lexel.checkpoint import atomic, fingerprint, read_pickle
+from lexel.checkpoint import atomic, fingerprint, read_pickle, reason
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
@@ -33,6 +33,7 @@ _BROKEN_PICKLE = (
     KeyError,
     MemoryError,
     OverflowError,
+    SystemError,  # of NumPy, for states of types that it cannot make sense of
     TypeError,
     ValueError,
 )
@@ -108,7 +109,9 @@ def read_arrays(path: Path) -> Any:
         with path.open("rb") as file:
             return _ArraysOnly(file).load()
     except _BROKEN_PICKLE as error:
-        raise UsageError(f"{path} is refused: {error}; a weights file may hold numpy arrays and nothing else") from None
+        raise UsageError(
+            f"{path} is refused: {reason(error)}; a weights file may hold numpy arrays and nothing else"
+        ) from None
 
 
 class _ArraysOnly(pickle.Unpickler):

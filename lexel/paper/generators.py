@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from lexel.arrays import open_arrays
 from lexel.checkpoint import read_json
 from lexel.codec import Codec
 from lexel.compare.summary import NETWORK
+from lexel.config import Config, check
 from lexel.data import ImageSet
 from lexel.data.config import DataConfig
 from lexel.errors import UsageError
@@ -27,6 +29,16 @@ from lexel.train.session import Progress
 RESULT = "result.json"
 SAMPLES = "samples.npz"
 METRICS = ("frechet", "precision_recall")
+
+
+class Finished(Config, extra="allow"):
+    """What the result of a row must hold; more may stand in it."""
+
+    name: str
+    recipe: dict[str, Any]
+    asked: dict[str, Any]
+    stopped: str | None
+    metrics: dict[str, float | None]
 
 
 def encode(tokenizer: Path, out: Path, training: ImageSet, measuring: ImageSet, data: DataConfig, device: str) -> None:
@@ -53,6 +65,7 @@ def train_and_measure_generator(
     path, asked = folder / RESULT, {"samples": count, **sampling}
     if path.is_file():
         result = read_json(path)
+        check(result, Finished, f"{path} is damaged; delete it to train and measure that row again")
         if result["recipe"] != recipe.model_dump(mode="json", exclude_none=True) or result["asked"] != asked:
             raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
         return result
@@ -109,5 +122,6 @@ def sample(
 
 def pictures(folder: Path, count: int) -> np.ndarray:
     """The first samples of a row, uint8 (count, H, W, 3)."""
-    with np.load(folder / SAMPLES) as archive:
-        return np.asarray(archive["arr_0"][:count])
+    with open_arrays(folder / SAMPLES) as arrays:
+        shown = min(count, arrays.header(shape="N H W C", kind=np.uint8).shape[0])
+        return np.stack(list(arrays.rows(range(shown), shape="N H W C", kind=np.uint8)))

@@ -104,9 +104,9 @@ class NextTokenConfig(NetworkConfig):
     def from_folder(cls, table: Mapping[str, Any]) -> dict[str, Any]:
         """Earlier versions took options that reached nothing, and wrote them down; they are left out here."""
         kept = dict(table)
-        plain = kept.get("head") == "plain" or (
-            kept.get("head", "auto") == "auto" and kept.get("codebook_size", 0) < LARGEST_PLAIN_HEAD
-        )
+        size = kept.get("codebook_size")
+        small = not isinstance(size, int) or size < LARGEST_PLAIN_HEAD  # a size that is none is refused by the check
+        plain = kept.get("head") == "plain" or (kept.get("head", "auto") == "auto" and small)
         idle = ["pair_layers", "factors"] if plain else ["modulated", "gamma_init"]
         if kept.get("modulated") is False:
             idle += ["gamma_init"]
