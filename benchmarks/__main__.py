@@ -6,6 +6,7 @@ import sys
 
 BENCHMARKS = {
     "gpu": "everything that only a GPU can tell, in parts",
+    "results": "RESULTS.md, written again from the figures that are kept",
     "quantizers": "time and memory of forward + backward, and of encoding, beside the peers",
     "step": "a whole training step of a small tokenizer, IBQ beside plain VQ",
     "generator": "decoding steps of a generator beside the published way",

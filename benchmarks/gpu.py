@@ -104,7 +104,7 @@ def _part(name: str, arguments: argparse.Namespace) -> None:
 
 def _tests(save: Callable[[str, Any], None], arguments: argparse.Namespace) -> None:
     begun = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:benchmark", "-p", "no:cacheprovider"]
     command += [
         "-m",
         "gpu",
@@ -123,7 +123,8 @@ def _tests(save: Callable[[str, Any], None], arguments: argparse.Namespace) -> N
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     (arguments.out / "tests.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
-    save("pytest -m gpu", {"result": lines[-1] if lines else "", "seconds": round(time.monotonic() - begun)})
+    result = next((line for line in reversed(lines) if " passed" in line or " failed" in line), "did not run")
+    save("pytest -m gpu", {"result": result.strip("= "), "seconds": round(time.monotonic() - begun)})
     if done.returncode:
         print("\n".join(lines[-60:]), flush=True)
 

@@ -103,7 +103,8 @@ def waits(job: Callable[[], Any]) -> dict[str, Any]:
 
 def sampling(save: Save, device: str, arguments: argparse.Namespace) -> None:
     """A decode step of each size, recorded as a graph in bf16, beside the time to read the weights it needs."""
-    sizes = {"tiny": {"layers": 2, "heads": 2, "width": 64}} if arguments.tiny else SIZES
+    tiny = {"tiny": {"layers": 2, "heads": 2, "width": 64}}
+    sizes = tiny if arguments.tiny else {size: SIZES[size] for size in ("B", "L", "XL", "XXL")}
     half = torch.bfloat16
     read = 0.0
     if device == "cuda":

@@ -98,7 +98,7 @@ def section(figures: dict) -> list[str]:
         lines += table(shapes, "MiB", WEIGHED)
         lines.append("")
     if "cuda" not in figures:
-        lines += ["Device `cuda`: not measured; no GPU was at hand."]
+        lines += ["On a GPU: see [GPU](#gpu)." if "gpu" in figures else "Device `cuda`: not measured."]
     return lines
 
 

@@ -1,5 +1,7 @@
 """The figures of benchmarks: a JSON file that keeps every number, and a Markdown page with a section for each."""
 
+import argparse
+import importlib
 import json
 import platform
 from pathlib import Path
@@ -11,6 +13,34 @@ from lexel.machine import commit as code
 from lexel.machine import processor
 
 PAGE = Path(__file__).parent / "RESULTS.md"
+
+# Sections of the page: the module that writes its lines, and whether from its own figures or from all of them.
+SECTIONS = {
+    "quantizers": ("quantizers", False),
+    "step": ("step", True),
+    "gpu": ("gpu_page", True),
+    "faults": ("faults", True),
+    "soak": ("soak", True),
+    "million": ("million", True),
+}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", type=Path, help="a folder of `python -m benchmarks gpu --out`, to take in first")
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page; figures lie beside it as .json")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Writes every section of the page again from the figures that are kept."""
+    figures = read(arguments.out)
+    if arguments.gpu:
+        for path in sorted(arguments.gpu.glob("*.json")):
+            figures.setdefault("gpu", {})[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    for section, (module, own) in SECTIONS.items():
+        if own and section not in figures:
+            continue
+        lines = importlib.import_module(f"benchmarks.{module}").section(figures[section] if own else figures)
+        write(arguments.out, figures, section, lines)
 
 
 def read(page: Path) -> dict[str, Any]:

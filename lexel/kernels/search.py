@@ -85,10 +85,10 @@ def joined(blocks: list[Candidates]) -> Candidates:
 
 def minus_squares(keys: Tensor) -> Tensor:
     """-|k|^2 of each row: (K,) float64. 2 q.k - |k|^2 orders codes as the distance |q - k| does."""
-    return torch.cat([-tile.double().square().sum(1) for tile in keys.split(_together(keys))])
+    return torch.cat([-tile.double().square().sum(1) for tile in keys.split(codes_at_a_time(keys))])
 
 
-def _together(keys: Tensor) -> int:
+def codes_at_a_time(keys: Tensor) -> int:
     """Codes handled at a time: a GPU would wait for the launches of small tiles."""
     return TILE if keys.device.type == "cpu" else 64 * TILE
 
@@ -222,7 +222,7 @@ def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
 
 def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
     """Norms of the codes and, for a scan in int8, the rounded table: a quarter of the memory of the codes."""
-    tiles = keys.split(_together(keys))
+    tiles = keys.split(codes_at_a_time(keys))
     largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
     if scan == keys.dtype:
         return Norms(largest, torch.zeros_like(largest)), None
@@ -433,13 +433,14 @@ def search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor
     size = queries.norm(dim=1)
     best = torch.full_like(size, -torch.inf)
     indices = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(keys), TILE):
-        tile = keys[start : start + TILE].double()
+    together = codes_at_a_time(keys)
+    for start in range(0, len(keys), together):
+        tile = keys[start : start + together].double()
         scores = queries @ tile.T
         largest = size * tile.norm(dim=1).amax()
         if bias is not None:
-            scores += bias[start : start + TILE]
-            largest += bias[start : start + TILE].abs().amax()
+            scores += bias[start : start + together]
+            largest += bias[start : start + together].abs().amax()
         ties = 2.02 * (keys.shape[1] + 2) * unit(torch.float64) * largest
         maximum = scores.amax(1)
         better = maximum > best + ties

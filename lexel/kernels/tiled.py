@@ -25,7 +25,7 @@ from torch import Tensor
 from lexel.distributed import group_mean
 from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
-from lexel.kernels.search import TILE, WIDTH, minus_squares, near_codes
+from lexel.kernels.search import WIDTH, codes_at_a_time, minus_squares, near_codes
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
@@ -221,8 +221,9 @@ def _entropies(
         log_q = _log_softmax(inputs, some, bias)
         of_parts = d_batch.view(inputs.parts, -1).to(log_q.dtype)
         dl = slope(log_q.exp(), log_q, of_parts if inputs.parts == 1 else of_parts[_part(inputs, some)])
-        for start in range(0, len(keys), TILE):
-            part = slice(start, start + TILE)
+        together = codes_at_a_time(keys)
+        for start in range(0, len(keys), together):
+            part = slice(start, start + together)
             d_queries[some] += dl[:, part] @ keys[part].to(dl.dtype)
         dl = dl.to(queries.dtype)
         into.keys.addmm_(dl.T, queries[some])
@@ -282,9 +283,10 @@ def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -
             return torch.mm(queries, keys.T, out=out)
         return torch.addmm(bias.to(out.dtype), queries, keys.T, out=out)
     # Rows of `out` lie a power of two apart: a product writing there meets the same few cache lines again and again.
-    dense = queries.new_empty(len(queries), min(TILE, len(keys)))
-    for start in range(0, len(keys), TILE):
-        part = slice(start, start + TILE)
+    together = codes_at_a_time(keys)
+    dense = queries.new_empty(len(queries), min(together, len(keys)))
+    for start in range(0, len(keys), together):
+        part = slice(start, start + together)
         tile = keys[part].to(queries.dtype)
         scores = dense[:, : len(tile)]
         torch.mm(queries, tile.T, out=scores)
