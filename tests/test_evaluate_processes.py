@@ -19,7 +19,9 @@ from lexel.parts import Part
 
 def measure(folder: Path, **options) -> list[dict]:
     return [
-        evaluate_tokenizer(Grey(), folder / "images", QUICK, batch_size=3, **options),
+        evaluate_tokenizer(
+            Grey(), folder / "images", QUICK, metrics=[*QUICK.reconstruction, "unseen_codes"], batch_size=3, **options
+        ),
         evaluate_samples(folder / "samples.npz", image_set(), QUICK, batch_size=4),
     ]
 
