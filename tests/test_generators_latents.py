@@ -477,6 +477,27 @@ def test_recipes_have_the_published_parameter_counts(recipe):
     assert sum(parameter.numel() for parameter in generator.parameters()) == PUBLISHED[recipe]
 
 
+SIZES = {  # width, layers, heads; parameters by patch, the fixed positions included
+    "S": (384, 12, 6, {2: 32_963_360, 4: 32_945_024, 8: 33_148_160}),
+    "B": (768, 12, 12, {2: 130_512_416, 4: 130_475_648, 8: 130_881_536}),
+    "L": (1024, 24, 16, {2: 458_102_816, 4: 458_053_760, 8: 458_594_816}),
+    "XL": (1152, 28, 16, {2: 675_129_632, 4: 675_074_432, 8: 675_683_072}),
+}
+
+
+@pytest.mark.parametrize("recipe", ["dit_xl", "sit_xl"])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_recipes_of_dit_and_sit_become_their_other_sizes_by_four_options(recipe, size):
+    width, layers, heads, counts = SIZES[size]
+    for patch, parameters in counts.items():
+        options = {"width": width, "layers": layers, "heads": heads, "patch": patch}
+        changes = [f"generator.{name}={value}" for name, value in options.items()]
+        resolved = load(RECIPES / f"generator_{recipe}.toml", GeneratorRecipe, changes)
+        with torch.device("meta"):
+            generator = Generator(GeneratorConfig(transformer=resolved.generator))
+        assert sum(parameter.numel() for parameter in generator.parameters()) == parameters
+
+
 @pytest.mark.parametrize("kind", ["flow", "continuous", "next_scale", "residual"])
 def test_the_small_recipe_of_a_family_is_of_that_family(kind):
     assert load(RECIPES / f"generator_{kind}_small.toml", GeneratorRecipe).generator.kind == kind

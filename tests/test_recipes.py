@@ -29,6 +29,16 @@ PUBLISHED = {  # exact; the papers round to 107.05M, 108.88M, 110.98M, 173.90M
     "ibq_pretrain_262144": 173_896_579,
     "vqgan_1024": 72_141_699,
     "vqgan_16384": 76_073_859,
+    "vit_vqgan_small": 50_908_195,
+    "vit_vqgan_base": 170_664_483,
+    "vit_vqgan_large": 613_487_907,
+    "titok_l32": 641_054_735,
+    "titok_b64": 204_814_095,
+    "titok_s128": 83_674_639,
+    "maskgit_vqgan": 54_515_587,
+    "vqvae2_256": 1_388_867,
+    "var_tokenizer": 108_948_355,
+    "rqvae_16384": 104_402_051 - 16_385 * 256,  # the codes, counted there, are running means and no parameters
 }
 PAPER = {"ibq_1024": 89.60, "ibq_8192": 91.43, "ibq_16384": 93.53, "ibq_262144": 156.44}  # M, with three blocks
 
