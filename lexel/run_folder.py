@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lexel import config
+from lexel import config, shards
 from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
@@ -27,6 +28,7 @@ from lexel.run_log import Run, Snapshot, is_number, read_metrics
 from lexel.same_recipe import check_same_recipe
 
 NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
+SHARDS = ".shards"
 DAMAGED = ".damaged"  # added to the name of a checkpoint that cannot be read
 
 
@@ -140,6 +142,9 @@ class RunFolder:
             raise UsageError(f"another process trains in {self.path}; wait for it or choose another folder") from None
         for leftover in self.path.rglob(".partial-*"):
             leftover.unlink()  # a file that a killed process did not finish
+        for folder in self.checkpoints.glob(f"*{SHARDS}"):
+            if not any(folder.with_suffix(ending).is_file() for ending in (".pt", f".pt{DAMAGED}")):
+                shutil.rmtree(folder)  # shards that were not all written
         with atomic(self.recipe) as temporary:
             temporary.write_text(config.dump(recipe), encoding="utf-8")
 
@@ -188,6 +193,10 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{step:08d}.pt"
 
+    def shards(self, step: int) -> Path:
+        """The folder beside a checkpoint in which its tensors lie, where every process wrote its own."""
+        return self.checkpoint(step).with_suffix(SHARDS)
+
     def resume(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or None for a fresh run; what was logged after it is discarded.
 
@@ -200,7 +209,7 @@ class RunFolder:
         for step in reversed(self.steps()):
             path = self.checkpoint(step)
             try:
-                state, last = self.load(step), step
+                state, last = self.load(step, whole=False), step
                 break
             except UsageError as error:
                 older = [other for other in self.steps() if other < step]
@@ -222,8 +231,12 @@ class RunFolder:
         self._ranked = None
         return state
 
-    def load(self, step: int) -> dict[str, Any]:
+    def load(self, step: int, whole: bool = True) -> dict[str, Any]:
         """The training state of a checkpoint.
+
+        Args:
+            step: of the checkpoint.
+            whole: whether weights that lie in shards are read as well, all of them; the learner reads its own.
 
         Raises:
             UsageError: it cannot be read, or is the state of something else.
@@ -232,6 +245,12 @@ class RunFolder:
         state = load_state(path)
         if state.get("step") != step or not is_number(state.get("seconds")):
             raise UsageError(f"{path} is no training state of step {step}")
+        digests = state.get("shards")
+        if digests is not None:
+            if self.writes or whole:  # one process is enough
+                shards.check(self.shards(step), digests if isinstance(digests, dict) else {"": ""})
+            if whole:
+                state["model"] = shards.read(self.shards(step), "model")
         return state
 
     def save(self, step: int, state: dict[str, Any]) -> None:
@@ -252,6 +271,7 @@ class RunFolder:
         for old in steps:
             if old not in keep:
                 self.checkpoint(old).unlink()
+                shutil.rmtree(self.shards(old), ignore_errors=True)  # what cannot be removed goes with the next run
 
     def export_is_current(self) -> bool:
         """Whether the exported model is the state of the newest checkpoint; False where the run has gone on since."""

@@ -18,6 +18,8 @@ OPERATIONAL = {
     "train.collapse_patience",
     "train.checkpointing",
     "train.shard_codebook",
+    "train.fsdp",
+    "train.sharded_checkpoints",
     "train.trackers",
     "train.evaluations",
     *(

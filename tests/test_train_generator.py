@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from lexel import shards
 from lexel.autoencoders import VQGANConfig
 from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
@@ -22,7 +23,7 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
-from lexel.run_folder import TrainingStopped
+from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.run_log import read_metrics
 from lexel.runtime import runtime
 from lexel.spacing import evenly_spaced
@@ -529,3 +530,33 @@ def test_resuming_a_sharded_run_changes_nothing(tokens, tmp_path):
     train_on(2, recipe(tokens, fsdp=True, steps=2), tmp_path / "resumed")
     train_on(2, recipe(tokens, fsdp=True), tmp_path / "resumed")
     same(Generator.from_pretrained(tmp_path / "straight"), Generator.from_pretrained(tmp_path / "resumed"))
+
+
+def states_of(steps: dict[int, int], tokens: Path, out: Path) -> dict[int, dict]:
+    """Everything that a run holds at the end, as whole tensors, by the number of processes."""
+    for processes, until in steps.items():
+        sharded = {"fsdp": True, "sharded_checkpoints": True} if processes > 1 else {}
+        made = recipe(tokens, {"dropout": 0.0, "class_dropout": 0.0}, batch_size=12, steps=until, **sharded)
+        train_on(processes, made, out)
+    run = RunFolder(out, writes=False)
+    return {step: run.load(step) for step in run.steps()}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_shards_on_two_then_three_then_one_process(tokens, tmp_path):
+    states_of({2: 2}, tokens, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run", writes=False)
+    assert (folder.shards(2) / "__1_0.distcp").is_file()  # both processes wrote
+    before = shards.read(folder.shards(2), "optimizer")
+    moved = states_of({3: 4, 1: 6}, tokens, tmp_path / "run")
+    alone = states_of({1: 6}, tokens, tmp_path / "alone")
+    assert sorted(moved) == [4, 6]  # the newest two are kept
+    assert not folder.shards(2).exists()
+    assert folder.shards(4).is_dir()
+    for name, value in alone[6]["model"].items():
+        torch.testing.assert_close(moved[6]["model"][name], value, rtol=1e-4, atol=1e-5, msg=name)
+    for name, table in alone[6]["optimizer"]["state"].items():
+        assert f"{name}.exp_avg" in before
+        for moment, value in table.items():
+            found = moved[6]["optimizer"]["state"][name][moment]
+            torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-6, msg=f"{name} {moment}")

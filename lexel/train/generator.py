@@ -8,20 +8,21 @@ default.
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lexel import checkpoint, provenance
+from lexel import checkpoint, provenance, shards
 from lexel.data import to_uint8
 from lexel.data.tokens import TokenBatch
 from lexel.distributed import all_sum, barrier
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, NetworkConfig, TrainingLosses, family_of
 from lexel.loading import load_generator
+from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.optimization import RunningMeans, optimizer_step, seed_step, set_learning_rate, to_device
@@ -71,6 +72,8 @@ class Learner:
         losses = TrainingLosses(generator)
         self.ddp_module = losses if config.fsdp else processes.parallel(losses)
         self.generator.train()
+        # Of its own: what it sends in the background must not mix with what training sends.
+        self._writers = torch.distributed.new_group(backend="gloo") if config.sharded_checkpoints else None
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole weights, on the CPU; every process must ask when they are sharded."""
@@ -92,7 +95,51 @@ class Learner:
             "means": self.means.state_dict(),
         }
 
+    @property
+    def sharded(self) -> bool:
+        """Whether every process writes what it holds."""
+        return self._writers is not None
+
+    def begin_state_dict(self) -> tuple[dict[str, Any], Callable[[Path], shards.Writing]]:
+        """The plain part of all that changes, and what begins to write the tensors to a folder."""
+        group = self._writers
+        assert group is not None
+        tensors, groups = self._shared_tensors()
+        plain = {
+            "config": self.generator.config.model_dump(mode="json"),
+            "param_groups": groups,
+            "scaler": self.scaler.state_dict(),
+            "means": self.means.state_dict(),
+        }
+        return plain, lambda folder: shards.begin(folder, tensors, group)
+
+    def _shared_tensors(self) -> tuple[dict[str, Any], Any]:
+        """Weights and moments, of which each process holds its share or all; and the optimizer's options."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+        optimizer = get_optimizer_state_dict(self.generator, self.optimizer)
+        return {
+            "model": get_model_state_dict(self.generator),
+            "optimizer": optimizer["state"],
+        }, optimizer["param_groups"]
+
+    def _load_shards(self, state: Mapping[str, Any], folder: Path) -> None:
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+        tensors, _ = self._shared_tensors()
+        shards.load(folder, tensors)
+        set_model_state_dict(self.generator, tensors["model"])
+        optimizer = {"state": tensors["optimizer"], "param_groups": state["param_groups"]}
+        set_optimizer_state_dict(self.generator, self.optimizer, optimizer)
+        self.scaler.load_state_dict(state["scaler"])
+        self.means.load_state_dict(state["means"])
+
     def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
+        if "shards" in state:
+            if missing := sorted({"param_groups", "scaler", "means"} - state.keys()):
+                raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
+            self._load_shards(state, source.with_suffix(SHARDS))
+            return
         missing = sorted({"model", "optimizer", "scaler", "means"} - state.keys())
         if missing:
             raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")

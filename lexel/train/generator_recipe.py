@@ -41,11 +41,15 @@ class GeneratorTrainConfig(LoopConfig):
     clip: float | None = Field(default=1.0, gt=0)  # the largest norm of the gradient
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     fsdp: bool = False  # spread weights, gradients and optimizer over the processes
+    # With fsdp: every process writes what it holds, while training goes on; read on any number of processes.
+    sharded_checkpoints: bool = False
 
     @model_validator(mode="after")
     def _sharded(self) -> "GeneratorTrainConfig":
         if self.fsdp and self.precision == "fp16":
             raise ValueError("fsdp has no loss scaling; use precision bf16 or float32")
+        if self.sharded_checkpoints and not self.fsdp:
+            raise ValueError("sharded_checkpoints goes with fsdp = true: without it every process holds everything")
         return self
 
     def decay(self, step: int, steps: int) -> float:

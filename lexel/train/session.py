@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from lexel import shards
+from lexel.distributed import gather
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.train.optimization import RunningMeans, seed_step
@@ -61,6 +63,16 @@ class Learner(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None: ...
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A learner whose processes write what they hold."""
+
+    @property
+    def sharded(self) -> bool: ...
+
+    def begin_state_dict(self) -> tuple[dict[str, Any], Callable[[Path], shards.Writing]]: ...
 
 
 class Step(NamedTuple):
@@ -166,6 +178,7 @@ class Session:
         self._stop = StopRequest()
         self._learner: Learner | None = None
         self._better = False
+        self._writing: tuple[int, dict[str, Any], shards.Writing] | None = None
         self._first_bad: Tensor | None = None  # for each guarded number the first step at which it was not finite
         self._shown: dict[str, float] = {}
         self._begun = time.perf_counter()
@@ -180,7 +193,7 @@ class Session:
         step = self.processes.decide(choose)
         if step is None:
             return None
-        return self.processes.together(lambda: self.run.load(step))
+        return self.processes.together(lambda: self.run.load(step, whole=False))
 
     def __enter__(self) -> Self:
         self.processes.start_trackers(self.recipe)
@@ -237,6 +250,8 @@ class Session:
         self._watch(step, losses)
         self.done, self.finished = step.done, step.done == step.steps
         self.leaving = self.processes.any(self._stop.signal is not None)
+        if self._writing is not None and not self.processes.any(not self._writing[2].done):
+            self._end_writing()
         self._better = False
         logs = step.done % self.config.log_every == 0 or self.finished
         if logs or step.validates or self._save_is_due(step):
@@ -268,9 +283,26 @@ class Session:
         """Writes a checkpoint where one is due: every `save_every` steps, after the best validation, at an end."""
         assert self._learner is not None
         if self._save_is_due(step) or self._better:
-            state = self._learner.state_dict()
+            self._end_writing()
             seconds = self._seconds_before + time.perf_counter() - self._begun
+            if isinstance(self._learner, Sharded) and self._learner.sharded:
+                state, begin = self._learner.begin_state_dict()
+                self._writing = step.done, {"seconds": seconds, **state}, begin(self.run.shards(step.done))
+                if self.finished or self.leaving:
+                    self._end_writing()
+                return
+            state = self._learner.state_dict()
             self.processes.decide(lambda: self.run.save(step.done, {"seconds": seconds, **state}))
+
+    def _end_writing(self) -> None:
+        """Waits for shards that are being written, and completes their checkpoint."""
+        if self._writing is None:
+            return
+        step, state, writing = self._writing
+        self._writing = None
+        digests = self.processes.together(writing.finish)
+        every = {name: digest for part in gather(digests) for name, digest in part.items()}
+        self.processes.decide(lambda: self.run.save(step, {**state, "shards": every}))
 
     def _save_is_due(self, step: Step) -> bool:
         return step.done % self.config.save_every == 0 or self.finished or self.leaving
