@@ -1,11 +1,15 @@
 """Sources of every kind: the same pictures, whatever they lie in, read by number, resumable at any step."""
 
+import functools
 import gzip
+import http.server
 import io
 import itertools
 import json
 import pickle
 import tarfile
+import threading
+import typing
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,7 @@ import torch
 from fuzz import counts, survives
 from PIL import Image
 
-from lexel.data import SOURCES, TRANSFORMS, NoSplit, UnreadableImage, open_images, training_batches
+from lexel.data import SOURCES, TRANSFORMS, NoSplit, UnreadableImage, open_images, remote, training_batches
 from lexel.data import tar as tar_module
 from lexel.data.array_files import read_idx
 from lexel.data.config import DataConfig, open_data
@@ -309,6 +313,87 @@ def test_a_real_archive_of_photographs_is_read(tmp_path):
 
 
 # Arrays
+
+
+# ------------------------------------------------------------------------------------------------- elsewhere
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder by ranges of bytes; `failures` requests are answered with 503 first."""
+
+    failures: typing.ClassVar[list[int]] = []
+    asked: typing.ClassVar[list[str]] = []
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        self.asked.append(self.headers.get("Range", ""))
+        if self.failures or not path.is_file():
+            self.send_error(self.failures.pop() if self.failures else 404)
+            return
+        data = path.read_bytes()
+        first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        part = data[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "WAIT", 0.01)
+    handler = functools.partial(Ranges, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        thread = threading.Thread(target=serving.serve_forever)
+        thread.start()
+        Ranges.asked.clear()
+        yield f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_shards_behind_http_are_read_by_ranges_and_are_those_of_the_disk(tmp_path, server):
+    as_tar(tmp_path)
+    here, there = open_images(f"tar:{tmp_path}/{{00..02}}.tar"), open_images(f"tar:{server}/{{00..02}}.tar")
+    assert (there.names, there.labels, there.captions) == (here.names, here.labels, here.captions)
+    Ranges.asked.clear()
+    Ranges.failures[:] = [503]  # what passes is tried again
+    for number in (11, 0):
+        assert np.array_equal(there.read(number), here.read(number))
+    assert len(Ranges.asked) == 3
+    assert np.array_equal(pickle.loads(pickle.dumps(there)).read(5), here.read(5))
+    Ranges.asked.clear()
+    assert open_images(f"tar:{server}/{{00..02}}.tar").names == here.names
+    assert Ranges.asked == ["bytes=0-0"] * 3  # the index is kept
+    Ranges.failures[:] = [503] * 3
+    with pytest.raises(UnreadableImage, match="the server answers 503"):
+        there.read(3)
+    (tmp_path / "00.tar").write_bytes((tmp_path / "00.tar").read_bytes()[:-1] + b"!")
+    with pytest.raises(UnreadableImage, match="was changed after it was opened"):
+        there.read(0)
+    with pytest.raises(UsageError, match=r"missing\.tar cannot be read: the server answers 404"):
+        open_images(f"tar:{server}/missing.tar")
+
+
+def test_shards_in_any_store_of_fsspec_are_read(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    as_tar(tmp_path)
+    here = open_images(f"tar:{tmp_path}")
+    store = fsspec.filesystem("memory")
+    for path in tmp_path.glob("*.tar"):
+        store.pipe_file(f"/shards/{path.name}", path.read_bytes())
+    there = open_images("tar:memory://shards/*.tar")
+    assert (there.names, there.labels, there.captions) == (here.names, here.labels, here.captions)
+    assert all(np.array_equal(there.read(number), here.read(number)) for number in range(COUNT))
+    with pytest.raises(UsageError, match="nothing in the store matches"):
+        open_images("tar:memory://nowhere/*.tar")
+    with pytest.raises(UsageError, match="nonsense"):
+        open_images("tar:nonsense://a.tar")
 
 
 def idx(folder: Path, prefix: str, count: int, packed: bool) -> None:

@@ -13,9 +13,10 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import urlsplit
 from warnings import warn
 
 import numpy as np
@@ -27,6 +28,7 @@ from lexel.data.folder import part_of_names
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
 from lexel.data.listing import Names
 from lexel.data.options import OpenOptions
+from lexel.data.remote import Place, Version, is_remote, matches, open_place, read_range, stem, version
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 from lexel.runtime import cache_folder, is_cached
@@ -46,6 +48,7 @@ class ShardIndex:
         labels: int64 (N,), NO_LABEL where there is none.
         captions: one a member, empty where there is none.
         damage: why the shard could not be read to its end, or empty.
+        version: size and date of the shard, or its server's name for this content.
     """
 
     names: Names
@@ -54,6 +57,7 @@ class ShardIndex:
     labels: np.ndarray
     captions: Names
     damage: str = ""
+    version: Version | None = None
 
 
 class TarImages(EncodedImages):
@@ -61,8 +65,8 @@ class TarImages(EncodedImages):
 
     Args:
         decoding: how bytes become arrays.
-        shards: paths of the shards.
-        found: size and date of each when it was indexed.
+        shards: paths of the shards, or their locations elsewhere.
+        found: size and date of each when it was indexed, or its server's name for this content.
         places: shard number, offset and size of each picture: int64 (N, 3).
         names, labels, classes: as in ImageSet.
     """
@@ -70,8 +74,8 @@ class TarImages(EncodedImages):
     def __init__(
         self,
         decoding: Decoding,
-        shards: Sequence[Path],
-        found: Sequence[tuple[int, int] | None],
+        shards: Sequence[Place],
+        found: Sequence[Version | None],
         places: np.ndarray,
         names: Sequence[str],
         labels: Sequence[int] | None,
@@ -82,9 +86,12 @@ class TarImages(EncodedImages):
 
     def open(self, number: int) -> IO[bytes]:
         shard, offset, size = self.places[number].tolist()
-        if size_and_date(self.shards[shard]) != self.found[shard]:
-            raise OSError(f"{self.shards[shard]} was changed after it was opened")
-        with open_regular(self.shards[shard]) as file:
+        place = self.shards[shard]
+        if isinstance(place, str):
+            return io.BytesIO(read_range(place, offset, size, self.found[shard]))
+        if size_and_date(place) != self.found[shard]:
+            raise OSError(f"{place} was changed after it was opened")
+        with open_regular(place) as file:
             file.seek(offset)
             return io.BytesIO(file.read(size))
 
@@ -95,6 +102,8 @@ class TarImages(EncodedImages):
 def open_tar(location: str, options: OpenOptions) -> ImageSet:
     """The images of tar shards: a file, a folder of .tar files, a pattern (`*`), or a range (`{0000..0099}`).
 
+    Shards may lie elsewhere, https://... or any store that fsspec knows; images are read by ranges of bytes.
+
     Labels are the samples' `.cls` files or `label`s in `.json`; without those, the members' folders are splits and
     classes as the folders of a disk are. Captions are `.txt` files, or `caption` or `text` in `.json`.
 
@@ -102,7 +111,7 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         NoSplit: the members' folders have no such split.
         UsageError: there is no such shard, or no image in any.
     """
-    shards = expand(location, ".tar")
+    shards = expand_places(location, ".tar")
     indexes = index_shards(shards, options)
     left_out = {str(path): index.damage for path, index in zip(shards, indexes, strict=True) if index.damage}
     if left_out:
@@ -118,7 +127,7 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         raise UsageError(f"there are no images in {location} (looked for {', '.join(sorted(EXTENSIONS))})")
     if not names.distinct:  # keys that begin anew in every shard
         names = Names.joined(
-            [Names(list(index.names), f"{path.stem}/") for path, index in zip(shards, indexes, strict=True)]
+            [Names(list(index.names), f"{stem(path)}/") for path, index in zip(shards, indexes, strict=True)]
         )
     places = np.concatenate(
         [
@@ -143,12 +152,35 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         chosen, names, labels, classes = np.array(part.numbers, np.int64), part.names, part.labels, part.classes
         if (own[chosen] != NO_LABEL).all() and len(chosen):
             labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
-    found = [size_and_date(path) for path in shards]
+    found = [index.version for index in indexes]
     images = TarImages(options.decoding, shards, found, places[chosen], names, labels, classes)
     if not captions.blank:
         images.captions = captions.take(chosen)
     images.left_out = left_out
     return images
+
+
+def expand_places(location: str, ending: str) -> list[Place]:
+    """The files that a location means, in order: as `expand`, or in a store elsewhere.
+
+    Raises:
+        UsageError: a pattern means none, or a file here is not there.
+    """
+    if not is_remote(location):
+        return [*expand(location, ending)]
+    places: list[Place] = []
+    for text in _braces(location):
+        if not re.search(r"[*?\[]", urlsplit(text).path):
+            places.append(text)
+            continue
+        try:
+            found = matches(text)
+        except OSError as error:
+            raise UsageError(f"{text} cannot be listed: {in_words(error)}") from None
+        if not found:
+            raise UsageError(f"nothing in the store matches {text!r}; give locations, or a range {{0000..0099}}")
+        places += found
+    return places
 
 
 def expand(location: str, ending: str) -> list[Path]:
@@ -192,7 +224,7 @@ def _braces(text: str) -> list[str]:
     return [one for part in parts for one in _braces(text[: match.start()] + part + text[match.end() :])]
 
 
-def index_shards(shards: Sequence[Path], options: OpenOptions) -> list[ShardIndex]:
+def index_shards(shards: Sequence[Place], options: OpenOptions) -> list[ShardIndex]:
     """The index of every shard: from the cache where size and date of the shard are the same, else made anew."""
     done = 0
     indexes = []
@@ -205,16 +237,26 @@ def index_shards(shards: Sequence[Path], options: OpenOptions) -> list[ShardInde
     return indexes
 
 
-def _indexed(path: Path) -> ShardIndex:
-    found = size_and_date(path)
-    key = digest(["tar", VERSION, str(path.resolve()), found])
+def _indexed(path: Place) -> ShardIndex:
+    return _kept_or_made(path, _version(path))
+
+
+def _version(path: Place) -> Version | None:
+    try:
+        return size_and_date(path) if isinstance(path, Path) else version(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {in_words(error)}") from None
+
+
+def _kept_or_made(path: Place, found: Version | None) -> ShardIndex:
+    key = digest(["tar", VERSION, str(path.resolve()) if isinstance(path, Path) else path, found])
     cached = cache_folder() / "indexes" / f"{key}.npz"
     if is_cached(cached):
         try:
-            return _load(cached)
+            return replace(_load(cached), version=found)
         except UsageError:
             pass  # a damaged index is made again
-    index = index_shard(path)
+    index = replace(index_shard(path), version=found)
     if not index.damage:
         try:
             _save(cached, index)
@@ -223,7 +265,7 @@ def _indexed(path: Path) -> ShardIndex:
     return index
 
 
-def index_shard(path: Path) -> ShardIndex:
+def index_shard(path: Place) -> ShardIndex:
     """Reads the headers of a shard. What comes before a damaged place is kept, and the damage said.
 
     Raises:
@@ -234,8 +276,8 @@ def index_shard(path: Path) -> ShardIndex:
     captions: dict[str, str] = {}
     damage = ""
     try:
-        with open_regular(path) as file:
-            total = path.stat().st_size
+        with open_place(path) as file:
+            total = path.stat().st_size if isinstance(path, Path) else version(path)[0]
             if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
                 raise UsageError(f"{path} is compressed and cannot be read by number; unpack it (gunzip, unzstd)")
             file.seek(0)

@@ -117,11 +117,10 @@ class Learner:
         """Weights and moments, of which each process holds its share or all; and the optimizer's options."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
+        # Weights first: asking for them shards those again that a forward pass has left gathered.
+        model = get_model_state_dict(self.generator)
         optimizer = get_optimizer_state_dict(self.generator, self.optimizer)
-        return {
-            "model": get_model_state_dict(self.generator),
-            "optimizer": optimizer["state"],
-        }, optimizer["param_groups"]
+        return {"model": model, "optimizer": optimizer["state"]}, optimizer["param_groups"]
 
     def _load_shards(self, state: Mapping[str, Any], folder: Path) -> None:
         from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
