@@ -125,9 +125,29 @@ def join(device: str) -> str:
     The backend is gloo: what is exchanged is small and lies in memory, whatever the device.
     """
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        join_after_restart("gloo")
+    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
+
+
+def join_after_restart(backend: str) -> None:
+    """Initialises torch.distributed in processes that torchrun has started again (`--max-restarts`).
+
+    Its store still has the addresses of the processes before, at which a new process that is early would call in vain:
+    each restart therefore meets under names of its own. Does nothing at a first start.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts == "0" or not shared or not dist.is_available() or dist.is_initialized():
+        return
+    from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=False)
+    meeting = PrefixStore(f"lexel/restart-{restarts}", store)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=count)
 
 
 def _reachable(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lexel.cli.options import (
     Workers,
     print_left_out,
     progress,
+    say,
     transform_of,
 )
 from lexel.errors import UsageError
@@ -61,6 +62,7 @@ def reconstruct(
 
 
 def encode(
+    context: typer.Context,
     source: RunArgument,
     data: DataArgument,
     out: Out,
@@ -84,6 +86,16 @@ def encode(
         int, typer.Option(min=0, help="With --sequences: ids of the text vocabulary before the codes.")
     ] = 0,
     part: PartOption = None,
+    parts: Annotated[
+        int | None, typer.Option(min=1, help="With --engine: as so many parts, each by a process of its own.")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Where --parts run: local, slurm (an array, by submitit) or ray.")
+    ] = None,
+    engine_option: Annotated[
+        list[str] | None,
+        typer.Option("--engine-option", metavar="name=value", help="Of the engine: gpus_per_node=1, num_gpus=1, ..."),
+    ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
     captions: Annotated[
         Path | None,
@@ -103,15 +115,23 @@ def encode(
     """Encodes images to a token data set; the same command again resumes.
 
     With --part I/N only a share of it, in a folder that the parts have in common (the last one completes it), or in
-    one of each part's own, for `lexel merge`.
+    one of each part's own, for `lexel merge`. With --parts N --engine slurm (or ray, local) all parts are run, each as
+    a command of its own, and what fails is run again.
     """
     from lexel.codec import Codec
+    from lexel.config import parse_override
     from lexel.data.tokens import export_parquet, export_sequences, export_webdataset
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
     from lexel.runtime import runtime
     from lexel.text_encoder import TextEncoder
 
+    if (parts is None) != (engine is None) or (engine_option and not engine):
+        raise UsageError("--parts N and --engine NAME go together, and --engine-option with them")
+    if engine and parts:
+        if part:
+            raise UsageError("--part is one of the parts that --engine runs; give --parts N alone")
+        run_parts(context, engine, parts, dict(parse_override(text) for text in engine_option or ()), out)
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
@@ -137,6 +157,39 @@ def encode(
         export_webdataset(tokens, webdataset)
     if sequences:
         export_sequences(tokens, sequences, offset)
+
+
+# Options of `encode` that a part does not get: those that share it out, and what is made of the whole set.
+OF_THE_WHOLE = {"part", "parts", "engine", "engine_option", "parquet", "webdataset", "sequences", "offset"}
+
+
+def run_parts(context: typer.Context, engine: str, parts: int, options: dict[str, Any], out: Path) -> None:
+    """Runs all parts of the command at hand by an engine; what is left then is to read the whole.
+
+    Raises:
+        UsageError: see `lexel.engines.run_all`.
+    """
+    from lexel.engines import run_all
+
+    own = arguments_of(context, OF_THE_WHOLE)
+    commands = [[*own, "--part", f"{number}/{parts}"] for number in range(1, parts + 1)]
+    run_all(commands, engine, out.with_name(f"{out.name}.jobs"), options, say=lambda text: say(f"lexel: {text}"))
+
+
+def arguments_of(context: typer.Context, without: set[str]) -> list[str]:
+    """The command at hand as it could be typed: its name, its arguments, and the options that are not as by default."""
+    typed: list[str] = []
+    options: list[str] = []
+    for parameter in context.command.params:
+        value = context.params.get(parameter.name)
+        if parameter.name in without or value is None or value == parameter.default:
+            continue
+        if parameter.param_type_name == "argument":
+            typed.append(str(value))
+        else:
+            values = value if isinstance(value, list | tuple) else [value]
+            options += [text for one in values for text in (parameter.opts[0], str(one))]
+    return [str(context.info_name), *typed, *options]
 
 
 def merge(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lexel.config import Config, flatten
-from lexel.distributed import broadcast, gather
+from lexel.distributed import broadcast, gather, join_after_restart
 from lexel.errors import UsageError
 from lexel.runtime import Runtime, runtime
 
@@ -49,6 +49,10 @@ class Processes:
 
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         on_cpu = device == "cpu" or (device == "auto" and launched and not torch.cuda.is_available())
+        if launched:
+            if not on_cpu and torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            join_after_restart("gloo" if on_cpu else "nccl")
         fresh = not is_initialized()  # else the user's Accelerator is there, which may not be changed
         self.accelerator = Accelerator(
             device_placement=False,

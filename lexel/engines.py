@@ -1,0 +1,130 @@
+"""Commands on many machines: here, as a Slurm array (submitit), or by Ray. What failed is run again.
+
+An engine runs a list of commands and says how each ended. Which images are in which command is settled before
+(`lexel.parts`), and every command goes on where it was stopped, so that nothing is lost or doubled whatever an engine
+does with them.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from lexel.errors import UsageError
+from lexel.registry import lookup
+
+Command = Sequence[str]  # arguments of `lexel`
+Engine = Callable[[Sequence[Command], Path, Mapping[str, Any]], list[int]]
+"""Commands, a folder for notes and options of the engine to the exit status of each command."""
+
+TRIES = 3
+
+
+def run_command(arguments: Command) -> int:
+    """Runs `lexel` in a process of its own; its exit status, negative where a signal ended it."""
+    return subprocess.run(
+        [sys.executable, "-m", "lexel", *arguments], stdout=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+def here(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
+    """On this machine, `at_once` (by default 1) at a time."""
+    _only(options, {"at_once"}, "local")
+    with ThreadPoolExecutor(int(options.get("at_once", 1))) as pool:
+        return list(pool.map(run_command, commands))
+
+
+def slurm(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
+    """As a Slurm array by submitit; options are its own: `timeout_min`, `slurm_partition`, `gpus_per_node`, ...
+
+    `cluster` = "local" runs submitit's processes on this machine.
+    """
+    try:
+        import submitit  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("the engine slurm needs submitit: pip install 'lexel[slurm]'") from None
+    own = dict(options)
+    try:
+        executor = submitit.AutoExecutor(folder=notes / "%j", cluster=own.pop("cluster", "slurm"))
+        executor.update_parameters(**{"timeout_min": 24 * 60, **own})
+        jobs = executor.map_array(run_command, [list(command) for command in commands])
+    except (RuntimeError, NameError, ValueError, TypeError) as error:
+        raise UsageError(f"submitit does not take the jobs: {error}") from None
+    ended = []
+    for job in jobs:
+        try:
+            ended.append(int(job.result()))
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
+            ended.append(-1)  # the job itself was killed, or its node is gone
+    return ended
+
+
+def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
+    """By Ray, on the cluster that RAY_ADDRESS names or on this machine; options are its tasks' own: `num_gpus`, ..."""
+    try:
+        import ray  # type: ignore[import-not-found]
+    except ImportError:
+        raise UsageError("the engine ray needs Ray: pip install 'lexel[ray]'") from None
+    if not ray.is_initialized():  # and it stays so for another try: Ray ends with this process
+        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False)
+    try:
+        task = ray.remote(max_retries=0, **options)(run_command)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"Ray does not take the tasks: {error}") from None
+    ended = []
+    for one in [task.remote(list(command)) for command in commands]:
+        try:
+            ended.append(int(ray.get(one)))
+        except ray.exceptions.RayError:
+            ended.append(-1)  # the worker was killed, or its node is gone
+    return ended
+
+
+ENGINES: dict[str, Engine] = {"local": here, "slurm": slurm, "ray": by_ray}
+
+
+def run_all(
+    commands: Sequence[Command],
+    engine: str,
+    notes: Path,
+    options: Mapping[str, Any] | None = None,
+    tries: int = TRIES,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Runs commands of `lexel` by an engine, each until it has ended well, at most `tries` times.
+
+    Args:
+        commands: arguments of each; running one again must go on where it was stopped.
+        engine: a key of ENGINES, or an entry point of the group `lexel.engines`.
+        notes: a folder in which engines may write.
+        options: of the engine.
+        tries: of each command.
+        say: told of commands that are run again.
+
+    Raises:
+        UsageError: the engine is unknown or refuses, or a command failed every time.
+    """
+    run = lookup(ENGINES, engine, "engine", "lexel.engines")
+    left = list(range(len(commands)))
+    for attempt in range(1, tries + 1):
+        ended = run([commands[number] for number in left], notes, options or {})
+        failed = [(number, status) for number, status in zip(left, ended, strict=True) if status]
+        if not failed:
+            return
+        number, status = failed[0]
+        told = f"{len(failed)} of {len(left)} parts failed; the first, part {number + 1}, ended with {status}"
+        if any(status == 2 for _, status in failed):  # a mistake of the user, which no second try mends
+            raise UsageError(f"{told}: run `lexel {' '.join(commands[number])}` to see why")
+        if attempt < tries:
+            say(f"{told}; they are run again")
+        left = [number for number, _ in failed]
+    raise UsageError(f"{told}, {tries} times: run `lexel {' '.join(commands[number])}` to see why")
+
+
+def _only(options: Mapping[str, Any], known: set[str], engine: str) -> None:
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise UsageError(f"the engine {engine} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
