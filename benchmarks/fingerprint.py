@@ -8,6 +8,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"generator_tiny  {digest(last_state(generator)['model'].values())}")
 
 
-def last_state(run: Path) -> dict[str, dict[str, Tensor]]:
+def last_state(run: Path) -> dict[str, Any]:
     """The training state of a run's newest checkpoint."""
     return load_state(max((run / "checkpoints").glob("*.pt")))
 

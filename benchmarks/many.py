@@ -28,7 +28,7 @@ from torch import Tensor
 from lexel.compare import expand, read_variants
 from lexel.compare.plan import UNQUANTIZED, PlannedRun
 from lexel.compare.summary import summarise
-from lexel.data.config import open_data
+from lexel.data.config import DataConfig, open_data
 from lexel.data.images import ImageSet
 from lexel.errors import UsageError
 from lexel.kernels import oracle
@@ -230,7 +230,9 @@ class Training:
         tokenizer.eval()
         continuous = tokenizer.continuous
         histogram = None if continuous else CodeHistogram(tokenizer.codebook_size, device=self.device)
-        values, distances, errors = [], [], []
+        values: list[Tensor] = []
+        distances: list[Tensor] = []
+        errors: list[Tensor] = []
         for part in held_out.split(256):
             images = part.float() / 127.5 - 1
             z = tokenizer.latents(images)
@@ -376,8 +378,10 @@ def run(arguments: argparse.Namespace) -> None:
         assert isinstance(recipe, TokenizerRecipe)
         names = arguments.quantizers.split(",")
         planned += expand(recipe, names, numbers["sizes"], [], numbers["seeds"], variants)
-    train, held_out = open_data(recipe.data)
-    pictures = as_array(train, recipe.data.size, None), as_array(held_out, recipe.data.size, arguments.limit)
+    data = recipe.data
+    assert isinstance(data, DataConfig)
+    train, held_out = open_data(data)
+    pictures = as_array(train, data.size, None), as_array(held_out, data.size, arguments.limit)
     lpips = LPIPS("vgg").to(device) if arguments.lpips else None
     with dense():
         results, dropped = train_all(planned, pictures, device, arguments.slots, started + arguments.seconds, lpips)

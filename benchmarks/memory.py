@@ -38,7 +38,8 @@ def main() -> None:
     parser.add_argument("shape", type=int, nargs=3, help="N, K, D")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    print(peak(arguments.method, *arguments.shape, arguments.device))
+    rows, size, dim = arguments.shape
+    print(peak(arguments.method, rows, size, dim, arguments.device))
 
 
 if __name__ == "__main__":

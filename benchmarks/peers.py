@@ -75,7 +75,7 @@ def lookup(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
 
 def library(size: int, dim: int, device: str) -> Forward:
     """The plain VectorQuantize of the vector-quantize-pytorch package, with its defaults (codes learn by averages)."""
-    from vector_quantize_pytorch import VectorQuantize
+    from vector_quantize_pytorch import VectorQuantize  # type: ignore[import-untyped]
 
     module = VectorQuantize(dim=dim, codebook_size=size).to(device)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def memories(rows: int, size: int, arguments: argparse.Namespace) -> dict[str, f
     return found
 
 
-def section(figures: dict) -> list[str]:
+def section(figures: dict[str, Any]) -> list[str]:
     """The lines of the page."""
     lines = []
     for device, shapes in figures.items():
@@ -102,7 +103,7 @@ def section(figures: dict) -> list[str]:
     return lines
 
 
-def table(shapes: dict, unit: str, names: list[str]) -> list[str]:
+def table(shapes: dict[str, Any], unit: str, names: list[str]) -> list[str]:
     """One row a shape, one column a method."""
     names = [name for name in names if any(name in entry[unit] for entry in shapes.values())]
     rows = ["| N x K x D | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]

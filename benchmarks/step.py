@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import peers, results
+from lexel.autoencoders import VQGANConfig
 from lexel.quantizers import IBQ, VQ
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -42,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
     print(json.dumps(medians))
 
 
-def section(figures: dict) -> list[str]:
+def section(figures: dict[str, Any]) -> list[str]:
     """The lines of the page."""
     lines = [
         f"`python -m benchmarks step`: seconds of a whole training step (autoencoder of width 32, {SIDE} px,",
@@ -74,16 +76,11 @@ class Lookup(nn.Module):
 def make(name: str, size: int) -> Callable[[], None]:
     """One training step (L1, quantizer terms, Adam) of a small network of the paper's design."""
     torch.manual_seed(0)
-    autoencoder = {
-        "width": 32,
-        "multipliers": [1, 1, 2, 2, 4],
-        "residual_blocks": 1,
-        "z_channels": DIM,
-    }
+    autoencoder = VQGANConfig(width=32, multipliers=[1, 1, 2, 2, 4], residual_blocks=1, z_channels=DIM)
     tokenizer = Tokenizer(
         TokenizerConfig(autoencoder=autoencoder, quantizer={"kind": "vq", "codebook_size": 2, "codebook_dim": DIM})
     )
-    quantizer = {"IBQ, entropy": IBQ, "VQ": VQ}[name](size, DIM) if name != "VQGAN lookup" else Lookup(size)
+    quantizer: Any = {"IBQ, entropy": IBQ, "VQ": VQ}[name](size, DIM) if name != "VQGAN lookup" else Lookup(size)
     parameters = [
         p
         for part in (tokenizer.encoder, tokenizer.to_codes, tokenizer.from_codes, tokenizer.decoder, quantizer)

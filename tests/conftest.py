@@ -1,9 +1,16 @@
 """Shared by all tests: one thread per process (tiny tensors), and where the published fixtures lie."""
 
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+# What was compiled once is read by every process of the tests, and lies in none of the source folders.
+sys.dont_write_bytecode = False
+sys.pycache_prefix = str(Path(__file__).parents[1] / "build" / "bytecode")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
 import torch
@@ -18,6 +25,20 @@ BACKBONES["random"] = RandomBackbone
 FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With -n, whole files are shared out: what a file's tests share is then made once."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "loadfile"
+
+
+@pytest.fixture(scope="module")
+def undrawn_charts() -> Iterator[None]:
+    """For files whose trainings write a report that nobody looks at: its charts stay empty, which saves most of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lexel.report.figures._svg", lambda *_, **__: "<svg></svg>")
+        yield
 
 
 @pytest.fixture

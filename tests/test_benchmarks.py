@@ -46,6 +46,7 @@ def test_the_published_figures_give_the_published_page():
         assert "\n".join(lines).strip() in page, name
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_to_faults():
     table = faults.inject(seed=os.getpid(), quick=True)  # other moments and places each time
     assert set(table) == {name for name, kind in faults.FAULTS.items() if kind.quick}
@@ -59,8 +60,9 @@ def test_a_fault_that_changes_the_result_is_called_lost(tmp_path, monkeypatch):
     assert table == {faults.LOST: 1}
 
 
-def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path):
-    soaked = soak.soak(160, tmp_path)
+@pytest.mark.parametrize("steps", [48, pytest.param(1000, marks=pytest.mark.slow)])
+def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path, steps):
+    soaked = soak.soak(steps, tmp_path)
     assert soaked.grows == []
     leaky = soaked._replace(after=soaked.after._replace(files=soaked.before.files + 1))
     assert leaky.grows == ["files"]

@@ -28,17 +28,25 @@ FAST = [
 ]
 
 
-def lexel(capsys, *arguments):
-    """Exit code, output and errors of a command, run in this process; the lines on its progress are left out."""
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
+
+def main(*arguments):
+    """The exit code of a command, run in this process."""
     before = sys.argv
     sys.argv = ["lexel", *map(str, arguments)]
-    code = 0
     try:
         cli.main()
     except SystemExit as exit_:
-        code = exit_.code or 0
+        return exit_.code or 0
     finally:
         sys.argv = before
+    return 0
+
+
+def lexel(capsys, *arguments):
+    """Exit code, output and errors of a command, run in this process; the lines on its progress are left out."""
+    code = main(*arguments)
     captured = capsys.readouterr()
     errors = "".join(
         line for line in captured.err.splitlines(True) if not re.match(r"[^:]+(: [^:]+)?: step [\d,]+ ", line)
@@ -66,21 +74,10 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(pictures, tmp_path_factory):
-    """A tokenizer of four steps, trained by the command itself in a process of its own."""
+    """A tokenizer of four steps, trained by the command itself."""
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    command = [
-        sys.executable,
-        "-m",
-        "lexel",
-        "train",
-        "tiny",
-        "--out",
-        out,
-        "--set",
-        f"data.source={json.dumps(str(pictures))}",
-    ]
-    result = subprocess.run([*command, *FAST, "--device", "cpu"], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    source = f"data.source={json.dumps(str(pictures))}"
+    main("train", "tiny", "--out", out, "--set", source, *FAST, "--device", "cpu")
     return out
 
 
@@ -276,9 +273,7 @@ def generator_command(run, pictures, out):
 def generator(run, pictures, tmp_path_factory):
     """A generator of four steps over the tokens of `run`, of two classes."""
     out = tmp_path_factory.mktemp("runs") / "generator"
-    command = [sys.executable, "-m", "lexel", *map(str, generator_command(run, pictures, out))]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    main(*generator_command(run, pictures, out))
     return out
 
 

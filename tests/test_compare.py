@@ -113,6 +113,7 @@ def test_a_comparison_leaves_a_page_a_json_and_runs_that_can_be_repeated(recipe,
         assert again.resolved() == run.recipe
 
 
+@pytest.mark.usefixtures("undrawn_charts")
 def test_what_is_finished_is_not_trained_again(recipe, tmp_path, monkeypatch):
     first = compare(recipe, ["vq"], tmp_path, **CHEAP)
     trained = []
@@ -130,6 +131,7 @@ def test_what_is_finished_is_not_trained_again(recipe, tmp_path, monkeypatch):
         compare(make(recipe.data.source, lr=2e-3), ["vq"], tmp_path, **CHEAP)
 
 
+@pytest.mark.usefixtures("undrawn_charts")
 def test_a_training_that_was_stopped_goes_on(recipe, tmp_path, monkeypatch):
     real = comparing.train_tokenizer
 

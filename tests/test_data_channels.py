@@ -11,6 +11,8 @@ from lexel.loading import load_tokenizer
 from lexel.runtime import runtime
 from lexel.train import load_recipe, train
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 
 def test_a_tokenizer_of_grey_pictures_is_trained_and_used_by_the_same_commands(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (12, 20, 20), np.uint8)

@@ -29,7 +29,8 @@ def _with_two(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_see_the_same_rows_sums_and_values(tmp_path):
-    mp.spawn(_with_two, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    arguments = (str(tmp_path / "store"), str(tmp_path))
+    mp.start_processes(_with_two, arguments, nprocs=2, start_method="forkserver")
     for rank in range(2):
         rows, total, mean, grad, gathered, broadcast = torch.load(tmp_path / f"{rank}.pt")
         assert rows.tolist() == [[0, 0], [1, 1], [1, 1]]  # in the order of ranks, with different numbers of rows

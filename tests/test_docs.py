@@ -15,6 +15,8 @@ from lexel.cli import app
 from lexel.config import find_recipe
 from lexel.quantizers import QUANTIZERS
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]

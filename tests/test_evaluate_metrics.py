@@ -254,7 +254,7 @@ def test_a_cache_that_may_not_be_entered_costs_no_result(cache, monkeypatch):
     monkeypatch.setattr(Path, "is_file", refuse(ask))
     monkeypatch.setattr(Path, "mkdir", refuse(write))
     result = evaluate_tokenizer(
-        Grey(), image_set(), dataclasses.replace(QUICK, network="inception"), metrics=["frechet"]
+        Grey(), image_set(3), dataclasses.replace(QUICK, network="inception"), metrics=["frechet"]
     )
     assert "fd_efficientnet_lite0" in result["metrics"]
     assert any("cannot be written (Permission denied)" in warning for warning in result["warnings"])

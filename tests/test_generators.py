@@ -2,11 +2,10 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import run_together
 from test_generators_latents import FAMILIES as LATENTS
 from test_transformer import shake
 
@@ -99,9 +98,9 @@ def test_two_processes_make_the_images_of_one(tmp_path):
     for name, generator in generators.items():
         generator.save_pretrained(tmp_path / name)
     script = (
-        "import json, sys, torch, lexel\n"
+        "import json, os, sys, torch, lexel\n"
         "torch.set_num_threads(1)\n"
-        "rank, families = int(sys.argv[2]), json.loads(sys.argv[3])\n"
+        "rank, families = int(os.environ['RANK']), json.loads(sys.argv[2])\n"
         "numbers, found = list(range(5))[rank::2], {}\n"
         "for name, options in families.items():\n"
         "    generator = lexel.Generator.from_pretrained(f'{sys.argv[1]}/{name}')\n"
@@ -109,10 +108,8 @@ def test_two_processes_make_the_images_of_one(tmp_path):
         "    found[name] = generator.sample(labels, 2.0, seed=9, image_numbers=numbers, **options).tolist()\n"
         "print(json.dumps(found))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path)]
     families = json.dumps({name: options(name) for name in NETWORKS})
-    started = [subprocess.Popen([*command, str(rank), families], stdout=subprocess.PIPE) for rank in range(2)]
-    outputs = [json.loads(process.communicate(timeout=120)[0]) for process in started]
+    outputs = [json.loads(said) for said in run_together(script, [tmp_path, families])]
     for name, generator in generators.items():
         expected = generator.sample([0, 1, 2, 3, 0], 2.0, seed=9, **options(name))
         for rank, output in enumerate(outputs):

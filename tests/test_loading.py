@@ -30,6 +30,8 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train import load_recipe, train
 from tests.fuzz import counts, survives
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 TINY = TokenizerConfig(
     autoencoder=VQGANConfig(
         width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4

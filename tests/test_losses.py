@@ -479,7 +479,7 @@ def _lecam_in_a_process(rank: int, rendezvous: str, out: str, steps: list[tuple[
 def test_two_processes_average_as_one_does_on_the_joined_batch(tmp_path):
     steps = [(noise(8, 1, 2, 2, seed=2 * step), noise(8, 1, 2, 2, seed=2 * step + 1) - 0.5) for step in range(3)]
     arguments = (str(tmp_path / "rendezvous"), str(tmp_path), steps)
-    multiprocessing.spawn(_lecam_in_a_process, arguments, nprocs=2)
+    multiprocessing.start_processes(_lecam_in_a_process, arguments, nprocs=2, start_method="forkserver")
     lecam = LeCAM(decay=0.5)
     losses = torch.stack([lecam(real, fake) for real, fake in steps])
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))

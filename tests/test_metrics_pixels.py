@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 import pytest
+import skimage  # which imports its parts when they are used
 import torch
-from skimage import data
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +16,7 @@ from lexel.metrics.pixels import on_unit_scale
 
 def crops(size: int = 64) -> Tensor:
     """Crops of photographs, as images in [-1, 1]."""
-    pictures = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    pictures = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
     places = [(0, 0), (100, 150), (200, 300)]
     arrays = [picture[top : top + size, left : left + size] for picture in pictures for top, left in places]
     return torch.from_numpy(np.stack(arrays)).movedim(-1, 1).float() / 127.5 - 1
@@ -43,7 +42,7 @@ def pair() -> tuple[Tensor, Tensor]:
 def test_psnr_is_scikit_images(pair, rounding):
     images, made = pair[0].double(), pair[1].double()
     expected = [
-        peak_signal_noise_ratio(a, b, data_range=1)
+        skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1)
         for a, b in zip(on_unit_arrays(images, rounding), on_unit_arrays(made, rounding), strict=True)
     ]
     np.testing.assert_allclose(psnr(images, made, rounding), expected, atol=1e-6)
@@ -59,7 +58,7 @@ def test_ssim_is_scikit_images(pair, window, data_range):
     )
     images, made = pair[0].double(), pair[1].double()
     expected = [
-        structural_similarity(a, b, data_range=data_range, channel_axis=-1, **options)
+        skimage.metrics.structural_similarity(a, b, data_range=data_range, channel_axis=-1, **options)
         for a, b in zip(on_unit_arrays(images), on_unit_arrays(made), strict=True)
     ]
     np.testing.assert_allclose(ssim(images, made, window=window, data_range=data_range), expected, atol=1e-6)

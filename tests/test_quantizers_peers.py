@@ -1,5 +1,7 @@
 """Where a method exists in vector-quantize-pytorch or diffusers, Lexel's outputs and gradients equal theirs."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,9 +10,12 @@ from torch import Tensor
 from lexel.quantizers import BSQ, EMA, FSQ, LFQ, VQ, Cosine, Residual, SimVQ
 from lexel.quantizers.base import rotate
 
-peers = pytest.importorskip("vector_quantize_pytorch")
-
 K, D = 32, 6
+
+
+def peers() -> Any:
+    """vector-quantize-pytorch; it takes seconds to import, which only the process that runs this file should spend."""
+    return pytest.importorskip("vector_quantize_pytorch")
 
 
 def latents(*shape: int, seed: int = 2) -> Tensor:
@@ -52,9 +57,11 @@ def test_vq_equals_diffusers_in_codes_loss_and_gradients(legacy):
 
 def test_ema_keeps_the_averages_of_vector_quantize_pytorch():
     ours = EMA(K, D, decay=0.9)
-    theirs = peers.VectorQuantize(
-        dim=D, codebook_size=K, decay=0.9, eps=1e-5, rotation_trick=False, commitment_weight=0.25
-    ).train()
+    theirs = (
+        peers()
+        .VectorQuantize(dim=D, codebook_size=K, decay=0.9, eps=1e-5, rotation_trick=False, commitment_weight=0.25)
+        .train()
+    )
     theirs._codebook.embed.copy_(ours.weight[None])
     theirs._codebook.embed_avg.copy_(ours.sums[None])
     for step in range(4):
@@ -71,7 +78,7 @@ def test_ema_keeps_the_averages_of_vector_quantize_pytorch():
 
 def test_cosine_equals_the_cosine_codebook_of_vector_quantize_pytorch():
     ours = Cosine(K, D)
-    theirs = peers.VectorQuantize(dim=D, codebook_size=K, use_cosine_sim=True, rotation_trick=False).eval()
+    theirs = peers().VectorQuantize(dim=D, codebook_size=K, use_cosine_sim=True, rotation_trick=False).eval()
     theirs._codebook.embed.copy_(ours.codebook[None])
     z = latents(3, D, 7)
     z_q, indices, _ = theirs(channels_last(z))
@@ -83,7 +90,7 @@ def test_cosine_equals_the_cosine_codebook_of_vector_quantize_pytorch():
 @pytest.mark.parametrize("gradient, rotation", [("straight_through", False), ("rotation", True)])
 def test_simvq_equals_vector_quantize_pytorch_in_codes_loss_and_gradients(gradient, rotation):
     ours = SimVQ(K, D, bias=False, gradient=gradient)
-    theirs = peers.SimVQ(dim=D, codebook_size=K, rotation_trick=rotation)
+    theirs = peers().SimVQ(dim=D, codebook_size=K, rotation_trick=rotation)
     theirs.frozen_codebook.copy_(ours.table)
     theirs.code_transform.load_state_dict(ours.projection.state_dict())
     first, second = (latents(2, D, 7).requires_grad_() for _ in range(2))
@@ -112,7 +119,7 @@ def test_the_rotation_trick_equals_vector_quantize_pytorch():
 
 @pytest.mark.parametrize("spherical", [False, True])
 def test_sign_codes_and_their_entropies_equal_vector_quantize_pytorch(spherical):
-    theirs = peers.LFQ(codebook_size=64, dim=6, spherical=spherical, commitment_loss_weight=0.25).train()
+    theirs = peers().LFQ(codebook_size=64, dim=6, spherical=spherical, commitment_loss_weight=0.25).train()
     ours = BSQ(64, 6, group_bits=None, temperature=0.05) if spherical else LFQ(64, 6, 0.05, bit_order="high_first")
     ours.epsilon = 0.0
     z = 0.2 * latents(2, 6, 30)
@@ -129,7 +136,7 @@ def test_sign_codes_and_their_entropies_equal_vector_quantize_pytorch(spherical)
 
 @pytest.mark.parametrize("levels", [[8, 5, 5, 5], [7, 5, 4], [3]], ids=str)
 def test_fsq_equals_vector_quantize_pytorch_in_codes_and_gradients(levels):
-    theirs = peers.FSQ(levels)
+    theirs = peers().FSQ(levels)
     ours = FSQ(theirs.codebook_size, len(levels), levels)
     first, second = (3 * latents(2, len(levels), 50).requires_grad_() for _ in range(2))
     first.retain_grad()
@@ -146,7 +153,7 @@ def test_fsq_equals_vector_quantize_pytorch_in_codes_and_gradients(levels):
 
 def test_residual_levels_choose_what_vector_quantize_pytorch_chooses():
     ours = Residual(K, D, depth=3, base="ema").eval()
-    theirs = peers.ResidualVQ(dim=D, codebook_size=K, num_quantizers=3).eval()
+    theirs = peers().ResidualVQ(dim=D, codebook_size=K, num_quantizers=3).eval()
     for level, layer in zip(ours, theirs.layers, strict=True):
         layer._codebook.embed.copy_(level.codebook[None])
     z = latents(2, D, 9)

@@ -1,12 +1,10 @@
 """Quantizers in two processes: statistics are those of one, whatever the shares, and evaluation asks nobody."""
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from processes import run_together
 from torch import Tensor
 
 from lexel.errors import UsageError
@@ -21,9 +19,9 @@ ENTROPIC = ["ibq", "lfq", "bsq"]
 STATISTICS = [1, 2, 4, "process", "global"]
 
 WORKER = f"""
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from lexel.quantizers import QUANTIZERS
-rank, folder = int(sys.argv[1]), sys.argv[2]
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
 torch.set_num_threads(1)
 
 def batch(step, scale=1.0):
@@ -78,14 +76,7 @@ def batch(step: int, scale: float = 1.0) -> Tensor:
 def two(tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     """What two processes found; each has to end by itself."""
     folder = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", WORKER]
-    workers = [subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in range(2)]
-    try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_together(WORKER, [folder])
     first, second = (torch.load(folder / f"out.{rank}", weights_only=True) for rank in range(2))
     return first, second
 

@@ -20,8 +20,7 @@ from lexel.train import load_recipe
 RECIPE = '[model.quantizer]\nkind = "vq"\ncodebook_size = 32\ncodebook_dim = 4\n'
 
 
-@pytest.fixture
-def run(tmp_path):
+def written_run(folder):
     """A run folder as training leaves it: 60 steps, two validations, two snapshots."""
     random = np.random.default_rng(0)
     lines = [
@@ -35,7 +34,6 @@ def run(tmp_path):
             | {"perplexity": 3.5, "dead_codes": 28, "softmax_perplexity": 20.0, "gradient_ratio": 1.0}
             | {"gradient_cosine": 1.0, "code_norm": 1.0, "latent_norm": 1.0, "quantization_error": 0.5}
         )
-    folder = tmp_path / "a <b> run"
     (folder / "snapshots").mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "recipe.toml").write_text(RECIPE)
@@ -51,21 +49,28 @@ def run(tmp_path):
     return folder
 
 
-def test_the_page_holds_all_it_needs(run):
-    html = report.write_report(run).read_text()
+@pytest.fixture
+def run(tmp_path):
+    return written_run(tmp_path / "a <b> run")
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    return report.write_report(written_run(tmp_path_factory.mktemp("run") / "a <b> run")).read_text()
+
+
+def test_the_page_holds_all_it_needs(html):
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:|#)""", html)
     assert "url(http" not in html
     assert "<script" not in html
 
 
-def test_names_are_escaped(run):
-    html = report.write_report(run).read_text()
+def test_names_are_escaped(html):
     assert "a &lt;b&gt; run" in html
     assert "a <b> run" not in html
 
 
-def test_the_page_says_what_was_measured_and_what_it_means(run):
-    html = report.write_report(run).read_text()
+def test_the_page_says_what_was_measured_and_what_it_means(html):
     for text in (
         "15.25 dB",
         "12.5%",
@@ -77,9 +82,8 @@ def test_the_page_says_what_was_measured_and_what_it_means(run):
         assert text in html, text
 
 
-def test_the_same_run_gives_the_same_page(run):
-    first = report.write_report(run).read_bytes()
-    assert report.write_report(run).read_bytes() == first
+def test_the_same_run_gives_the_same_page(run, html):
+    assert report.write_report(run).read_text() == html
 
 
 def test_a_run_that_has_just_begun_has_a_page(run):

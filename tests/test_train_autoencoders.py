@@ -24,6 +24,8 @@ from lexel.train import train
 from lexel.train.recipes import InitConfig, TokenizerRecipe
 from lexel.train.tokenizer import initialise, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 CONVOLUTIONAL = {"width": 8, "multipliers": [1, 2, 2], "residual_blocks": 1, "groups": 4, "z_channels": 8}
 TRANSFORMER = {"width": 16, "depth": 1, "heads": 2}
 VIT = {"kind": "vit", "patch": 4, "encoder": TRANSFORMER, "decoder": TRANSFORMER, "head_width": 8}

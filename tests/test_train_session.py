@@ -1,17 +1,13 @@
 """The frame of training: what several processes decide, what a step waits for, and what a run knows of its data."""
 
 import dataclasses
-import os
 import shutil
-import socket
-import subprocess
-import sys
 import traceback
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_together
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +26,8 @@ from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
 from lexel.train.validation import RULES, Places, require_readable, validate
+
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
 
 
 @pytest.fixture
@@ -107,29 +105,10 @@ except UsageError as error:
 """
 
 
-def launch(script, arguments, processes=2, timeout=240):
-    """The outputs of processes started together; all must end well within the time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-    workers = []
-    for rank in range(processes):
-        own = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        command = [sys.executable, "-c", script, *map(str, arguments)]
-        environment = {**os.environ, **own, "PYTHONPATH": str(Path(__file__).parents[1])}
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    try:
-        return [worker.communicate(timeout=timeout)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-
-
 def test_processes_agree_on_the_best_validation_however_slow_the_log_is(pictures, tmp_path):
     chosen = recipe(pictures, validate_every=1, save_every=100)
     (tmp_path / "recipe.toml").write_text(dump(chosen))
-    said = launch(SLOW, [tmp_path / "recipe.toml", tmp_path / "run"])
+    said = run_together(SLOW, [tmp_path / "recipe.toml", tmp_path / "run"])
     assert said == ["8 True the disk of rank 1 is gone\n"] * 2
     lines = RunFolder(tmp_path / "run", writes=False).lines("validation")
     assert [line["step"] for line in lines] == list(range(1, 9))
