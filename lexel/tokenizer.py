@@ -16,8 +16,9 @@ from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.losses.perturbation import Codes
 from lexel.provenance import of_folder as provenance_of_folder
-from lexel.quantizers import Continuous, Levels, Quantized, Quantizer
+from lexel.quantizers import Continuous, Levels, Quantized
 from lexel.quantizers.base import straight_through
+from lexel.quantizers.levels import build_levels
 from lexel.quantizers.living import Recoded
 from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
@@ -48,15 +49,6 @@ class Passed(NamedTuple):
     quantized: Tensor  # (B, D, *grid), what was decoded
 
 
-def build_quantizer(table: Mapping[str, Any], shares: tuple[int, ...] | None) -> Quantizer:
-    """The quantizer of a table with its kind; one a level where the autoencoder has several."""
-    options = dict(table)
-    kind = options.pop("kind")
-    if shares is None:
-        return quantizers.build(kind, options)
-    return Levels([quantizers.build(kind, options) for _ in shares], shares)
-
-
 class Tokenizer(nn.Module):
     """Images (B, C, H, W) in [-1, 1] to indices (B, *grid), and back; `grid` says which sizes fit.
 
@@ -79,7 +71,7 @@ class Tokenizer(nn.Module):
         network = autoencoders.build(self.config.autoencoder)
         self.encoder, self.decoder = network.encoder, network.decoder
         self.__dict__["autoencoder"] = network  # no submodule: its weights already have names, encoder and decoder
-        self.quantizer = build_quantizer(self.config.quantizer, network.shares)
+        self.quantizer = build_levels(self.config.quantizer, network.shares)
         if network.shares is not None and self.config.projections:
             raise UsageError(
                 f"the {network.config.kind} autoencoder has projections of its own; set projections = false"
@@ -330,7 +322,7 @@ class Tokenizer(nn.Module):
             tokenizer = cls(config)
         checkpoint.load_strict(tokenizer, tensors, source)
         if any(buffer.is_meta for buffer in tokenizer.buffers()):  # tables that are computed, never saved
-            computed = build_quantizer(config.quantizer, tokenizer.autoencoder.shares)
+            computed = build_levels(config.quantizer, tokenizer.autoencoder.shares)
             for name, module in computed.named_modules():
                 for buffer in module._non_persistent_buffers_set:
                     setattr(tokenizer.quantizer.get_submodule(name), buffer, getattr(module, buffer))

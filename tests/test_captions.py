@@ -14,9 +14,10 @@ from lexel.conditions import CaptionFeatures
 from lexel.data.captions import CaptionFile
 from lexel.data.tokens import TokenSet, merge_tokens, write_tokens
 from lexel.errors import UsageError
+from lexel.loading import load_generator
 from lexel.samples import read_captions
 from lexel.tokenizer import Tokenizer, TokenizerConfig
-from lexel.train.generator import load_generator_run, train_generator
+from lexel.train.generator import train_generator
 from lexel.train.generator_recipe import GeneratorRecipe
 
 COUNT, LENGTH, CHANNELS = 10, 3, 5
@@ -233,7 +234,7 @@ def test_a_generator_learns_which_caption_goes_with_which_tokens(tmp_path, file,
     }
     recipe = GeneratorRecipe.model_validate(table)
     train_generator(recipe, tmp_path / "run", device="cpu")
-    generator = load_generator_run(tmp_path / "run")
+    generator = load_generator(tmp_path / "run")
     captions = torch.from_numpy(features())
     tokens = TokenSet.open(tmp_path / "tokens").tokens(range(COUNT))
     made = generator.sample(captions, top_k=1)
@@ -279,5 +280,5 @@ def test_a_flow_over_the_vectors_of_codes_trains_on_captions(tmp_path, file):
     }
     trained = train_generator(GeneratorRecipe.model_validate(table), tmp_path / "run", device="cpu")
     assert trained.finished
-    weights = load_generator_run(tmp_path / "run").condition.fc1.weight
+    weights = load_generator(tmp_path / "run").condition.fc1.weight
     assert weights.abs().sum() > 0

@@ -20,6 +20,7 @@ from lexel import checkpoint, run_folder
 from lexel.checkpoint import load_state
 from lexel.config import check
 from lexel.errors import UsageError
+from lexel.loading import load_tokenizer
 from lexel.losses import reconstruction
 from lexel.quantizers import save_bank
 from lexel.run_folder import RunFolder, TrainingStopped
@@ -29,7 +30,7 @@ from lexel.train.optimization import WeightAverage, frozen
 from lexel.train.processes import Processes
 from lexel.train.recipes import InitConfig, Schedule
 from lexel.train.session import Session
-from lexel.train.tokenizer import Learner, TokenizerRecipe, load_run, train_tokenizer
+from lexel.train.tokenizer import Learner, TokenizerRecipe, train_tokenizer
 
 STEPS = 8
 TIMES = {"seconds", "images_per_second"}
@@ -371,7 +372,7 @@ def test_a_run_may_grow_and_change_what_it_writes(pictures, tmp_path):
     assert [line["step"] for line in logged(tmp_path) if line["kind"] == "train"][-2:] == [STEPS + 1, STEPS + 2]
     train_tokenizer(recipe(pictures, steps=STEPS + 6), tmp_path, device="cpu", progress=interrupted_at(STEPS + 3))
     newest = load_state(RunFolder(tmp_path, writes=False).checkpoint(STEPS + 4))["average"]
-    for name, value in load_run(tmp_path).state_dict().items():  # not what was exported at the earlier end
+    for name, value in load_tokenizer(tmp_path).state_dict().items():  # not what was exported at the earlier end
         assert torch.equal(value, newest[f"module.{name}"]), name
 
 
@@ -688,12 +689,12 @@ def test_the_best_and_the_newest_checkpoints_stay(tmp_path, pictures):
 def test_weights_to_use_are_the_averages_the_live_ones_or_the_best(pictures, straight):
     state = final_state(straight)
     for weights, tensor in (("live", "model"), ("average", "average")):
-        loaded = load_run(straight, weights).state_dict()
+        loaded = load_tokenizer(straight, weights).state_dict()
         for name, value in loaded.items():
             assert torch.equal(value, state[tensor][name if weights == "live" else f"module.{name}"])
     best = RunFolder(straight, writes=False).best_step()
     expected = load_state(RunFolder(straight, writes=False).checkpoint(best))["average"]
-    for name, value in load_run(straight, "best").state_dict().items():
+    for name, value in load_tokenizer(straight, "best").state_dict().items():
         assert torch.equal(value, expected[f"module.{name}"])
 
 

@@ -21,8 +21,9 @@ from lexel.metrics.protocols import protocol
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
 from lexel.train import train
+from lexel.train.initialise import initialise
 from lexel.train.recipes import InitConfig, TokenizerRecipe
-from lexel.train.tokenizer import initialise, train_tokenizer
+from lexel.train.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("undrawn_charts")
 

@@ -23,6 +23,7 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
+from lexel.loading import load_generator
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.run_log import read_metrics
 from lexel.runtime import runtime
@@ -31,7 +32,6 @@ from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
     GeneratorRecipe,
     Learner,
-    load_generator_run,
     parameter_groups,
     train_generator,
 )
@@ -341,7 +341,7 @@ def test_a_run_that_went_on_and_was_stopped_gives_its_newest_weights(tokens, tmp
     train_generator(recipe(tokens, steps=2), tmp_path / "run", device="cpu")
     stop = lambda now: os.kill(os.getpid(), signal.SIGTERM) if now.step == 3 else None  # noqa: E731
     train_generator(recipe(tokens, steps=9, validate_every=100), tmp_path / "run", device="cpu", progress=stop)
-    assert load_generator_run(tmp_path / "run").provenance["step"] == 4
+    assert load_generator(tmp_path / "run").provenance["step"] == 4
 
 
 def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):
@@ -352,9 +352,9 @@ def test_best_weights_are_those_of_the_best_validation(tokens, tmp_path):
         for line in read_metrics(out / "metrics.jsonl")
         if line["kind"] == "validation"
     }
-    best = load_generator_run(out, "best")
+    best = load_generator(out, "best")
     assert best.provenance["step"] == min(bits, key=bits.__getitem__)
-    assert load_generator_run(out).provenance["step"] == 9
+    assert load_generator(out).provenance["step"] == 9
 
 
 def test_training_goes_on_from_another_generator(tokens, tmp_path):

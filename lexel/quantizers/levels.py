@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lexel.errors import UsageError
 from lexel.quantizers.base import Quantized, Quantizer, full_precision
 from lexel.quantizers.living import Recoded
+from lexel.quantizers.registry import build
 from lexel.quantizers.stacked import state_with_parts
 
 
@@ -89,3 +90,12 @@ class Levels(Quantizer):
 
     def dead_codes(self, seen: Any) -> Any:
         return self.part(0).dead_codes(seen)
+
+
+def build_levels(table: Mapping[str, Any], shares: tuple[int, ...] | None) -> Quantizer:
+    """The quantizer of a table with its kind; one a level where an autoencoder has several (see `Levels`)."""
+    options = dict(table)
+    kind = options.pop("kind")
+    if shares is None:
+        return build(kind, options)
+    return Levels([build(kind, options) for _ in shares], shares)

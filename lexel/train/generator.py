@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from lexel.train.tokens import TokenSource, entropy_bits
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
 
-__all__ = ["GeneratorRecipe", "Learner", "initialise", "load_generator_run", "train_generator"]
+__all__ = ["GeneratorRecipe", "Learner", "initialise", "train_generator"]
 
 SHOWN = 8  # samples in the snapshot of the last step
 
@@ -393,8 +393,3 @@ def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
     """Samples for the report: one for each of the first classes, uint8 (SHOWN, H, W, 3)."""
     condition = generator.condition.shown(SHOWN)
     return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(condition, seed=seed))))
-
-
-def load_generator_run(folder: str | Path, weights: Literal["live", "best"] = "live") -> Generator:
-    """The generator of a run folder or model folder, in evaluation mode; see `lexel.load`."""
-    return load_generator(folder, None if weights == "live" else weights)

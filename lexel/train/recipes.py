@@ -227,7 +227,7 @@ class InitConfig(Config):
     """The model a training starts from."""
 
     source: str  # a run, a tokenizer folder, a published checkpoint or a hub id
-    what: Literal["all", "decoder", "codebook", "proxy"] = "all"  # see `lexel.train.tokenizer.initialise`
+    what: Literal["all", "decoder", "codebook", "proxy"] = "all"  # see `lexel.train.initialise`
 
 
 class TokenizerRecipe(Config):
