@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks", "gpu", *_given(arguments), "--parts", name, "--alone"]
         started = time.monotonic()
         try:
-            code = subprocess.run(command, check=False, timeout=min(left, PARTS[name][1])).returncode
+            code: int | str = subprocess.run(command, check=False, timeout=min(left, PARTS[name][1])).returncode
         except subprocess.TimeoutExpired:
             code = "stopped"  # what it had saved stays
         print(f"{name}: {code}, {time.monotonic() - started:.0f} s", flush=True)

@@ -16,7 +16,7 @@ Save = Callable[[str, Any], None]
 Forward = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def ours(z: Tensor, codebook: Tensor, entropy: bool, implementation: str, products: str) -> tuple[Tensor, Tensor]:
+def ours(z: Tensor, codebook: Tensor, entropy: bool, implementation: Any, products: Any) -> tuple[Tensor, Tensor]:
     """Index backpropagation and its loss terms."""
     z_q, _, terms = index_backpropagation(
         z, codebook, entropy=entropy, implementation=implementation, products=products
@@ -62,7 +62,7 @@ def kernels(save: Save, device: str, arguments: argparse.Namespace) -> None:
                 continue
             if size >= 2**20 and "float32" in name:
                 continue
-            figures = {}
+            figures: dict[str, float | None] = {}
             for entropy in (False, True):
                 job = partial(case.step, partial(forward, entropy=entropy))
                 figures["ms, entropy" if entropy else "ms"] = round(milliseconds(job, device, repeats, 1), 3)
@@ -115,7 +115,8 @@ def errors(save: Save, device: str, tiny: bool) -> None:
         def outcome(forward: Forward, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             ours_z, ours_codes = (t.to(device, dtype).requires_grad_() for t in (z, codebook))  # noqa: B023
             z_q, loss = forward(ours_z, ours_codes)
-            return torch.autograd.grad((z_q.double() * g).sum() + loss.double(), (ours_z, ours_codes))  # noqa: B023
+            of_z, of_codes = torch.autograd.grad((z_q.double() * g).sum() + loss.double(), (ours_z, ours_codes))  # noqa: B023
+            return of_z, of_codes
 
         exact = outcome(partial(ours, entropy=True, implementation="oracle", products="float32"), torch.float64)
         best = nearest(z.double().to(device), codebook.double().to(device), "dot", "oracle")
@@ -124,7 +125,8 @@ def errors(save: Save, device: str, tiny: bool) -> None:
             off = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
             figures: dict[str, Any] = {"d_z": float(f"{off[0]:.2e}"), "d_codebook": float(f"{off[1]:.2e}")}
             if not name.startswith("dense"):
-                indices = nearest(z.to(device), codebook.to(device), "dot", name.split(",")[0])
+                way: Any = name.split(",")[0]
+                indices = nearest(z.to(device), codebook.to(device), "dot", way)
                 figures["wrong indices"] = int((indices != best).sum())
             save(f"error, {rows} x {size}: {name}", figures)
 
@@ -134,7 +136,7 @@ def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
     if device != "cuda":
         save("tuning", "needs a CUDA device")
         return
-    from triton.runtime.errors import OutOfResources
+    from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
 
     from lexel.kernels import triton_search, triton_softmax
     from lexel.kernels import triton_tiles as tiles

@@ -96,15 +96,15 @@ def waits(job: Callable[[], Any]) -> dict[str, Any]:
         places[place] = places.get(place, 0) + 1
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         job()
-    on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in profile.events() if event.device_type.name == "CUDA"]
     busy = sum(event.device_time for event in on_device) / 1e3
     return {"waits": len(synchronising), "where": places, "kernels": len(on_device), "ms in kernels": round(busy, 1)}
 
 
 def sampling(save: Save, device: str, arguments: argparse.Namespace) -> None:
     """A decode step of each size, recorded as a graph in bf16, beside the time to read the weights it needs."""
-    tiny = {"tiny": {"layers": 2, "heads": 2, "width": 64}}
-    sizes = tiny if arguments.tiny else {size: SIZES[size] for size in ("B", "L", "XL", "XXL")}
+    tiny: dict[str, Any] = {"tiny": {"layers": 2, "heads": 2, "width": 64}}
+    sizes: dict[str, Any] = tiny if arguments.tiny else {size: SIZES[size] for size in ("B", "L", "XL", "XXL")}
     half = torch.bfloat16
     read = 0.0
     if device == "cuda":
