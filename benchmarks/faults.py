@@ -37,7 +37,7 @@ from lexel.run_folder import RunFolder
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
 
-PATIENCE = 120.0  # seconds after which a process counts as hanging
+PATIENCE = 120.0  # seconds after which a process counts as hanging, on a machine that has time for it
 STEPS = 8
 SURVIVED, TOLD, LOST = "survived", "told", "LOST"
 
@@ -176,13 +176,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
 
 
-def apart(job: Callable[[], Any], kill_after: float | None = None, patience: float = PATIENCE) -> Ended:
+def apart(job: Callable[[], Any], kill_after: float | None = None) -> Ended:
     """Does something in a process of its own, which may be killed after some seconds."""
     mine, theirs = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=_told, args=(job, theirs))
     process.start()
     theirs.close()
-    process.join(patience if kill_after is None else kill_after)
+    process.join(PATIENCE if kill_after is None else kill_after)
     if process.exitcode is None:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
@@ -456,11 +456,14 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments, places and kinds")
     parser.add_argument("--only", choices=FAULTS, action="append", help="this fault; may be repeated")
     parser.add_argument("--times", type=int, help="how often each is injected")
+    parser.add_argument("--patience", type=float, default=PATIENCE, help="seconds after which a process hangs")
     parser.add_argument("--write", action="store_true", help="put the table into RESULTS.md")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Injects every fault, and prints the table."""
+    global PATIENCE
+    PATIENCE = arguments.patience
     table = inject(arguments.seed, arguments.quick, arguments.only, arguments.times)
     part = {
         "seed": arguments.seed,
