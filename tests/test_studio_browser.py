@@ -252,6 +252,18 @@ def test_long_work_shows_progress_and_can_be_stopped(visit, monkeypatch):
     assert page.locator("#message").inner_text() == "stopped"
 
 
+def test_a_code_chosen_on_a_phone_comes_into_view(visit):
+    page = visit("phone").open("codebook")
+    page.get_by_label("Map of codes and latents").wait_for()
+    page.locator(".codes button").first.click()
+    page.wait_for_function(
+        """() => {
+          const top = document.querySelector(".about h2")?.getBoundingClientRect().top ?? -1;
+          return top >= 0 && top < innerHeight;
+        }"""
+    )
+
+
 @pytest.mark.skipif("LEXEL_STUDIO_PICTURE" not in os.environ, reason="draws docs/studio.png from runs/demo when asked")
 def test_the_picture_in_the_documents_is_drawn(browser):
     """LEXEL_STUDIO_PICTURE=docs/studio.png python -m pytest tests/test_studio_browser.py -k picture_in_the_documents"""

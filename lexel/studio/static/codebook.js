@@ -15,6 +15,7 @@ export async function open(root, models) {
     state.set({ code });
     const found = await api(`${model}/codes/${code}?book=${settings().book}`);
     detail.replaceChildren(card(`Code ${code}`, describe(found, null, about.layout, pick, null)));
+    if (map.childElementCount) detail.scrollIntoView({ block: "nearest", behavior: "smooth" }); // chosen by hand, perhaps far above
   });
   const load = attempt(async () => {
     const { page, order, book } = settings();
