@@ -25,6 +25,7 @@ import numpy as np
 
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
+from lexel.regular import expanded
 
 ONLY = "arr_0"  # the name of the array in a .npy file, as numpy.savez names an array without one
 
@@ -253,7 +254,7 @@ def open_arrays(path: str | Path) -> Iterator[ArrayFile]:
     Raises:
         UsageError: there is no such file, or it is neither.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():  # pipes and devices are no files either
         raise UsageError(f"{path} is not a file; give an .npz or .npy file")
     with _told(path):

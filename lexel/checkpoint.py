@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.regular import check_regular, open_regular
+from lexel.regular import check_regular, expanded, open_regular
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -179,7 +179,7 @@ def load_folder(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def find_folder(source: str | Path, files: Iterable[str] = (CONFIG, WEIGHTS)) -> Path:
     """The local folder for a path or hub id; a repository's `files` (patterns) are fetched into the hub's cache."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists():

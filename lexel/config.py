@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from lexel.errors import UsageError
+from lexel.regular import expanded
 
 
 class Config(BaseModel):
@@ -58,7 +59,7 @@ def load(path: str | Path, model: type[Model], overrides: Sequence[str] = ()) ->
 
 def read(path: str | Path) -> dict[str, Any]:
     """A recipe as plain tables, not yet checked."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UsageError(f"{path} is no regular file; give the path of a recipe (a .toml file)")
     try:
@@ -73,7 +74,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: a path, or the name of one of Lexel's own (`tiny`, `openmoji`, ...)."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.suffix == ".toml" or path.exists():
         return path
     own = {file.stem: file for folder in RECIPES for file in sorted(folder.glob("*.toml"))}

@@ -12,6 +12,7 @@ from lexel.convert import files
 from lexel.data import TRANSFORMS, Transform
 from lexel.errors import UsageError, unknown
 from lexel.generators import Generator, read_config
+from lexel.regular import expanded
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -80,7 +81,7 @@ def load_generator(source: str | Path, weights: str | None = None) -> Generator:
 
 def find_run(source: str | Path) -> RunFolder | None:
     """The run with checkpoints that a path names, by its folder or by one of its checkpoints."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     folder = path.parent.parent if path.is_file() else path
     if path.is_file() and path.parent != RunFolder(folder, writes=False).checkpoints:
         return None
@@ -121,7 +122,7 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
         model = Generator.with_weights(config, _part(state, "model", path), path)
         model.find_tokenizer_in(run.path)
         beside = (recipe.get("data") or {}).get("tokenizer")
-        if not model.has_tokenizer() and isinstance(beside, str) and Path(beside).expanduser().exists():
+        if not model.has_tokenizer() and isinstance(beside, str) and expanded(beside).exists():
             model.use_tokenizer(load_tokenizer(beside))
     else:
         tokenizer_config = check(recipe.get("model", {}), TokenizerConfig, str(run.recipe))
@@ -158,7 +159,7 @@ def own_transform(tokenizer: Tokenizer, size: int | None = None, name: str | Non
 
 def _step(source: str | Path) -> int | None:
     """The step of a checkpoint's path; None for a folder."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     return int(path.stem) if path.is_file() and path.stem.isdecimal() else None
 
 
@@ -177,7 +178,7 @@ def _averaged(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _is_ours(source: str | Path) -> bool:
     """Whether a folder or hub repository is a Lexel model, or what is left of one."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         if (path / checkpoint.CONFIG).is_file():
             return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)

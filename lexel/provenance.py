@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lexel import __version__
 from lexel.config import check
 from lexel.errors import UsageError
+from lexel.regular import expanded
 
 REMOTE = re.compile(r"(\w+:)?(\w+)://")  # a source that is no path here: s3://, https://, tar:https://
 KIND = re.compile(r"[a-z][\w-]+:")  # what a source is, before its path: tar:shards/{0..9}.tar
@@ -24,7 +25,7 @@ def public_name(source: str | Path) -> str:
     kind = KIND.match(text)
     if kind and not Path(text).exists():
         return kind[0] + ",".join(public_name(part) for part in text[kind.end() :].split(","))
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.exists():
         return path.resolve().name
     if HUB.fullmatch(text):

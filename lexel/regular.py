@@ -15,6 +15,14 @@ KINDS = (
 )
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder for a leading `~`, as shells take it: a name that is no user's stays as it stands."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file for reading bytes; never waits for anything.
 

@@ -24,6 +24,7 @@ from lexel import config, shards
 from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
+from lexel.regular import expanded
 from lexel.run_log import Run, Snapshot, is_number, read_metrics
 from lexel.same_recipe import check_same_recipe
 
@@ -62,7 +63,7 @@ class RunFolder:
         higher_is_better: bool = True,
         writes: bool = True,
     ) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         self.keep_last = keep_last
         self.best = best
         self.higher_is_better = higher_is_better

@@ -17,6 +17,7 @@ from torch.nn.modules.module import (
 from torch.overrides import TorchFunctionMode
 
 from lexel.errors import UsageError, unknown
+from lexel.regular import expanded
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Beyond these a network is a typing error; the largest published ones have a hundredth of either.
@@ -153,8 +154,8 @@ def cache_folder() -> Path:
     """
     given = os.environ.get("LEXEL_CACHE")
     if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lexel"
+        return expanded(given)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "lexel"
 
 
 def is_cached(path: Path) -> bool:

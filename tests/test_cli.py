@@ -515,3 +515,13 @@ def test_other_defects_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["lexel", "inspect", "tiny"])
     with pytest.raises(RuntimeError, match="a defect of ours"):
         cli.main()
+
+
+def test_a_tilde_is_the_home_folder_in_every_path_of_a_command(run, pictures, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(pictures)
+    assert lexel(capsys, "encode", run, "~/link", "--out=~/t", "--webdataset=~/wd")[0] == 0
+    assert lexel(capsys, "decode", run, "~/t", "--out", "~nobody")[0] == 0  # no user's home: a name as any other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "t", "wd", "~nobody"]
+    assert len(list((tmp_path / "~nobody").glob("*.png"))) > 0

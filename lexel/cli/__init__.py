@@ -1,8 +1,10 @@
 """The command line: parses, calls one function of the library, prints. Heavy imports wait for their command."""
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +13,7 @@ from lexel import __version__
 from lexel.cli import codebooks, images, measure, models, probe, studio, tables, train
 from lexel.cli.options import say
 from lexel.errors import UsageError
+from lexel.regular import expanded
 
 app = typer.Typer(
     name="lexel",
@@ -45,8 +48,25 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": models.export,
     "publish": models.publish,
 }
+
+
+def _at_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `~` expanded in every path: shells leave it alone in `--out=~/runs`."""
+
+    def home(value: Any) -> Any:
+        if isinstance(value, list):
+            return [home(item) for item in value]
+        return expanded(value) if isinstance(value, Path) else value
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        command(**{name: home(value) for name, value in options.items()})
+
+    return run
+
+
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(_at_home(_command))
 
 # Typer stands on the installed click or on a copy of its own, by version; this is the base of either's errors.
 CommandLineError: Any = typer.BadParameter.__mro__[2]

@@ -16,6 +16,7 @@ from lexel import checkpoint
 from lexel.convert import torchscript
 from lexel.errors import UsageError
 from lexel.provenance import public_name
+from lexel.regular import expanded
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
 # What PyTorch's wrappers put into the names of weights: at the beginning of all of them, or wherever a part is wrapped.
@@ -113,7 +114,7 @@ def read(source: str | Path) -> Published:
 
 def _find(source: str | Path) -> Path:
     """The file to read: itself, the one checkpoint of a folder, or the hub's."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     if path.is_dir():

@@ -13,7 +13,7 @@ from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, ImageSet
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import expanded, open_regular
 
 IMAGES = ("images", "x", "data", "arr_0")  # names of arrays, the first that is there
 LABELS = ("labels", "label", "y", "targets", "arr_1")
@@ -33,7 +33,7 @@ def open_npz(location: str, options: OpenOptions) -> ImageSet:
         NoSplit: a split is asked for; a file has none.
         UsageError: the file is damaged, or its arrays do not fit together.
     """
-    path = Path(location).expanduser()
+    path = expanded(location)
     if options.split is not None:
         raise NoSplit(f"{path} is a single file and has no split {options.split!r}")
     with open_arrays(path) as arrays:
@@ -59,7 +59,7 @@ def open_idx(location: str, options: OpenOptions) -> ImageSet:
         NoSplit: there is no such part.
         UsageError: a file is missing or damaged.
     """
-    path = Path(location).expanduser()
+    path = expanded(location)
     if path.is_dir():
         parts = [options.split] if options.split else list(PARTS)
         found = [file for part in parts for file in _idx_files(path, part)]

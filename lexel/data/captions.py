@@ -10,6 +10,7 @@ import numpy as np
 from lexel.arrays import open_arrays
 from lexel.data.images import digest
 from lexel.errors import UsageError
+from lexel.regular import expanded
 from lexel.spacing import evenly_spaced
 
 FEATURES = "features"  # the array's name in an .npz file
@@ -47,7 +48,7 @@ class CaptionFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = expanded(path)
         with open_arrays(self.path) as arrays:
             only = len(arrays.names) == 1
             name = FEATURES if FEATURES in arrays or not only else arrays.names[0]

@@ -12,6 +12,7 @@ from lexel.data.images import EncodedImages, ImageSet, digest
 from lexel.data.options import OpenOptions
 from lexel.data.parquet import CAPTION, LABEL
 from lexel.errors import UsageError
+from lexel.regular import expanded
 
 IMAGE = ("image", "img", "jpg", "png")
 
@@ -67,8 +68,8 @@ def open_datasets(location: str, options: OpenOptions) -> ImageSet:
     name, _, query = location.partition("?")
     wanted = dict(parse_qsl(query))
     try:
-        if Path(name).expanduser().is_dir() and list(Path(name).expanduser().glob("**/dataset_info.json")):
-            found = datasets.load_from_disk(str(Path(name).expanduser()))
+        if expanded(name).is_dir() and list(expanded(name).glob("**/dataset_info.json")):
+            found = datasets.load_from_disk(str(expanded(name)))
         else:
             found = datasets.load_dataset(name, wanted.get("config"))
     except Exception as error:  # noqa: BLE001 - the library and the scripts it runs raise what they like

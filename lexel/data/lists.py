@@ -9,7 +9,7 @@ from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import FileImages, ImageSet
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import expanded, open_regular
 
 COLUMNS = {
     "path": "path", "file": "path", "filename": "path", "file_name": "path", "image": "path",
@@ -30,7 +30,7 @@ def open_list(location: str, options: OpenOptions) -> ImageSet:
         NoSplit: there is no column `split`, or no image of that split.
         UsageError: the file is missing or damaged, or lists no image or one twice.
     """
-    path = Path(location).expanduser()
+    path = expanded(location)
     rows = _rows(path)
     if options.split is not None:
         named = {"validation": "validation", **{name: split for split, names in SPLITS.items() for name in names}}

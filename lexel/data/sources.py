@@ -21,6 +21,7 @@ from lexel.data.parquet import open_parquet
 from lexel.data.tar import open_tar
 from lexel.errors import UsageError
 from lexel.registry import lookup
+from lexel.regular import expanded
 
 Opener = Callable[[str, OpenOptions], ImageSet]
 """A location and options to a set; raises NoSplit where the source has no such split, UsageError for anything else."""
@@ -31,14 +32,14 @@ ENDINGS = {".npz": "npz", ".npy": "npz", ".tar": "tar", ".parquet": "parquet", "
 
 
 def _folder(location: str, options: OpenOptions) -> ImageSet:
-    path = Path(location).expanduser()
+    path = expanded(location)
     if not path.is_dir():
         raise UsageError(f"{location} is no folder; give a folder of images")
     return open_folder(path, options.split, options.pixel_limit, options.channels, options.depth)
 
 
 def _file(location: str, options: OpenOptions) -> ImageSet:
-    path = Path(location).expanduser()
+    path = expanded(location)
     if not path.exists():
         raise UsageError(f"there is no file {location!r}; give the path of an image")
     kind = ENDINGS.get(path.suffix.lower())
@@ -121,7 +122,7 @@ def parse_source(source: str | Path) -> tuple[str, str]:
     """
     if isinstance(source, str) and source in EMBEDDED:
         return source, ""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return "folder", str(source)
     if path.exists():

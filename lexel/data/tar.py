@@ -30,7 +30,7 @@ from lexel.data.listing import Names
 from lexel.data.options import OpenOptions
 from lexel.data.remote import Place, Version, is_remote, matches, open_place, read_range, stem, version
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import expanded, open_regular
 from lexel.runtime import cache_folder, is_cached
 
 VERSION = 2  # of the index
@@ -190,7 +190,7 @@ def expand(location: str, ending: str) -> list[Path]:
         UsageError: one of them is not there.
     """
     paths = []
-    for text in _braces(str(Path(location).expanduser())):
+    for text in _braces(str(expanded(location))):
         path = Path(text)
         if path.is_dir():
             inside = sorted(path.glob(f"*{ending}"))

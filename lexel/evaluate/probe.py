@@ -28,6 +28,7 @@ from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeC
 from lexel.generators import Generator
 from lexel.loading import own_transform
 from lexel.provenance import public_name
+from lexel.regular import expanded
 from lexel.runtime import Runtime, runtime
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
@@ -254,7 +255,7 @@ def _rows(codes: Tensor) -> Tensor:
 
 def _holds_tokens(source: str | Path) -> bool:
     """Whether a folder holds tokens, be their writing finished or not."""
-    return any((Path(source).expanduser() / name).is_file() for name in (INDEX, MANIFEST_PARTIAL))
+    return any((expanded(source) / name).is_file() for name in (INDEX, MANIFEST_PARTIAL))
 
 
 def _token_sets(

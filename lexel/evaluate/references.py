@@ -28,6 +28,7 @@ from lexel.metrics import (
     write_statistics,
 )
 from lexel.networks import FeatureNetwork
+from lexel.regular import expanded
 from lexel.runtime import cache_folder, exact_float32, is_cached
 
 
@@ -222,7 +223,7 @@ def _open_reference(
     """
     if isinstance(reference, ImageSet) or Path(reference).suffix not in (".npz", ".npy"):
         return None, Pictures(open_set(reference, split, protocol.size), protocol, transform_of(protocol), workers)
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     arrays = arrays_in(path)
     if "arr_0" in arrays and "mu" not in arrays:
         return None, Archive(path)

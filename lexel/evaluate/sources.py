@@ -26,6 +26,7 @@ from lexel.data.tokens import INDEX, TokenSet
 from lexel.errors import UsageError, unknown
 from lexel.metrics import NpzImages, Protocol
 from lexel.metrics.pixels import divided_in_float64
+from lexel.regular import expanded
 from lexel.runtime import Runtime
 from lexel.token_spec import TokenSpec
 
@@ -206,7 +207,7 @@ def open_samples(
 ) -> Source:
     """Opens generated images: a folder, an .npz or .npy file, a token set or an ImageSet; see `evaluate_samples`."""
     if isinstance(samples, str | Path):
-        path = Path(samples).expanduser()
+        path = expanded(samples)
         if path.suffix in (".npz", ".npy"):
             return Archive(path, limit)
         if (path / INDEX).is_file():

@@ -12,6 +12,7 @@ from lexel.errors import UsageError
 from lexel.generators.config import GeneratorConfig, read_config
 from lexel.provenance import of_folder as provenance_of_folder
 from lexel.quantizers import Quantizer
+from lexel.regular import expanded
 from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 
@@ -145,7 +146,7 @@ class Pretrained(nn.Module):
             raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
         generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
         generator.provenance = provenance_of_folder(config, f"{source}/config.json")
-        generator._folder = Path(source).expanduser()
+        generator._folder = expanded(source)
         return generator
 
     @classmethod

@@ -19,6 +19,7 @@ from lexel.networks.efficientnet_lite import EfficientNetLayers, EfficientNetLit
 from lexel.networks.frozen import freeze, frozen_with
 from lexel.networks.resize import resize
 from lexel.networks.vgg16 import VGG16
+from lexel.regular import expanded
 from lexel.runtime import on_meta
 
 GROUP = "lexel.backbones"  # entry points of other packages
@@ -224,7 +225,7 @@ def local_folder(source: str) -> Path | None:
     Raises:
         UsageError: it can be neither.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_dir():
         return path
     if path.exists() or not checkpoint.HUB_ID.fullmatch(source):

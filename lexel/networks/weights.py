@@ -22,6 +22,7 @@ from lexel.checkpoint import atomic, fingerprint, read_pickle, reason
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
+from lexel.regular import expanded
 from lexel.runtime import cache_folder, is_cached, without_weights
 
 # What an unpickler raises on damaged or hostile bytes: it checks nothing ahead.
@@ -67,7 +68,7 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
     published = PUBLISHED[name]
     cached = cache_folder() / "networks" / f"{name}.safetensors"
     if path is not None:
-        source = Path(path).expanduser()
+        source = expanded(path)
         if not source.is_file():
             raise UsageError(f"weights of {name}: {source} is not a file; {published.advice}")
     elif is_cached(cached):

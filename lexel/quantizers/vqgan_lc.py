@@ -13,6 +13,7 @@ from lexel.checkpoint import atomic, read_safetensors
 from lexel.errors import UsageError
 from lexel.quantizers import bounds
 from lexel.quantizers.projected import ProjectedVQ
+from lexel.regular import expanded
 
 
 class VQGANLC(ProjectedVQ):
@@ -127,7 +128,7 @@ def load_bank(path: str | Path) -> Tensor:
     Raises:
         UsageError: the file is missing, damaged, or holds no bank.
     """
-    path, advice = Path(path).expanduser(), "make it with `build_bank` and `save_bank`"
+    path, advice = expanded(path), "make it with `build_bank` and `save_bank`"
     if not path.exists():
         raise UsageError(f"the bank {path} does not exist; {advice}")
     bank = read_safetensors(path).get("bank")

@@ -16,6 +16,7 @@ from lexel.data import Transform
 from lexel.errors import UsageError, unknown
 from lexel.generators import Generator
 from lexel.loading import load, own_transform
+from lexel.regular import expanded
 from lexel.run_folder import RunFolder
 from lexel.run_log import Run
 from lexel.runtime import runtime
@@ -177,7 +178,7 @@ class Library:
         return self.entries[key]
 
     def _add_all(self, source: str | Path) -> None:
-        path = Path(source).expanduser()
+        path = expanded(source)
         found = results.find(path)
         if found is not None:
             results.check(found)

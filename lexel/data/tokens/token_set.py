@@ -25,7 +25,7 @@ from lexel.data.tokens.format import (
     shard_path,
 )
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import expanded, open_regular
 
 Verify = Literal["lazily", "now", "never"]
 
@@ -107,7 +107,7 @@ class TokenSet:
         Raises:
             UsageError: there is no token set, its writing was not finished, or a shard is missing or damaged.
         """
-        folder = Path(folder).expanduser()
+        folder = expanded(folder)
         if not folder.is_dir():
             raise UsageError(f"there is no folder {str(folder)!r}; give one that `lexel encode` wrote")
         if not (folder / INDEX).is_file():
