@@ -77,7 +77,7 @@ def test_an_alignment_is_its_formula_written_as_loops(margin, distances, distanc
 
 
 def test_features_on_another_grid_are_compared_with_the_teachers_map_resized():
-    loss, given = build("alignment", {"teacher": "random", "level": 0, "projector": "none"}).double(), inputs()
+    loss, given = build("alignment", {"teacher": "random", "level": 0, "projector": "identity"}).double(), inputs()
     loss.connect({"latents": (8, 4, 4)})  # the teacher's map is 8 x 8
     wanted = nn.functional.avg_pool2d(RandomBackbone().double()(given.images)[0], 2)
     seen = given._replace(features={"latents": wanted})
@@ -399,6 +399,14 @@ def test_tokens_of_a_transformer_are_aligned_as_a_map():
         (
             {"losses": {"repa": {"teacher": "random", "at": "decoder.x"}}, "weights": {"l1": 1.0, "repa": 1.0}},
             "no features 'decoder.x'; choose latents, codes or a part: encoder, encoder.conv_in",
+        ),
+        (
+            {"losses": {"repa": {"teacher": "random", "at": "encoder.levels"}}, "weights": {"l1": 1.0, "repa": 1.0}},
+            "no features 'encoder.levels'; choose",
+        ),
+        (
+            {"losses": {"gram": {"network": "random", "size": -1}}, "weights": {"l1": 1.0, "gram": 1.0}},
+            "size must be a number of pixels, got -1",
         ),
         (
             {"losses": {"repa": {"teacher": "random", "level": 2}}, "weights": {"l1": 1.0, "repa": 1.0}},

@@ -12,7 +12,7 @@ from lexel.losses.base import Loss, LossInputs
 from lexel.losses.precision import at_least_float32, without_autocast
 from lexel.networks.backbones import Backbone, backbone
 
-Projector = Literal["none", "linear", "mlp", "convolutions"]
+Projector = Literal["identity", "linear", "mlp", "convolutions"]
 
 
 class Alignment(Loss):
@@ -32,7 +32,7 @@ class Alignment(Loss):
         size: pixels a side of the images that the teacher sees; by default what the images have, and for a vision
             transformer one patch for each place of the features.
         projector: "linear" (a 1x1 convolution), "mlp" (three of them with SiLU between), "convolutions" (3x3 instead),
-            or "none".
+            or "identity" (none).
         hidden: channels inside an "mlp" or "convolutions".
         margin: how far a cosine may stay below 1 at no cost.
         distances: weight of the second term; 0 switches it off.
@@ -83,7 +83,7 @@ class Alignment(Loss):
             raise UsageError(
                 f"features at {self.at!r} are {shape}, no map (C, h, w) that a teacher's could stand beside"
             )
-        if self.kind == "none" and shape[0] != width:
+        if self.kind == "identity" and shape[0] != width:
             raise UsageError(f"without a projector features at {self.at!r} need {width} channels, got {shape[0]}")
         self.projector = PROJECTORS[self.kind](shape[0], self.hidden, width)
 
@@ -124,7 +124,7 @@ def mlp(channels: int, hidden: int, width: int, kernel: int = 1) -> nn.Module:
 
 
 PROJECTORS: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "none": lambda channels, hidden, width: nn.Identity(),
+    "identity": lambda channels, hidden, width: nn.Identity(),
     "linear": lambda channels, hidden, width: nn.Conv2d(channels, width, 1, bias=False),
     "mlp": mlp,
     "convolutions": lambda channels, hidden, width: mlp(channels, hidden, width, kernel=3),

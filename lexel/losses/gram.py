@@ -33,6 +33,8 @@ class GramLoss(Loss):
         self.levels = list(range(depth)) if levels is None else levels
         if not self.levels or not all(0 <= level < depth for level in self.levels):
             raise UsageError(f"levels of {network} are numbers in [0, {depth}), got {self.levels}")
+        if size is not None and size < 1:
+            raise UsageError(f"size must be a number of pixels, got {size}")
         self.size = size
 
     def forward(self, inputs: LossInputs) -> Tensor:

@@ -94,7 +94,9 @@ class VGG16Backbone(Backbone):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if min(images.shape[2:]) < VGG16.SMALLEST_SIDE:
-            raise UsageError(f"vgg16 needs images of at least {VGG16.SMALLEST_SIDE} pixels a side, got {images.shape}")
+            raise UsageError(
+                f"vgg16 needs images of at least {VGG16.SMALLEST_SIDE} pixels a side, got {tuple(images.shape)}"
+            )
         return self.network(((images.to(self.mean.dtype) + 1) / 2 - self.mean) / self.deviation)
 
 

@@ -144,6 +144,9 @@ def feature_shapes(model: TokenizerConfig, size: int, names: Sequence[str]) -> d
             z = tokenizer.to_codes(tokenizer.encoder(images))
             tokenizer.decode_codes(z_q)
         found |= {"latents": z, "codes": z_q}
+        idle = [name for name in names if name not in found]
+        if idle:
+            raise UsageError(f"the part {idle[0]!r} of the tokenizer has no result in a forward pass; choose another")
     return {name: tuple(found[name].shape[1:]) for name in names}
 
 
@@ -199,9 +202,14 @@ def part_of(tokenizer: Tokenizer, name: str) -> nn.Module:
     Raises:
         UsageError: there is none; names those to choose from.
     """
-    parts = dict(tokenizer.named_modules())
-    if name.split(".")[0] not in ("encoder", "decoder") or name not in parts:
-        choices = [path for path in parts if path.split(".")[0] in ("encoder", "decoder") and path.count(".") <= 1]
+    parts = {
+        path: part
+        for path, part in tokenizer.named_modules()
+        if path.split(".")[0] in ("encoder", "decoder") and not isinstance(part, nn.ModuleList)
+    }
+    if name not in parts:
+        choices = [path for path in parts if path.count(".") <= 1 or path.split(".")[-1].isdecimal()]
+        choices = [path for path in choices if path.count(".") <= 2]
         raise UsageError(
             f"the tokenizer has no features {name!r}; choose latents, codes or a part: {', '.join(choices)}"
         )

@@ -209,7 +209,8 @@ class TrainConfig(LoopConfig):
             if name not in self.weights:
                 raise ValueError(f"losses.{name} has no weight; give weights.{name} (0 switches it off)")
         by_weight = bool(self.weights.get("lpips")) and "lpips" not in self.losses
-        refuse_unused(self, ("lpips",), by_weight, "weights.lpips" + (" alone" if "lpips" in self.losses else ""))
+        needs = "weights.lpips" if "lpips" not in self.losses else "weights.lpips and no section losses.lpips"
+        refuse_unused(self, ("lpips",), by_weight, needs)
         if self.perturbation is not None:
             perturbation.build(self.perturbation)
         for evaluation in self.evaluations:
