@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import pickle
 import subprocess
 import sys
@@ -285,20 +286,20 @@ def test_autocast_does_not_change_an_index(quantizer):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("module", DTYPES, ids=str)
-@pytest.mark.parametrize("given", DTYPES, ids=str)
-def test_any_precision_of_latents_meets_any_precision_of_weights(kind, module, given, training):
-    quantizer = QUANTIZERS[kind](K, D).to(module).train(training)
-    z = latents(2, D, 3).to(given).requires_grad_()
-    z_q, indices, losses = quantizer(z)
-    wide = torch.promote_types(given, torch.float32)
-    assert z_q.dtype in (wide, torch.promote_types(wide, module))
-    total = z_q.sum() + quantizer.loss(losses).to(wide)
-    assert total.isfinite()
-    if total.requires_grad:
-        total.backward()
-    assert quantizer.assign(z).shape == indices.shape
-    assert quantizer.indices_to_codes(indices).shape == z_q.shape
+def test_any_precision_of_latents_meets_any_precision_of_weights(kind, training):
+    for module, given in itertools.product(DTYPES, DTYPES):
+        case = f"{given} latents, {module} weights"
+        quantizer = QUANTIZERS[kind](K, D).to(module).train(training)
+        z = latents(2, D, 3).to(given).requires_grad_()
+        z_q, indices, losses = quantizer(z)
+        wide = torch.promote_types(given, torch.float32)
+        assert z_q.dtype in (wide, torch.promote_types(wide, module)), case
+        total = z_q.sum() + quantizer.loss(losses).to(wide)
+        assert total.isfinite(), case
+        if total.requires_grad:
+            total.backward()
+        assert quantizer.assign(z).shape == indices.shape, case
+        assert quantizer.indices_to_codes(indices).shape == z_q.shape, case
 
 
 @pytest.mark.parametrize("training", [True, False])
