@@ -464,7 +464,7 @@ def test_help_answers_for_every_command(capsys):
         code, out, _ = lexel(capsys, command, "--help")
         assert (code, "Usage: " in out) == (0, True), command
         runs_a_network = command not in {
-            *("inspect", "list", "import", "export", "publish", "merge", "leaderboard"),
+            *("inspect", "list", "import", "export", "publish", "merge", "leaderboard", "curves"),
             "studio",  # on the CPU
         }
         assert ({"--device", "--precision"} <= {*out.split()}) == runs_a_network, command
