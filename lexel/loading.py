@@ -31,9 +31,9 @@ def load(
         source: a run folder (finished or not), a checkpoint of a run, a model folder, a published checkpoint file or
             folder, or a hub id (owner/name, or owner/name/FILE for one of several files).
         family: the layout of a published checkpoint; needed where tensor names fit several.
-        weights: of a run: "average" or "live" weights of its newest step, or those of the "best" validation; a
-            tokenizer's default is "average", a generator's "live". Of a published checkpoint: "average" or "live",
-            by default the averages where there are any. A model folder has one set of weights.
+        weights: of a run: "average" or "live" weights of its newest step, or those of the "best" validation; the
+            default is "average" where the run keeps averages, as all of tokenizers do. Of a published checkpoint:
+            "average" or "live", by default the averages where there are any. A model folder has one set of weights.
         overrides: options that a published file does not tell, such as {"autoencoder.groups": 16}.
 
     Raises:
@@ -101,7 +101,8 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
         UsageError: there is no checkpoint for these weights, or it cannot be read.
     """
     recipe = run.read_recipe()
-    default = "live" if "generator" in recipe else "average"
+    averaged = "generator" not in recipe or (recipe.get("train") or {}).get("average_decay") is not None
+    default = "average" if averaged else "live"
     weights = weights or default
     if weights not in RUN_WEIGHTS:
         raise unknown("weights", weights, RUN_WEIGHTS)
@@ -116,10 +117,15 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
     state = run.load(step)
     model: Tokenizer | Generator
     if "generator" in recipe:
-        if weights == "average":
-            raise UsageError(f"{run.path} is a generator's run, which keeps no averages; choose from live, best")
+        if weights == "average" and not averaged:
+            raise UsageError(
+                f"{run.path} is a generator's run without train.average_decay, which keeps no averages; "
+                "choose from live, best"
+            )
         config = read_config(_part(state, "config", path), str(path))
-        model = Generator.with_weights(config, _part(state, "model", path), path)
+        live = weights == "live" or not averaged
+        tensors = _part(state, "model", path) if live else _averaged(_part(state, "average", path))
+        model = Generator.with_weights(config, tensors, path)
         model.find_tokenizer_in(run.path)
         beside = (recipe.get("data") or {}).get("tokenizer")
         if not model.has_tokenizer() and isinstance(beside, str) and expanded(beside).exists():

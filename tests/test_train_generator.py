@@ -211,6 +211,39 @@ def test_resuming_changes_nothing(tokens, tmp_path, steps):
     assert last[0] == last[1]
 
 
+def test_a_run_that_averages_resumes_exactly_and_gives_both_weights(tokens, tmp_path):
+    made = recipe(tokens, average_decay=0.5)
+    straight = train_generator(made, tmp_path / "straight", device="cpu")
+    train_generator(recipe(tokens, steps=3, average_decay=0.5), tmp_path / "resumed", device="cpu")
+    resumed = train_generator(made, tmp_path / "resumed", device="cpu")
+    same(straight.average, resumed.average)
+    same(straight.average, load_generator(tmp_path / "resumed"))
+    same(straight.average, load_generator(tmp_path / "resumed", "average"))
+    same(straight.model, load_generator(tmp_path / "resumed", "live"))
+    line = [line for line in read_metrics(tmp_path / "resumed" / "metrics.jsonl") if line["kind"] == "validation"][-1]
+    _, held = TokenSet.open(tokens).hold_out(0.2)
+    nll = straight.average(held.tokens(range(len(held))), torch.from_numpy(held.labels)).nll
+    assert line["bits_per_token"] == pytest.approx(nll.mean().item() / np.log(2), rel=1e-5)
+
+
+def test_the_average_is_an_exponential_one_and_leaves_training_as_it_was(tokens, tmp_path):
+    made = {d: train_generator(recipe(tokens, steps=1, average_decay=d), tmp_path / str(d)) for d in (0.25, 0.5)}
+    plain = train_generator(recipe(tokens, steps=1), tmp_path / "plain")
+    same(plain.model, made[0.5].model)
+    for name, live in plain.model.state_dict().items():
+        quarter, half = (made[decay].average.state_dict()[name] - live for decay in (0.25, 0.5))
+        torch.testing.assert_close(half, 2 * quarter, rtol=1e-3, atol=1e-7)  # decay * (before - after)
+    assert any(
+        not torch.equal(value, plain.model.state_dict()[n]) for n, value in made[0.5].average.state_dict().items()
+    )
+
+
+def test_averages_of_a_run_without_them_are_refused(tokens, tmp_path):
+    train_generator(recipe(tokens, steps=1), tmp_path / "run", device="cpu")
+    with pytest.raises(UsageError, match="average_decay"):
+        load_generator(tmp_path / "run", "average")
+
+
 @pytest.mark.parametrize("kind", ["masked", "random_order"])
 def test_every_family_resumes_exactly_and_is_measured_in_bits(tokens, tmp_path, kind):
     family = {"kind": kind, "hidden": 32}

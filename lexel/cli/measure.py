@@ -225,7 +225,8 @@ def sample(
         int | None, typer.Option(min=1, help="Images per batch. Default: what fits in memory, at most 64.")
     ] = None,
     weights: Annotated[
-        Literal["live", "best"] | None, typer.Option(help="Weights of a run: live of its newest step, or best.")
+        Literal["average", "live", "best"] | None,
+        typer.Option(help="Weights of a run: average (if it keeps any) or live of its newest step, or best."),
     ] = None,
     device: Device = "auto",
     precision: Precision = "float32",

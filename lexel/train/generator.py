@@ -25,7 +25,14 @@ from lexel.loading import load_generator
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
-from lexel.train.optimization import RunningMeans, optimizer_step, seed_step, set_learning_rate, to_device
+from lexel.train.optimization import (
+    RunningMeans,
+    WeightAverage,
+    optimizer_step,
+    seed_step,
+    set_learning_rate,
+    to_device,
+)
 from lexel.train.processes import Processes
 from lexel.train.session import ProgressCallback, Session, Trained
 from lexel.train.tokens import TokenSource, entropy_bits
@@ -69,11 +76,19 @@ class Learner:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.means = RunningMeans()
+        self.average: WeightAverage | None = None
+        if config.average_decay is not None:
+            self.average = WeightAverage(self.generator, config.average_decay, config.average_warm_up)
         losses = TrainingLosses(generator)
         self.ddp_module = losses if config.fsdp else processes.parallel(losses)
         self.generator.train()
         # Of its own: what it sends in the background must not mix with what training sends.
         self._writers = torch.distributed.new_group(backend="gloo") if config.sharded_checkpoints else None
+
+    @property
+    def measured(self) -> Generator:
+        """What is validated and exported: the averaged generator where there is one."""
+        return self.generator if self.average is None else cast(Generator, self.average.module)
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole weights, on the CPU; every process must ask when they are sharded."""
@@ -87,9 +102,11 @@ class Learner:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        average = {} if self.average is None else {"average": self.average.state_dict()}
         return {
             "config": self.generator.config.model_dump(mode="json"),
             "model": self.tensors(),
+            **average,
             "optimizer": get_optimizer_state_dict(self.generator, self.optimizer, options=whole),
             "scaler": self.scaler.state_dict(),
             "means": self.means.state_dict(),
@@ -139,7 +156,8 @@ class Learner:
                 raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
             self._load_shards(state, source.with_suffix(SHARDS))
             return
-        missing = sorted({"model", "optimizer", "scaler", "means"} - state.keys())
+        needed = {"model", "optimizer", "scaler", "means", *([] if self.average is None else ["average"])}
+        missing = sorted(needed - state.keys())
         if missing:
             raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
         from torch.distributed.checkpoint.state_dict import (
@@ -154,6 +172,8 @@ class Learner:
         else:
             checkpoint.load_strict(self.generator, state["model"], source)
         set_optimizer_state_dict(self.generator, self.optimizer, dict(state["optimizer"]), options=whole)
+        if self.average is not None:
+            checkpoint.load_strict(self.average, state["average"], source)
         self.scaler.load_state_dict(state["scaler"])
         self.means.load_state_dict(state["means"])
 
@@ -181,6 +201,8 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["weight_decay"] = decay if group["name"] == "matrices" or self.config.decay_norms else 0.0
         norm = optimizer_step(self.optimizer, self.scaler, list(self.generator.parameters()), self.config.clip)
+        if self.average is not None:
+            self.average.update(self.generator)
         if self.config.fsdp:
             from torch.distributed.tensor import DTensor
 
@@ -218,9 +240,8 @@ def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int 
 
     For a family without a likelihood its `loss` instead, with random numbers that the images' numbers decide.
     """
-    generator, processes = learner.generator, learner.processes
+    generator, processes = learner.measured.eval(), learner.processes
     device = processes.device
-    generator.eval()
     if not generator.has_likelihood:
         return _validation_loss(learner, source, batch_size, limit)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # nats, tokens
@@ -234,7 +255,7 @@ def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int 
         count = torch.full((), nll[:real].numel(), device=device, dtype=torch.float64)
         sums += torch.stack([nll[:real].sum(), count])
         histogram += torch.bincount(indices[:real].flatten(), minlength=len(histogram))
-    generator.train()
+    learner.generator.train()
     nats, count = all_sum(sums).tolist()
     histogram = all_sum(histogram)
     return {
@@ -247,7 +268,7 @@ def validate(learner: Learner, source: TokenSource, batch_size: int, limit: int 
 def _validation_loss(
     learner: Learner, source: TokenSource, batch_size: int, limit: int | None
 ) -> dict[str, float | None]:
-    generator, processes = learner.generator, learner.processes
+    generator, processes = learner.measured, learner.processes
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)  # loss, images
     batches = source.measured(batch_size, limit, processes.rank, processes.count)
     for number, (tokens, condition, real) in enumerate(_padded(batches, processes, generator)):
@@ -255,7 +276,7 @@ def _validation_loss(
             torch.manual_seed(number * processes.count + processes.rank)
             loss = torch.stack(list(generator.losses(tokens, condition).values())).sum()
         sums += torch.stack([loss.double() * real, torch.full_like(loss, real, dtype=torch.float64)])
-    generator.train()
+    learner.generator.train()
     total, count = all_sum(sums).tolist()
     return {"loss": total / max(count, 1), "images": count}
 
@@ -343,17 +364,18 @@ def train_generator(
                 session.validated(step, validate(learner, source, session.micro_batch, config.validation_images))
             session.save(step)
         if session.finished:
-            tensors = learner.tensors()
+            tensors = learner.tensors() if learner.average is None else learner.measured.state_dict()
             if processes.is_main:
+                weights = "live" if learner.average is None else "average"
                 exported = Generator.with_weights(generator.config, tensors, session.run.path)
-                origin = provenance.of_run(recipe.model_dump(mode="json"), session.done, "live")
+                origin = provenance.of_run(recipe.model_dump(mode="json"), session.done, weights)
                 exported.save_pretrained(session.run.path, source.tokenizer, origin)
                 if source.tokenizer is not None:
                     exported.attach(source.tokenizer)
                     samples = show(exported.to(processes.device), source.tokenizer, config.seed)
                     session.run.snapshot(session.done, {"samples": samples})
     barrier()
-    return Trained(generator.eval(), generator, session.done, session.finished, source.unreadable)
+    return Trained(generator.eval(), learner.measured, session.done, session.finished, source.unreadable)
 
 
 def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:

@@ -43,9 +43,16 @@ class GeneratorTrainConfig(LoopConfig):
     fsdp: bool = False  # spread weights, gradients and optimizer over the processes
     # With fsdp: every process writes what it holds, while training goes on; read on any number of processes.
     sharded_checkpoints: bool = False
+    # Of an exponential average of the weights, which is then what is measured and exported (MAR, DiT, SiT: 0.9999).
+    average_decay: float | None = Field(default=None, ge=0, lt=1)
+    average_warm_up: bool = False  # lowers the decay to (1 + n) / (10 + n) at the n-th step
 
     @model_validator(mode="after")
     def _sharded(self) -> "GeneratorTrainConfig":
+        if self.average_warm_up and self.average_decay is None:
+            raise ValueError("average_warm_up has no effect without average_decay; set it, or leave this out")
+        if self.fsdp and self.average_decay is not None:
+            raise ValueError("fsdp keeps no average of the weights; leave average_decay out, or set fsdp to false")
         if self.fsdp and self.precision == "fp16":
             raise ValueError("fsdp has no loss scaling; use precision bf16 or float32")
         if self.sharded_checkpoints and not self.fsdp:

@@ -164,6 +164,7 @@ def _generator(recipe: "GeneratorRecipe", processes: int) -> Plan:
     shares = processes if train.fsdp else 1
     memory = {
         "weights and optimizers": count * LEARNED // shares,
+        "average of the weights": 0 if train.average_decay is None else count * 4,
         "kept for backward": kept // (1 if train.precision == "float32" else 2),
     }
     if train.checkpointing:  # the input of each block, and one block at a time
