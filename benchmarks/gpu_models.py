@@ -269,7 +269,7 @@ def training(save: Save, device: str, arguments: argparse.Namespace) -> None:
         fixed += ["train.precision=float32", "model.quantizer.codebook_size=64"]
     else:
         fixed += ["model.quantizer.codebook_size=16384", "data.workers=14", "train.validation_images=1024"]
-    trial = _words(fixed, 6 if arguments.tiny else 150)
+    trial = _words([*fixed, "train.validation_images=64"], 6 if arguments.tiny else 150, validations=1)
     begun = time.monotonic()
     _lexel("train", "folder_64", "--out", str(run) + "-trial", *trial)
     seconds = time.monotonic() - begun
@@ -285,8 +285,8 @@ def training(save: Save, device: str, arguments: argparse.Namespace) -> None:
     save("training", {"steps": steps, "batch": batch, "s": round(time.monotonic() - begun, 1), "last": last})
 
 
-def _words(fixed: list[str], steps: int) -> list[str]:
-    every = max(1, steps // 6)
+def _words(fixed: list[str], steps: int, validations: int = 6) -> list[str]:
+    every = max(1, steps // validations)
     timed = [f"train.steps={steps}", f"train.validate_every={every}", f"train.save_every={steps}"]
     timed += [f"train.discriminator.start={steps // 3}", f"train.schedule.warm_up={steps // 20}", "train.log_every=50"]
     return [word for option in fixed + timed for word in ("--set", option)]

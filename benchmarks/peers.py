@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexel.kernels import index_backpropagation, nearest
+from lexel.kernels import Products, index_backpropagation, nearest
 
 TAU = 0.01
 BETA = 0.25
@@ -37,8 +37,10 @@ class Case:
         search(self.z, self.codebook)
 
 
-def lexel(z: Tensor, codebook: Tensor, entropy: bool, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    z_q, _, terms = index_backpropagation(z, codebook, entropy=entropy, rows=rows)
+def lexel(
+    z: Tensor, codebook: Tensor, entropy: bool, rows: int | None = None, products: Products = "float32"
+) -> tuple[Tensor, Tensor]:
+    z_q, _, terms = index_backpropagation(z, codebook, entropy=entropy, rows=rows, products=products)
     loss = terms["quantization"] + terms["commitment"] + BETA * terms["codebook"]
     if entropy:
         loss = loss + 0.05 * (terms["entropy_sample"] - terms["entropy_batch"])
@@ -105,6 +107,7 @@ def products(z: Tensor, codebook: Tensor, count: int) -> None:
 STEPS: dict[str, tuple[Forward, int]] = {
     "lexel": (partial(lexel, entropy=False), 0),
     "lexel, entropy": (partial(lexel, entropy=True), 0),
+    "lexel, entropy, bf16 products": (partial(lexel, entropy=True, products="bf16"), 0),
     "lexel, entropy, 16 rows": (partial(lexel, entropy=True, rows=16), 0),
     "dense": (partial(dense, entropy=False), 7),
     "dense, entropy": (partial(dense, entropy=True), 10),

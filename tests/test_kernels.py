@@ -8,7 +8,8 @@ from lexel.errors import UsageError
 from lexel.kernels import index_backpropagation, nearest, search, tiled
 from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
-from lexel.kernels.search import WIDTH, minus_squares, near_codes
+from lexel.kernels.scores import minus_squares
+from lexel.kernels.search import WIDTH, near_codes
 
 TERMS = ["quantization", "commitment", "codebook", "entropy_sample", "entropy_batch"]
 WEIGHTS = {"quantization": 1.0, "commitment": 2.0, "codebook": 0.3, "entropy_sample": 5.0, "entropy_batch": -4.0}

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.kernels import index_backpropagation, nearest
-from lexel.kernels.search import minus_squares, near_codes
+from lexel.kernels.scores import minus_squares
+from lexel.kernels.search import near_codes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -9,7 +9,6 @@ bfloat16.
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,9 +26,17 @@ from lexel.kernels.inputs import (
     has_half_products,
     is_traced,
 )
+from lexel.kernels.scores import (
+    TILE,
+    codes_at_a_time,
+    exact_scores,
+    minus_squares,
+    sampled_products,
+    search_exactly,
+    unit,
+)
 
 ROWS = 1024  # rows scanned together
-TILE = 1024  # codes scanned together: a tile of float32 scores (4 MiB) stays in the cache
 GROUP = 16  # codes that share one maximum
 WIDTH = 16  # near codes listed for a row; a row with more is wide
 SMALLEST_INT8, LARGEST_INT8 = 128, 2**16  # dimensions: below, int8 is no faster; above, sums may leave an int32
@@ -81,16 +88,6 @@ def joined(blocks: list[Candidates]) -> Candidates:
         return blocks[0]
     best, codes, scores, wide = (torch.cat(parts) for parts in zip(*(block[:4] for block in blocks), strict=True))
     return Candidates(best, codes, scores, wide, torch.stack([block.counts for block in blocks]).sum(0))
-
-
-def minus_squares(keys: Tensor) -> Tensor:
-    """-|k|^2 of each row: (K,) float64. 2 q.k - |k|^2 orders codes as the distance |q - k| does."""
-    return torch.cat([-tile.double().square().sum(1) for tile in keys.split(codes_at_a_time(keys))])
-
-
-def codes_at_a_time(keys: Tensor) -> int:
-    """Codes handled at a time: a GPU would wait for the launches of small tiles."""
-    return TILE if keys.device.type == "cpu" else 64 * TILE
 
 
 class Norms(NamedTuple):
@@ -255,10 +252,6 @@ def scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: N
     return 1.01 * error
 
 
-def unit(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps / 2
-
-
 def _near_block(
     queries: Tensor,
     keys: Tensor,
@@ -287,7 +280,7 @@ def _near_block(
     # Scores within the rounding of float64 are ties.
     single = scan_error(queries, bias, queries.dtype, norms)
     ties = 2 * single.double() * (unit(torch.float64) / unit(queries.dtype))
-    scores = _exact_scores(queries, keys, bias, rows, codes)
+    scores = exact_scores(queries, keys, bias, rows, codes)
     maximum = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
     keep = scores >= (maximum - slack - ties)[rows]
     rows, codes, scores = rows[keep], codes[keep], scores[keep]
@@ -389,62 +382,10 @@ def _codes_of_groups(
     codes = first[:, None] + per_tile * torch.arange(GROUP, device=rows.device)  # (pairs, GROUP)
     pair, member = (codes < len(keys)).nonzero(as_tuple=True)
     rows, codes = rows[pair], codes[pair, member]
-    scores = _sampled_products(queries, keys, rows, codes)
+    scores = sampled_products(queries, keys, rows, codes)
     if bias is not None:
         scores += bias[codes].to(scores.dtype)
     best = scores.new_full((len(queries),), -torch.inf).scatter_reduce(0, rows, scores, "amax")
     lowest = best - slack - 2 * scan_error(queries, bias, queries.dtype, norms)
     keep = scores >= lowest[rows]
     return rows[keep], codes[keep]
-
-
-def _sampled_products(queries: Tensor, keys: Tensor, rows: Tensor, codes: Tensor) -> Tensor:
-    """queries[rows] . keys[codes], one number a pair; rows must ascend."""
-    if queries.device.type == "cpu":
-        starts = torch.bincount(rows, minlength=len(queries)).cumsum(0)
-        starts = torch.cat([starts.new_zeros(1), starts])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse (CSR tensor support is in beta|invariant checks are implicitly)")
-            pattern = torch.sparse_csr_tensor(
-                starts,
-                codes,
-                torch.zeros_like(codes, dtype=keys.dtype),
-                (len(queries), len(keys)),
-                check_invariants=False,
-            )
-        return torch.sparse.sampled_addmm(pattern, queries, keys.T, beta=0.0).values()
-    products = [(queries[r] * keys[c]).sum(1) for r, c in zip(rows.split(2**17), codes.split(2**17), strict=True)]
-    return torch.cat(products) if products else queries.new_empty(0)
-
-
-def _exact_scores(queries: Tensor, keys: Tensor, bias: Tensor | None, rows: Tensor, codes: Tensor) -> Tensor:
-    """The scores of pairs (row, code) in float64; equal codes get equal scores."""
-    scores = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    together = ROWS if rows.device.type == "cpu" else 64 * ROWS
-    for part in range(0, len(rows), together):
-        some = slice(part, part + together)
-        scores[some] = (queries[rows[some]].double() * keys[codes[some]]).sum(1)
-    return scores if bias is None else scores + bias[codes]
-
-
-def search_exactly(queries: Tensor, keys: Tensor, bias: Tensor | None) -> Tensor:
-    """The lowest best code of rows that a scan cannot decide, by products in float64: (n,)."""
-    queries = queries.double()
-    size = queries.norm(dim=1)
-    best = torch.full_like(size, -torch.inf)
-    indices = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
-    together = codes_at_a_time(keys)
-    for start in range(0, len(keys), together):
-        tile = keys[start : start + together].double()
-        scores = queries @ tile.T
-        largest = size * tile.norm(dim=1).amax()
-        if bias is not None:
-            scores += bias[start : start + together]
-            largest += bias[start : start + together].abs().amax()
-        ties = 2.02 * (keys.shape[1] + 2) * unit(torch.float64) * largest
-        maximum = scores.amax(1)
-        better = maximum > best + ties
-        index = (scores >= (maximum - ties)[:, None]).int().argmax(1)  # the first within a tie
-        indices = torch.where(better, index + start, indices)
-        best = torch.where(better, maximum, best)
-    return indices

@@ -25,7 +25,8 @@ from torch import Tensor
 from lexel.distributed import group_mean
 from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
-from lexel.kernels.search import WIDTH, codes_at_a_time, minus_squares, near_codes
+from lexel.kernels.scores import codes_at_a_time, minus_squares
+from lexel.kernels.search import WIDTH, near_codes
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
