@@ -141,7 +141,8 @@ def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
     from lexel.kernels import triton_search, triton_softmax
     from lexel.kernels import triton_tiles as tiles
     from lexel.kernels.inputs import Inputs
-    from lexel.kernels.search import GROUP, TILE
+    from lexel.kernels.scores import TILE
+    from lexel.kernels.search import GROUP
 
     rows, size, dim = 4096, 2**18, 256
     z, g = (torch.randn(rows, dim, device=device) for _ in range(2))
