@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from fuzz import counts, survives
 
 from lexel.data import TRANSFORMS, ArrayImages
@@ -49,11 +50,29 @@ def test_the_convention_is_the_one_that_is_written_down():
     assert SequenceFormat((2, 2), 2**16 - 2).dtype == np.uint32
 
 
+def test_rows_and_columns_stand_before_the_codes_and_formats_of_one_vocabulary_tell_each_other(tmp_path):
+    form = SequenceFormat((2, 3), codebook_size=10, offset=100, sides=4)
+    assert form.vocabulary_size == 113 + 8
+    sequence = form.ids(np.zeros((1, 2, 3), np.int64))[0]
+    assert sequence[:4].tolist() == [111, 114, 119, 100]  # begin, two rows, three columns, the first code
+    other = SequenceFormat((4, 1), codebook_size=10, offset=100, sides=4)
+    assert other.size_of(np.concatenate([[5, 6], sequence])) == (2, 3)
+    assert form.size_of(other.ids(np.zeros((1, 4, 1), np.int64))[0]) == (4, 1)
+    with pytest.raises(UsageError, match="no sequence of a 4x1 grid"):
+        other.indices(sequence)
+    with pytest.raises(UsageError, match="does not say its rows and columns"):
+        form.size_of(np.array([111, 100, 100]))
+    for grid in ((5,), (2, 5)):
+        with pytest.raises(UsageError, match="sides = 4 must be 0 or at least"):
+            SequenceFormat(grid, 10, sides=4)
+
+
 @pytest.mark.parametrize("grid", [(5,), (3, 4), (2, 3, 4)])
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("ends", [True, False])
-def test_every_format_is_read_back_exactly(grid, rows, ends):
-    form = SequenceFormat(grid, 50, 1000, rows, ends)
+@pytest.mark.parametrize("sides", [0, 6])
+def test_every_format_is_read_back_exactly(grid, rows, ends, sides):
+    form = SequenceFormat(grid, 50, 1000, rows, ends, sides if len(grid) > 1 else 0)
     indices = np.random.default_rng(0).integers(0, 50, (3, *grid))
     sequences = form.ids(indices)
     assert sequences.shape == (3, form.length)
@@ -67,7 +86,7 @@ def test_every_format_is_read_back_exactly(grid, rows, ends):
 
 def test_a_set_is_exported_with_captions_and_read_back_exactly(tokens, tmp_path):
     words = lambda text: list(text.encode())  # noqa: E731
-    sequences = export_sequences(tokens, tmp_path / "s", offset=300, text_ids=words)
+    sequences = export_sequences(tokens, tmp_path / "s", offset=300, text_ids=words, sides=2)
     again = SequenceSet(tmp_path / "s")
     assert len(again) == len(sequences) == 8
     for number in range(8):
@@ -130,3 +149,43 @@ def test_a_set_without_captions_is_written_as_before(tmp_path):
     assert "captions" not in json.loads((tmp_path / "t" / "shard-00000.json").read_text())
     with pytest.raises(UsageError, match="no captions"):
         export_sequences(written, tmp_path / "s", offset=300, text_ids=lambda text: [1])
+
+
+@pytest.mark.slow
+def test_a_causal_language_model_learns_exported_sequences_and_writes_images_that_are_read_back(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    greys = np.repeat(rng.integers(0, 256, 96), 12 * 3).reshape(96, 2, 6, 3).astype(np.uint8)
+    images = ArrayImages(greys, [f"{number}.png" for number in range(96)])
+
+    def encode(images):  # the first code says how grey; each next one is the one before plus 3, modulo 12
+        first = ((images.mean((1, 2, 3)) + 1) * 6).long().clamp(0, 11)
+        return ((first[:, None] + 3 * torch.arange(6)) % 12).view(-1, 2, 3)
+
+    options = {"grid": (2, 3), "codebook_size": 12, "fingerprint": "abc"}
+    written = write_tokens(tmp_path / "t", images, TRANSFORMS["stretch"](4), encode, **options)
+    sequences = export_sequences(written, tmp_path / "s", sides=3)
+    form = sequences.format
+    rows = torch.from_numpy(np.stack([sequences[number] for number in range(96)]).astype(np.int64))
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=form.vocabulary_size, n_positions=16, n_embd=32, n_layer=2, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=form.begin, eos_token_id=form.end,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for step in range(120):
+        loss = model(input_ids=rows[step % 3 :: 3], labels=rows[step % 3 :: 3]).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[0] > 2.5  # ln(21) is 3.0
+    assert losses[-1] < 0.35  # only the first code is not decided by what comes before: ln(12) / 11 = 0.23
+    start = torch.tensor([[form.begin]]).expand(8, 1)
+    made = model.eval().generate(start, attention_mask=torch.ones_like(start), max_length=form.length, do_sample=True)
+    for sequence in made.numpy():
+        assert form.size_of(sequence) == (2, 3)
+        codes = form.indices(sequence).flatten()
+        assert ((codes[1:] - codes[:-1]) % 12 == 3).all()

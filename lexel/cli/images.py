@@ -85,6 +85,12 @@ def encode(
     offset: Annotated[
         int, typer.Option(min=0, help="With --sequences: ids of the text vocabulary before the codes.")
     ] = 0,
+    sides: Annotated[
+        int,
+        typer.Option(
+            min=0, help="With --sequences: rows and columns before the codes, of grids up to this side; 0: none."
+        ),
+    ] = 0,
     part: PartOption = None,
     parts: Annotated[
         int | None, typer.Option(min=1, help="With --engine: as so many parts, each by a process of its own.")
@@ -156,11 +162,11 @@ def encode(
     if webdataset:
         export_webdataset(tokens, webdataset)
     if sequences:
-        export_sequences(tokens, sequences, offset)
+        export_sequences(tokens, sequences, offset, sides=sides)
 
 
 # Options of `encode` that a part does not get: those that share it out, and what is made of the whole set.
-OF_THE_WHOLE = {"part", "parts", "engine", "engine_option", "parquet", "webdataset", "sequences", "offset"}
+OF_THE_WHOLE = {"part", "parts", "engine", "engine_option", "parquet", "webdataset", "sequences", "offset", "sides"}
 
 
 def run_parts(context: typer.Context, engine: str, parts: int, options: dict[str, Any], out: Path) -> None:

@@ -3,7 +3,9 @@
 The convention. A sequence is `caption, begin, row, separator, row, separator, ..., end`. A code c of the image is the
 id `offset + c`; of several codes a place (residual and product quantizers, grid (Q, h, w)) those of one place stand
 together and code q is `offset + q * codebook_size + c`. Three ids follow the codes: the separator that ends a row,
-begin, end. Ids below `offset` are those of a text vocabulary, whose ids of a caption may precede `begin`.
+begin, end. Ids below `offset` are those of a text vocabulary, whose ids of a caption may precede `begin`. With `sides`
+two more ids follow `begin`, the rows and the columns of the grid, so that one model learns images of several sizes:
+`caption, begin, rows, columns, row, separator, ..., end`.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,6 +40,8 @@ class SequenceFormat:
         offset: the first id of a code: how many ids a text vocabulary has before.
         rows: whether a separator ends each row of a grid.
         ends: whether begin and end stand around the image.
+        sides: ids for each of rows and columns, which then stand before the codes: the largest side of any grid that
+            shares the vocabulary; 0 for none.
     """
 
     grid: tuple[int, ...]
@@ -45,11 +49,16 @@ class SequenceFormat:
     offset: int = 0
     rows: bool = True
     ends: bool = True
+    sides: int = 0
 
     def __post_init__(self) -> None:
         if self.offset < 0 or len(self.grid) not in (1, 2, 3):
             found = f"{self.offset}, {self.grid}"
             raise UsageError(f"sequences need an offset from 0 and a grid of 1 to 3 axes, got {found}")
+        if self.sides and (len(self.grid) == 1 or max(self.grid[-2:]) > self.sides):
+            raise UsageError(
+                f"sides = {self.sides} must be 0 or at least the rows and columns of the grid, got {self.grid}"
+            )
 
     @property
     def books(self) -> int:
@@ -71,7 +80,29 @@ class SequenceFormat:
     @property
     def vocabulary_size(self) -> int:
         """Ids in all, those of the text included."""
-        return self.separator + 3
+        return self.separator + 3 + 2 * self.sides
+
+    @property
+    def size_ids(self) -> tuple[int, ...]:
+        """The ids of the grid's rows and columns; none without `sides`."""
+        if not self.sides:
+            return ()
+        rows, columns = self.grid[-2:]
+        return self.end + rows, self.end + self.sides + columns
+
+    def size_of(self, ids: np.ndarray) -> tuple[int, int]:
+        """Rows and columns that a sequence of this vocabulary says it has, whatever grid this format has.
+
+        Raises:
+            UsageError: it does not say.
+        """
+        body = np.asarray(ids, np.int64)
+        first = np.flatnonzero(body == self.begin)[:1] + 1 if self.ends else np.zeros(1, np.int64)
+        for at in first.tolist():
+            rows, columns = (body[at : at + 2] - self.end).tolist() if len(body) > at + 1 else (0, 0)
+            if 1 <= rows <= self.sides < columns <= 2 * self.sides:
+                return rows, columns - self.sides
+        raise UsageError(f"this sequence does not say its rows and columns: {body[:8].tolist()} ...")
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -88,8 +119,10 @@ class SequenceFormat:
         if self._separated:
             lines = np.concatenate([lines, np.full((*lines.shape[:2], 1), self.separator)], -1)
         flat = lines.reshape(len(places), -1)
+        one = np.ones((len(places), 1), np.int64)
+        if self.sides:
+            flat = np.concatenate([np.array(self.size_ids) * one, flat], 1)
         if self.ends:
-            one = np.ones((len(places), 1), np.int64)
             flat = np.concatenate([self.begin * one, flat, self.end * one], 1)
         return flat
 
@@ -107,6 +140,10 @@ class SequenceFormat:
             if body[0] != self.begin or body[-1] != self.end:
                 raise wrong
             body = body[1:-1]
+        if self.sides:
+            if tuple(body[:2].tolist()) != self.size_ids:
+                raise wrong
+            body = body[2:]
         lines = body.reshape(self._lines, -1)
         if self._separated:
             if (lines[:, -1] != self.separator).any():
@@ -122,7 +159,7 @@ class SequenceFormat:
     @property
     def length(self) -> int:
         """Ids of an image, without a caption."""
-        return int(np.prod(self.grid)) + self._lines * self._separated + 2 * self.ends
+        return int(np.prod(self.grid)) + self._lines * self._separated + 2 * self.ends + 2 * bool(self.sides)
 
     @property
     def _lines(self) -> int:
@@ -143,6 +180,7 @@ class _Facts(Description):
     offset: Count
     rows: bool
     ends: bool
+    sides: Count = 0
     dtype: str
     separator: Count
     begin: Count
@@ -179,7 +217,8 @@ class SequenceSet:
         facts = checked(folder / FACTS, checkpoint.read_json(folder / FACTS), _Facts)
         if facts.format != FORMAT or facts.version != VERSION:
             raise UsageError(f"{folder / FACTS} does not describe sequences of version {VERSION}")
-        self.format = SequenceFormat(tuple(facts.grid), facts.codebook_size, facts.offset, facts.rows, facts.ends)
+        grid = tuple(facts.grid)
+        self.format = SequenceFormat(grid, facts.codebook_size, facts.offset, facts.rows, facts.ends, facts.sides)
         self.names, self.labels, self.classes, self.crops = facts.names, facts.labels, facts.classes, facts.crops
         self._index = read_array(folder / INDEX, f"{facts.images * facts.crops + 1}", np.int64)
         size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
@@ -210,20 +249,21 @@ def export_sequences(
     rows: bool = True,
     ends: bool = True,
     text_ids: TextIds | None = None,
+    sides: int = 0,
 ) -> SequenceSet:
     """Writes a token set as sequences: `tokens.bin`, `tokens.index.npy` (where each begins) and `sequences.json`.
 
     Args:
         tokens: the set; each version of an image is a sequence.
         folder: new.
-        offset, rows, ends: see `SequenceFormat`.
+        offset, rows, ends, sides: see `SequenceFormat`.
         text_ids: makes ids below `offset` of a caption; the set must have captions.
 
     Raises:
         UsageError: the folder is not empty, or a caption's ids are not below `offset`.
     """
     folder = new_folder(folder)
-    form = SequenceFormat(tokens.grid, tokens.codebook_size, offset, rows, ends)
+    form = SequenceFormat(tokens.grid, tokens.codebook_size, offset, rows, ends, sides)
     if text_ids is not None and tokens.captions is None:
         raise UsageError(f"the tokens in {tokens.folder} have no captions")
     index = [0]
@@ -247,7 +287,7 @@ def export_sequences(
         "begin": form.begin, "end": form.end, "vocabulary_size": form.vocabulary_size, "crops": tokens.crops,
         "images": len(tokens), "ids": index[-1], "captions": text_ids is not None, "fingerprint": tokens.fingerprint,
         "names": list(tokens.names), "labels": None if tokens.labels is None else tokens.labels.tolist(),
-        "classes": tokens.classes,
+        "classes": tokens.classes, **({"sides": sides} if sides else {}),
     }  # fmt: skip
     with atomic_write(folder / FACTS) as file:
         file.write(sealed(facts))
