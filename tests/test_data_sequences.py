@@ -180,7 +180,7 @@ def test_a_causal_language_model_learns_exported_sequences_and_writes_images_tha
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[0] > 2.5  # ln(21) is 3.0
     assert losses[-1] < 0.35  # only the first code is not decided by what comes before: ln(12) / 11 = 0.23
     start = torch.tensor([[form.begin]]).expand(8, 1)
