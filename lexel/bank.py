@@ -11,7 +11,7 @@ from lexel.data import TRANSFORMS, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.memory import check_memory
-from lexel.quantizers.vqgan_lc import build_bank, save_bank
+from lexel.quantizers.vqgan_lc import build_bank, check_free, save_bank
 from lexel.runtime import Runtime
 from lexel.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ def make_bank(
     Returns:
         The bank: float32 (K, F).
     """
+    check_free(out)
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, got {seed}")
     if isinstance(encoder, Tokenizer):

@@ -520,6 +520,32 @@ def test_a_tilde_is_the_home_folder_in_every_path_of_a_command(run, pictures, ca
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(pictures)
     assert lexel(capsys, "encode", run, "~/link", "--out=~/t", "--webdataset=~/wd")[0] == 0
-    assert lexel(capsys, "decode", run, "~/t", "--out", "~nobody")[0] == 0  # no user's home: a name as any other
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "t", "wd", "~nobody"]
-    assert len(list((tmp_path / "~nobody").glob("*.png"))) > 0
+    assert lexel(capsys, "decode", run, "~/t", "--out", "~no one")[0] == 0  # no user's home: a name as any other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "t", "wd", "~no one"]
+    assert len(list((tmp_path / "~no one").rglob("*.png"))) > 0
+
+
+@pytest.mark.parametrize("target", ["picture.png", "model/config.json", "tokens.json", "."])
+def test_numbers_and_banks_are_not_written_over_what_they_are_made_of(run, pictures, capsys, tmp_path, target):
+    (tmp_path / "model").mkdir()
+    for name in ("picture.png", "model/config.json", "tokens.json"):
+        (tmp_path / name).write_text('{"lexel": "0.2"}')
+    path = tmp_path / target
+    for command in (
+        ("evaluate", run, "--data", pictures, "--metric", "psnr", "--json", path),
+        ("bank", run, pictures, "--codes", "2", "--out", path),
+        ("usage", "nowhere", "--json", path),
+        ("probe", "nowhere", "--json", path),
+    ):
+        code, _, errors = lexel(capsys, *command)
+        assert code == 2, command
+        assert re.fullmatch(r"lexel: .* (is a folder|would be overwritten); give .*\n", errors), errors
+    assert target == "." or path.read_text() == '{"lexel": "0.2"}'
+
+
+@pytest.mark.parametrize(
+    "options", [("--size", "9" * 5000), ("--workers", "1000000"), ("--size", "0"), ("--size", "1e3")]
+)
+def test_numbers_beyond_any_use_are_refused_in_one_line(run, pictures, capsys, tmp_path, options):
+    code, _, errors = lexel(capsys, "encode", run, pictures, "--out", tmp_path / "t", *options)
+    assert (code, errors.count("\n"), len(errors) < 200) == (2, 1, True), errors

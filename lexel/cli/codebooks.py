@@ -46,8 +46,10 @@ def usage(
     from lexel.codebooks import usage as measure
     from lexel.distributed import launched_rank
     from lexel.evaluate import Options, write_result
+    from lexel.evaluate.results import check_free
     from lexel.loading import load_tokenizer
 
+    check_free(json_)
     tokenizer = load_tokenizer(model, weights) if model else None
     with progress("usage") as update:
         options = Options(limit, batch_size, device, precision, workers, resume=resume, progress=update)

@@ -79,6 +79,7 @@ def evaluate(
     """
     from lexel.distributed import launched_rank
     from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
+    from lexel.evaluate.results import check_free
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
     from lexel.public_sets import measure_on
@@ -95,6 +96,7 @@ def evaluate(
         )
     if json_ and against and json_.resolve() == against.resolve():
         raise UsageError(f"--json {json_} is the file of --against, which would be overwritten; give another file")
+    check_free(json_)
     if part and (json_ or against):
         raise UsageError("a part has no result yet: give --json and --against to the command without --part")
     earlier = read_result(against) if against else None

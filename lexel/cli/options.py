@@ -34,7 +34,7 @@ TransformName = Annotated[
     str | None,
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Worker processes that read images.")]
+Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, a model folder, a published checkpoint or a hub id.")
@@ -64,8 +64,8 @@ def transform_of(tokenizer: "Tokenizer", size: str | None, name: str | None) -> 
 
 def pixels(size: str | None) -> int | None:
     """The number in `--size`."""
-    if size is not None and not (size.isdecimal() and int(size)):
-        raise UsageError(f"--size {size!r} is neither a number of pixels nor 'native'")
+    if size is not None and not (size.isdecimal() and len(size) < 10 and int(size)):
+        raise UsageError(f"--size {size[:40]!r} is neither a number of pixels nor 'native'")
     return None if size is None else int(size)
 
 
@@ -76,8 +76,8 @@ def names(text: str) -> list[str]:
 
 def integers(text: str, option: str) -> list[int]:
     """The integers of a list with commas."""
-    if not all(name.isdecimal() for name in names(text)):
-        raise UsageError(f"{option} {text!r} is no list of numbers; write them with commas: 1024,16384")
+    if not all(name.isdecimal() and len(name) < 19 for name in names(text)):
+        raise UsageError(f"{option} {text[:80]!r} is no list of numbers; write them with commas: 1024,16384")
     return [int(name) for name in names(text)]
 
 

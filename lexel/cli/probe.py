@@ -46,8 +46,10 @@ def probe(
     from lexel.config import parse_override
     from lexel.evaluate import probe as run
     from lexel.evaluate import write_result
+    from lexel.evaluate.results import check_free
     from lexel.loading import load_generator, load_tokenizer
 
+    check_free(json_)
     with progress("probe") as update:
         result = run(
             source,

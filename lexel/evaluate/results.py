@@ -78,6 +78,24 @@ def compare_results(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Dif
     return {name: _difference(a, b, name) for name in shared}
 
 
+def check_free(path: str | Path | None) -> None:
+    """Refuses to write a result over anything but an earlier one, such as a picture or a model's `config.json`.
+
+    Raises:
+        UsageError: `path` is a folder, or a file that is no result.
+    """
+    if path is None or not (path := Path(path)).exists():
+        return
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file for the result")
+    try:
+        ours = not {"metrics", "usage"}.isdisjoint(checkpoint.read_json(path))
+    except UsageError:
+        ours = False
+    if not ours:
+        raise UsageError(f"{path} exists and is no result, and would be overwritten; give another file")
+
+
 def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
     """Writes a result as JSON, atomically; what is no number (an infinite PSNR) becomes null."""
     with checkpoint.atomic(path) as partial:

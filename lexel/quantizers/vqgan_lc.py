@@ -116,8 +116,30 @@ def build_bank(
     return torch.from_numpy(np.concatenate(centres).astype(np.float32))
 
 
+def check_free(path: str | Path) -> None:
+    """Refuses to write a bank over anything but an earlier one, such as a picture that it is made of.
+
+    Raises:
+        UsageError: `path` is a folder, or a file that is no bank.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; give a file for the bank")
+    if not path.exists():
+        return
+    try:
+        load_bank(path)
+    except UsageError:
+        raise UsageError(f"{path} exists and is no bank, and would be overwritten; give another file") from None
+
+
 def save_bank(bank: Tensor, path: str | Path) -> None:
-    """Writes a bank (K, F) as a safetensors file, whole or not at all."""
+    """Writes a bank (K, F) as a safetensors file, whole or not at all.
+
+    Raises:
+        UsageError: see `check_free`.
+    """
+    check_free(path)
     with atomic(path) as partial:
         save_file({"bank": bank.detach().float().contiguous()}, partial)
 
