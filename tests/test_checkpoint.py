@@ -313,3 +313,19 @@ def test_files_have_the_rights_that_the_umask_allows(tmp_path):
     (tmp_path / "plain").touch()
     expected = (tmp_path / "plain").stat().st_mode
     assert {path.stat().st_mode for path in tmp_path.iterdir()} == {expected}
+
+
+def test_a_state_that_claims_to_span_disks_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, {"a": torch.arange(3)})
+    data = bytearray(path.read_bytes())
+    locator = data.find(b"PK\x06\x07")  # of the end record of 64-bit archives: the disk it is on, and how many
+    assert locator >= 0 or data.rfind(b"PK\x05\x06") >= 0
+    if locator < 0:
+        end = data.rfind(b"PK\x05\x06")
+        data[end:end] = b"PK\x06\x07" + bytes(12) + (9).to_bytes(4, "little")
+    else:
+        data[locator + 16 : locator + 20] = (9).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match="is damaged: zipfiles that span multiple disks"):
+        load_state(path)

@@ -84,7 +84,8 @@ def check_free(path: str | Path | None) -> None:
     Raises:
         UsageError: `path` is a folder, or a file that is no result.
     """
-    if path is None or not (path := Path(path)).exists():
+    path = None if path is None else Path(path)
+    if path is None or not path.exists():
         return
     if path.is_dir():
         raise UsageError(f"{path} is a folder; give a file for the result")
