@@ -1,5 +1,6 @@
 """What a figure was measured on, and by which code: processor or GPU, and commit."""
 
+import functools
 import platform
 import subprocess
 from pathlib import Path
@@ -28,6 +29,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache  # what runs is what was there at first, whatever is checked out later
 def commit() -> str | None:
     """The commit of the checkout that Lexel runs from, with "+" where files differ from it; None without a checkout."""
     here = Path(__file__).parent

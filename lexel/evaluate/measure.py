@@ -15,6 +15,7 @@ from lexel.evaluate.features import Networks
 from lexel.evaluate.metric import Batch, Context, Metric, Values, unmet
 from lexel.evaluate.sources import Source
 from lexel.evaluate.stream import Partial, Visited
+from lexel.machine import commit
 from lexel.metrics import ReferenceStatistics
 from lexel.parts import Part
 
@@ -92,6 +93,7 @@ def measure(
         UsageError: fewer than `least` images can be read, or the partial state is of another evaluation.
     """
     options = options or Options()
+    commit()  # for the result: a checkout may have moved on by the end
     visited = Visited(len(source))
     partial = None if options.resume is None else Partial(Path(options.resume), identity or {}, options.part)
     if partial is not None:
