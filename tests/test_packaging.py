@@ -15,9 +15,12 @@ def test_every_folder_of_code_is_installed():
 
 
 def test_every_file_that_is_no_code_is_installed():
-    data = {path.name for path in (ROOT / "lexel").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
-    assert {name for name in data if not any(Path(name).match(pattern) for pattern in patterns)} == set()
+    code = (".py", ".pyc")
+    data = {
+        path.relative_to(ROOT) for path in (ROOT / "lexel").rglob("*") if path.is_file() and path.suffix not in code
+    }
+    patterns = [each for group in PROJECT["tool"]["setuptools"]["package-data"].values() for each in group]
+    assert {path for path in data if not any(path.match(pattern) for pattern in patterns)} == set()
 
 
 def test_the_version_has_three_parts():
