@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from lexel.evaluate import (
     read_result,
     write_result,
 )
+from lexel.evaluate.measure import check_alike
 from lexel.metrics import MeanState, frechet_distance_of_features, gaussian_mmd
 from lexel.networks import FEATURE_NETWORKS, FeatureNetwork
 from lexel.train.evaluations import EvaluationConfig
@@ -390,3 +392,12 @@ def test_a_session_that_set_the_new_precision_switches_can_evaluate(monkeypatch)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_processes_that_would_measure_different_things_are_refused_in_all(monkeypatch):
+    check_alike({"psnr": ["psnr"]}, {})
+    elsewhere = ({"psnr": ["psnr"]}, {"lpips": "weights of lpips_vgg not found"})
+    monkeypatch.setattr(sys.modules[check_alike.__module__], "gather", lambda value: [value, elsewhere])
+    check_alike({"psnr": ["psnr"]}, {})
+    with pytest.raises(UsageError, match=r"processes 0 and 1 cannot measure the same .*lpips_vgg not found"):
+        check_alike({"psnr": ["psnr"], "lpips": ["lpips_vgg"]}, {})

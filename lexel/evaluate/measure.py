@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexel.distributed import broadcast, processes, rank
+from lexel.distributed import broadcast, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks
 from lexel.evaluate.metric import Batch, Context, Metric, Values, unmet
@@ -161,11 +161,29 @@ def build_metrics(
                 reason = "; ".join(built.pop(name).left_out.values()) or "it measures nothing here"
         if reason is not None:
             left_out[name] = reason
+    check_alike({name: sorted(metric.states) for name, metric in built.items()}, left_out)
     warnings += [f"{name} is left out: {reason}" for name, reason in left_out.items()]
     if not built:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UsageError(f"nothing can be measured: {reasons or 'no metric was asked for'}")
     return built
+
+
+def check_alike(measured: Mapping[str, list[str]], left_out: Mapping[str, str]) -> None:
+    """Refuses processes that would measure different things, where one machine lacks weights that another has.
+
+    They would wait for each other for ever when their sums are added.
+
+    Raises:
+        UsageError: in all of them; says what one lacks and why.
+    """
+    everyones = gather((dict(measured), dict(left_out)))
+    for number, (found, reasons) in enumerate(everyones):
+        if found != everyones[0][0]:
+            lacking = next((f"{name}: {why}" for name, why in (reasons | everyones[0][1]).items()), "weights differ")
+            raise UsageError(
+                f"processes 0 and {number} cannot measure the same ({lacking}); give every machine the same weights"
+            )
 
 
 def part_measured(part: Part, visited: Visited, warnings: Sequence[str]) -> dict[str, Any]:
