@@ -66,7 +66,8 @@ def measure(table: dict[str, Any], name: str, arguments: argparse.Namespace) -> 
     recipe["train"]["seed"] = arguments.seed
     if "init" in recipe:
         recipe["init"]["source"] = str(arguments.out / f"{recipe['init']['source']}-{arguments.seed}" / "tokenizer")
-    train(check(recipe, TokenizerRecipe, name), folder / "tokenizer", device="cpu")
+    if not train(check(recipe, TokenizerRecipe, name), folder / "tokenizer", device="cpu").finished:
+        raise SystemExit(f"{name} was stopped; the same command goes on")
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
     validation = RunFolder.read(folder / "tokenizer").lines("validation")[-1]
     result = evaluate_tokenizer(
