@@ -81,7 +81,14 @@ def test_parts_that_know_nothing_of_each_other_give_the_bits_of_one(tmp_path, mo
     def both(**options):
         options = {"batch_size": 3, **options}
         return [
-            evaluate_tokenizer(Grey(), tmp_path / "images", QUICK, resume=images, **options),
+            evaluate_tokenizer(
+                Grey(),
+                tmp_path / "images",
+                QUICK,
+                metrics=[*QUICK.reconstruction, "unseen_codes"],
+                resume=images,
+                **options,
+            ),
             evaluate_samples(tmp_path / "samples.npz", image_set(), QUICK, resume=samples, **options),
         ]
 
