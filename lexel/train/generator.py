@@ -415,3 +415,8 @@ def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
     """Samples for the report: one for each of the first classes, uint8 (SHOWN, H, W, 3)."""
     condition = generator.condition.shown(SHOWN)
     return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(condition, seed=seed))))
+
+
+def load_generator_run(folder: str | Path) -> Generator:
+    """The generator of a run folder or model folder; an earlier name of `lexel.load`."""
+    return load_generator(folder)
