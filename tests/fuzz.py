@@ -10,8 +10,8 @@ import pytest
 
 from lexel.errors import UsageError
 
-# `def test_...(count, tmp_path)` with this mark runs 100 mutations, and 20,000 with `-m slow`.
-counts = pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.slow)])
+# `def test_...(count, tmp_path)` with this mark runs 300 mutations, and 20,000 with `-m slow`.
+counts = pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
 
 # What stands in a text where a number, a word or a value is expected.
 WORDS = (

@@ -5,18 +5,15 @@ The files of a sample share their name up to the first dot: `0001.jpg`, `0001.cl
 kept in the cache folder, so that a batch stays a function of (seed, step) and no stream has to be wound forward.
 """
 
-import glob
 import hashlib
 import io
 import json
-import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 from warnings import warn
 
 import numpy as np
@@ -28,9 +25,10 @@ from lexel.data.folder import part_of_names
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
 from lexel.data.listing import Names
 from lexel.data.options import OpenOptions
-from lexel.data.remote import Place, Version, is_remote, matches, open_place, read_range, stem, version
+from lexel.data.remote import Place, Version, open_place, read_range, stem, version
+from lexel.data.shard_places import expand_places
 from lexel.errors import UsageError
-from lexel.regular import expanded, open_regular
+from lexel.regular import open_regular
 from lexel.runtime import cache_folder, is_cached
 
 VERSION = 2  # of the index
@@ -158,70 +156,6 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         images.captions = captions.take(chosen)
     images.left_out = left_out
     return images
-
-
-def expand_places(location: str, ending: str) -> list[Place]:
-    """The files that a location means, in order: as `expand`, or in a store elsewhere.
-
-    Raises:
-        UsageError: a pattern means none, or a file here is not there.
-    """
-    if not is_remote(location):
-        return [*expand(location, ending)]
-    places: list[Place] = []
-    for text in _braces(location):
-        if not re.search(r"[*?\[]", urlsplit(text).path):
-            places.append(text)
-            continue
-        try:
-            found = matches(text)
-        except OSError as error:
-            raise UsageError(f"{text} cannot be listed: {in_words(error)}") from None
-        if not found:
-            raise UsageError(f"nothing in the store matches {text!r}; give locations, or a range {{0000..0099}}")
-        places += found
-    return places
-
-
-def expand(location: str, ending: str) -> list[Path]:
-    """The files that a location means, in order: a path, a folder, a pattern, or ranges such as `{00..12}` and `{a,b}`.
-
-    Raises:
-        UsageError: one of them is not there.
-    """
-    paths = []
-    for text in _braces(str(expanded(location))):
-        path = Path(text)
-        if path.is_dir():
-            inside = sorted(path.glob(f"*{ending}"))
-            if not inside:
-                raise UsageError(f"there are no {ending} files in {path}")
-            paths += inside
-        elif path.exists():
-            paths.append(path)
-        else:
-            matches = sorted(map(Path, glob.glob(text)))  # noqa: PTH207, Path.glob takes no absolute pattern
-            if not matches:
-                raise UsageError(
-                    f"there is no file {text!r}; give a file, a folder, a pattern or a range {{0000..0099}}"
-                )
-            paths += matches
-    return paths
-
-
-def _braces(text: str) -> list[str]:
-    """`a{01..03}` and `a{x,y}` written out."""
-    match = re.search(r"\{(\d{1,12})\.\.(\d{1,12})\}|\{([^{}]*,[^{}]*)\}", text)
-    if match is None:
-        return [text]
-    if match[3] is not None:
-        parts = match[3].split(",")
-    else:
-        first, last = int(match[1]), int(match[2])
-        if not 0 <= last - first < 10**6:
-            raise UsageError(f"the range {match[0]} must go up, by fewer than a million shards")
-        parts = [f"{number:0{len(match[1])}d}" for number in range(first, last + 1)]
-    return [one for part in parts for one in _braces(text[: match.start()] + part + text[match.end() :])]
 
 
 def index_shards(shards: Sequence[Place], options: OpenOptions) -> list[ShardIndex]:

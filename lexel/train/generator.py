@@ -7,7 +7,6 @@ default.
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,11 +19,11 @@ from lexel.data import to_uint8
 from lexel.data.tokens import TokenBatch
 from lexel.distributed import all_sum, barrier
 from lexel.errors import UsageError
-from lexel.generators import Generator, GeneratorConfig, NetworkConfig, TrainingLosses, family_of
-from lexel.loading import load_generator
+from lexel.generators import Generator, GeneratorConfig, TrainingLosses, family_of
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
+from lexel.train.initialise import initialise_generator
 from lexel.train.optimization import (
     RunningMeans,
     WeightAverage,
@@ -40,7 +39,7 @@ from lexel.train.tokens import TokenSource, entropy_bits
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
 
-__all__ = ["GeneratorRecipe", "Learner", "initialise", "train_generator"]
+__all__ = ["GeneratorRecipe", "Learner", "train_generator"]
 
 SHOWN = 8  # samples in the snapshot of the last step
 
@@ -351,7 +350,7 @@ def train_generator(
                 raise UsageError(f"a {recipe.generator.kind} generator sees the vectors of codes; set data.tokenizer")
             generator.attach(source.tokenizer)
         if recipe.init is not None and not session.resumed:
-            initialise(generator, recipe.init.source, initial)
+            initialise_generator(generator, recipe.init.source, initial)
         learner = Learner(config, generator, processes)
         session.resume(learner)
         batches = source.batches(config, session.first, processes.rank, processes.count)
@@ -376,39 +375,6 @@ def train_generator(
                     session.run.snapshot(session.done, {"samples": samples})
     barrier()
     return Trained(generator.eval(), learner.measured, session.done, session.finished, source.unreadable)
-
-
-def initialise(generator: Generator, source: str, initial: Generator | None = None) -> None:
-    """Starts a generator from the weights of another one; only what is dropped in training may differ.
-
-    Raises:
-        UsageError: it is of another network, or was trained with another tokenizer.
-    """
-    if initial is None:
-        initial = load_generator(source)
-    ours, theirs = _network(generator.config.transformer), _network(initial.config.transformer)
-    for name, value in theirs.items():
-        if ours[name] != value:
-            raise UsageError(f"init.source {source} has {name} = {value}, the recipe {ours[name]}; make them the same")
-    if generator.config.tokenizer is not None:
-        initial.check_tokenizer(generator.config.tokenizer, "the recipe's tokenizer")
-    names, before = generator.config.class_names, initial.config.class_names
-    renamed = [(old, new) for old, new in zip(before or (), names or (), strict=False) if old != new]
-    if renamed:
-        old, new = renamed[0]
-        warnings.warn(
-            f"init.source {source} has other names for {len(renamed)} of its classes: "
-            f"what it learned as {old!r} now is {new!r}",
-            stacklevel=2,
-        )
-    checkpoint.load_strict(generator, initial.state_dict(), source)
-
-
-def _network(config: NetworkConfig) -> dict[str, Any]:
-    """What must be the same for one network to take the weights of another; the head by what it predicts."""
-    free = {"dropout", "class_dropout", "gamma_init", "head", "factors"}
-    vocabularies = getattr(config, "vocabularies", None)
-    return {**config.model_dump(exclude=free), "kind": config.kind, "vocabularies": vocabularies}
 
 
 def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:

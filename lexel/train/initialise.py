@@ -1,9 +1,13 @@
-"""Where a tokenizer's training starts: the weights of another one, and what of them learns."""
+"""Where a training starts: the weights of another model, and what of them learns."""
+
+import warnings
+from typing import Any
 
 from lexel.autoencoders import TiTok
 from lexel.checkpoint import load_strict
 from lexel.errors import UsageError
-from lexel.loading import load_tokenizer
+from lexel.generators import Generator, NetworkConfig
+from lexel.loading import load_generator, load_tokenizer
 from lexel.tokenizer import Tokenizer
 from lexel.train.recipes import InitConfig
 
@@ -76,3 +80,36 @@ def predict_codes_of(tokenizer: Tokenizer, proxy: Tokenizer, source: str) -> Non
     network.predict_codes_of(
         lambda images: proxy.to(images.device).encode(images), proxy.quantizer.codebook, proxy.decoder
     )
+
+
+def initialise_generator(generator: Generator, source: str, initial: Generator | None = None) -> None:
+    """Starts a generator from the weights of another one; only what is dropped in training may differ.
+
+    Raises:
+        UsageError: it is of another network, or was trained with another tokenizer.
+    """
+    if initial is None:
+        initial = load_generator(source)
+    ours, theirs = _network(generator.config.transformer), _network(initial.config.transformer)
+    for name, value in theirs.items():
+        if ours[name] != value:
+            raise UsageError(f"init.source {source} has {name} = {value}, the recipe {ours[name]}; make them the same")
+    if generator.config.tokenizer is not None:
+        initial.check_tokenizer(generator.config.tokenizer, "the recipe's tokenizer")
+    names, before = generator.config.class_names, initial.config.class_names
+    renamed = [(old, new) for old, new in zip(before or (), names or (), strict=False) if old != new]
+    if renamed:
+        old, new = renamed[0]
+        warnings.warn(
+            f"init.source {source} has other names for {len(renamed)} of its classes: "
+            f"what it learned as {old!r} now is {new!r}",
+            stacklevel=2,
+        )
+    load_strict(generator, initial.state_dict(), source)
+
+
+def _network(config: NetworkConfig) -> dict[str, Any]:
+    """What must be the same for one network to take the weights of another; the head by what it predicts."""
+    free = {"dropout", "class_dropout", "gamma_init", "head", "factors"}
+    vocabularies = getattr(config, "vocabularies", None)
+    return {**config.model_dump(exclude=free), "kind": config.kind, "vocabularies": vocabularies}
