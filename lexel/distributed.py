@@ -3,6 +3,7 @@
 Whether there are several processes is asked at every call, never remembered: a process group may come and go.
 """
 
+import atexit
 import os
 from typing import Any, TypeVar
 
@@ -128,8 +129,23 @@ def join(device: str) -> str:
         join_after_restart("gloo")
     if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("gloo")
+        leave_at_exit()
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
+
+
+def leave_at_exit() -> None:
+    """Ends the process group with the process: threads of gloo that outlive it may end it by SIGABRT.
+
+    NCCL's is left to the end of the process, since ending it may wait for processes that have failed.
+    """
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def join_after_restart(backend: str) -> None:
@@ -148,6 +164,7 @@ def join_after_restart(backend: str) -> None:
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=False)
     meeting = PrefixStore(f"lexel/restart-{restarts}", store)
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=count)
+    leave_at_exit()
 
 
 def _reachable(values: Tensor) -> Tensor:

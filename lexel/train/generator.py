@@ -20,6 +20,7 @@ from lexel.data.tokens import TokenBatch
 from lexel.distributed import all_sum, barrier
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, TrainingLosses, family_of
+from lexel.loading import load_generator
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig

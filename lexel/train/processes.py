@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lexel.config import Config, flatten
-from lexel.distributed import broadcast, gather, join_after_restart
+from lexel.distributed import broadcast, gather, join_after_restart, leave_at_exit
 from lexel.errors import UsageError
 from lexel.runtime import Runtime, runtime
 
@@ -61,6 +61,8 @@ class Processes:
             log_with=list(trackers) or None,
             project_dir=str(folder) if folder else None,
         )
+        if fresh and launched:
+            leave_at_exit()
         if trackers and len(filter_trackers(list(trackers), str(folder))) != len(trackers):
             raise UsageError(f"a tracker of {', '.join(trackers)} is not installed; try pip install 'lexel[trackers]'")
         self.rank: int = self.accelerator.process_index
