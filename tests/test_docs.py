@@ -2,6 +2,8 @@
 
 import re
 import shlex
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from typer.testing import CliRunner
 from lexel.cli import app
 from lexel.config import find_recipe
 from lexel.quantizers import QUANTIZERS
+from lexel.tables import TABLES
 
 pytestmark = pytest.mark.usefixtures("undrawn_charts")
 
@@ -58,8 +61,19 @@ def workplace(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def tables() -> Iterator[None]:
+    """Entries that a page adds to a table are gone after it."""
+    found = [getattr(import_module(module), table) for module, table, _ in TABLES.values()]
+    before = [dict(table) for table in found]
+    yield
+    for table, entries in zip(found, before, strict=True):
+        table.clear()
+        table.update(entries)
+
+
 @pytest.mark.parametrize("page", [page for page in RUN if page.is_file()], ids=name)
-def test_a_page_runs_from_top_to_bottom(page, workplace):
+def test_a_page_runs_from_top_to_bottom(page, workplace, tables):
     """Blocks of `python` in one namespace, `lexel` commands of `sh` blocks and files with a title in between.
 
     `py` blocks and those without a language are only shown.

@@ -8,7 +8,22 @@ from torch import Tensor
 from lexel.errors import UsageError
 from lexel.quantizers import EMA, IBQ, QUANTIZERS, Multiscale, Nested, Residual
 
-SIMPLE = ["vq", "ema", "cosine", "ibq", "soft", "gumbel", "lfq", "bsq", "fsq", "simvq", "fvq", "vqgan_lc", "affine"]
+SIMPLE = [
+    "vq",
+    "ema",
+    "cosine",
+    "ibq",
+    "soft",
+    "gumbel",
+    "lfq",
+    "bsq",
+    "fsq",
+    "simvq",
+    "fvq",
+    "vqgan_lc",
+    "affine",
+    "ibq_affine",
+]
 SCALES = [1, 2, 4]
 
 

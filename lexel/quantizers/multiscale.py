@@ -237,12 +237,14 @@ class Multiscale(Quantizer):
                 losses["quantization"] = F.mse_loss(own, latents)
             terms.append(losses)
         flat = folded.flat(indices)
+        if not self.exact_in_training:
+            total = own
+        elif self.base.batch_dependent:  # running statistics have moved since the first scales
+            total = folded.fold(self.indices_to_codes(flat, tuple(z.shape[2:])).to(z.dtype))
         if self.gradient in GRADIENTS:
-            if not self.exact_in_training:
-                total = own
-            elif self.base.batch_dependent:  # running statistics have moved since the first scales
-                total = folded.fold(self.indices_to_codes(flat, tuple(z.shape[2:])).to(z.dtype))
             z_q = GRADIENTS[self.gradient](latents, total)
+        elif self.base.batch_dependent:
+            z_q = total.detach() + (own - own.detach())
         else:
             z_q = own
         means = {name: torch.stack([losses[name] for losses in terms]).mean() for name in terms[0]}
