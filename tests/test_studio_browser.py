@@ -28,6 +28,7 @@ ARGS = (
 )
 SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 PATIENCE = 60_000  # milliseconds
+KEPT = Path(__file__).parents[1] / "build" / "studio"  # screenshots of every view at each size, to be looked at
 
 
 @contextmanager
@@ -119,6 +120,8 @@ def test_a_view_does_its_work_and_fits_the_screen(visit, view, size):
     assert last["x"] + last["width"] <= SIZES[size][0]
     named = "e => e.labels?.length || e.ariaLabel || e.title || e.textContent.trim()"
     assert page.evaluate(f"[...document.querySelectorAll('button, input, select')].every({named})")
+    KEPT.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=KEPT / f"{view.split('?')[0]}-{size}.png", full_page=True)
 
 
 def png() -> bytes:
@@ -182,6 +185,31 @@ def test_tokens_are_painted_and_undone_by_keyboard_alone(visit):
     assert "edits=1." in page.url
     page.keyboard.press("Control+z")
     changed(page, 0)
+
+
+WORKED = {  # a view's key, what is reached by Tab and entered, and what is there then
+    "1": (".examples [aria-label='Example 2']", ".examples [aria-label='Example 2'][aria-pressed='true']"),
+    "3": (".codes button", ".about h2"),
+    "4": ("button.main", ".samples img"),
+    "5": ("input[type=checkbox]", "input[type=checkbox]:not(:checked)"),
+    "6": ("table.results button", "table.results [aria-sort$='cending']"),
+}
+
+
+@pytest.mark.parametrize("key", WORKED)
+def test_a_view_is_opened_and_used_by_keyboard_alone(visit, key):
+    reached, found = WORKED[key]
+    page = visit().open("tokens")
+    page.locator(".grid canvas").wait_for()
+    page.keyboard.press(key)
+    page.locator(reached).first.wait_for()
+    assert page.locator(found).count() == 0
+    for _ in range(80):
+        page.keyboard.press("Tab")
+        if page.evaluate("which => document.activeElement.matches(which)", reached):
+            break
+    page.keyboard.press("Space" if key == "5" else "Enter")
+    page.locator(found).first.wait_for()
 
 
 def test_two_tokens_are_swapped_with_the_pointer(visit):
