@@ -46,7 +46,7 @@ class Pretrained(nn.Module):
             UsageError: the generator has none, or the one in its folder is not the one it was trained with.
         """
         if not self._tokenizer:
-            if self._folder is None or not (self._folder / TOKENIZER).is_dir():
+            if self._folder is None or not self.has_tokenizer():
                 raise UsageError(
                     "this generator has no tokenizer beside it; decode with the tokenizer of fingerprint "
                     f"{self.config.tokenizer or '(not recorded)'}"
@@ -116,7 +116,7 @@ class Pretrained(nn.Module):
         """
         if tokenizer is not None:
             self.check_tokenizer(tokenizer.fingerprint(), "the tokenizer to save")
-        elif self._tokenizer or (self._folder is not None and (self._folder / TOKENIZER).is_dir()):
+        elif self.has_tokenizer():
             tokenizer = self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(folder) / TOKENIZER, tokenizer.provenance)
