@@ -75,6 +75,8 @@ class Autoencoder(nn.Module):
     @property
     def sizes(self) -> str:
         """The sizes that fit, in words, for errors."""
+        if self.fixed_size is not None:
+            return f"H = {self.fixed_size[0]} and W = {self.fixed_size[1]}"
         return f"H and W multiples of {self.downsampling}"
 
     def grid(self, height: int, width: int) -> tuple[int, ...]:
@@ -113,6 +115,10 @@ class Autoencoder(nn.Module):
         Raises:
             UsageError: pictures of this size cannot be padded to one that fits.
         """
+        if self.fixed_size is not None:
+            if height > self.fixed_size[0] or width > self.fixed_size[1]:
+                raise UsageError(f"images need {self.sizes}, got {height} x {width}, which padding cannot make fit")
+            return self.fixed_size
         factor = self._factor
         return -(-height // factor) * factor, -(-width // factor) * factor
 

@@ -103,10 +103,6 @@ class Dynamic(Convolutional):
     def fixed_size(self) -> tuple[int, int]:
         return self.config.sides
 
-    @property
-    def sizes(self) -> str:
-        return f"H = {self.fixed_size[0]} and W = {self.fixed_size[1]}"
-
     def grid(self, height: int, width: int) -> tuple[int, ...]:
         if (height, width) != self.fixed_size:
             raise UsageError(f"images need {self.sizes}, got {height} x {width}")
@@ -115,11 +111,6 @@ class Dynamic(Convolutional):
     def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
         if tuple(grid) != self.grid(*self.fixed_size):
             raise UsageError(f"images with {self.sizes} have the grid {self.grid(*self.fixed_size)}, got {tuple(grid)}")
-        return self.fixed_size
-
-    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
-        if height > self.fixed_size[0] or width > self.fixed_size[1]:
-            raise UsageError(f"images need {self.sizes}, got {height} x {width}, which padding cannot make fit")
         return self.fixed_size
 
     @torch.no_grad()

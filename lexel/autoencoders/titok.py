@@ -153,11 +153,6 @@ class TiTok(Autoencoder):
         return self.config.sides
 
     @property
-    def sizes(self) -> str:
-        height, width = self.fixed_size
-        return f"H = {height} and W = {width}"
-
-    @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.last_layer
 
@@ -169,11 +164,6 @@ class TiTok(Autoencoder):
     def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
         if tuple(grid) != (self.config.tokens,):
             raise UsageError(f"an image of this titok autoencoder has {self.config.tokens} tokens, got {tuple(grid)}")
-        return self.fixed_size
-
-    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
-        if height > self.fixed_size[0] or width > self.fixed_size[1]:
-            raise UsageError(f"images need {self.sizes}, got {height} x {width}, which padding cannot make fit")
         return self.fixed_size
 
 

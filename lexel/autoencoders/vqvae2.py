@@ -63,9 +63,7 @@ class VQVAE2(Autoencoder):
 
     @property
     def sizes(self) -> str:
-        if self.fixed_size is None:
-            return "H = W, a multiple of 8"
-        return f"H = {self.fixed_size[0]} and W = {self.fixed_size[1]}"
+        return "H = W, a multiple of 8" if self.fixed_size is None else super().sizes
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -92,9 +90,7 @@ class VQVAE2(Autoencoder):
         if self.fixed_size is None:
             side = -(-max(height, width) // 8) * 8
             return side, side
-        if height > self.fixed_size[0] or width > self.fixed_size[1]:
-            raise UsageError(f"images need {self.sizes}, got {height} x {width}, which padding cannot make fit")
-        return self.fixed_size
+        return super().fitting_size(height, width)
 
 
 def coarse(cells: int, config: VQVAE2Config) -> tuple[int, int]:
