@@ -20,7 +20,9 @@ from lexel.kernels.inputs import (
     check_similarity,
     choose_implementation,
     differentiable_once,
+    incoming,
     is_traced,
+    loss_terms,
     no_transform,
     second_derivatives,
 )
@@ -113,11 +115,7 @@ def index_backpropagation(
             z_q, chosen, indices, sample, batch, *_ = _forward_operator(*inputs, chosen_implementation)
         else:
             z_q, chosen, indices, sample, batch, *_ = _IndexBackpropagation.apply(*inputs, chosen_implementation)
-        terms = {
-            "quantization": F.mse_loss(z_q, z),
-            "commitment": F.mse_loss(z, chosen.detach()),
-            "codebook": F.mse_loss(chosen, z.detach()),
-        }
+        terms = loss_terms(z, z_q, chosen)
         if entropy:
             terms |= {"entropy_sample": sample, "entropy_batch": batch}
     return z_q, indices, terms
@@ -144,13 +142,6 @@ def _backward(*options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tiled.backward(Inputs(*fields), tiled.ForwardState(*state), soft, hard, sample, batch, implementation)
 
 
-def _incoming(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients of z_q, of all chosen codes, and of both entropies, from those of the outputs."""
-    z_q, chosen, _, sample, batch = grads[:5]
-    hard = z_q if chosen is None else chosen if z_q is None else z_q + chosen
-    return z_q, hard, sample, batch
-
-
 class _IndexBackpropagation(torch.autograd.Function):
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup)
@@ -158,11 +149,11 @@ class _IndexBackpropagation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, keys, codes, *state = ctx.saved_tensors
-        incoming = _incoming(grads)
+        given = incoming(grads)
         with torch.no_grad():
-            d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, state, *incoming)
+            d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, state, *given)
         gradients = (d_queries, d_keys, None if codes is None else d_codes)
-        return *differentiable_once(NAME, gradients, (queries, keys, codes, *incoming)), *[None] * len(ctx.options)
+        return *differentiable_once(NAME, gradients, (queries, keys, codes, *given)), *[None] * len(ctx.options)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -231,7 +222,7 @@ def _(queries: Tensor, keys: Tensor, codes: Tensor | None, *rest: Any) -> tuple[
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     queries, keys, codes, *state = ctx.saved_tensors
-    gradients = _backward_operator(queries, keys, codes, *ctx.options, state, *_incoming(grads))
+    gradients = _backward_operator(queries, keys, codes, *ctx.options, state, *incoming(grads))
     return *gradients[:2], None if codes is None else gradients[2], *[None] * len(ctx.options)
 
 

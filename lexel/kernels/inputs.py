@@ -92,6 +92,22 @@ def as_scores(z: Tensor, codebook: Tensor, similarity: str) -> tuple[Tensor, Ten
     return 2 * z, codebook, True
 
 
+def loss_terms(z: Tensor, z_q: Tensor, chosen: Tensor) -> dict[str, Tensor]:
+    """The squared errors of index backpropagation, from z_q, which carries all codes, and the chosen codes (N, D)."""
+    return {
+        "quantization": F.mse_loss(z_q, z),
+        "commitment": F.mse_loss(z, chosen.detach()),
+        "codebook": F.mse_loss(chosen, z.detach()),
+    }
+
+
+def incoming(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of z_q, of all chosen codes, and of both entropies, from those of the outputs."""
+    z_q, chosen, _, sample, batch = grads[:5]
+    hard = z_q if chosen is None else chosen if z_q is None else z_q + chosen
+    return z_q, hard, sample, batch
+
+
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether tensors stand for others (a compiler at work, fake or meta tensors), so that values cannot be looked at.
 

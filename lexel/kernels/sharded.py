@@ -12,13 +12,21 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.distributed import all_max, all_rows, all_sum, processes, rank
 from lexel.errors import UsageError
 from lexel.kernels import tiled
-from lexel.kernels.inputs import Inputs, Similarity, as_scores, check_rows, check_similarity, differentiable_once
+from lexel.kernels.inputs import (
+    Inputs,
+    Similarity,
+    as_scores,
+    check_rows,
+    check_similarity,
+    differentiable_once,
+    incoming,
+    loss_terms,
+)
 from lexel.kernels.oracle import EPS
 from lexel.kernels.search import near_codes
 
@@ -102,11 +110,7 @@ def index_backpropagation(
             entropy_processes,
         )
         z_q, chosen, indices, sample, batch = _Sharded.apply(queries, keys, None if keys is shard else shard, share)
-        terms = {
-            "quantization": F.mse_loss(z_q, z),
-            "commitment": F.mse_loss(z, chosen.detach()),
-            "codebook": F.mse_loss(chosen, z.detach()),
-        }
+        terms = loss_terms(z, z_q, chosen)
         if entropy:
             terms |= {"entropy_sample": sample, "entropy_batch": batch}
     return z_q, indices, terms
@@ -216,7 +220,7 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         everyones, keys, codes, indices = ctx.saved_tensors
         inputs, share = ctx.share.inputs(everyones, keys, codes), ctx.share
-        soft, chosen, _, sample, batch = grads
+        soft, hard, sample, batch = incoming(grads)
         # A loss without some term gives the same None in every process: what follows is done by all or by none.
         with torch.no_grad():
             into = tiled.Gradients(
@@ -231,7 +235,6 @@ class _Sharded(torch.autograd.Function):
                 _entropy_slopes(inputs, share, ctx.found, sample, batch, into, logit_sum)
             if share.distance:
                 into.keys.addcmul_(keys, logit_sum[:, None], value=-2)
-            hard = soft if chosen is None else chosen if soft is None else soft + chosen
             if hard is not None:
                 _add_chosen(into.keys if codes is None else into.codes, indices, _gathered(hard))
             own = _own(all_sum(into.queries)).to(everyones.dtype)
