@@ -28,6 +28,7 @@ from lexel.kernels.inputs import (
     loss_terms,
 )
 from lexel.kernels.oracle import EPS
+from lexel.kernels.scores import minus_squares
 from lexel.kernels.search import near_codes
 
 NAME = "sharded index backpropagation"
@@ -157,7 +158,7 @@ def _own(rows: Tensor) -> Tensor:
 
 def _best(queries: Tensor, keys: Tensor, distance: bool) -> Tensor:
     """The best of all codes for the rows of all processes; ties go to the lowest."""
-    bias = -keys.double().square().sum(1) if distance else None
+    bias = minus_squares(keys) if distance else None
     own = near_codes(queries, keys, bias).best
     # One row at a time and no matrix product: equal codes get equal scores to the bit, wherever they lie.
     parts = zip(queries.split(4096), keys[own].split(4096), strict=True)
