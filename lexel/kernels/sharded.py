@@ -271,6 +271,7 @@ class _Found(NamedTuple):
     near: Tensor  # (N, WIDTH) int64, listed codes of this process
     q: Tensor  # (N, WIDTH) float64, their probabilities among all codes
     wide: Tensor  # (N,) bool, rows without a list here
+    counts: Tensor  # (2,) int64 in main memory, as those of `search.Candidates`
     log_sum: Tensor  # (N,) float64, of all codes
     entropies: Tensor  # (N,) float64
     mean: Tensor  # (parts, K / P) float64, the mean of q
@@ -283,7 +284,7 @@ def _entropies(inputs: Inputs, share: _Share) -> _Found:
     slack = tau * (math.log(len(keys) * processes()) + tiled.CUT[queries.dtype])
     near = near_codes(queries, keys, bias, slack)
     local = (near.scores / tau).logsumexp(1)
-    for some in tiled._wide_blocks(inputs, near.wide):
+    for some in tiled._wide_blocks(inputs, near.wide, near.counts):
         local[some] = _scaled(inputs, some, bias).logsumexp(1)
     log_sum = all_rows(local[None]).logsumexp(0)
     log_q = near.scores / tau - log_sum[:, None]
@@ -292,13 +293,13 @@ def _entropies(inputs: Inputs, share: _Share) -> _Found:
     mean = q.new_zeros(inputs.parts * len(keys))
     tiled.add_rows(mean, tiled._in_part(inputs, near.codes).flatten(), q.flatten())
     mean = mean.view(inputs.parts, -1)
-    for some in tiled._wide_blocks(inputs, near.wide):
+    for some in tiled._wide_blocks(inputs, near.wide, near.counts):
         log_some = _scaled(inputs, some, bias) - log_sum[some, None]
         entropies[some] = -(log_some.exp() * log_some).sum(1)
         tiled.add_rows(mean, tiled._part(inputs, some), log_some.exp())
     mean /= len(queries) // inputs.parts
     batch = all_sum(-(mean * (mean + EPS).log()).sum(1))
-    return _Found(near.codes, q, near.wide, log_sum, all_sum(entropies), mean, batch)
+    return _Found(near.codes, q, near.wide, near.counts, log_sum, all_sum(entropies), mean, batch)
 
 
 def _scaled(inputs: Inputs, some: Tensor, bias: Tensor | None) -> Tensor:
@@ -333,7 +334,7 @@ def _entropy_slopes(
 
     listed = slope.flatten()[tiled._in_part(inputs, found.near)]
     centre = (found.q * listed).sum(1)
-    for some in tiled._wide_blocks(inputs, found.wide):
+    for some in tiled._wide_blocks(inputs, found.wide, found.counts):
         q = (_scaled(inputs, some, bias) - found.log_sum[some, None]).exp()
         centre[some] = (q * slope[part[some]]).sum(1)
     centre = all_sum(centre)
@@ -351,7 +352,7 @@ def _entropy_slopes(
     value = value.to(queries.dtype)
     tiled.add_rows(into.keys, code, value[:, None] * queries[row])
     tiled.add_rows(logit_sum, code, value)
-    for some in tiled._wide_blocks(inputs, found.wide):
+    for some in tiled._wide_blocks(inputs, found.wide, found.counts):
         log_some = _scaled(inputs, some, bias) - found.log_sum[some, None]
         dl = gradient(log_some.exp(), log_some, slope[part[some]], some)
         into.queries[some] += dl @ keys.double()

@@ -254,9 +254,9 @@ def _listed(used: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     return row, place
 
 
-def _wide_blocks(inputs: Inputs, wide: Tensor, counts: Tensor | None = None) -> tuple[Tensor, ...]:
+def _wide_blocks(inputs: Inputs, wide: Tensor, counts: Tensor) -> tuple[Tensor, ...]:
     """Broad rows, a few at a time: some eight buffers of float64 take what the two of the softmax take."""
-    if counts is not None and not counts[0]:
+    if not counts[0]:  # in main memory: asked without a wait for the device
         return ()
     return wide.nonzero().squeeze(1).split(max(1, inputs.rows // 8))
 
