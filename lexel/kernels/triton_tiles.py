@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-WIDEN = tl.constexpr(INTERPRETED)  # the interpreter would multiply the bits of bfloat16 numbers, not the numbers
+WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter multiplies bits of bfloat16 numbers
 LARGEST_DIM = 256  # numbers of a row that stay in shared memory; longer rows take the way of plain tiles
 PROGRAMS = 264  # enough to fill a large card twice
 
@@ -58,7 +57,7 @@ def shapes(device: torch.device, several: bool = False) -> Shapes:
 
 @triton.jit
 def operand(x):
-    """bfloat16 operands of a product."""
+    """Operands of a product in half precision."""
     return x.to(tl.float32) if WIDEN else x
 
 

@@ -6,8 +6,6 @@ kernels of a block become five, so that a recorded step of a few rows comes near
 # mypy: ignore-errors
 # (kernels are not Python to a type checker)
 
-import os
-
 import torch
 import triton
 import triton.language as tl
@@ -16,17 +14,10 @@ from torch import Tensor
 from lexel.generators.next_token.blocks import EPSILON, Block
 from lexel.generators.next_token.fused import CacheWrite, FusedBlock, Modulation
 from lexel.generators.next_token.linears import Linear, plain
+from lexel.kernels.triton_tiles import operand
 
 ROWS = tl.constexpr(16)  # sequences at once; more take the plain way
 CUT = (16, 512, 4, 4)  # of a product: outputs of a program, inputs at a time, warps, stages
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter multiplies bits of bfloat16 numbers
-
-
-@triton.jit
-def _dot(left, right):
-    if WIDEN:
-        return tl.dot(left.to(tl.float32), tl.trans(right.to(tl.float32)))
-    return tl.dot(left, tl.trans(right))
 
 
 @triton.jit
@@ -76,10 +67,11 @@ def _product_kernel(
             if SHIFT:
                 normed += tl.load(shift + row[:, None] * width + k[None, :], mask=there & known, other=0.0)
             value = normed.to(rounded.dtype)
-        total += _dot(value, rounded)
+        total += tl.dot(operand(value), tl.trans(operand(rounded)))
         if GATED:
             above = weight + (outs + column).to(tl.int64)[:, None] * width + k[None, :]
-            second += _dot(value, tl.load(above, mask=inside & known, other=0.0))
+            upper = tl.load(above, mask=inside & known, other=0.0)
+            second += tl.dot(operand(value), tl.trans(operand(upper)))
     if GATED:
         total = total * tl.sigmoid(total) * second
     where = row[:, None] * outs + column[None, :]
