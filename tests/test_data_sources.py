@@ -361,6 +361,7 @@ def test_shards_behind_http_are_read_by_ranges_and_are_those_of_the_disk(tmp_pat
     as_tar(tmp_path)
     here, there = open_images(f"tar:{tmp_path}/{{00..02}}.tar"), open_images(f"tar:{server}/{{00..02}}.tar")
     assert (there.names, there.labels, there.captions) == (here.names, here.labels, here.captions)
+    assert Ranges.asked.count("bytes=0-0") == 2 * 3  # the size: for the version, and to open the file
     Ranges.asked.clear()
     Ranges.failures[:] = [503]  # what passes is tried again
     for number in (11, 0):

@@ -172,17 +172,10 @@ def index_shards(shards: Sequence[Place], options: OpenOptions) -> list[ShardInd
 
 
 def _indexed(path: Place) -> ShardIndex:
-    return _kept_or_made(path, _version(path))
-
-
-def _version(path: Place) -> Version | None:
     try:
-        return size_and_date(path) if isinstance(path, Path) else version(path)
+        found: Version | None = size_and_date(path) if isinstance(path, Path) else version(path)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {in_words(error)}") from None
-
-
-def _kept_or_made(path: Place, found: Version | None) -> ShardIndex:
     key = digest(["tar", VERSION, str(path.resolve()) if isinstance(path, Path) else path, found])
     cached = cache_folder() / "indexes" / f"{key}.npz"
     if is_cached(cached):
@@ -211,7 +204,8 @@ def index_shard(path: Place) -> ShardIndex:
     damage = ""
     try:
         with open_place(path) as file:
-            total = path.stat().st_size if isinstance(path, Path) else version(path)[0]
+            total = file.seek(0, io.SEEK_END)
+            file.seek(0)
             if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
                 raise UsageError(f"{path} is compressed and cannot be read by number; unpack it (gunzip, unzstd)")
             file.seek(0)
