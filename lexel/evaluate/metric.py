@@ -15,6 +15,7 @@ from lexel.distributed import gather
 from lexel.errors import UsageError
 from lexel.metrics import Interval, MeanState, Protocol, ReferenceStatistics, contiguous_splits, deal, shuffled
 from lexel.metrics.pixels import on_unit_scale, through_jpeg
+from lexel.metrics.states import is_texts
 from lexel.networks import FeatureNetwork, Features
 
 GROUPS = 10  # of samples, each left out once for the confidence intervals
@@ -258,9 +259,7 @@ class Metric:
         saved, left_out = state.get("states"), state.get("left_out")
         if not isinstance(saved, Mapping) or not self.states.keys() <= saved.keys():
             raise UsageError(f"a saved state of {type(self).__name__} is damaged: it has no {', '.join(self.states)}")
-        if not isinstance(left_out, Mapping) or not all(
-            isinstance(part, str) for item in left_out.items() for part in item
-        ):
+        if not is_texts(left_out):
             raise UsageError(f"a saved state of {type(self).__name__} is damaged: left_out is no table of texts")
         for name, accumulator in self.states.items():
             accumulator.load_state_dict(saved[name])

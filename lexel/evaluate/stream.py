@@ -13,10 +13,10 @@ from torch import Tensor
 from lexel import checkpoint
 from lexel.data import to_uint8
 from lexel.data.images import digest
-from lexel.distributed import barrier, gather, processes, rank
+from lexel.distributed import barrier, rank
 from lexel.errors import UsageError
 from lexel.evaluate.metric import Metric
-from lexel.metrics.states import restored
+from lexel.metrics.states import is_texts, merge_processes, restored
 from lexel.parts import Part
 
 
@@ -39,14 +39,7 @@ class Visited:
         self._digest += other._digest
 
     def all_reduce(self) -> None:
-        if processes() == 1:
-            return
-        parts = gather(self.state_dict())
-        self.load_state_dict(parts[0])
-        for part in parts[1:]:
-            other = Visited(len(self.done))
-            other.load_state_dict(part)
-            self.merge(other)
+        merge_processes(self, lambda: Visited(len(self.done)))
 
     @property
     def count(self) -> int:
@@ -68,9 +61,7 @@ class Visited:
         """
         (self.done,) = restored(state, "visited samples", done=(torch.bool, (len(self.done),)))
         unreadable, digits = state.get("unreadable"), state.get("digest")
-        if not isinstance(unreadable, dict) or not all(
-            isinstance(part, str) for item in unreadable.items() for part in item
-        ):
+        if not is_texts(unreadable):
             raise UsageError("a saved state of visited samples is damaged: it has no reasons")
         if not isinstance(digits, str) or not re.fullmatch("[0-9]{1,78}", digits):
             raise UsageError("a saved state of visited samples is damaged: it has no digest")

@@ -1,14 +1,32 @@
-"""Checking what a saved state holds before it is taken over."""
+"""States that stream: checking what a saved one holds before it is taken over, and adding those of every process."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
+from lexel.distributed import gather, processes
 from lexel.errors import UsageError
 
 Shape = tuple[int | None, ...]  # None stands for any length
+
+
+def merge_processes(state: Any, empty: Callable[[], Any]) -> None:
+    """Makes a state that of all processes, by its own `merge`; `empty` makes another like it that holds nothing."""
+    if processes() == 1:
+        return
+    parts = gather(state.state_dict())
+    state.load_state_dict(parts[0])
+    for part in parts[1:]:
+        other = empty()
+        other.load_state_dict(part)
+        state.merge(other)
+
+
+def is_texts(value: Any) -> TypeGuard[dict[str, str]]:
+    """Whether it is a table of texts, such as reasons by name."""
+    return isinstance(value, dict) and all(isinstance(part, str) for item in value.items() for part in item)
 
 
 def restored(state: Any, what: str, **expected: tuple[torch.dtype, Shape]) -> list[Tensor]:

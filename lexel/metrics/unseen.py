@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lexel.distributed import gather, processes
-from lexel.metrics.states import restored
+from lexel.metrics.states import merge_processes, restored
 
 NORMAL = 1.959964  # half of the width of a 95 % interval, in standard errors
 NEVER = 2**62  # the "first picture" of a code that was not seen
@@ -83,14 +82,7 @@ class CodeIncidence:
 
     def all_reduce(self) -> None:
         """Adds the pictures of every process."""
-        if processes() == 1:
-            return
-        parts = gather(self.state_dict())
-        self.load_state_dict(parts[0])
-        for part in parts[1:]:
-            other = CodeIncidence(self.codebook_size, self.books)
-            other.load_state_dict(part)
-            self.merge(other)
+        merge_processes(self, lambda: CodeIncidence(self.codebook_size, self.books))
 
     @property
     def used(self) -> Tensor:
