@@ -1,6 +1,7 @@
 """Opening files that other people name: only regular files, so that a named pipe or a device cannot hang a program."""
 
 import errno
+import hashlib
 import os
 import stat
 from io import BufferedReader
@@ -39,6 +40,16 @@ def open_regular(path: str | Path) -> BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def sha256_of(path: str | Path) -> str:
+    """SHA-256 of a regular file's bytes in 64 hexadecimal digits, read part by part.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_regular(path: str | Path, status: os.stat_result) -> None:

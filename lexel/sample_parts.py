@@ -14,11 +14,10 @@ from lexel.arrays import NpzWriter, read_array
 from lexel.checkpoint import atomic, read_json
 from lexel.config import Config, check
 from lexel.data.images import digest
-from lexel.data.tokens.format import digest as digest_of_bytes
 from lexel.errors import UsageError
 from lexel.generators import Generator
 from lexel.parts import Part
-from lexel.regular import open_regular
+from lexel.regular import sha256_of
 from lexel.runtime import Runtime
 
 FORMAT = "lexel samples"
@@ -176,10 +175,7 @@ def _description(path: Path) -> Path:
 
 def _checksum(path: Path) -> str | None:
     """Of a part's file; None where it holds no images and is not there."""
-    if not path.exists():
-        return None
-    with open_regular(path) as file:
-        return digest_of_bytes(file.read())
+    return sha256_of(path) if path.exists() else None
 
 
 def _named(value: Any) -> Any:

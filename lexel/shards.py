@@ -4,7 +4,6 @@ Only tensors lie in shards; plain data lies in the checkpoint beside them, which
 is written last. Nothing in a file is executed when it is read.
 """
 
-import hashlib
 import pickle
 import re
 import warnings
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lexel.distributed import processes, rank
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import open_regular, sha256_of
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.filesystem import FileSystemReader  # with it comes much else
@@ -76,7 +75,7 @@ class Writing:
         if error is not None:
             raise UsageError(f"the shards in {self.folder} could not be written: {_reason(error)}") from None
         own = [f"__{rank()}_*.distcp", *([METADATA] if rank() == 0 else [])]
-        return {path.name: _digest(path) for pattern in own for path in sorted(self.folder.glob(pattern))}
+        return {path.name: sha256_of(path) for pattern in own for path in sorted(self.folder.glob(pattern))}
 
 
 def begin(folder: Path, state: dict[str, Any], group: "dist.ProcessGroup") -> Writing:
@@ -106,7 +105,7 @@ def check(folder: Path, digests: Mapping[str, str]) -> None:
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise UsageError(f"{folder} is no whole checkpoint: it has no {name}")
-        if _digest(path) != wanted:
+        if sha256_of(path) != wanted:
             raise UsageError(f"{path} is damaged: its content does not match its checksum")
 
 
@@ -186,8 +185,3 @@ def _reader(folder: Path) -> "FileSystemReader":
 def _reason(error: BaseException) -> str:
     """The last line of an error, where PyTorch says what it was."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def _digest(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Merging token sets whose shards were written apart, by jobs without a common disk."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from lexel.data.tokens.format import (
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.tokens.write import begin, check_plan, complete
 from lexel.errors import UsageError
-from lexel.regular import open_regular
+from lexel.regular import sha256_of
 
 NAMED = 5  # shards that are named where many are missing
 
@@ -89,9 +88,7 @@ def _take(source: Path, folder: Path, shard: int, manifest: Manifest) -> None:
     if facts.caption_features is not None:
         digests[features_path(source, shard)] = facts.caption_features.sha256
     for path, wanted in digests.items():
-        with open_regular(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != wanted:
+        if sha256_of(path) != wanted:
             raise UsageError(
                 f"{path} is damaged: its content does not match its checksum; delete it and {description.name}"
                 f" and run that part again"

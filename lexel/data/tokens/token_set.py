@@ -1,6 +1,5 @@
 """Token sets: the indices of many images, mapped into memory, read by number or in batches."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ from lexel.data.tokens.format import (
     shard_path,
 )
 from lexel.errors import UsageError
-from lexel.regular import expanded, open_regular
+from lexel.regular import expanded, sha256_of
 
 Verify = Literal["lazily", "now", "never"]
 
@@ -292,11 +291,7 @@ class TokenSet:
 
     def _compare(self, path: Path, digest: str) -> None:
         """Compares a file with its checksum, unless that was not wanted."""
-        if self._verify == "never":
-            return
-        with open_regular(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != digest:
+        if self._verify != "never" and sha256_of(path) != digest:
             raise UsageError(f"{path} is damaged: its content does not match its checksum; encode it again")
 
     def _layout(self, number: int) -> tuple[str, type]:
