@@ -158,6 +158,11 @@ def print_grid(rows: Iterable[Iterable[str]], width: int) -> None:
         print("  ".join(f"{cell:>{width}}" for cell in row))
 
 
+def print_end(finished: bool, told: str, out: Path) -> None:
+    """How something resumable ended: what is told of it where it is finished, else how to go on."""
+    print(told if finished else f"stopped; run the same command again to go on ({out})")
+
+
 def print_left_out(unreadable: Mapping[str, str]) -> None:
     """Names images that could not be used, with the reason."""
     for name, reason in list(unreadable.items())[:LEFT_OUT]:

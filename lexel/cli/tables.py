@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lexel.cli.options import Device, Out, Set, names, print_grid, progress
+from lexel.cli.options import Device, Out, Set, names, print_end, print_grid, progress
 
 Changes = Annotated[
     list[str] | None,
@@ -74,4 +74,4 @@ def tables(
         if any(f"{table.of}/{row.run}" in result.results for row in table.rows):
             print(f"\n{table.title}")
             print_grid(rows(table, result.results), 14)
-    print(f"open {result.page}" if result.finished else f"stopped; run the same command again to go on ({out})")
+    print_end(result.finished, f"open {result.page}", out)

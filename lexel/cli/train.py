@@ -15,6 +15,7 @@ from lexel.cli.options import (
     Split,
     integers,
     names,
+    print_end,
     print_grid,
     print_left_out,
     progress,
@@ -89,9 +90,7 @@ def train(
         )
     if launched_rank() != 0:
         return
-    page = RunFolder(out, writes=False).report
-    finished, again = f"{out} is finished; open {page}", f"stopped; run the same command again to go on ({out})"
-    print(finished if trained.finished else again)
+    print_end(trained.finished, f"{out} is finished; open {RunFolder(out, writes=False).report}", out)
     print_left_out(trained.unreadable)
 
 
@@ -177,11 +176,10 @@ def compare(
             behind = "it was not measured" if each.behind is None else f"{each.behind:.3g} behind the last that went on"
             print(f"{each.quantizer}: dropped after {each.steps:,} steps, {behind}")
         print(halved.verdict)
-        again = f"stopped; run the same command again to go on ({out})"
-        print(f"open {halved.page}" if halved.finished else again)
+        print_end(halved.finished, f"open {halved.page}", out)
         return
     print_grid(table(compared.rows), 14)
-    print(f"open {compared.page}" if compared.finished else f"stopped; run the same command again to go on ({out})")
+    print_end(compared.finished, f"open {compared.page}", out)
 
 
 def bank(
