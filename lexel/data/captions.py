@@ -1,5 +1,6 @@
 """Features of captions: what a text encoder made of one caption an image, from files or as an encoder gives them."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,22 +63,20 @@ class CaptionFile:
         self.channels = int(self._array.shape[-1])
         count = len(self._array) if lengths is None else len(lengths)
         self._numbers: Sequence[int] = range(count)
-        self._lengths, self._ends = lengths, None if lengths is None else np.cumsum(lengths, dtype=np.int64)
-        self.length = int(self._array.shape[1] if self._array.ndim == 3 else max([0, *self._of(lengths)]))
+        self._lengths: list[int] | None = None if lengths is None else lengths.tolist()
+        self._ends = None if lengths is None else np.cumsum(lengths, dtype=np.int64)
+        self.length = int(self._array.shape[1] if self._array.ndim == 3 else max([0, *(self._lengths or ())]))
         self._check(names)
         self._names = names
 
-    @staticmethod
-    def _of(lengths: np.ndarray | None) -> list[int]:
-        return [] if lengths is None else lengths.tolist()
-
     def _check(self, names: list[str] | None) -> None:
         """Refuses arrays that do not fit together."""
-        low, high, count = min(self._of(self._lengths), default=0), max(self._of(self._lengths), default=0), len(self)
+        lengths, count = self._lengths or [], len(self)
+        low, high = min(lengths, default=0), max(lengths, default=0)
         if self._array.ndim == 3 and (count != len(self._array) or low < 0 or high > self._array.shape[1]):
             raise UsageError(f"{self.path}: lengths ({count} from {low} to {high}) do not fit {self._array.shape}")
-        if self._array.ndim == 2 and (low < 0 or sum(self._of(self._lengths)) != len(self._array)):
-            raise UsageError(f"{self.path}: lengths add up to {sum(self._of(self._lengths))}, not {len(self._array)}")
+        if self._array.ndim == 2 and (low < 0 or sum(lengths) != len(self._array)):
+            raise UsageError(f"{self.path}: lengths add up to {sum(lengths)}, not {len(self._array)}")
         if self.length < 1 or self.channels < 1:
             raise UsageError(f"{self.path} holds no features: {self._array.shape}")
         if names is not None and (len(names) != count or len(set(names)) != count):
@@ -100,8 +99,7 @@ class CaptionFile:
         missing = [name for name in names if name not in places]
         if missing:
             raise UsageError(f"{self.path} has no caption of {len(missing)} images, such as {missing[0]!r}")
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part._numbers, part._names = [places[name] for name in names], list(names)
         return part
 
@@ -110,7 +108,7 @@ class CaptionFile:
 
     def fingerprint(self) -> str:
         """A SHA-256 of shape and lengths, and of the features of up to SAMPLED captions."""
-        hasher = hashlib.sha256(digest([len(self), self.length, self.channels, self._of(self._lengths)]).encode())
+        hasher = hashlib.sha256(digest([len(self), self.length, self.channels, self._lengths or []]).encode())
         for number in evenly_spaced(len(self), SAMPLED):
             hasher.update(self.rows([number]).data)
         return hasher.hexdigest()
@@ -123,7 +121,7 @@ class CaptionFile:
         """
         found = np.zeros((len(numbers), self.length, self.channels), np.float32)
         for row, place in enumerate(self._numbers[number] for number in numbers):
-            count = self.length if self._lengths is None else int(self._lengths[place])
+            count = self.length if self._lengths is None else self._lengths[place]
             if self._array.ndim == 3:
                 found[row, :count] = self._array[place, :count]
             elif self._ends is not None:
