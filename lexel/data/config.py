@@ -26,13 +26,11 @@ class DataConfig(Config):
     validation: str | Annotated[float, Field(gt=0, lt=1)] | None = None
     size: Annotated[int, Field(ge=1, le=2**16)]  # pixels a side
     transform: str = "published"  # a key of TRANSFORMS
-    channels: Annotated[int, Field(ge=1, le=2**16)] = (
-        3  # 3: RGB, 1: grey, 4: RGB and alpha; others where the source has them
-    )
+    # 3: RGB, 1: grey, 4: RGB and alpha; others where the source has them
+    channels: Annotated[int, Field(ge=1, le=2**16)] = 3
     depth: Literal[8, 16] = 8  # bits a channel
-    workers: Annotated[int, Field(ge=0, le=1024)] = (
-        0  # processes that read pictures; 0 reads them in the training process
-    )
+    # Processes that read pictures; 0 reads them in the training process.
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0
     # GiB of decoded pictures to keep; only without workers.
     memory: Annotated[float, Field(ge=0, le=2**20, allow_inf_nan=False)] = 1.0
     # "stop" ends the run at an unreadable picture; "replace" puts another in its place.
