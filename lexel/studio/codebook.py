@@ -1,7 +1,6 @@
 """Codes as pictures: the patch each decodes to, how often it is used, its neighbours, and where it lies."""
 
-import threading
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from lexel.errors import UsageError
 from lexel.spacing import evenly_spaced
 from lexel.studio import pictures
 from lexel.studio.jobs import Job
-from lexel.studio.models import Entry
+from lexel.studio.models import Entry, Use
 from lexel.tokenizer import Tokenizer
 
 PAGE = 256  # codes of one page
@@ -20,18 +19,6 @@ NEIGHBOURS = 8
 POINTS = 2000  # codes, and latents, on the map
 BATCH = 64
 LARGEST = 2**20  # codes that are sorted and listed
-
-
-class Use(NamedTuple):
-    """How often each code was chosen."""
-
-    counts: np.ndarray  # (books, K)
-    order: np.ndarray  # (books, K), codes by use, most used first
-    pictures: int | None  # that were counted here; None where the run's last validation counted
-
-
-_locks = threading.Lock()
-_uses: dict[int, Use] = {}  # by the identity of an entry, which lives as long as the studio
 
 
 def use_of(entry: Entry) -> Use:
@@ -45,10 +32,10 @@ def use_of(entry: Entry) -> Use:
         raise UsageError(f"{entry.key} has no codebook: its tokens are continuous")
     if tokenizer.codebook_size > LARGEST:
         raise UsageError(f"{entry.key} has {tokenizer.codebook_size:,} codes; up to {LARGEST:,} are listed")
-    with _locks:
-        if id(entry) not in _uses:
-            _uses[id(entry)] = _count(entry, tokenizer)
-        return _uses[id(entry)]
+    with entry.lock:
+        if entry.use is None:
+            entry.use = _count(entry, tokenizer)
+        return entry.use
 
 
 def _count(entry: Entry, tokenizer: Tokenizer) -> Use:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,14 @@ from lexel.tokenizer import Tokenizer
 
 EXAMPLES = 24  # pictures to try a model on
 DEMO = Path("runs/demo")  # looked at where no model is named
+
+
+class Use(NamedTuple):
+    """How often each code was chosen."""
+
+    counts: np.ndarray  # (books, K)
+    order: np.ndarray  # (books, K), codes by use, most used first
+    pictures: int | None  # that were counted here; None where the run's last validation counted
 
 
 @dataclass
@@ -54,6 +62,7 @@ class Entry:
     text_encoder: str | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
     loaded: Tokenizer | Generator | None = None
+    use: Use | None = None  # counted when it is first asked for
 
     @property
     def model(self) -> Tokenizer | Generator:
