@@ -89,14 +89,14 @@ def write_pruned(
         raise UsageError(f"two token sets are called {max(names, key=names.count)!r}; their copies need two names")
     if out.resolve() in [found.folder.resolve() for found in tokens]:
         raise UsageError(f"{out} holds the tokens; give another folder for the pruned model")
-    tokenizer = model.tokenizer if isinstance(model, Generator) else model
+    tokenizer = tokenizer_of(model)
     for found in tokens:
         found.require(tokenizer.fingerprint())
     result = prune(model, kept)
     result.save_pretrained(out, provenance=result.provenance)
     with atomic_write(out / CODE_MAP) as file:
         np.save(file, kept.cpu().numpy())
-    smaller = result.tokenizer if isinstance(result, Generator) else result
+    smaller = tokenizer_of(result)
     for name, found in zip(names, tokens, strict=True):
         remap_tokens(found, out / TOKENS / name, kept.cpu().numpy(), smaller.fingerprint(), progress)
     return result
@@ -136,10 +136,15 @@ def used_codes(
     """
     if not tokens and images is None:
         raise UsageError("say which codes are used: give images (DIR), or --tokens DIR")
-    tokenizer = model.tokenizer if isinstance(model, Generator) else model
+    tokenizer = tokenizer_of(model)
     sources = [*tokens, *([] if images is None else [images])]
     kept = [usage(source, tokenizer, **how).kept for source in sources]
     return torch.cat(kept).unique()
+
+
+def tokenizer_of(model: Tokenizer | Generator) -> Tokenizer:
+    """The tokenizer: the model itself, or the one of a generator."""
+    return model.tokenizer if isinstance(model, Generator) else model
 
 
 def codes_of(model: Tokenizer | Generator) -> int:
