@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lexel.compare.plan import Variant, expand
+from lexel.compare.plan import Variant, as_table, expand
 from lexel.compare.run import METRICS, compare
 from lexel.compare.summary import table
 from lexel.config import check
@@ -133,7 +133,7 @@ def shortened(recipe: TokenizerRecipe, steps: int) -> TokenizerRecipe:
     """The recipe at another number of steps: lengths within it change in proportion."""
     assert recipe.train.steps is not None
     share = steps / recipe.train.steps
-    table = recipe.model_dump(mode="json", exclude_none=True)
+    table = as_table(recipe)
     train = table["train"]
     train["steps"] = steps
     train["schedule"]["warm_up"] *= share
@@ -213,8 +213,7 @@ def _result(
 
 
 def _write(out: Path, recipe: TokenizerRecipe, result: Halving, by: str, plan: Sequence[tuple[int, int]]) -> None:
-    summary = result._asdict() | {"page": None, "by": by, "plan": plan, "rounds": result.rounds}
-    summary["dropped"] = [each._asdict() for each in result.dropped]
+    summary = {**result._asdict(), "dropped": [each._asdict() for each in result.dropped], "by": by, "plan": plan}
     del summary["page"]
     write_result(out / "halving.json", summary)
     sections = [
