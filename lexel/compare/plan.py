@@ -80,7 +80,7 @@ def _recipe_of(
     variant = variant or Variant(kind=label)
     is_own = label == own["kind"]
     options = own if is_own else variant.options
-    table = recipe.model_dump(mode="json", exclude_none=True)
+    table = as_table(recipe)
     count = {} if variant.kind == UNQUANTIZED else {"codebook_size": size}
     table["model"]["quantizer"] = {**options, "kind": variant.kind, **count, "codebook_dim": dim}
     images = {*image_terms(recipe.train)}
@@ -104,7 +104,7 @@ def read_variants(path: str | Path) -> dict[str, Variant]:
     return {label: check(entry, Variant, f"{Path(path).name}, [{label}]") for label, entry in entries.items()}
 
 
-def as_table(recipe: TokenizerRecipe) -> dict[str, Any]:
+def as_table(recipe: Config) -> dict[str, Any]:
     """The recipe as JSON stores it."""
     return recipe.model_dump(mode="json", exclude_none=True)
 

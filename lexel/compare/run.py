@@ -112,14 +112,29 @@ class Finished(Config, extra="allow"):
     peak_memory_bytes: int | None = None
 
 
-def read_finished(path: Path) -> dict[str, Any]:
+def read_finished(path: Path, form: type[Config] = Finished) -> dict[str, Any]:
     """The result of a training that an earlier call finished.
 
     Raises:
         UsageError: it is damaged.
     """
     result = read_json(path)
-    check(result, Finished, f"{path} is damaged; delete it to train and measure that run again")
+    check(result, form, f"{path} is damaged; delete it to train and measure that run again")
+    return result
+
+
+def earlier_result(folder: Path, recipe: Config, asked: Any, form: type[Config] = Finished) -> dict[str, Any] | None:
+    """The result that an earlier call left in a run folder; None where there is none.
+
+    Raises:
+        UsageError: it is damaged, or is that of another recipe or measurement.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    result = read_finished(path, form)
+    if result["recipe"] != as_table(recipe) or result["asked"] != asked:
+        raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
     return result
 
 
@@ -132,20 +147,18 @@ def train_and_measure(
     progress: Callable[[Progress], None],
 ) -> dict[str, Any] | None:
     """Trains and measures one run, or reads its result if it is finished; None where a signal ended the training."""
-    path = folder / RESULT
-    if path.is_file():
-        result = read_finished(path)
-        if result["recipe"] != as_table(planned.recipe) or result["asked"] != [sorted(metrics), limit]:
-            raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
-        return result
-    result = {
+    asked = [sorted(metrics), limit]
+    earlier = earlier_result(folder, planned.recipe, asked)
+    if earlier is not None:
+        return earlier
+    result: dict[str, Any] = {
         "name": planned.name,
         "quantizer": planned.label,
         "codebook_size": planned.codebook_size,
         "codebook_dim": planned.codebook_dim,
         "seed": planned.seed,
         "recipe": as_table(planned.recipe),
-        "asked": [sorted(metrics), limit],
+        "asked": asked,
         "stopped": None,
     }
     memory = PeakMemory()
@@ -182,8 +195,8 @@ def train_and_measure(
             "warnings": measured["warnings"],
             "images": measured["data"]["images"],
         }
-    write_result(path, result)
-    return read_json(path)
+    write_result(folder / RESULT, result)
+    return read_json(folder / RESULT)
 
 
 def gradient_health(folder: Path) -> dict[str, float]:

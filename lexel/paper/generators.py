@@ -10,11 +10,12 @@ import numpy as np
 from lexel.arrays import open_arrays
 from lexel.checkpoint import read_json
 from lexel.codec import Codec
+from lexel.compare.plan import as_table
+from lexel.compare.run import RESULT, earlier_result
 from lexel.compare.summary import NETWORK
-from lexel.config import Config, check
+from lexel.config import Config
 from lexel.data import ImageSet
 from lexel.data.config import DataConfig
-from lexel.errors import UsageError
 from lexel.evaluate import evaluate_samples, write_result
 from lexel.generators import Generator
 from lexel.loading import load_generator, load_tokenizer
@@ -26,7 +27,6 @@ from lexel.train.generator import train_generator
 from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.session import Progress
 
-RESULT = "result.json"
 SAMPLES = "samples.npz"
 METRICS = ("frechet", "precision_recall")
 
@@ -62,15 +62,12 @@ def train_and_measure_generator(
 
     Images are sampled of the classes of evenly spaced real ones, so that both have the same share of each.
     """
-    path, asked = folder / RESULT, {"samples": count, **sampling}
-    if path.is_file():
-        result = read_json(path)
-        check(result, Finished, f"{path} is damaged; delete it to train and measure that row again")
-        if result["recipe"] != recipe.model_dump(mode="json", exclude_none=True) or result["asked"] != asked:
-            raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
-        return result
+    asked = {"samples": count, **sampling}
+    earlier = earlier_result(folder, recipe, asked, Finished)
+    if earlier is not None:
+        return earlier
     result = {"name": name, "kind": recipe.generator.kind, "asked": asked, "stopped": None, "metrics": {}}
-    result["recipe"] = recipe.model_dump(mode="json", exclude_none=True)
+    result["recipe"] = as_table(recipe)
     memory = PeakMemory()
     try:
         trained = train_generator(recipe, folder, device=device, progress=progress)
@@ -90,8 +87,8 @@ def train_and_measure_generator(
         result["seconds_per_image"] = seconds / count
         measured = evaluate_samples(folder / SAMPLES, measuring, metrics=METRICS, network=NETWORK, device=device)
         result |= {"metrics": measured["metrics"], "warnings": measured["warnings"]}
-    write_result(path, result)
-    return read_json(path)
+    write_result(folder / RESULT, result)
+    return read_json(folder / RESULT)
 
 
 def sample(
