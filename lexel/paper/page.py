@@ -4,27 +4,28 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lexel.compare.summary import COLUMNS
+from lexel.compare.summary import COLUMNS, NETWORK
+from lexel.compare.summary import COSTS as SHARED_COSTS
 from lexel.paper.generators import pictures
 from lexel.paper.plan import Plan, Table
 from lexel.report import Section, labelled_rows, write_page
 from lexel.run_folder import RunFolder
 
 SHOWN = 8  # pictures of a row
+FRECHET = f"fd_{NETWORK}"
 COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
     "parameters": ("parameters", lambda value: f"{value / 1e6:.2f}M"),
-    "images_per_second": ("images/s", "{:.1f}".format),
-    "peak_memory_bytes": ("peak memory, GiB", lambda value: f"{value / 2**30:.2f}"),
+    **{name: COLUMNS[name] for name in SHARED_COSTS},
 }
 GENERATED: dict[str, tuple[str, Callable[[float], str]]] = {
     "bits_per_token": ("bits a token ↓", "{:.2f}".format),
     "histogram_bits": ("of the histogram", "{:.2f}".format),
-    "fd_efficientnet_lite0": ("Fréchet (EfficientNet-Lite0) ↓", "{:.3g}".format),
+    FRECHET: COLUMNS[FRECHET],
     "precision": ("precision ↑", "{:.2f}".format),
     "recall": ("recall ↑", "{:.2f}".format),
     "seconds_per_image": ("s to sample one", "{:.2g}".format),
 }
-RECONSTRUCTED = {name: COLUMNS[name] for name in ("psnr", "lpips_vgg", "fd_efficientnet_lite0", "usage", "perplexity")}
+RECONSTRUCTED = {name: COLUMNS[name] for name in ("psnr", "lpips_vgg", FRECHET, "usage", "perplexity")}
 NOTE = (
     "Columns in brackets are the papers', on ImageNet at 256 x 256 with hundreds of times the pictures and steps: "
     "compare the order of rows, not the numbers. The Fréchet distance is taken in the named network and is no FID."
