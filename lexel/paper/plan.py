@@ -2,11 +2,10 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import model_validator
 
 from lexel.autoencoders import autoencoder_class
@@ -17,6 +16,7 @@ from lexel.generators import GENERATORS
 from lexel.generators.config import GROUP
 from lexel.quantizers.registry import quantizer_class
 from lexel.registry import lookup
+from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.objective import image_terms
@@ -128,14 +128,13 @@ class Plan:
         file: the definitions.
         chosen: names of tables, in the file's order.
         tokenizers: those that the tables name, and those whose tokens their generators learn.
-        generators: names.
+        base: of the generators' recipes.
     """
 
     file: Tables
     chosen: tuple[str, ...]
     tokenizers: dict[str, PlannedRun]
-    generators: tuple[str, ...] = ()
-    base: dict[str, Any] = field(default_factory=dict)  # of generators
+    base: dict[str, Any]
 
     @property
     def runs(self) -> list[tuple[str, str]]:
@@ -148,6 +147,11 @@ class Plan:
                     order["tokenizers", self.file.generators[row.run].tokens] = None
                 order[table.of, row.run] = None
         return [*order]
+
+    @property
+    def generators(self) -> list[str]:
+        """The generators' names."""
+        return [name for kind, name in self.runs if kind == "generators"]
 
     def generator(self, name: str, folder: Path, classes: int | None) -> GeneratorRecipe:
         """The recipe of a generator.
@@ -175,7 +179,7 @@ class Plan:
 def layout(recipe: TokenizerRecipe, network: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
     """The options of a family that follow from a tokenizer's tokens and the classes of its images."""
     fields = lookup(GENERATORS, str(network.get("kind")), "generator", GROUP).Config.model_fields
-    with torch.device("meta"):
+    with without_weights():
         tokenizer = Tokenizer(recipe.model)
     spec = tokenizer.token_spec(recipe.data.size, recipe.data.size)
     found: dict[str, Any] = {"codebook_size": spec.codebook_size, "codebook_dim": tokenizer.quantizer.codebook_dim}
@@ -230,15 +234,15 @@ def make_plan(
     budget.shorten(generator_base["train"], budget.generator_steps)
     base["train"] |= {"seed": seed, "collapse_patience": 0}  # a collapse is a result too
     generator_base["train"]["seed"] = seed
-    plan = Plan(tables, chosen, {}, base=generator_base)
+    images = image_terms(check(dict(base), TokenizerRecipe, f"{BASE}.toml").train)
+    pixels = {term: weight for term, weight in base["train"]["weights"].items() if term in images}
+    plan = Plan(tables, chosen, {}, generator_base)
     names = [name for kind, name in plan.runs if kind == "tokenizers"]
-    generators = tuple(name for kind, name in plan.runs if kind == "generators")
-    recipes = {name: planned(name, tables.tokenizers[name], base) for name in names}
-    return Plan(tables, chosen, recipes, generators, generator_base)
+    return replace(plan, tokenizers={name: planned(name, tables.tokenizers[name], base, pixels) for name in names})
 
 
-def planned(name: str, row: TokenizerRow, base: Mapping[str, Any]) -> PlannedRun:
-    """The recipe of a row of tokenizers."""
+def planned(name: str, row: TokenizerRow, base: Mapping[str, Any], pixels: Mapping[str, float]) -> PlannedRun:
+    """The recipe of a row of tokenizers, with the weights of `pixels` for the terms of pictures."""
     table = {part: dict(value) for part, value in base.items()}
     own = table["model"]["quantizer"]
     quantizer: dict[str, Any] = {
@@ -256,8 +260,6 @@ def planned(name: str, row: TokenizerRow, base: Mapping[str, Any]) -> PlannedRun
             network["size"] = table["data"]["size"]
     table["model"] = {"quantizer": quantizer, "autoencoder": network, "projections": row.projections}
     table["train"] |= row.train
-    images = image_terms(check(dict(base), TokenizerRecipe, f"{BASE}.toml").train)
-    pixels = {term: weight for term, weight in base["train"]["weights"].items() if term in images}
     table["train"]["weights"] = {**pixels, **row.weights}
     recipe = check(table, TokenizerRecipe, f"tokenizers.{name}").resolved()
     return PlannedRun(name, quantizer.get("codebook_size", 1), quantizer["codebook_dim"], recipe.train.seed, recipe)
