@@ -66,8 +66,8 @@ def train_and_measure_generator(
     earlier = earlier_result(folder, recipe, asked, Finished)
     if earlier is not None:
         return earlier
-    result = {"name": name, "kind": recipe.generator.kind, "asked": asked, "stopped": None, "metrics": {}}
-    result["recipe"] = as_table(recipe)
+    result: dict[str, Any] = {"name": name, "kind": recipe.generator.kind, "asked": asked, "stopped": None}
+    result |= {"metrics": {}, "recipe": as_table(recipe)}
     memory = PeakMemory()
     try:
         trained = train_generator(recipe, folder, device=device, progress=progress)
