@@ -35,8 +35,9 @@ def inspect(source: str | Path) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml" or (not path.exists() and any((f / f"{source}.toml").is_file() for f in RECIPES)):
         return _of_recipe(source)
-    if path.is_dir() and RunFolder.read(path).recipe.is_file():
-        return _of_run(RunFolder.read(path))
+    run = RunFolder(path, writes=False)
+    if path.is_dir() and run.recipe.is_file():
+        return _of_run(run)
     from lexel.loading import load
 
     model = load(source)

@@ -1,7 +1,6 @@
 """Reference curves: what a healthy run of a recipe logged, kept small, to be drawn behind another run of it."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from lexel.config import flatten
 from lexel.errors import UsageError
 from lexel.provenance import without_folders
 from lexel.run_folder import RunFolder
+from lexel.run_log import is_number
 from lexel.same_recipe import OPERATIONAL, PATHS
 
 FOLDER = Path(__file__).parent / "curves"  # those of Lexel's own recipes
@@ -131,10 +131,7 @@ def rows_of(table: Mapping[str, Any], path: str | Path) -> list[dict[str, Any]]:
     """Columns as rows."""
     lengths = {len(column) if isinstance(column, list) else -1 for column in table.values()}
     values = [value for column in table.values() if isinstance(column, list) for value in column]
-    numbers = all(
-        value is None or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))
-        for value in values
-    )
+    numbers = all(value is None or is_number(value) for value in values)
     if table and (len(lengths) != 1 or -1 in lengths or "step" not in table or not numbers or None in table["step"]):
         raise UsageError(f"{path}: curves must be columns of numbers of equal length, with one named step")
     return [
@@ -149,7 +146,7 @@ def reference_for(folder: str | Path) -> ReferenceCurves | None:
     A recipe counts where the whole network (`model`, or `generator`) is the same and at most eight other options
     differ.
     """
-    files = RunFolder.read(folder)
+    files = RunFolder(folder, writes=False)
     if files.curves.is_file():
         return read_curves(files.curves)
     settings = settings_of(files.read_recipe())

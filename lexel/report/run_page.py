@@ -21,7 +21,7 @@ def write_report(folder: str | Path) -> Path:
     run = files.contents()
     reference = reference_for(folder)
     sections_of = generator_sections if "generator" in run.recipe else tokenizer_sections
-    sections = [*sections_of(run, reference), *recipe_section(run.folder)]
+    sections = [*sections_of(run, reference), *recipe_section(files.recipe)]
     behind = "" if reference is None else f" {reference.caption(settings_of(run.recipe))}"
     return write_page(files.report, f"Run {run.name}", lead(run) + behind, sections, tiles(run))
 
@@ -102,9 +102,8 @@ def generator_figures(run: Run, reference: ReferenceCurves | None = None) -> lis
     return [chart] if chart.html else []
 
 
-def recipe_section(folder: Path) -> list[Section]:
+def recipe_section(path: Path) -> list[Section]:
     """The resolved recipe, to run it again."""
-    path = RunFolder.read(folder).recipe
     return [Section("Recipe", code=path.read_text(encoding="utf-8"))] if path.is_file() else []
 
 
