@@ -34,7 +34,7 @@ from lexel.train.optimization import (
     to_device,
 )
 from lexel.train.processes import Processes
-from lexel.train.session import ProgressCallback, Session, Trained
+from lexel.train.session import ProgressCallback, Session, Trained, require_parts
 from lexel.train.tokens import TokenSource, entropy_bits
 
 if TYPE_CHECKING:
@@ -147,19 +147,19 @@ class Learner:
         set_model_state_dict(self.generator, tensors["model"])
         optimizer = {"state": tensors["optimizer"], "param_groups": state["param_groups"]}
         set_optimizer_state_dict(self.generator, self.optimizer, optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
+        averages = [] if self.average is None else ["average"]
+        tensors = ["param_groups"] if "shards" in state else ["model", "optimizer", *averages]
+        require_parts(state, [*tensors, "scaler", "means"], source)
+        if "shards" in state:
+            self._load_shards(state, source.with_suffix(SHARDS))
+        else:
+            self._load_whole(state, source)
         self.scaler.load_state_dict(state["scaler"])
         self.means.load_state_dict(state["means"])
 
-    def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
-        if "shards" in state:
-            if missing := sorted({"param_groups", "scaler", "means"} - state.keys()):
-                raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
-            self._load_shards(state, source.with_suffix(SHARDS))
-            return
-        needed = {"model", "optimizer", "scaler", "means", *([] if self.average is None else ["average"])}
-        missing = sorted(needed - state.keys())
-        if missing:
-            raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
+    def _load_whole(self, state: Mapping[str, Any], source: Path) -> None:
         from torch.distributed.checkpoint.state_dict import (
             StateDictOptions,
             set_model_state_dict,
@@ -174,8 +174,6 @@ class Learner:
         set_optimizer_state_dict(self.generator, self.optimizer, dict(state["optimizer"]), options=whole)
         if self.average is not None:
             checkpoint.load_strict(self.average, state["average"], source)
-        self.scaler.load_state_dict(state["scaler"])
-        self.means.load_state_dict(state["means"])
 
     def step(self, batch: TokenBatch, lr: float, decay: float) -> dict[str, Tensor]:
         """One step on this process's share of a batch; returns the loss terms."""

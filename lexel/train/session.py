@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
@@ -73,6 +73,16 @@ class Sharded(Protocol):
     def sharded(self) -> bool: ...
 
     def begin_state_dict(self) -> tuple[dict[str, Any], Callable[[Path], shards.Writing]]: ...
+
+
+def require_parts(state: Mapping[str, Any], parts: Iterable[str], source: Path) -> None:
+    """Refuses a checkpoint that lacks one of these parts of a training state.
+
+    Raises:
+        UsageError: names what is missing.
+    """
+    if missing := sorted(set(parts) - state.keys()):
+        raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
 
 
 class Step(NamedTuple):

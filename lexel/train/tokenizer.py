@@ -20,7 +20,6 @@ from lexel.checkpoint import load_strict
 from lexel.data import training_batches
 from lexel.data.config import DataConfig, open_data
 from lexel.distributed import barrier, mean_over_processes
-from lexel.errors import UsageError
 from lexel.evaluate import Options
 from lexel.losses import LossInputs, adaptive_weight, perturbation
 from lexel.losses.perturbation import Codes
@@ -45,7 +44,7 @@ from lexel.train.optimization import (
 )
 from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
-from lexel.train.session import ProgressCallback, Session, Trained
+from lexel.train.session import ProgressCallback, Session, Trained, require_parts
 from lexel.train.sharding import NAME as SPREAD
 from lexel.train.sharding import SpreadCodebook
 from lexel.train.validation import require_readable, validate
@@ -70,17 +69,17 @@ class Learner:
     """
 
     def __init__(self, recipe: TokenizerRecipe, tokenizer: Tokenizer, processes: Processes) -> None:
-        train = recipe.train
+        train = recipe.resolved().train
         self.config, self.processes = train, processes
         device = processes.device
-        self.weights = recipe.resolved().train.weights
+        self.weights = train.weights
         self.tokenizer = tokenizer.to(device)
         set_layout(self.tokenizer, train.channels_last)
         self.codebook = SpreadCodebook(self.tokenizer) if train.shard_codebook else None
         self.average = WeightAverage(self.tokenizer, train.average_decay, train.average_warm_up)
         with torch.random.fork_rng(devices=[]):
             seed_step(train.seed, -2, 0)  # projectors begin alike in every process, and shift no other random number
-            self.objective = Objective(recipe.resolved().train, recipe.model, recipe.data.size).to(device)
+            self.objective = Objective(train, recipe.model, recipe.data.size).to(device)
         self.learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.learning += self.objective.parameters()
         self.optimizer = torch.optim.Adam(
@@ -116,9 +115,7 @@ class Learner:
         return state if self.codebook is None else self.codebook.gathered(state, self._table())
 
     def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
-        missing = sorted(self.parts.keys() - state.keys())
-        if missing:
-            raise UsageError(f"{source} is no whole training state: it lacks {', '.join(missing)}")
+        require_parts(state, self.parts, source)
         if self.codebook is not None:
             state = self.codebook.own(state, self._table())
         for name, part in self.parts.items():
