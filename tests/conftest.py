@@ -33,6 +33,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same weights, whichever tests ran before it in its process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def undrawn_charts() -> Iterator[None]:
     """For files whose trainings write a report that nobody looks at: its charts stay empty, which saves most of it."""
