@@ -61,9 +61,10 @@ def make_bank(
         transform = own_transform(encoder, size)
         encoder.grid(transform.size, transform.size)  # raises where the size does not fit
         check_memory(encoder, runtime, transform.size, transform.size, batch_size)
+        channels = encoder.config.autoencoder.channels
     else:
-        transform = TRANSFORMS["published"](size or NETWORK_SIZE)
-    images = open_images(data, split, transform.size)
+        transform, channels = TRANSFORMS["published"](size or NETWORK_SIZE), 3
+    images = open_images(data, split, transform.size, channels=channels)
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
     network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)

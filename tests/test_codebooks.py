@@ -13,9 +13,11 @@ from torch import Tensor
 
 from lexel import load
 from lexel.autoencoders import VQGANConfig
+from lexel.bank import make_bank
 from lexel.cli import main
 from lexel.codebooks import grow, prune, split_codes, usage, used_codes, write_pruned
 from lexel.codec import Codec
+from lexel.data import open_images, to_images
 from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError
 from lexel.evaluate import METRICS, Options, evaluate_tokenizer
@@ -314,3 +316,19 @@ def test_the_commands_print_and_say_what_was_wrong(monkeypatch, capsys, model, t
     said = refused(monkeypatch, capsys, "grow", model, "--to", 5000, "--data", pictures, "--out", tmp_path / "x")
     assert "at least two a code are needed" in said
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_pictures_are_opened_with_the_channels_of_the_tokenizer(pictures, tmp_path, channels):
+    torch.manual_seed(0)
+    table = {"kind": "vq", "codebook_size": 8, "codebook_dim": D}
+    whole = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**SIZES, channels=channels), quantizer=table))
+    whole.provenance = {"size": 16, "transform": "crop"}
+    images, cut = open_images(pictures, size=16, channels=channels), own_transform(whole)
+    squares = to_images(np.stack([cut(images.read(number)) for number in range(PICTURES)]))
+    assert squares.shape == (PICTURES, channels, 16, 16)
+    alike = Options(device="cpu")
+    assert torch.equal(usage(pictures, whole, options=alike).kept, whole.eval().encode(squares).unique())
+    assert grow(whole, 12, pictures, options=alike).codebook_size == 12
+    bank = make_bank(whole, pictures, tmp_path / "bank.safetensors", 4, runtime("cpu"))
+    assert bank.shape == (4, D)

@@ -234,9 +234,9 @@ def _size_of_first(images: ImageSet) -> tuple[int, int]:
     raise UsageError(f"none of the {len(images)} samples can be read; the first is {images.names[0]}")
 
 
-def open_set(source: str | Path | ImageSet, split: str | None, size: int | None) -> ImageSet:
+def open_set(source: str | Path | ImageSet, split: str | None, size: int | None, channels: int = 3) -> ImageSet:
     """A set of images that was given, or is to be opened."""
-    return source if isinstance(source, ImageSet) else open_images(source, split, size)
+    return source if isinstance(source, ImageSet) else open_images(source, split, size, channels=channels)
 
 
 def _ascending(labels: Sequence[int]) -> bool:
