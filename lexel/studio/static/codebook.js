@@ -1,11 +1,10 @@
 // Every code as the patch it decodes to, sorted by use; dead codes; codes and latents in the plane.
-import { api, attempt, card, el, facts, field, long, modelPicker, patch, percent, select, state } from "./lib.js";
+import { api, attempt, card, chosenAmong, el, facts, field, long, modelPicker, patch, percent, select, state, tokenizersAmong } from "./lib.js";
 import { describe } from "./tokens.js";
 
 export async function open(root, models) {
-  const tokenizers = models.filter((model) => model.kind === "tokenizer");
-  if (!tokenizers.length) tokenizers.push(...models);
-  const key = tokenizers.some((model) => model.key === state.get("model")) ? state.get("model") : tokenizers[0].key;
+  const tokenizers = tokenizersAmong(models);
+  const key = chosenAmong(tokenizers);
   const model = `models/${encodeURIComponent(key)}`;
   const about = await facts(key);
   const list = el("div", {}), detail = el("div", { class: "about", "aria-live": "polite" }), map = el("div", {});

@@ -1,8 +1,6 @@
 // New pictures of a class; parts of a picture made anew: by a painted mask, or from its upper half.
-import { api, attempt, card, el, facts, field, modelPicker, picturePicker, post, reconstruct, select, state } from "./lib.js";
+import { api, attempt, card, chosenAmong, el, facts, field, modelPicker, pause, picturePicker, post, reconstruct, select, state } from "./lib.js";
 import { cellGrid } from "./grid.js";
-
-const wait = (time) => new Promise((done) => setTimeout(done, time));
 
 export async function open(root, models, alive) {
   const generators = models.filter((model) => model.kind === "generator");
@@ -11,7 +9,7 @@ export async function open(root, models, alive) {
       el("pre", {}, "lexel demo --out runs/demo\nlexel studio runs/demo")));
     return undefined;
   }
-  const key = generators.some((model) => model.key === state.get("model")) ? state.get("model") : generators[0].key;
+  const key = chosenAmong(generators);
   const model = `models/${encodeURIComponent(key)}`;
   const about = await facts(key);
   const number = (name, value, min, max, step) => {
@@ -41,7 +39,7 @@ export async function open(root, models, alive) {
       stop.disabled = false;
       stop.onclick = attempt(() => api(`jobs/${job.number}`, { method: "DELETE" }));
       while (job.state === "running" && alive()) {
-        await wait(250);
+        await pause(250);
         job = await api(`jobs/${job.number}`);
         bar.value = job.total ? job.done / job.total : 0;
         words.textContent = `${job.done} of ${job.total || "?"} tokens`;

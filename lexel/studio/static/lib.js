@@ -12,7 +12,7 @@ export async function api(path, options = {}) {
   return found;
 }
 
-const pause = (time) => new Promise((done) => setTimeout(done, time));
+export const pause = (time) => new Promise((done) => setTimeout(done, time));
 
 // Work that may take long: a job, with its progress and a button to stop it once it has taken half a second.
 export async function long(path, words, options = {}) {
@@ -95,6 +95,18 @@ export function select(options, value, change) {
 export const modelPicker = (label, models, value, change, none) =>
   field(label, select([...(none ? [["", none]] : []), ...models.map((model) => [model.key, model.key])], value, change));
 
+// The tokenizers among models; where there is none, generators, each with its own.
+export function tokenizersAmong(models) {
+  const found = models.filter((model) => model.kind === "tokenizer");
+  return found.length ? found : models;
+}
+
+// The key that a setting of the address names, if it is one of these models'.
+export function chosenAmong(models, setting = "model", otherwise = models[0].key) {
+  const key = state.get(setting);
+  return models.some((model) => model.key === key) ? key : otherwise;
+}
+
 export const card = (title, ...children) => el("section", {}, title && el("h2", {}, title), ...children);
 
 export function picture(source, caption, note) {
@@ -132,12 +144,12 @@ export function picturePicker(key, count, chosen, pick) {
 
 export async function reconstruct(key, chosen, whole) {
   const model = `models/${encodeURIComponent(key)}/reconstruct?whole=${whole ? 1 : 0}`;
-  if (chosen.file) return long(model, "Reconstructing…", { method: "POST", body: await reduced(chosen.file) });
+  if (chosen.file) return long(model, "Reconstructing…", { method: "POST", body: await withinLimit(chosen.file) });
   return long(`${model}&example=${chosen.example ?? 0}`, "Reconstructing…", { method: "POST" });
 }
 
 // A picture above the limit of the upload is refused here already, in the words of the studio.
-async function reduced(file) {
+async function withinLimit(file) {
   const { limits } = await studio();
   if (file.size > limits.bytes) {
     throw new Error(`the picture has ${file.size.toLocaleString("en")} bytes, the limit is ${limits.bytes.toLocaleString("en")}; make it smaller`);

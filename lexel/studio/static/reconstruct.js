@@ -1,11 +1,9 @@
 // A picture through one tokenizer or two: original, reconstruction, error, tokens, numbers, a wipe.
-import { attempt, card, colour, el, facts, modelPicker, picture, picturePicker, reconstruct, state } from "./lib.js";
+import { attempt, card, chosenAmong, colour, el, facts, modelPicker, picture, picturePicker, reconstruct, state, tokenizersAmong } from "./lib.js";
 
 export async function open(root, models) {
-  const tokenizers = models.filter((model) => model.kind === "tokenizer");
-  if (!tokenizers.length) tokenizers.push(...models);
-  const key = () => (tokenizers.some((model) => model.key === state.get("model")) ? state.get("model") : tokenizers[0].key);
-  const other = () => (tokenizers.some((model) => model.key === state.get("with")) ? state.get("with") : "");
+  const tokenizers = tokenizersAmong(models);
+  const key = () => chosenAmong(tokenizers), other = () => chosenAmong(tokenizers, "with", "");
   const about = await facts(key());
   let chosen = { example: Math.min(Number(state.get("example", "0")) || 0, about.examples - 1) };
   const results = el("div", {});

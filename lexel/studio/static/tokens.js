@@ -1,11 +1,10 @@
 // Tokens of a picture under the pointer: what each is, and what the picture becomes when they are changed.
-import { api, attempt, card, colour, el, facts, field, modelPicker, patch, percent, picturePicker, post, reconstruct, select, state } from "./lib.js";
+import { api, attempt, card, chosenAmong, colour, el, facts, field, modelPicker, patch, percent, picturePicker, post, reconstruct, select, state, tokenizersAmong } from "./lib.js";
 import { cellGrid } from "./grid.js";
 
 export async function open(root, models) {
-  const tokenizers = models.filter((model) => model.kind === "tokenizer");
-  if (!tokenizers.length) tokenizers.push(...models);
-  const key = tokenizers.some((model) => model.key === state.get("model")) ? state.get("model") : tokenizers[0].key;
+  const tokenizers = tokenizersAmong(models);
+  const key = chosenAmong(tokenizers);
   const about = await facts(key);
   if (about.continuous) throw new Error(`${key} has no codebook: its tokens are continuous; choose another tokenizer`);
   let chosen = { example: Math.min(Number(state.get("example", "0")) || 0, about.examples - 1) };
