@@ -89,7 +89,7 @@ def page(entry: Entry, number: int = 0, book: int = 0, order: str = "use", job: 
         "histogram": [int(v) for v in counts[sorted_codes][evenly_spaced(len(counts), min(len(counts), 400))]],
     }
     if len(chosen):
-        shown["sheet"] = pictures.as_address(pictures.sheet(patches(entry.tokenizer, chosen, book, entry, job)))
+        shown["sheet"] = pictures.as_address(pictures.sheet(patches(entry, chosen, book, job)))
     return shown
 
 
@@ -118,7 +118,7 @@ def code(entry: Entry, number: int, book: int = 0) -> dict[str, Any]:
             {"code": int(other), "distance": round(float(distances[other]), 4), "count": int(counts[other])}
             for other in nearest
         ],
-        "sheet": pictures.as_address(pictures.sheet(patches(entry.tokenizer, chosen, book, entry), len(chosen))),
+        "sheet": pictures.as_address(pictures.sheet(patches(entry, chosen, book), len(chosen))),
     }
 
 
@@ -152,16 +152,15 @@ def code_points(entry: Entry, book: int = 0, job: Job | None = None) -> dict[str
 
 
 @torch.no_grad()
-def patches(tokenizer: Tokenizer, codes: np.ndarray, book: int, entry: Entry, job: Job | None = None) -> np.ndarray:
+def patches(entry: Entry, codes: np.ndarray, book: int, job: Job | None = None) -> np.ndarray:
     """What codes decode to, uint8 (N, h, w, C): the middle of a grid that is filled with the code.
 
     Where a token has no place in the picture, the whole picture that the code alone makes.
     """
-    quantizer, factor = tokenizer.quantizer, tokenizer.downsampling
-    size = entry.transform.size
-    spec = tokenizer.token_spec(size, size)
-    spatial = len(spec.grids) == 1 and len(spec.grids[0]) == 2 and factor is not None
-    grid: tuple[int, ...] = (3, 3) if spatial else tokenizer.grid(size, size)
+    tokenizer, size = entry.tokenizer, entry.transform.size
+    quantizer, spec = tokenizer.quantizer, tokenizer.token_spec(size, size)
+    factor = tokenizer.downsampling if len(spec.grids) == 1 and len(spec.grids[0]) == 2 else None
+    grid: tuple[int, ...] = tokenizer.grid(size, size) if factor is None else (3, 3)
     try:
         tokenizer.image_size(grid)
     except UsageError:  # an autoencoder of one size
@@ -181,7 +180,7 @@ def patches(tokenizer: Tokenizer, codes: np.ndarray, book: int, entry: Entry, jo
             job.progress(BATCH * len(images), len(filled))
         images.append(tokenizer.decode(part.to(entry.device)).cpu())
     made = to_uint8(torch.cat(images))
-    if not spatial or factor is None:
+    if factor is None:
         return made
     top, left = grid[0] // 2 * factor, grid[1] // 2 * factor
     return made[:, top : top + factor, left : left + factor]
