@@ -1,6 +1,5 @@
 """A token set over a smaller codebook: every index replaced by its new number."""
 
-import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ from lexel.checkpoint import atomic, atomic_write
 from lexel.data.tokens.format import (
     CHECKSUM,
     INDEX,
-    digest,
     features_path,
     index_dtype,
     read_manifest,
@@ -21,7 +19,7 @@ from lexel.data.tokens.format import (
     shard_path,
 )
 from lexel.data.tokens.token_set import TokenSet
-from lexel.data.tokens.write import begin, complete
+from lexel.data.tokens.write import begin, complete, write_indices
 from lexel.errors import UsageError
 
 
@@ -65,15 +63,11 @@ def remap_tokens(
             mapped = new_number[tokens.shard(shard)]
             if mapped.size and mapped.min() < 0:
                 raise UsageError(f"{tokens.folder} has codes that are not among the {len(kept):,} that stay")
-            buffer = io.BytesIO()
-            np.save(buffer, mapped.astype(dtype))
-            with atomic_write(shard_path(folder, shard, ".npy")) as file:
-                file.write(buffer.getbuffer())
+            written = write_indices(shard_path(folder, shard, ".npy"), mapped.astype(dtype))
             if description.caption_features is not None:
                 with atomic(features_path(folder, shard)) as partial:
                     shutil.copyfile(features_path(tokens.folder, shard), partial)
-            content = buffer.getbuffer()
-            table = description.model_dump(mode="json") | {"sha256": digest(content), "bytes": content.nbytes}
+            table = description.model_dump(mode="json") | written
             with atomic_write(shard_path(folder, shard, ".json")) as file:
                 file.write(sealed({name: value for name, value in table.items() if _stated(name, value)}))
         if progress is not None:

@@ -241,16 +241,12 @@ def _write_shard(
         if pictures.numbers:
             encoded.append(_encode(pictures.arrays, len(pictures.numbers), encode, plan, versions.batch_size))
         read(len(pictures.numbers) + len(pictures.unreadable))
-    buffer = io.BytesIO()
-    np.save(buffer, np.concatenate(encoded))
-    with atomic_write(shard_path(folder, shard, ".npy")) as file:
-        file.write(buffer.getbuffer())
+    written = write_indices(shard_path(folder, shard, ".npy"), np.concatenate(encoded))
     facts: dict[str, Any] = {
         "names": [images.names[number] for number in readable],
         "labels": None if images.labels is None else [images.labels[number] for number in readable],
         "unreadable": unreadable,
-        "sha256": digest(buffer.getbuffer()),
-        "bytes": buffer.getbuffer().nbytes,
+        **written,
     }
     if images.captions is not None:
         facts["captions"] = [images.captions[number] for number in readable]
@@ -258,6 +254,16 @@ def _write_shard(
         facts["caption_features"] = _write_features(features_path(folder, shard), captions, readable)
     with atomic_write(shard_path(folder, shard, ".json")) as file:
         file.write(sealed(facts))
+
+
+def write_indices(path: Path, indices: np.ndarray) -> dict[str, Any]:
+    """Writes a shard's indices (rows, crops, *grid), and says what is in the file."""
+    buffer = io.BytesIO()
+    np.save(buffer, indices)
+    content = buffer.getbuffer()
+    with atomic_write(path) as file:
+        file.write(content)
+    return {"sha256": digest(content), "bytes": content.nbytes}
 
 
 def _layout(captions: Captions) -> dict[str, Any]:
