@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
-from lexel.losses.precision import at_least_float32, without_autocast
+from lexel.losses.precision import at_least_float32
 from lexel.networks.backbones import Backbone, backbone
+from lexel.runtime import without_autocast
 
 Projector = Literal["identity", "linear", "mlp", "convolutions"]
 
@@ -97,7 +98,7 @@ class Alignment(Loss):
                     wanted, size=features.shape[2:], mode="bilinear", align_corners=False, antialias=True
                 )
         projected = at_least_float32(self.projector(features))
-        with without_autocast(projected):
+        with without_autocast(projected.device):
             a, b = directions(projected), directions(wanted)  # (B, C, places)
             loss = F.relu(1 - self.margin - (a * b).sum(1)).mean()
             if self.distances:

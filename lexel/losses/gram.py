@@ -5,8 +5,9 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
-from lexel.losses.precision import at_least_float32, without_autocast
+from lexel.losses.precision import at_least_float32
 from lexel.networks.backbones import backbone
+from lexel.runtime import without_autocast
 
 
 class GramLoss(Loss):
@@ -52,5 +53,5 @@ class GramLoss(Loss):
 def gram(features: Tensor) -> Tensor:
     """F F^T / (C h w) of maps (B, C, h, w): (B, C, C), at least float32."""
     rows = at_least_float32(features).flatten(2)
-    with without_autocast(rows):
+    with without_autocast(rows.device):
         return rows @ rows.transpose(1, 2) / (rows.shape[1] * rows.shape[2])

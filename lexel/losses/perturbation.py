@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lexel import registry
 from lexel.errors import UsageError
-from lexel.losses.precision import without_autocast
+from lexel.runtime import without_autocast
 
 
 class Codes(NamedTuple):
@@ -110,7 +110,7 @@ def nearest_codes(rows: Tensor, codebook: Tensor, count: int, similarity: str = 
         rows, codebook = F.normalize(rows, dim=1), F.normalize(codebook, dim=1)
     bias = 0.5 * codebook.square().sum(1) if similarity == "l2" else codebook.new_zeros(len(codebook))
     found = []
-    with without_autocast(rows):
+    with without_autocast(rows.device):
         for part in rows.split(max(1, ELEMENTS // len(codebook))):
             found.append((part @ codebook.T - bias).topk(count, dim=1).indices)
     return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64, device=rows.device)
