@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
 from lexel.losses.precision import at_least_float32
-from lexel.networks.backbones import Backbone, backbone
+from lexel.networks.backbones import Backbone, backbone, check_size
 from lexel.runtime import without_autocast
 
 Projector = Literal["identity", "linear", "mlp", "convolutions"]
@@ -65,8 +65,7 @@ class Alignment(Loss):
         depth = len(self.teacher.widths)
         if not -depth <= level < depth:
             raise UsageError(f"level = {level}: the network {teacher} has maps 0 to {depth - 1}, or -{depth} to -1")
-        if size is not None and size < 1:
-            raise UsageError(f"size must be a number of pixels, got {size}")
+        check_size(size)
         if hidden < 1 or distances < 0 or not 0 <= margin < 2 or not 0 <= distance_margin < 2:
             raise UsageError(
                 "an alignment needs hidden >= 1, distances >= 0 and margins in [0, 2), got "

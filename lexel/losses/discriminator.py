@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from lexel.errors import UsageError
-from lexel.networks.backbones import backbone
+from lexel.networks.backbones import backbone, check_size
 
 
 class PatchDiscriminator(nn.Module):
@@ -149,17 +149,14 @@ class FeatureDiscriminator(nn.Module):
         super().__init__()
         if width < 8 or width % 8:
             raise UsageError(f"a feature discriminator needs a width that is a multiple of 8, got {width}")
-        if size is not None and size < 1:
-            raise UsageError(f"size must be a number of pixels, got {size}")
+        check_size(size)
         self.size = size
         self.network = backbone(network)
         self.heads = nn.ModuleList(_Head(channels, width) for channels in self.network.widths)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, n) of every place of every map, high where taken for real, for images (B, 3, H, W) in [-1, 1]."""
-        patch = self.network.patch
-        grid = (max(1, images.shape[2] // patch), max(1, images.shape[3] // patch))
-        maps = self.network.at(images, self.size, grid)
+        maps = self.network.at(images, self.size)
         return torch.cat([head(each).flatten(1) for head, each in zip(self.heads, maps, strict=True)], 1)
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
 from lexel.losses.precision import at_least_float32
-from lexel.networks.backbones import backbone
+from lexel.networks.backbones import backbone, check_size
 from lexel.runtime import without_autocast
 
 
@@ -34,8 +34,7 @@ class GramLoss(Loss):
         self.levels = list(range(depth)) if levels is None else levels
         if not self.levels or not all(0 <= level < depth for level in self.levels):
             raise UsageError(f"levels of {network} are numbers in [0, {depth}), got {self.levels}")
-        if size is not None and size < 1:
-            raise UsageError(f"size must be a number of pixels, got {size}")
+        check_size(size)
         self.size = size
 
     def forward(self, inputs: LossInputs) -> Tensor:
@@ -45,8 +44,7 @@ class GramLoss(Loss):
         return torch.stack([(a - b).abs().mean() for a, b in zip(made, wanted, strict=True)]).mean()
 
     def _grams(self, images: Tensor) -> list[Tensor]:
-        grid = (max(1, images.shape[2] // self.network.patch), max(1, images.shape[3] // self.network.patch))
-        maps = self.network.at(images, self.size, grid)
+        maps = self.network.at(images, self.size)
         return [gram(maps[level]) for level in self.levels]
 
 

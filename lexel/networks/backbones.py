@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         """Maps (B, widths[i], h, w) of images (B, 3, H, W) in [-1, 1]."""
         raise NotImplementedError
 
-    def at(self, images: Tensor, size: int | None, grid: tuple[int, ...]) -> list[Tensor]:
+    def at(self, images: Tensor, size: int | None, grid: tuple[int, ...] | None = None) -> list[Tensor]:
         """The maps of images brought to a size: `size` pixels a side, or by default what suits a grid.
 
         Without a patch that is the size the images have, else one position for each place of the grid.
@@ -60,15 +60,26 @@ class Backbone(nn.Module):
         Args:
             images: (B, 3, H, W) in [-1, 1].
             size: pixels a side of the images that the network sees.
-            grid: of the features that are compared with the result.
+            grid: of the features that are compared with the result; by default the patches that the images have.
         """
         if size is not None and size != images.shape[-1]:
             images = resize(images, size, "clean")
         elif size is None and self.patch > 1:
+            grid = grid or tuple(max(1, side // self.patch) for side in images.shape[2:])
             if len(grid) != 2 or grid[0] != grid[1]:
                 raise UsageError(f"a network of patches needs the option size for features on the grid {grid}")
             images = resize(images, grid[0] * self.patch, "clean")
         return self(images)
+
+
+def check_size(size: int | None) -> None:
+    """Refuses a `size` that `Backbone.at` cannot bring images to.
+
+    Raises:
+        UsageError: it is no number of pixels.
+    """
+    if size is not None and size < 1:
+        raise UsageError(f"size must be a number of pixels, got {size}")
 
 
 class VGG16Backbone(Backbone):
