@@ -20,6 +20,8 @@ class SimVQ(ProjectedVQ):
         gradient: "straight_through" or "rotation" (users report a growing commitment term with the latter).
     """
 
+    code_tables = ("table",)
+
     def __init__(
         self, codebook_size: int, codebook_dim: int, bias: bool = True, gradient: str = "straight_through"
     ) -> None:
@@ -27,8 +29,6 @@ class SimVQ(ProjectedVQ):
         self.register_buffer("table", torch.randn(codebook_size, codebook_dim) * codebook_dim**-0.5)
         self.table: Tensor
         self.projection = nn.Linear(codebook_dim, codebook_dim, bias=bias)
-
-    code_tables = ("table",)
 
     def rows_for(self, codes: Tensor) -> Tensor:
         weight, bias = self.projection.weight.double(), self.projection.bias
