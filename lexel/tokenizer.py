@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from lexel import __version__, autoencoders, checkpoint, quantizers
+from lexel import autoencoders, checkpoint, model_folder, quantizers
 from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
@@ -288,13 +288,8 @@ class Tokenizer(nn.Module):
             provenance: where the weights come from (recipe, step, source file), kept in `config.json`; this
                 tokenizer's own if not given.
         """
-        config = {
-            "model": "tokenizer",
-            "lexel": __version__,
-            **self.config.model_dump(mode="json"),
-            "provenance": dict(self.provenance if provenance is None else provenance),
-        }
-        checkpoint.save_folder(folder, config, self.state_dict())
+        options, given = self.config.model_dump(mode="json"), self.provenance if provenance is None else provenance
+        model_folder.save(folder, "tokenizer", options, self.state_dict(), given)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -308,9 +303,7 @@ class Tokenizer(nn.Module):
     @classmethod
     def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """A tokenizer from the two parts of a model folder; `source` names it in errors."""
-        table = {name: value for name, value in config.items() if name not in ("model", "lexel", "provenance")}
-        if config.get("model") != "tokenizer":
-            raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a tokenizer")
+        table = model_folder.options_of(config, "tokenizer", source)
         tokenizer = cls.with_weights(check(table, TokenizerConfig, f"{source}/config.json"), tensors, source)
         tokenizer.provenance = provenance_of_folder(config, f"{source}/config.json")
         return tokenizer

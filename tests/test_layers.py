@@ -10,7 +10,7 @@ import lexel
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [  # a name that a change still to come will use may stand here before its file does
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
-    | {"run_log", "same_recipe"}
+    | {"model_folder", "run_log", "same_recipe"}
     | {"arrays", "regular", "provenance", "parts", "place", "machine", "shards", "engines"},
     {"kernels", "networks", "conditions"},
     {"quantizers", "autoencoders", "losses", "metrics", "data"},

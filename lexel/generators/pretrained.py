@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lexel import __version__, checkpoint
+from lexel import checkpoint, model_folder
 from lexel.errors import UsageError
 from lexel.generators.config import GeneratorConfig, read_config
 from lexel.provenance import of_folder as provenance_of_folder
@@ -120,13 +120,8 @@ class Pretrained(nn.Module):
             tokenizer = self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(folder) / TOKENIZER, tokenizer.provenance)
-        config = {
-            "model": "generator",
-            "lexel": __version__,
-            **self.config.model_dump(mode="json"),
-            "provenance": dict(self.provenance if provenance is None else provenance),
-        }
-        checkpoint.save_folder(folder, config, self.state_dict())
+        options, given = self.config.model_dump(mode="json"), self.provenance if provenance is None else provenance
+        model_folder.save(folder, "generator", options, self.state_dict(), given)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -141,9 +136,7 @@ class Pretrained(nn.Module):
     @classmethod
     def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """A generator from the two parts of a model folder; `source` is the folder."""
-        table = {name: value for name, value in config.items() if name not in ("model", "lexel", "provenance")}
-        if config.get("model") != "generator":
-            raise UsageError(f"{source} holds a {config.get('model', 'model of another library')}, not a generator")
+        table = model_folder.options_of(config, "generator", source)
         generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
         generator.provenance = provenance_of_folder(config, f"{source}/config.json")
         generator._folder = expanded(source)
