@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lexel import networks
-from lexel.data import TRANSFORMS, open_images, ordered_batches
+from lexel.data import PIXEL_LIMIT, TRANSFORMS, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.memory import check_memory
@@ -31,6 +31,7 @@ def make_bank(
     per_class: bool = False,
     features_per_image: int = 16,
     batch_size: int = 32,
+    pixel_limit: int = PIXEL_LIMIT,
     seed: int = 0,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Tensor:
@@ -48,6 +49,7 @@ def make_bank(
         per_class: an equal share of the centres for each class of the images, as in the paper.
         features_per_image: latents taken of each image.
         batch_size: images at a time.
+        pixel_limit: files of images with more pixels are unreadable.
         seed: of the positions and of the clustering.
         progress: called with (images done, images).
 
@@ -64,7 +66,7 @@ def make_bank(
         channels = encoder.config.autoencoder.channels
     else:
         transform, channels = TRANSFORMS["published"](size or NETWORK_SIZE), 3
-    images = open_images(data, split, transform.size, channels=channels)
+    images = open_images(data, split, transform.size, channels=channels, pixel_limit=pixel_limit)
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
     network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lexel.data import ImageSet
 from lexel.errors import UsageError, unknown
 from lexel.evaluate import evaluate_tokenizer
+from lexel.evaluate.reconstructions import channels_of
 from lexel.evaluate.sources import ImageTokenizer, open_set
 from lexel.metrics import Protocol
 from lexel.provenance import public_name
@@ -81,7 +82,8 @@ def measure_on(
             f"{name} is measured whole, at size {wanted.size}: {', '.join(chosen)} cannot be chosen; leave out the "
             "public set to choose"
         )
-    images = open_set(source, None, None if wanted.size == "native" else wanted.size)
+    side = None if wanted.size == "native" else wanted.size
+    images = open_set(source, None, side)
     if len(images) != wanted.images:
         raise UsageError(
             f"{_named(source)} has {len(images):,} pictures where {name} has {wanted.images:,}; give {wanted.hint}"
@@ -92,6 +94,7 @@ def measure_on(
             f"the pictures of {_named(source)} are not those of {name}: their pixels differ (fingerprint {found[:12]} "
             f"instead of {wanted.fingerprint[:12]}); leave out the public set to measure them all the same"
         )
+    images = open_set(source, None, side, channels_of(tokenizer))  # told apart in colour, measured as it takes them
     result = evaluate_tokenizer(tokenizer, images, protocol, size=wanted.size, **settings)
     return {**result, "public_set": name}
 

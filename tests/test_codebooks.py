@@ -332,3 +332,27 @@ def test_pictures_are_opened_with_the_channels_of_the_tokenizer(pictures, tmp_pa
     assert grow(whole, 12, pictures, options=alike).codebook_size == 12
     bank = make_bank(whole, pictures, tmp_path / "bank.safetensors", 4, runtime("cpu"))
     assert bank.shape == (4, D)
+
+
+def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
+    torch.manual_seed(0)
+    table = {"kind": "vq", "codebook_size": 8, "codebook_dim": D}
+    whole = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**SIZES, channels=1), quantizer=table)).eval()
+    whole.provenance = {"size": 16}
+    alike = {"metrics": ["psnr"], "device": "cpu", "cache": False}
+    grey = evaluate_tokenizer(whole, open_images(pictures, size=16, channels=1), **alike)
+    assert evaluate_tokenizer(whole, pictures, **alike)["metrics"] == grey["metrics"]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "usage", "grow", "bank"])
+def test_the_limit_on_pixels_reaches_every_command_that_opens_pictures(
+    monkeypatch, capsys, model, pictures, command, tmp_path
+):
+    arguments = {
+        "evaluate": (model, "--data", pictures),
+        "usage": (pictures, "--model", model),
+        "grow": (model, "--to", 100, "--data", pictures, "--out", tmp_path / "x"),
+        "bank": (model, pictures, "--codes", 4, "--out", tmp_path / "x.safetensors"),
+    }[command]
+    said = refused(monkeypatch, capsys, command, *arguments, "--pixel-limit", 4)
+    assert "more than the limit of 4" in said or "gives 0 latents" in said

@@ -9,6 +9,7 @@ from lexel.cli.options import (
     BatchSize,
     Device,
     Out,
+    PixelLimit,
     Precision,
     RunArgument,
     Split,
@@ -38,6 +39,7 @@ def usage(
     json_: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -52,7 +54,7 @@ def usage(
     check_free(json_)
     tokenizer = load_tokenizer(model, weights) if model else None
     with progress("usage") as update:
-        options = Options(limit, batch_size, device, precision, workers, resume=resume, progress=update)
+        options = Options(limit, batch_size, device, precision, workers, pixel_limit, resume=resume, progress=update)
         found = measure(data, tokenizer, size=size, transform=transform, split=split, options=options)
     if launched_rank() != 0:
         return
@@ -77,6 +79,7 @@ def prune(
     resume: Resume = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -90,7 +93,7 @@ def prune(
     model = load(source, weights=weights)
     sets = [TokenSet.open(folder) for folder in tokens or ()]
     with progress("usage") as update:
-        options = Options(limit, batch_size, device, precision, workers, resume=resume, progress=update)
+        options = Options(limit, batch_size, device, precision, workers, pixel_limit, resume=resume, progress=update)
         kept = used_codes(model, sets, data, size=size, transform=transform, split=split, options=options)
     with progress("re-map", "shards") as update:
         pruned = write_pruned(model, kept, out, sets, update)
@@ -110,6 +113,7 @@ def grow(
     limit: Limit = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -123,7 +127,7 @@ def grow(
     images = data or training_images(source)
     tokenizer = load_tokenizer(source, weights)
     with progress("latents") as update:
-        options = Options(limit, batch_size, device, precision, workers, progress=update)
+        options = Options(limit, batch_size, device, precision, workers, pixel_limit, progress=update)
         grown = larger(tokenizer, to, images, size=size, transform=transform, split=split, options=options)
     grown.save_pretrained(out, provenance=grown.provenance)
     print(f"{grown.codebook_size:,} codes out of {tokenizer.codebook_size:,} in {out}")

@@ -10,6 +10,7 @@ from lexel.cli.options import (
     BatchSize,
     Device,
     PartOption,
+    PixelLimit,
     Precision,
     Split,
     Weights,
@@ -68,6 +69,7 @@ def evaluate(
     part: PartOption = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
+    pixel_limit: PixelLimit = 150_000_000,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -110,6 +112,7 @@ def evaluate(
         "device": device,
         "precision": precision,
         "workers": workers,
+        "pixel_limit": pixel_limit,
         "resume": resume,
         "part": Part.parse(part) if part else None,
     }

@@ -10,6 +10,7 @@ from lexel.cli.options import (
     DataArgument,
     Device,
     Out,
+    PixelLimit,
     Precision,
     Set,
     Split,
@@ -198,6 +199,7 @@ def bank(
     split: Split = None,
     features_per_image: Annotated[int, typer.Option(min=1, help="Latent vectors taken from each image.")] = 16,
     batch_size: BatchSize = 32,
+    pixel_limit: PixelLimit = 150_000_000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of positions and clustering.")] = 0,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -222,6 +224,7 @@ def bank(
             per_class=per_class,
             features_per_image=features_per_image,
             batch_size=batch_size,
+            pixel_limit=pixel_limit,
             seed=seed,
             progress=update,
         )

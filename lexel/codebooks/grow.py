@@ -104,7 +104,7 @@ def gather_latents(
     where = runtime(options.device, options.precision)
     tokenizer = tokenizer.to(where.device).eval()
     quantizer = tokenizer.quantizer
-    images = open_set(source, split, transform.size, tokenizer.config.autoencoder.channels)
+    images = open_set(source, split, transform.size, tokenizer.config.autoencoder.channels, options.pixel_limit)
     a_picture = tokenizer.token_spec(transform.size, transform.size).length
     rows = min(WANTED * codebook_size, HELD // quantizer.codebook_dim)
     count = min(len(images), options.limit or len(images), max(1, -(-rows // a_picture)))

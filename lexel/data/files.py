@@ -165,7 +165,7 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
                 raise UnreadableImage(
                     name,
                     f"{width} x {height} pixels are more than the limit of {decoding.pixel_limit:,}; make it smaller, "
-                    "or raise the limit: data.pixel_limit in a recipe, --pixel-limit of reconstruct and encode",
+                    "or raise the limit: data.pixel_limit in a recipe, --pixel-limit of a command",
                 )
             return _pixels(image, file, decoding)
     except UnreadableImage:

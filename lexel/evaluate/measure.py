@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lexel.data import PIXEL_LIMIT
 from lexel.distributed import broadcast, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks
@@ -24,13 +25,14 @@ ProgressCallback = Callable[[int, int], None]  # called with (images done, image
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an evaluation runs; nothing here changes its numbers, but `limit` and `precision`.
+    """How an evaluation runs; nothing here changes its numbers, but `limit`, `pixel_limit` and `precision`.
 
     Attributes:
         limit: at most so many images.
         batch_size: images at a time.
         device, precision: where the tokenizer runs; features and metrics are always taken in float32 and above.
         workers: processes that read images; 0 reads them here.
+        pixel_limit: files of images with more pixels are unreadable.
         cache: keeps statistics of real images by the fingerprint of data, protocol and network, and finds them again.
         resume: a folder for the partial state; the same call goes on where the last one was stopped. Removed at the
             end. With a network of D features it holds about 160 * D^2 bytes.
@@ -45,6 +47,7 @@ class Options:
     device: str = "auto"
     precision: str = "float32"
     workers: int = 0
+    pixel_limit: int = PIXEL_LIMIT
     cache: bool = True
     resume: str | Path | None = None
     part: Part | None = None

@@ -77,7 +77,7 @@ def evaluate_tokenizer(
     where = runtime(join(options.device), options.precision)
     if chosen.size and isinstance(tokenizer, Tokenizer):
         check_memory(tokenizer, where, chosen.size, chosen.size, options.batch_size)
-    images = open_set(source, split, chosen.size or None)
+    images = open_set(source, split, chosen.size or None, channels_of(tokenizer), options.pixel_limit)
     numbers = evenly_spaced(len(images), options.limit)
     real = Pictures(images, chosen, transform_of(chosen), options.workers, numbers)
     tokenizer = on_device(tokenizer, where.device)
@@ -130,6 +130,18 @@ def evaluate_tokenizer(
     return as_result({**identity, "tokens": tokens}, chosen, real, visited, values, warnings, where, started)
 
 
+def channels_of(tokenizer: ImageTokenizer) -> int:
+    """Channels of the images that are measured: 3, or 1 for a tokenizer of grey ones.
+
+    Raises:
+        UsageError: the tokenizer takes others; metrics and their networks see colours or grey.
+    """
+    channels = tokenizer.config.autoencoder.channels if isinstance(tokenizer, Tokenizer) else 3
+    if channels not in (1, 3):
+        raise UsageError(f"images of 1 or 3 channels can be evaluated, the tokenizer takes {channels}")
+    return channels
+
+
 def describe(tokenizer: ImageTokenizer, spec: TokenSpec) -> dict[str, Any]:
     """What `Context` says about a tokenizer: its codes if it has any, and whether it shows its latents."""
     if isinstance(tokenizer, Tokenizer) and tokenizer.continuous:
@@ -166,6 +178,8 @@ def reconstruct(
         raise UsageError(
             f"the tokenizer decodes {tuple(images.shape)} to {tuple(decoded.shape)}; give a size that fits it"
         )
+    if images.shape[1] == 1:  # grey in three channels, as a grey file opened in colour: what networks take
+        decoded, images = (side.expand(-1, 3, -1, -1) for side in (decoded, images))
     return Batch(protocol, numbers, decoded, images, indices, latents, quantized)
 
 

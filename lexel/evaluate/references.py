@@ -60,7 +60,7 @@ def reference_statistics(
     """
     options = (options or Options()).changed(changes)
     warnings = [] if warnings is None else warnings
-    known, source = _open_reference(reference, split, protocol, network, options.workers)
+    known, source = _open_reference(reference, split, protocol, network, options)
     if source is None:
         assert known is not None
         return known
@@ -215,14 +215,15 @@ def _found(path: Path, warnings: list[str]) -> ReferenceStatistics | None:
 
 
 def _open_reference(
-    reference: str | Path | ImageSet, split: str | None, protocol: Protocol, network: FeatureNetwork, workers: int
+    reference: str | Path | ImageSet, split: str | None, protocol: Protocol, network: FeatureNetwork, options: Options
 ) -> tuple[ReferenceStatistics | None, Source | None]:
     """Statistics that a file holds, and the images whose features are still needed; at least one of the two.
 
     ADM's files hold both: statistics of the whole set, and images of which precision and recall take the features.
     """
     if isinstance(reference, ImageSet) or Path(reference).suffix not in (".npz", ".npy"):
-        return None, Pictures(open_set(reference, split, protocol.size), protocol, transform_of(protocol), workers)
+        images = open_set(reference, split, protocol.size, pixel_limit=options.pixel_limit)
+        return None, Pictures(images, protocol, transform_of(protocol), options.workers)
     path = expanded(reference)
     arrays = arrays_in(path)
     if "arr_0" in arrays and "mu" not in arrays:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lexel.arrays import open_arrays
 from lexel.data import (
+    PIXEL_LIMIT,
     TRANSFORMS,
     ImageSet,
     Transform,
@@ -204,6 +205,7 @@ def open_samples(
     where: Runtime,
     workers: int,
     limit: int | None,
+    pixel_limit: int = PIXEL_LIMIT,
 ) -> Source:
     """Opens generated images: a folder, an .npz or .npy file, a token set or an ImageSet; see `evaluate_samples`."""
     if isinstance(samples, str | Path):
@@ -216,7 +218,7 @@ def open_samples(
         if tokenizer is None:
             raise UsageError(f"{samples.folder} holds tokens; give the tokenizer that made them to decode them")
         return Tokens(samples, tokenizer, where, limit)
-    images = open_set(samples, None, None)
+    images = open_set(samples, None, None, pixel_limit=pixel_limit)
     height, width = _size_of_first(images.as_stored() if protocol.reading == "stored" else images)
     if height != width:
         raise UsageError(f"samples must be square, got {height} x {width} pixels")
@@ -234,9 +236,17 @@ def _size_of_first(images: ImageSet) -> tuple[int, int]:
     raise UsageError(f"none of the {len(images)} samples can be read; the first is {images.names[0]}")
 
 
-def open_set(source: str | Path | ImageSet, split: str | None, size: int | None, channels: int = 3) -> ImageSet:
+def open_set(
+    source: str | Path | ImageSet,
+    split: str | None,
+    size: int | None,
+    channels: int = 3,
+    pixel_limit: int = PIXEL_LIMIT,
+) -> ImageSet:
     """A set of images that was given, or is to be opened."""
-    return source if isinstance(source, ImageSet) else open_images(source, split, size, channels=channels)
+    if isinstance(source, ImageSet):
+        return source
+    return open_images(source, split, size, channels=channels, pixel_limit=pixel_limit)
 
 
 def _ascending(labels: Sequence[int]) -> bool:
