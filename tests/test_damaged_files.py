@@ -130,6 +130,25 @@ def test_a_damaged_pickle_of_arrays_is_read_or_refused(tmp_path, count):
     survives(weights.read_arrays, path, 9, count)
 
 
+class _FlaggedType:
+    def __reduce__(self):
+        return np.dtype, ("f4", False, True), (3, "<", None, None, None, -1, -1, 63)
+
+
+class _FlaggedArray:
+    def __reduce__(self):
+        reconstruct = np.zeros(1).__reduce__()[0]
+        return reconstruct, (np.ndarray, (0,), b"b"), (1, (2,), _FlaggedType(), False, bytes(8))
+
+
+def test_a_pickle_of_arrays_cannot_set_the_internal_flags_of_a_type(tmp_path):
+    path = tmp_path / "vgg16.ckpt"
+    path.write_bytes(pickle.dumps({"a": _FlaggedArray()}))
+    found = weights.read_arrays(path)["a"]
+    assert found.dtype.flags == 0
+    np.testing.assert_array_equal(found, np.zeros(2, np.float32))
+
+
 @pytest.mark.parametrize("name", ["encoder.conv_in.weight", "quantize.embedding.weight", "decoder.conv_out.bias"])
 @pytest.mark.parametrize("change", [torch.Tensor.flatten, lambda t: t[None], lambda t: t[:0], lambda t: t.sum()])
 def test_a_published_checkpoint_of_other_shapes_is_refused_in_one_line(tmp_path, name, change):

@@ -34,7 +34,8 @@ _BROKEN_PICKLE = (
     KeyError,
     MemoryError,
     OverflowError,
-    SystemError,  # of NumPy, for states of types that it cannot make sense of
+    RecursionError,
+    SystemError,  # of CPython, for buffers that a damaged pickle drops
     TypeError,
     ValueError,
 )
@@ -108,7 +109,7 @@ def read_arrays(path: Path) -> Any:
     """
     try:
         with path.open("rb") as file:
-            return _ArraysOnly(file).load()
+            return _as_arrays(_ArraysOnly(file).load())
     except _BROKEN_PICKLE as error:
         raise UsageError(
             f"{path} is refused: {reason(error)}; a weights file may hold numpy arrays and nothing else"
@@ -116,24 +117,64 @@ def read_arrays(path: Path) -> Any:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that knows how to rebuild a numpy array and refuses every other name before touching it."""
+    """An unpickler that knows what an array is made of and refuses every other name before touching it.
+
+    Numpy's own objects take any state that a pickle gives them, internal flags of types too; these check it.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         # numpy 2 moved the first of these; the name in the file depends on the numpy that wrote it.
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return _empty_array
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return _Array
         if (module, name) == ("numpy", "dtype"):
-            return np.dtype
+            return _Type
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray:
-    """What numpy's _reconstruct does: the empty array whose state the pickle then sets."""
-    if kind is not np.ndarray:
+class _Type:
+    """A type of numbers, as numpy pickles it."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
+        self.dtype = np.dtype(code)
+        if self.dtype.kind not in "fiub":
+            raise pickle.UnpicklingError(f"it asks for values of the type {code!r}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """An array, as numpy pickles it: of no values until its state is set."""
+
+    array: np.ndarray | None = None
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Type) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("an array has no type or no values")
+        values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C")
+        self.array = values.copy(order="K")
+
+
+def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> _Array:
+    """What numpy's _reconstruct does: the array whose state the pickle then sets."""
+    if kind is not _Array:
         raise pickle.UnpicklingError(f"it asks for an array of the kind {kind!r}")
-    return np.ndarray(shape, dtype=typecode.decode())
+    return _Array()
+
+
+def _as_arrays(found: Any) -> Any:
+    """Nested dicts with their arrays in place."""
+    if isinstance(found, dict):
+        return {name: _as_arrays(value) for name, value in found.items()}
+    if isinstance(found, _Array):
+        if found.array is None:
+            raise pickle.UnpicklingError("an array has no values")
+        return found.array
+    return found
 
 
 def _read_lpips(path: Path, trunk: str, trunk_type: type[VGG16] | type[AlexNet]) -> dict[str, Tensor]:
