@@ -11,6 +11,7 @@ from fuzz import counts, survives
 
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.data.tokens import TokenSet, write_tokens
+from lexel.data.tokens.write import check_plan
 from lexel.errors import UsageError
 
 
@@ -142,3 +143,11 @@ def test_labels_are_matched_by_the_names_of_classes(folder):
     with pytest.raises(UsageError, match="unknown class 'c'; the classes are a, b"):
         tokens.with_classes(["a", "b"])
     assert tokens.subset([0, 3, 6]).with_classes(["a"]).labels.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("more", [{"books": 2}, {"grids": [[1, 1], [2, 2]]}, {"caption_features": {"length": 1}}])
+def test_a_folder_of_tokens_with_another_layout_is_not_gone_on_with(more):
+    plan = {"grid": [2, 2], "codebook_size": 16}
+    for found, wanted in (({**plan, **more}, plan), (plan, {**plan, **more})):
+        with pytest.raises(UsageError, match=next(iter(more))):
+            check_plan(found, wanted, "it holds others")

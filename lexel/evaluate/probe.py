@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lexel import __version__
 from lexel.config import check
-from lexel.data import ImageSet, ordered_batches
+from lexel.data import PIXEL_LIMIT, ImageSet, ordered_batches
 from lexel.data.config import HELD_OUT, DataConfig, open_data
 from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
@@ -66,6 +66,7 @@ def probe(
     layers: int | None = None,
     size: int | None = None,
     workers: int = 0,
+    pixel_limit: int = PIXEL_LIMIT,
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "float32",
@@ -85,6 +86,7 @@ def probe(
         layers: hidden states after so many blocks; see `Generator.hidden`.
         size: pixels a side of images; the tokenizer's by default.
         workers: processes that read images.
+        pixel_limit: files of images with more pixels are unreadable.
         batch_size: images that pass through tokenizer and generator together.
         device, precision: of tokenizer and generator; the probe is fitted on the CPU in float32 and above.
         progress: called with (stage, done, total).
@@ -124,7 +126,7 @@ def probe(
         if tokenizer is None:
             raise UsageError(f"{source} holds no tokens; for images give the tokenizer that makes their tokens")
         training, measured = _images(
-            str(source), validation, tokenizer, size, workers, batch_size, where, report, warnings
+            str(source), validation, tokenizer, size, workers, pixel_limit, batch_size, where, report, warnings
         )
     present = sorted(set(training.labels.tolist()))
     if len(present) < 2:
@@ -296,6 +298,7 @@ def _images(
     tokenizer: Tokenizer,
     size: int | None,
     workers: int,
+    pixel_limit: int,
     batch_size: int,
     where: Runtime,
     report: ProgressCallback,
@@ -304,7 +307,14 @@ def _images(
     """The tokens of images to learn from and to measure on, kept in memory."""
     transform = own_transform(tokenizer, size)
     spec = tokenizer.token_spec(transform.size, transform.size)
-    table = {"source": source, "validation": validation, "size": transform.size, "workers": workers, "memory": 0.0}
+    table = {
+        "source": source,
+        "validation": validation,
+        "size": transform.size,
+        "workers": workers,
+        "memory": 0.0,
+        "pixel_limit": pixel_limit,
+    }
     channels = tokenizer.config.autoencoder.channels
     sets = open_data(check({**table, "channels": channels}, DataConfig, "the images"))
     for images in sets:

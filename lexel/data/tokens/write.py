@@ -39,7 +39,7 @@ from lexel.errors import UsageError
 
 AT_ONCE = 256  # captions whose features are written together
 SHOWN = 40  # characters of a value in an error
-OPTIONAL = {"caption_features": None}  # what a plan has for them where it does not name them
+OPTIONAL = {"books": None, "grids": None, "caption_features": None}  # what a plan has for keys it does not name
 NO_IDENTITY = {"provenance", "attribution"}  # of a plan: notes, in which two writers of the same tokens may differ
 
 
