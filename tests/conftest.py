@@ -2,6 +2,7 @@
 
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test draws the same weights, whichever tests ran before it in its process."""
-    torch.manual_seed(0)
+# Every test and every fixture draws weights of its own, the same ones whichever tests ran before it in its process.
+def pytest_runtest_call(item: pytest.Item) -> None:
+    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
+
+
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(zlib.crc32(f"{request.node.nodeid} {fixturedef.argname}".encode()))
 
 
 @pytest.fixture(scope="module")
