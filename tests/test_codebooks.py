@@ -344,15 +344,26 @@ def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
     assert evaluate_tokenizer(whole, pictures, **alike)["metrics"] == grey["metrics"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "usage", "grow", "bank"])
+@pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct"])
 def test_the_limit_on_pixels_reaches_every_command_that_opens_pictures(
     monkeypatch, capsys, model, pictures, command, tmp_path
 ):
     arguments = {
         "evaluate": (model, "--data", pictures),
         "usage": (pictures, "--model", model),
+        "prune": (model, pictures, "--out", tmp_path / "x"),
+        "encode": (model, pictures, "--out", tmp_path / "x"),
+        "reconstruct": (model, pictures, "--out", tmp_path / "x"),
         "grow": (model, "--to", 100, "--data", pictures, "--out", tmp_path / "x"),
         "bank": (model, pictures, "--codes", 4, "--out", tmp_path / "x.safetensors"),
     }[command]
     said = refused(monkeypatch, capsys, command, *arguments, "--pixel-limit", 4)
     assert "more than the limit of 4" in said or "gives 0 latents" in said
+
+
+def test_sizes_that_cannot_fit_are_refused_before_a_codebook_grows(monkeypatch, capsys, model, pictures, tmp_path):
+    said = refused(
+        *(monkeypatch, capsys, "grow", model, "--to", 100, "--data", pictures),
+        *("--size", 1_000_000, "--out", tmp_path / "x"),
+    )
+    assert "out of memory" in said

@@ -15,6 +15,7 @@ from lexel.evaluate import Options
 from lexel.evaluate.sources import open_set
 from lexel.kernels import Similarity
 from lexel.loading import find_run, own_transform
+from lexel.memory import check_memory
 from lexel.quantizers.base import as_vectors
 from lexel.runtime import runtime
 from lexel.spacing import evenly_spaced
@@ -102,6 +103,7 @@ def gather_latents(
     Pictures are evenly spaced over the source, as many as give WANTED latents a code, if so many fit into memory.
     """
     where = runtime(options.device, options.precision)
+    check_memory(tokenizer, where, transform.size, transform.size, options.batch_size)
     tokenizer = tokenizer.to(where.device).eval()
     quantizer = tokenizer.quantizer
     images = open_set(source, split, transform.size, tokenizer.config.autoencoder.channels, options.pixel_limit)
