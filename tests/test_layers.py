@@ -1,6 +1,7 @@
 """The architecture holds: modules import only from layers to their left."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def home(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of lexel that a file imports, wherever the import stands, but for type checking."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
