@@ -1,5 +1,6 @@
 """Shared by all tests: one thread per process (tiny tensors), and where the published fixtures lie."""
 
+import gc
 import os
 import sys
 import zlib
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """With -n, whole files are shared out: what a file's tests share is then made once."""
     if config.getoption("dist", "no") == "load":
         config.option.dist = "loadfile"
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more process than cores: some tests wait, for a browser, a clock or another process."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected lives to the end: the garbage collector looks through it no more."""
+    gc.collect()
+    gc.freeze()
 
 
 # Every test and every fixture draws weights of its own, the same ones whichever tests ran before it in its process.
