@@ -29,10 +29,25 @@ FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
 
 
+LONGEST = [  # over 5 s, the longest first
+    *("test_studio_browser", "test_train", "test_train_session", "test_quantizers", "test_train_autoencoders"),
+    *("test_compare", "test_docs", "test_cli", "test_layers", "test_generators", "test_train_processes"),
+    *("test_generators_latents", "test_recipes", "test_objective", "test_loading", "test_kernels_triton"),
+    *("test_kernels", "test_data_embedded", "test_train_generator", "test_run_folder", "test_quantizers_methods"),
+    *("test_tokenizer", "test_report", "test_decoding_triton", "test_damaged_files", "test_parity", "test_captions"),
+]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """With -n, whole files are shared out: what a file's tests share is then made once."""
     if config.getoption("dist", "no") == "load":
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # but as `LONGEST` says
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long come first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -44,6 +59,11 @@ def pytest_collection_finish() -> None:
     """What was imported and collected lives to the end: the garbage collector looks through it no more."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Extension modules count what is not freed at the end, and tell."""
+    gc.unfreeze()
 
 
 # Every test and every fixture draws weights of its own, the same ones whichever tests ran before it in its process.
