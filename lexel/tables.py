@@ -23,10 +23,10 @@ TABLES: dict[str, tuple[str, str, str | None]] = {
     "metrics": ("lexel.evaluate", "METRICS", "lexel.metrics"),
     "probes": ("lexel.evaluate", "PROBES", None),
     "public_sets": ("lexel.public_sets", "PUBLIC_SETS", None),
-    "protocols": ("lexel.metrics.protocols", "PROTOCOLS", None),
+    "protocols": ("lexel.metrics.protocols", "PROTOCOLS", "lexel.protocols"),
     "transforms": ("lexel.data", "TRANSFORMS", None),
-    "networks": ("lexel.networks", "FEATURE_NETWORKS", None),
-    "families": ("lexel.convert", "FAMILIES", None),
+    "networks": ("lexel.networks", "FEATURE_NETWORKS", "lexel.networks"),
+    "families": ("lexel.convert", "FAMILIES", "lexel.families"),
 }
 RECIPES = "recipes"
 

@@ -1,13 +1,20 @@
 """Tables: names, entry points, and options checked against signatures."""
 
+import dataclasses
 from importlib.metadata import EntryPoint
 from typing import Literal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lexel import registry
+from lexel.convert import FAMILIES, convert, files, recognise
 from lexel.errors import UsageError
+from lexel.evaluate import PROTOCOLS
+from lexel.evaluate.rules import find_protocol
 from lexel.registry import build, fits, lookup, names
+from lexel.tables import entries
 
 
 class Thing:
@@ -57,6 +64,25 @@ def test_an_unknown_name_is_answered_with_the_names_there_are(elsewhere):
 def test_another_package_can_register_a_name(elsewhere):
     assert lookup({"own": int}, "theirs", "thing", "lexel.things") is Thing
     assert names({"own": int}, "lexel.things") == ["gone", "own", "theirs"]
+
+
+STRICT = dataclasses.replace(PROTOCOLS["lexel"], name="strict")
+OTHERS = dataclasses.replace(FAMILIES["ibq"], name="others", fits=lambda names: "a_name_of_theirs" in names)
+
+
+def test_protocols_and_published_layouts_may_come_from_other_packages(monkeypatch, tmp_path):
+    points = [
+        EntryPoint("strict", f"{__name__}:STRICT", "lexel.protocols"),
+        EntryPoint("others", f"{__name__}:OTHERS", "lexel.families"),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    assert find_protocol("strict") is STRICT
+    save_file({"a_name_of_theirs": torch.zeros(1)}, tmp_path / "theirs.safetensors")
+    assert recognise(files.read(tmp_path / "theirs.safetensors")) is OTHERS
+    with pytest.raises(UsageError, match="a_name_of_theirs"):  # which its table does not have
+        convert(tmp_path / "theirs.safetensors", "others")
+    assert "others" in dict(entries("families"))
+    assert "strict" in dict(entries("protocols"))
 
 
 def test_an_entry_point_that_cannot_be_imported_is_told(elsewhere):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lexel import checkpoint
+from lexel import checkpoint, registry
 from lexel.convert import (
     cosmos,
     diffusers,
@@ -31,7 +31,9 @@ from lexel.convert import (
     vqvae2,
 )
 from lexel.convert.family import Conversion, Family, Request
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
+
+GROUP = "lexel.families"  # entry points of other packages
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -77,17 +79,17 @@ def convert(
 
     Args:
         source: a checkpoint file, a folder with one, or a hub id (owner/name, or owner/name/FILE for one of several).
-        family: a key of FAMILIES; needed where tensor names fit several.
+        family: a key of FAMILIES, or an entry point `lexel.families` of another package; needed where names of tensors
+            fit several.
         weights: "average" (or "averaged") or "live"; the averages where there are any if not given.
         overrides: options that the file does not tell, such as {"autoencoder.groups": 16}.
 
     Raises:
         UsageError: nothing is there, the family is unknown or unclear, or the file is not whole or not safe.
     """
-    if family is not None and family not in FAMILIES:
-        raise unknown("family", family, FAMILIES)
+    named = None if family is None else registry.lookup(FAMILIES, family, "family", GROUP)
     published = files.read(source)
-    chosen = FAMILIES[family] if family is not None else recognise(published)
+    chosen = named or recognise(published)
     try:
         conversion = chosen.convert(Request(published, weights, overrides or {}))
     except UsageError:
@@ -119,7 +121,9 @@ def recognise(published: files.Published) -> Family:
     Raises:
         UsageError: none or several fit.
     """
-    fitting = [family for family in FAMILIES.values() if family.fits(published.tensors)]
+    known = registry.names(FAMILIES, GROUP)
+    families = [registry.lookup(FAMILIES, name, "family", GROUP) for name in known]
+    fitting = [family for family in families if family.fits(published.tensors)]
     if not fitting and "encoder.levels.0.blocks.0.conv1.weight" in published.tensors:
         raise UsageError(
             f"{published.source} is a file of a Lexel folder; give the folder, with its {checkpoint.CONFIG}"
@@ -127,7 +131,7 @@ def recognise(published: files.Published) -> Family:
     if not fitting:
         raise UsageError(
             f"{published.source} fits no known family (its first tensors are "
-            f"{checkpoint.some(sorted(published.tensors))}); families are {', '.join(sorted(FAMILIES))}"
+            f"{checkpoint.some(sorted(published.tensors))}); families are {', '.join(known)}"
         )
     if len(fitting) > 1:
         names = ", ".join(sorted(family.name for family in fitting))

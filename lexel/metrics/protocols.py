@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lexel import registry
 from lexel.errors import UsageError, unknown
 from lexel.metrics import pixels
 from lexel.networks.resize import RESIZE
@@ -98,6 +99,7 @@ class Protocol:
         return {name: value for name, value in self.table().items() if name not in ("name", "summary", "why")}
 
 
+GROUP = "lexel.protocols"  # entry points of other packages
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
@@ -226,9 +228,7 @@ def protocol(name: str | Protocol) -> Protocol:
         UsageError: there is no such protocol, or a choice in it is unknown.
     """
     if isinstance(name, str):
-        if name not in PROTOCOLS:
-            raise unknown("protocol", name, PROTOCOLS)
-        return PROTOCOLS[name]
+        return registry.lookup(PROTOCOLS, name, "protocol", GROUP)
     roundings = (name.rounding, name.psnr.rounding, name.ssim.rounding, name.lpips_rounding)
     for what, given, choices in (
         *(("rounding", rounding, pixels.ROUNDINGS) for rounding in roundings),
