@@ -177,6 +177,21 @@ def write_samples(
     return _written(generator, condition, out, settings)
 
 
+def sampled_images(
+    generator: Generator,
+    condition: Condition,
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    first_number: int = 0,
+    rounding: Literal["round", "truncate"] = "round",
+    **settings: Any,
+) -> Iterator[np.ndarray]:
+    """Images of a generator, uint8 (n, H, W, 3), a batch at a time; the arguments are those of `write_samples`."""
+    count = condition if isinstance(condition, int) else len(condition)
+    for part in _sampled(generator, condition, count, runtime, first_number, None, None, settings):
+        yield _pictures(tokenizer, part, runtime, rounding)
+
+
 def _save_tokens(out: Path, parts: Iterable[torch.Tensor]) -> None:
     tokens = np.concatenate([part.cpu().numpy() for part in parts])
     with atomic(out) as path, path.open("wb") as file:  # given a name, NumPy would change ".NPY"

@@ -235,7 +235,8 @@ layout = dict(kind="masked", rows=4, columns=4, codebook_size=16, classes=2)
 Generator(GeneratorConfig(transformer=dict(layout, width=16, layers=1, heads=2))).save_pretrained(here + "/generator")
 os.mkdir(here + "/pictures")
 for number in range(2):
-    Image.fromarray(numpy.full((8, 8, 3), number, numpy.uint8)).save(f"{{here}}/pictures/{{number}}.png")
+    noise = numpy.random.default_rng(number).integers(0, 256, (8, 8, 3), numpy.uint8)
+    Image.fromarray(noise).save(f"{{here}}/pictures/{{number}}.png")
 allowed = set()
 for line, more in {LINES}:
     allowed |= more

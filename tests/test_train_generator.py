@@ -21,12 +21,14 @@ from lexel.config import check, load
 from lexel.data import TRANSFORMS, ArrayImages, to_uint8
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
+from lexel.evaluate import evaluate_samples
 from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
 from lexel.loading import load_generator
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.run_log import read_metrics
 from lexel.runtime import runtime
+from lexel.samples import write_samples
 from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import (
@@ -293,8 +295,9 @@ def test_savings_learn_the_same(tokens, tmp_path, options):
     assert all(run.finished for run in runs)
 
 
-def test_images_become_tokens_on_the_way(tmp_path):
-    torch.manual_seed(0)
+@pytest.fixture
+def pictured(tmp_path: Path) -> tuple[dict, dict, Tokenizer]:
+    """The parts of a recipe that learns from pictures in two classes, and the tokenizer."""
     autoencoder = VQGANConfig(
         width=8, multipliers=[1, 2], residual_blocks=1, attention_levels=[], z_channels=4, groups=4
     )
@@ -315,6 +318,50 @@ def test_images_become_tokens_on_the_way(tmp_path):
         "images": {"source": str(tmp_path / "images"), "size": 8, "validation": 0.2},
         "tokenizer": str(tmp_path / "tokenizer"),
     }
+    return shape, data, tokenizer
+
+
+def test_a_generators_recipe_lists_evaluations_of_its_samples(pictured, tmp_path):
+    shape, data, _ = pictured
+    sampling = {"cfg_scale": 1.5, "top_k": 5}
+    listed = {"data": str(tmp_path / "images"), "every": 2, "images": 7, "metrics": ["frechet"], "network": "random"}
+    evaluations = [{**listed, "sampling": sampling}]
+    train_generator(recipe(tmp_path, shape, data, steps=3, evaluations=evaluations), tmp_path / "run", device="cpu")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "evaluation"]
+    assert [line["step"] for line in lines] == [2, 3]
+    labels = (torch.arange(7) % 2)[torch.randperm(7, generator=torch.Generator().manual_seed(0))]
+    write_samples(lexel_generator(tmp_path / "run"), labels, tmp_path / "samples.npz", runtime("cpu"), **sampling)
+    again = evaluate_samples(tmp_path / "samples.npz", listed["data"], metrics=["frechet"], network="random")
+    measured = {name: value for name, value in lines[-1].items() if "(images)" in name}
+    assert measured == pytest.approx({f"{name} (images)": value for name, value in again["metrics"].items()})
+    train_generator(recipe(tmp_path, shape, data, steps=3), tmp_path / "plain", device="cpu")
+    assert same_weights(tmp_path / "run", tmp_path / "plain")  # measuring changes nothing
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"sampling": {"top_k": "5"}}, "top_k = '5'"),
+        ({"sampling": {"tempo": 2}}, "tempo"),
+        ({"metrics": ["psnr"]}, "psnr"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_a_wrong_evaluation_ends_a_generators_training_before_it_begins(pictured, tmp_path, change, message):
+    shape, data, _ = pictured
+    listed = {"data": str(tmp_path / "images"), "every": 2, "metrics": ["frechet"], "network": "random", **change}
+    with pytest.raises(UsageError, match=message):
+        train_generator(recipe(tmp_path, shape, data, evaluations=[listed]), tmp_path / "run", device="cpu")
+    assert not RunFolder(tmp_path / "run", writes=False).lines("train")
+
+
+def test_samples_need_a_tokenizer_to_be_measured(tokens):
+    with pytest.raises(UsageError, match=r"train.evaluations need data.tokenizer"):
+        recipe(tokens, evaluations=[{"data": "photos", "every": 1}])
+
+
+def test_images_become_tokens_on_the_way(pictured, tmp_path):
+    shape, data, tokenizer = pictured
     train_generator(recipe(tmp_path, shape, data, steps=2), tmp_path / "run", device="cpu")
     generator = lexel_generator(tmp_path / "run")
     assert generator.config.class_names == ["cats", "dogs"]
@@ -331,6 +378,11 @@ def test_images_become_tokens_on_the_way(tmp_path):
     tokenizer.save_pretrained(tmp_path / "run" / "tokenizer")
     with pytest.raises(UsageError, match="use the tokenizer it was trained with"):
         _ = lexel_generator(tmp_path / "run").tokenizer
+
+
+def same_weights(*folders: Path) -> bool:
+    one, other = (load_file(folder / "model.safetensors") for folder in folders)
+    return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def lexel_generator(folder: Path) -> Generator:

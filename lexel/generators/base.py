@@ -5,7 +5,8 @@ Everything else is here, once: conditions, the layout of tokens, random numbers 
 batch, batches that fit into memory, given tokens, and folders.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -23,6 +24,7 @@ from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
 from lexel.token_spec import TokenSpec
 
+SETTINGS = {"cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "min_p"}  # that all families take
 FREE = -1  # in `given`: a token to be sampled
 
 
@@ -169,6 +171,20 @@ class Generator(Pretrained):
     def token_spec(self) -> TokenSpec:
         """The layout of an image's tokens."""
         return self.config.transformer.token_spec
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, Any]) -> None:
+        """Refuses settings of `sample` that it does not take, before there is a generator.
+
+        Raises:
+            UsageError: a name is unknown, or a value of a wrong type.
+        """
+        shared = inspect.signature(cls.sample, eval_str=True).parameters
+        for name in settings.keys() & SETTINGS:
+            if not registry.fits(settings[name], shared[name].annotation):
+                raise UsageError(f"sampling: {name} = {settings[name]!r} is not what it takes; see Generator.sample")
+        own = {name: value for name, value in settings.items() if name not in SETTINGS}
+        check(own, cls.SampleOptions, f"sampling from a {cls.Config.model_fields['kind'].default} generator")
 
     @torch.no_grad()
     def sample(

@@ -23,6 +23,7 @@ from lexel.generators import Generator, GeneratorConfig, TrainingLosses, family_
 from lexel.loading import load_generator
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
+from lexel.train.evaluations import while_training
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.initialise import initialise_generator
 from lexel.train.optimization import (
@@ -39,6 +40,7 @@ from lexel.train.tokens import TokenSource, entropy_bits
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
+
 
 __all__ = ["GeneratorRecipe", "Learner", "train_generator"]
 
@@ -353,6 +355,7 @@ def train_generator(
         learner = Learner(config, generator, processes)
         session.resume(learner)
         batches = source.batches(config, session.first, processes.rank, processes.count)
+        measuring = while_training(config.evaluations, processes, session.micro_batch, recipe.data.images)
         for step in session.steps():
             lr, decay = config.lr * step.lr_factor, config.decay(step.number, step.steps)
             generator.anneal(step.number / step.steps)
@@ -360,6 +363,11 @@ def train_generator(
             session.log(step, losses, {"lr": lr})
             if step.validates:
                 session.validated(step, validate(learner, source, session.micro_batch, config.validation_images))
+            for evaluation in config.evaluations:
+                if step.done % evaluation.every == 0 or session.finished:
+                    result = evaluation.run(learner.measured.eval(), source, config.seed, processes, measuring)
+                    session.evaluated(step, evaluation.named(result))
+                    generator.train()
             session.save(step)
         if session.finished:
             tensors = learner.tensors() if learner.average is None else learner.measured.state_dict()

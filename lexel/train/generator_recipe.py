@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from lexel.config import Config
 from lexel.data.config import DataConfig
-from lexel.generators import Generator, GeneratorConfig, NetworkOptions
+from lexel.generators import Generator, GeneratorConfig, NetworkOptions, family_of
+from lexel.train.evaluations import SampleEvaluationConfig
 from lexel.train.recipes import Beta, LoopConfig, buildable, refuse_unused
 
 
@@ -46,6 +47,7 @@ class GeneratorTrainConfig(LoopConfig):
     # Of an exponential average of the weights, which is then what is measured and exported (MAR, DiT, SiT: 0.9999).
     average_decay: float | None = Field(default=None, ge=0, lt=1)
     average_warm_up: bool = False  # lowers the decay to (1 + n) / (10 + n) at the n-th step
+    evaluations: list[SampleEvaluationConfig] = []  # protocols to measure samples by, every so many steps
 
     @model_validator(mode="after")
     def _sharded(self) -> "GeneratorTrainConfig":
@@ -55,6 +57,12 @@ class GeneratorTrainConfig(LoopConfig):
             raise ValueError("fsdp keeps no average of the weights; leave average_decay out, or set fsdp to false")
         if self.fsdp and self.precision == "fp16":
             raise ValueError("fsdp has no loss scaling; use precision bf16 or float32")
+        if self.fsdp and self.evaluations:
+            raise ValueError(
+                "fsdp spreads the weights, evaluations sample with all of them; evaluate its checkpoints instead"
+            )
+        for evaluation in self.evaluations:
+            evaluation.check()
         if self.sharded_checkpoints and not self.fsdp:
             raise ValueError("sharded_checkpoints goes with fsdp = true: without it every process holds everything")
         return self
@@ -85,6 +93,10 @@ class GeneratorRecipe(Config):
     @model_validator(mode="after")
     def _buildable(self) -> "GeneratorRecipe":
         buildable(self.network)
+        if self.train.evaluations and self.data.tokenizer is None:
+            raise ValueError("train.evaluations need data.tokenizer, which makes images of the tokens sampled")
+        for evaluation in self.train.evaluations:
+            family_of(self.generator).check_settings(evaluation.sampling)
         return self
 
     def network(self) -> Generator:

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from lexel import provenance
 from lexel.checkpoint import load_strict
 from lexel.data import training_batches
-from lexel.data.config import DataConfig, open_data
+from lexel.data.config import open_data
 from lexel.distributed import barrier, mean_over_processes
-from lexel.evaluate import Options
 from lexel.losses import LossInputs, adaptive_weight, perturbation
 from lexel.losses.perturbation import Codes
 from lexel.metrics.health import diagnose, rehearsal
@@ -29,7 +28,7 @@ from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import TrainingStopped
 from lexel.tokenizer import Tokenizer
 from lexel.train.adversary import Adversary
-from lexel.train.evaluations import EvaluationConfig
+from lexel.train.evaluations import while_training
 from lexel.train.initialise import initialise
 from lexel.train.objective import Objective, gathered
 from lexel.train.optimization import (
@@ -275,6 +274,7 @@ def train_tokenizer(
         )
         start = math.inf if learner.adversary is None else learner.adversary.config.start
         unreadable: dict[str, str] = {}
+        measuring = while_training(config.evaluations, processes, session.micro_batch, data)
         for step in session.steps():
             batch = next(batches)
             tokenizer.quantizer.anneal(step.progress)
@@ -301,7 +301,7 @@ def train_tokenizer(
             for evaluation in config.evaluations:
                 if step.done % evaluation.every == 0 or session.finished:
                     with learner.whole_average():
-                        session.evaluated(step, evaluate(average, evaluation, session))
+                        session.evaluated(step, evaluation.named(evaluation.run(average, measuring)))
             session.save(step)
         if learner.codebook is not None:
             learner.codebook.end(tokenizer, average)
@@ -311,16 +311,6 @@ def train_tokenizer(
             )
     barrier()
     return Trained(tokenizer, average, session.done, session.finished, unreadable | batches.unreadable)
-
-
-def evaluate(tokenizer: Tokenizer, evaluation: EvaluationConfig, session: Session) -> dict[str, float | None]:
-    """The numbers of an evaluation, by metric and data: "psnr (photos)"."""
-    processes, data = session.processes, session.recipe.data
-    assert isinstance(data, DataConfig)
-    options = Options(batch_size=session.micro_batch, device=str(processes.device), workers=data.workers)
-    result = evaluation.run(tokenizer, options)
-    source = provenance.public_name(evaluation.data)
-    return {f"{name} ({source})": value for name, value in result["metrics"].items()}
 
 
 def check_collapse(session: Session, step: int, values: Mapping[str, float | None]) -> None:

@@ -1,10 +1,12 @@
 """Batches of tokens for a generator: from a token set, or from images that a tokenizer encodes on the way."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lexel.conditions import Condition
 from lexel.data import Batch, ImageSet, training_batches
 from lexel.data.config import open_data
 from lexel.data.tokens import TokenBatch, TokenSet
@@ -110,6 +112,21 @@ class TokenSource:
                 yield batch
             else:
                 yield batch._replace(labels=self._validation_classes[batch.labels])
+
+    def conditions(self, condition: Condition, count: int, seed: int) -> Any:
+        """What samples to be measured are conditioned on: every class as often, in a random order; held-out captions.
+
+        Args:
+            condition: of the generator.
+            count: of samples.
+            seed: of the order.
+        """
+        if condition.kind in ("none", "class"):
+            shown = condition.shown(count)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            return shown if isinstance(shown, int) else shown[order]
+        rows = torch.cat([condition.of_batch(batch) for batch in self.measured(count, count, 0, 1)])
+        return rows[torch.arange(count) % len(rows)]
 
     def _measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
         if self.training is not None:
