@@ -18,6 +18,7 @@ from published_layouts import random_state, vqgan_shapes
 from safetensors.numpy import load_file
 
 from lexel import cli
+from lexel.cli.options import progress
 
 FAST = [
     "--set",
@@ -87,6 +88,14 @@ def run(pictures, tmp_path_factory):
 def test_a_run_leaves_all_that_was_promised(run):
     names = {path.name for path in run.iterdir()}
     assert {"recipe.toml", "metrics.jsonl", "checkpoints", "config.json", "model.safetensors", "report.html"} <= names
+
+
+def test_a_log_file_gets_the_first_and_the_last_step_of_a_training(capsys):
+    with progress("train", "steps") as update:
+        for step in range(1, 6):
+            update(step, 5, "loss 1")
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" ")[2] for line in told] == ["1", "5"]
 
 
 def test_training_again_changes_nothing(run, pictures, capsys):
@@ -178,6 +187,7 @@ def test_inspect_says_whether_the_codebook_is_healthy(run, capsys):
 def test_a_recipe_is_inspected_without_building_it(capsys):
     _, out, _ = lexel(capsys, "inspect", "ibq_262144", "--json")
     facts = json.loads(out)
+    assert facts["parameters"] == 173_896_579
     assert facts["parameters of the encoder and decoder"] + facts["parameters of the quantizer"] == 173_896_579
 
 

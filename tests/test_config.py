@@ -49,6 +49,15 @@ def test_a_dumped_recipe_loads_to_itself(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["a \N{ARTIST PALETTE} folder", 'of "quotes" and \\', "tab\tand\nline", "\x7f", "\u2028"]
+)
+def test_any_text_is_dumped_as_toml(name, recipe, tmp_path):
+    loaded = load(recipe, Recipe).model_copy(update={"name": name})
+    (tmp_path / "again.toml").write_text(dump(loaded), encoding="utf-8")
+    assert load(tmp_path / "again.toml", Recipe) == loaded
+
+
+@pytest.mark.parametrize(
     "override, message",
     [
         ("train.stepz=3", "tiny.toml: train has no option 'stepz'; its options are steps, lr"),

@@ -283,6 +283,15 @@ def test_an_import_is_saved_loaded_and_remembers_where_it_comes_from(tmp_path, i
     expect(loaded, state, images)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_that_ddp_or_a_compiled_model_gave_are_read(tmp_path, prefix, images):
+    state = ibq_state()
+    torch.save({"state_dict": {prefix + name: tensor for name, tensor in state.items()}}, tmp_path / "a.pt")
+    model = lexel.load(tmp_path / "a.pt", family="ibq")
+    assert model.provenance["taken_off_names"]
+    expect(model, state, images)
+
+
 @pytest.mark.parametrize("nesting", ["state_dict", "model", "ema", None])
 def test_tensors_are_found_where_training_code_puts_them(tmp_path, nesting, images):
     state = ibq_state()

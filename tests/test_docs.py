@@ -135,3 +135,11 @@ def test_files_that_a_page_names_exist(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for path in re.findall(r"`((?:docs|tests|recipes|benchmarks|lexel)/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), f"{path} in {name(page)}"
+
+
+def test_every_test_that_a_page_names_exists():
+    """Written `test_file.py::test_name`, in code."""
+    named = {found for page in PAGES for found in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text("utf-8"))}
+    assert len(named) > 50
+    tests = {file: (ROOT / "tests" / file).read_text("utf-8") for file in {file for file, _ in named}}
+    assert [f"{file}::{test}" for file, test in sorted(named) if f"def {test}(" not in tests[file]] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faults import draw_pictures, recipe, weights
+from lexel.config import dump
 from lexel.run_folder import RunFolder
 from lexel.train.tokenizer import train_tokenizer
 
@@ -62,6 +63,16 @@ def test_the_launcher_starts_a_killed_process_again_and_the_weights_are_those_of
     assert launched(tmp_path, tmp_path / "killed", victim, 5, 2).wait(300) == 0
     assert RunFolder(tmp_path / "killed", writes=False).steps()[-1] == STEPS
     assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
+
+
+def test_the_command_trains_under_the_launcher_on_a_machine_without_a_gpu(tmp_path):
+    draw_pictures(tmp_path)
+    (tmp_path / "recipe.toml").write_text(dump(recipe(tmp_path / "pictures", STEPS)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lexel"]
+    command += ["train", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    assert subprocess.run(command, env=environment, timeout=300, check=False).returncode == 0
+    assert RunFolder(tmp_path / "run", writes=False).steps()[-1] == STEPS
 
 
 def test_a_killed_process_ends_the_job_in_seconds(tmp_path):

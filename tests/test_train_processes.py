@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from lexel.config import check, flatten
@@ -115,6 +116,15 @@ def trained(options, processes):
     unread = ("running_mean", "running_var", "num_batches_tracked")
     kept = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     return losses | {name: value.clone() for name, value in kept.items() if not name.endswith(unread)}
+
+
+def test_a_training_runs_beside_an_accelerator_of_another_precision():
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16")
+        assert Processes("cpu", "float32").runtime.half is None
+        assert Accelerator().mixed_precision == "bf16"  # the user's stays as it was
+    finally:
+        AcceleratorState._reset_state(True)
 
 
 def work(rank, count, folder, port, cases):
