@@ -96,7 +96,8 @@ def test_damaged_variants_are_read_or_refused(tmp_path, count):
     survives(read_variants, path, 6, count)
 
 
-def test_a_damaged_result_gives_a_leaderboard_or_one_line(tmp_path):
+@counts
+def test_a_damaged_result_gives_a_leaderboard_or_one_line(tmp_path, count):
     found = {"kind": "reconstruction", "metrics": {"psnr": 20.0, "lpips_vgg": 0.1}, "warnings": []}
     found |= {"intervals": {"psnr": {"low": 19.0, "high": 21.0, "standard_error": 0.5}}, "network": None}
     found |= {"protocol": {"name": "lexel"}, "data": {"images": 5, "fingerprint": "f" * 64}}
@@ -104,7 +105,7 @@ def test_a_damaged_result_gives_a_leaderboard_or_one_line(tmp_path):
     for name in ("a", "b"):
         write_result(tmp_path / f"{name}.json", found)
     results = {name: tmp_path / f"{name}.json" for name in ("a", "b")}
-    assert survives(lambda _: write_leaderboard(results, tmp_path / "page"), results["b"], 7, 300) > 0
+    assert survives(lambda _: write_leaderboard(results, tmp_path / "page"), results["b"], 7, count) > 0
 
 
 @counts

@@ -317,7 +317,7 @@ def test_a_partial_state_that_cannot_be_is_refused(tmp_path, partial, change):
         evaluate_tokenizer(Grey(), image_set(), windowed, **going_on(tmp_path))
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.slow)])
+@counts
 def test_a_damaged_partial_state_is_gone_on_from_or_refused_in_one_line(tmp_path, partial, count):
     windowed = dataclasses.replace(QUICK, usage=dataclasses.replace(QUICK.usage, window=300))
 

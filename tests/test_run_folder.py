@@ -58,7 +58,7 @@ def test_a_damaged_record_of_the_images_compares_nothing_or_refuses(run, count):
         survives(lambda path: run.check_data(names), run.data, 3, count)
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(20_000, marks=pytest.mark.slow)])
+@counts
 def test_a_damaged_checkpoint_is_refused_in_one_line(run, count):
     survives(lambda path: load_state(path).keys(), run.checkpoint(run.steps()[-1]), 4, count)
 
