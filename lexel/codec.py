@@ -14,13 +14,14 @@ from torch import Tensor
 from lexel.checkpoint import atomic
 from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
 from lexel.data.captions import CaptionFile, Captions
-from lexel.data.tokens import TokenSet, write_tokens
+from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
 from lexel.text_encoder import EncodedCaptions, TextEncoder
+from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
@@ -172,6 +173,8 @@ class Codec:
     ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
 
+        Without a transform each picture has a grid of its own, that of its size padded to the tokenizer's factor.
+
         Processes that a launcher started together (RANK of WORLD_SIZE) share the shards, and so do parts, be it in one
         folder or each in its own, for `merge_tokens`. The last to finish one folder gets the set, the others None.
 
@@ -187,16 +190,20 @@ class Codec:
                 captions that the source has.
             shard_size: pictures in a file: what an interruption can cost, and the least that a part takes.
         """
-        if self.transform is None:
-            raise UsageError("a token set has one grid for all its pictures; give --size in pixels instead of 'native'")
-        tokenizer = self.tokenizer
+        tokenizer, whole = self.tokenizer, self.transform is None
         if tokenizer.continuous:
             raise UsageError("continuous latents have no codes, and token sets hold codes; use another tokenizer")
-        spec = tokenizer.token_spec(self.transform.size, self.transform.size)
+        side = None if self.transform is None else self.transform.size
+        spec = None if side is None else tokenizer.token_spec(side, side)
 
         def indices(images: Tensor) -> Tensor:
+            if whole:
+                check_memory(tokenizer, self.runtime, *tokenizer.fitting_size(*images.shape[-2:]), 1)
             with self.runtime.autocast():
-                return tokenizer.encode(images.to(self.runtime.device)).cpu()
+                return tokenizer.encode(tokenizer.pad(images.to(self.runtime.device))).cpu()
+
+        def layout(height: int, width: int) -> TokenSpec:
+            return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
 
         images = self.open(source, split)
         named = "an image set" if isinstance(source, ImageSet) else source
@@ -209,10 +216,10 @@ class Codec:
             images,
             self.transform,
             indices,
-            grid=spec.shape,
-            codebook_size=spec.codebook_size,
-            books=spec.books,
-            grids=None if len(spec.grids) == 1 else spec.grids,
+            grid=None if spec is None else spec.shape,
+            codebook_size=tokenizer.codebook_size,
+            books=tokenizer.quantizer.books,
+            grids=None if spec is None or len(spec.grids) == 1 else spec.grids,
             fingerprint=tokenizer.fingerprint(),
             crops=crops,
             seed=seed,
@@ -221,8 +228,10 @@ class Codec:
             workers=self.workers,
             rank=(part.number - 1) + part.parts * rank,
             processes=part.parts * processes,
-            provenance={"source": public_name(named), "split": split, "size": self.transform.size, **origin},
+            provenance={"source": public_name(named), "split": split, "size": side or "native", **origin},
             captions=features,
+            layout=layout if whole else None,
+            most_pixels=self.native_pixels if whole else None,
             progress=progress,
         )
         if tokens is not None and not len(tokens):
@@ -239,12 +248,23 @@ class Codec:
         pictures = (
             (tokens.names[int(number)], picture)
             for batch in tokens.ordered_batches(self.batch_size)
-            for number, picture in zip(batch.numbers, self.pictures(batch.indices), strict=True)
+            for number, picture in zip(batch.numbers, self._pictures_of(tokens, batch), strict=True)
         )
         if not len(tokens):
             raise UsageError(f"{tokens.folder} holds no tokens; {first_reason(tokens.unreadable)}")
         check_targets(tokens.names, out)
         return Done(write_pngs(pictures, out, len(tokens), progress), {})
+
+    def _pictures_of(self, tokens: TokenSet, batch: TokenBatch) -> list[np.ndarray]:
+        """The pictures of a batch, uint8 (H, W, 3); without what was padded, where they have their own sizes."""
+        if tokens.sizes is None:
+            return list(self.pictures(batch.indices))
+        sizes = tokens.sizes[batch.numbers.numpy()]
+        grid = self.tokenizer.grid(*self.tokenizer.fitting_size(*sizes[0].tolist()))
+        with self.runtime.autocast():
+            images = self.tokenizer.decode(batch.indices.to(self.runtime.device), grid=grid)
+        pairs = zip(images, sizes.tolist(), strict=True)
+        return [to_uint8(crop_back(image[None], *size))[0] for image, size in pairs]
 
     def pictures(self, indices: Tensor) -> np.ndarray:
         """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""

@@ -1,5 +1,7 @@
 """Folders of pictures through a tokenizer, with what folders have in them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,10 @@ from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
 from lexel.codec import Codec, write_pngs
 from lexel.data import TRANSFORMS
-from lexel.data.tokens import TokenSet
+from lexel.data.tokens import TokenSet, merge_tokens
+from lexel.data.tokens.format import sealed
 from lexel.errors import UsageError
+from lexel.parts import Part
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -115,9 +119,58 @@ def test_a_size_that_is_no_multiple_of_the_factor_is_refused(tokenizer):
         codec(tokenizer, 9)
 
 
-def test_whole_pictures_make_no_token_set(tokenizer, folder, tmp_path):
-    with pytest.raises(UsageError, match="give --size in pixels"):
-        codec(tokenizer, None).encode(folder, tmp_path / "tokens")
+def test_tokens_of_whole_pictures_decode_to_what_reconstruct_writes(tokenizer, folder, tmp_path):
+    codec(tokenizer, None).reconstruct([folder], tmp_path / "direct")
+    codec(tokenizer, None).encode(folder, tmp_path / "tokens", shard_size=2)
+    tokens = TokenSet.open(tmp_path / "tokens", verify="now")
+    assert [tokens.tokens([number]).shape[1:] for number in range(4)] == [(5, 7), (8, 4), (16, 9), (4, 4)]
+    assert list(tokens.unreadable) == ["b/3.png"]
+    assert codec(tokenizer, None).decode(tokens, tmp_path / "decoded").written == 4
+    for path in (tmp_path / "direct").rglob("*.png"):
+        assert path.read_bytes() == (tmp_path / "decoded" / path.relative_to(tmp_path / "direct")).read_bytes(), path
+
+
+def test_parts_of_whole_pictures_merge_to_the_bytes_of_one_process(tokenizer, folder, tmp_path):
+    codec(tokenizer, None).encode(folder, tmp_path / "whole", shard_size=1)
+    for number in (2, 1):
+        part = Part(number, 2)
+        assert codec(tokenizer, None).encode(folder, tmp_path / f"{number}", part=part, shard_size=1) is None
+    merge_tokens(tmp_path / "merged", [tmp_path / "1", tmp_path / "2"])
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes(), path.name
+
+
+def test_grids_of_their_own_come_in_buckets_and_are_refused_where_one_is_needed(tokenizer, folder, tmp_path):
+    Image.new("RGB", (8, 7)).save(folder / "b" / "4.png")
+    tokens = codec(tokenizer, None).encode(folder, tmp_path / "tokens")
+    buckets = tokens.buckets()
+    assert [(spec.shape, list(part.names)) for spec, part in buckets.items()] == [
+        ((4, 4), ["b/2.jpg", "b/4.png"]), ((5, 7), ["a/1.png"]), ((8, 4), ["a/2.png"]), ((16, 9), ["b/1.png"]),
+    ]  # fmt: skip
+    assert sum(part.histogram() for part in buckets.values()).tolist() == tokens.histogram().tolist()
+    assert int(tokens.histogram().sum()) == 5 * 7 + 8 * 4 + 16 * 9 + 2 * 4 * 4
+    assert tokens.subset([2]).grid == (16, 9)
+    for needs_one in (lambda: tokens.grid, lambda: tokens.tokens([0, 1]), lambda: tokens.token_spec):
+        with pytest.raises(UsageError, match=r"have [24] grids, and this needs one"):
+            needs_one()
+    with pytest.raises(UsageError, match="holds tokens made in another way"):
+        codec(tokenizer).encode(folder, tmp_path / "tokens")
+
+
+def test_a_shard_whose_grids_do_not_fit_its_tokens_is_named(tokenizer, folder, tmp_path):
+    codec(tokenizer, None).encode(folder, tmp_path / "tokens")
+    path = tmp_path / "tokens" / "shard-00000.json"
+    facts = {name: value for name, value in json.loads(path.read_bytes()).items() if name != "checksum"}
+    for wrong in ({"layout": [0, 1, 2, 4]}, {"layout": [0, 1, 2, 2]}, {"sizes": None}, {"layout": [0]}):
+        path.write_bytes(sealed(facts | wrong))
+        with pytest.raises(UsageError, match="shard-00000"):
+            TokenSet.open(tmp_path / "tokens")
+
+
+def test_whole_pictures_beyond_the_limit_have_no_tokens_and_are_named(tokenizer, folder, tmp_path):
+    tokens = codec(tokenizer, None, native_pixels=200).encode(folder, tmp_path / "tokens")
+    assert list(tokens.names) == ["a/1.png", "a/2.png", "b/2.jpg"]
+    assert "17 x 31 is more than the 200 pixels" in tokens.unreadable["b/1.png"]
 
 
 def test_names_that_would_share_a_file_get_numbers(tmp_path):

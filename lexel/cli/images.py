@@ -1,7 +1,7 @@
 """Commands that take images through a tokenizer: reconstruct, encode, decode."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from lexel.cli.options import (
     transform_of,
 )
 from lexel.errors import UsageError
+
+if TYPE_CHECKING:
+    from lexel.data.tokens import TokenSet
 
 
 def reconstruct(
@@ -103,6 +106,8 @@ def encode(
         typer.Option("--engine-option", metavar="name=value", help="Of the engine: gpus_per_node=1, num_gpus=1, ..."),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
+    max_pixels: Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")] = 2
+    ** 22,
     captions: Annotated[
         Path | None,
         typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),
@@ -138,11 +143,15 @@ def encode(
         if part:
             raise UsageError("--part is one of the parts that --engine runs; give --parts N alone")
         run_parts(context, engine, parts, dict(parse_override(text) for text in engine_option or ()), out)
+    if size == "native" and (parquet or sequences):
+        raise UsageError(
+            "--parquet and --sequences need one grid for all images; give --size in pixels, or --webdataset"
+        )
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
     codec = Codec(
-        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, pixel_limit=pixel_limit
+        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
     )
     if captions and text_encoder:
         raise UsageError("give features of captions by --captions, or a --text-encoder that makes them")
@@ -155,7 +164,7 @@ def encode(
         if chosen:
             print(f"part {chosen} is in {out}; parts in folders of their own are put together by `lexel merge`")
         return
-    print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")
+    print(f"{len(tokens):,} pictures as {_grids(tokens)} in {out}")
     print_left_out(tokens.unreadable)
     if parquet:
         export_parquet(tokens, parquet)
@@ -211,8 +220,16 @@ def merge(
         return
     with progress("merge", "shards") as update:
         tokens = merge_tokens(out, parts, update)
-    print(f"{len(tokens):,} pictures as {'x'.join(map(str, tokens.grid))} tokens each in {out}")
+    print(f"{len(tokens):,} pictures as {_grids(tokens)} in {out}")
     print_left_out(tokens.unreadable)
+
+
+def _grids(tokens: "TokenSet") -> str:
+    """What grids the images of a token set have, in words."""
+    grids = tokens.buckets()
+    if len(grids) > 1:
+        return f"tokens in {len(grids)} grids"
+    return f"{'x'.join(map(str, tokens.grid))} tokens each"
 
 
 def decode(

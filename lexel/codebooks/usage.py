@@ -117,18 +117,18 @@ def usage_of_tokens(tokens: TokenSet, options: Options) -> CodeUsage:
     Raises:
         UsageError: it holds no picture.
     """
-    spec = tokens.token_spec
-    counts = CodeIncidence(spec.codebook_size, spec.books)
+    counts = CodeIncidence(tokens.codebook_size, tokens.books)
     numbers = evenly_spaced(len(tokens), options.limit)
     if not numbers:
         raise UsageError(f"{tokens.folder} holds no tokens")
-    for first in range(0, len(numbers), AT_ONCE):
-        chosen = list(numbers[first : first + AT_ONCE])
+    done = 0
+    for chosen in tokens.alike(list(numbers), AT_ONCE):
         versions = [tokens.tokens(chosen, crop) for crop in range(tokens.crops)]
         # Versions side by side, after the books: (B, books, crops, ...).
-        counts.add(torch.stack(versions, 1 if spec.books is None else 2), torch.tensor(chosen))
+        counts.add(torch.stack(versions, 1 if tokens.books is None else 2), torch.from_numpy(chosen))
+        done += len(chosen)
         if options.progress is not None:
-            options.progress(min(first + AT_ONCE, len(numbers)), len(numbers))
+            options.progress(done, len(numbers))
     return CodeUsage(counts, tokens.fingerprint, dict(tokens.unreadable))
 
 

@@ -134,6 +134,8 @@ class Tokens(Source):
     def __init__(self, tokens: TokenSet, tokenizer: "ImageTokenizer", where: Runtime, limit: int | None) -> None:
         super().__init__()
         tokens.require(tokenizer.fingerprint())
+        if tokens.sizes is not None:
+            raise UsageError(f"the images in {tokens.folder} have their own sizes, and samples have one; decode them")
         self._tokens, self._tokenizer, self._where = tokens, on_device(tokenizer, where.device), where
         self._count = min(len(tokens), limit or len(tokens))
         self.size = (0, 0)

@@ -30,6 +30,7 @@ def export_parquet(
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
     except ImportError:
         raise UsageError("export to Parquet needs pyarrow: pip install 'lexel[tokens]'") from None
+    grid = tokens.grid  # raises where images have several
     folder = new_folder(folder)
     files = []
     for part, numbers in enumerate(_parts(len(tokens), max(1, rows // tokens.crops))):
@@ -48,7 +49,7 @@ def export_parquet(
         if tokens.captions is not None:
             columns["caption"] = pa.array([_text(tokens.captions[number]) for number in repeated])
         if sequences is not None:
-            shaped = indices.reshape(-1, *tokens.grid)
+            shaped = indices.reshape(-1, *grid)
             columns["sequence"] = pa.array(list(sequences.ids(shaped).astype(sequences.dtype)))
         table = pa.table(columns).replace_schema_metadata({"lexel": json.dumps(tokens.facts)})
         path = folder / f"tokens-{part:05d}.parquet"

@@ -15,6 +15,7 @@ from lexel.token_spec import TokenSpec
 INDEX = "tokens.json"
 MANIFEST_PARTIAL = "unfinished.json"  # what INDEX will say, while shards are still missing
 FORMAT, VERSION = "lexel tokens", 1
+OWN_GRIDS = 2  # the version of sets whose images have grids of their own, which Lexel before 0.2 cannot read
 CHECKSUM = "checksum"  # the key that holds the digest of all the others; absent in sets of Lexel before 0.2
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -48,7 +49,7 @@ class Manifest(Description):
 
     format: str
     version: int
-    grid: Annotated[list[Positive], Field(min_length=1, max_length=8)]
+    grid: Annotated[list[Positive], Field(min_length=1, max_length=8)] | None  # None: each image has its own
     codebook_size: Positive
     dtype: str
     crops: Positive
@@ -70,7 +71,8 @@ class Manifest(Description):
 
     @property
     def token_spec(self) -> TokenSpec:
-        """How the tokens of an image lie."""
+        """How the tokens of an image lie, where all have one grid."""
+        assert self.grid is not None
         if self.grids is not None:
             return TokenSpec(tuple(tuple(grid) for grid in self.grids), self.codebook_size, self.books)
         return TokenSpec((tuple(self.grid[self.books is not None :]),), self.codebook_size, self.books)
@@ -80,7 +82,11 @@ class Manifest(Description):
         wanted = index_dtype(self.codebook_size).name
         if self.dtype != wanted:
             raise ValueError(f"dtype is {self.dtype!r} where {self.codebook_size} codes need {wanted}")
-        if list(self.token_spec.shape) != self.grid:
+        if (self.grid is None) != (self.version == OWN_GRIDS):
+            raise ValueError(f"version {self.version} has {'no' if self.grid is None else 'one'} grid for all images")
+        if self.grid is None and (self.grids is not None or self.crops != 1):
+            raise ValueError("images with grids of their own have one version each, and no grids in common")
+        if self.grid is not None and list(self.token_spec.shape) != self.grid:
             raise ValueError(f"grid is {self.grid} where books and grids give {list(self.token_spec.shape)}")
         if self.shards not in (None, -(-self.images // self.shard_size)):
             raise ValueError(f"{self.shards} shards do not hold {self.images} images of {self.shard_size} a shard")
@@ -97,9 +103,22 @@ class ShardDescription(Description):
     bytes: Count
     captions: list[str] | None = None
     caption_features: StoredFile | None = None
+    layouts: list[Annotated[list[list[Positive]], Field(min_length=1)]] | None = None  # grids that images here have
+    layout: list[Count] | None = None  # which of them each image has
+    sizes: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] | None = None  # (h, w) before padding
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        own = (self.layouts, self.layout, self.sizes)
+        if any(part is None for part in own) and any(part is not None for part in own):
+            raise ValueError("layouts, layout and sizes go together")
+        if self.layouts is not None and self.layout is not None and self.sizes is not None:
+            if not len(self.layout) == len(self.sizes) == len(self.names):
+                raise ValueError(
+                    f"there are {len(self.layout)} layouts, {len(self.sizes)} sizes, {len(self.names)} names"
+                )
+            if max(self.layout, default=-1) >= len(self.layouts):
+                raise ValueError(f"there is the layout {max(self.layout)} of {len(self.layouts)}")
         if self.labels is not None and len(self.labels) != len(self.names):
             raise ValueError(f"there are {len(self.labels)} labels for {len(self.names)} names")
         if self.captions is not None and len(self.captions) != len(self.names):
@@ -125,10 +144,9 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     with_checksum = CHECKSUM in table
     if table.get("format") != FORMAT:
         raise UsageError(f"{path} does not describe Lexel tokens")
-    if table.get("version") != VERSION:
-        raise UsageError(
-            f"{path.parent} has version {short(table.get('version'))} of the format; this Lexel reads {VERSION}"
-        )
+    if table.get("version") not in (VERSION, OWN_GRIDS):
+        found = short(table.get("version"))
+        raise UsageError(f"{path.parent} has version {found} of the format; this Lexel reads {VERSION} and {OWN_GRIDS}")
     manifest = checked(path, table, Manifest)
     return manifest.model_copy(update={"with_checksum": with_checksum}), table
 
@@ -145,6 +163,8 @@ def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
     shard = checked(path, table, ShardDescription)
     if (shard.labels is not None) != manifest.labelled:
         raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
+    if (shard.layouts is None) != (manifest.grid is not None):
+        raise UsageError(f"{path} is damaged: {INDEX} and it differ in whether images have grids of their own")
     if (shard.caption_features is None) != (manifest.caption_features is None):
         raise UsageError(f"{path} is damaged: {INDEX} and it differ in whether there are features of captions")
     most = max(shard.labels, default=-1) if shard.labels is not None else -1

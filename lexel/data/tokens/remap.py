@@ -76,5 +76,5 @@ def remap_tokens(
 
 
 def _stated(name: str, value: Any) -> bool:
-    """Whether the writer of shards states this key: those of captions only where there are some."""
-    return value is not None or not name.startswith("caption")
+    """Whether the writer of shards states this key: `labels` always, the others where there are some."""
+    return value is not None or name == "labels"

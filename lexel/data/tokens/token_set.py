@@ -23,8 +23,10 @@ from lexel.data.tokens.format import (
     read_shard_description,
     shard_path,
 )
+from lexel.data.tokens.layouts import Layouts
 from lexel.errors import UsageError
 from lexel.regular import expanded, sha256_of
+from lexel.token_spec import TokenSpec
 
 Verify = Literal["lazily", "now", "never"]
 
@@ -42,8 +44,11 @@ class TokenSet:
     """The tokens of a set of images, mapped into memory.
 
     Attributes:
-        grid: shape of an image's indices.
-        token_spec: how they lie: grids, codebooks.
+        grid: shape of an image's indices; where images have grids of their own, of a subset with one (`buckets`).
+        token_spec: how they lie: grids, codebooks; likewise.
+        own_grids: whether images have grids of their own, as those encoded in their own sizes.
+        sizes: int64 (N, 2), height and width of each image before it was padded to its grid; None with one grid.
+        books: codebooks a cell; None where a cell has one code.
         codebook_size: indices lie below it.
         crops: versions of each image; the first is the centred one.
         fingerprint: of the tokenizer that made them.
@@ -67,9 +72,9 @@ class TokenSet:
     ) -> None:
         self.folder = folder
         self.facts = facts
-        self.grid = tuple(manifest.grid)
-        self.token_spec = manifest.token_spec
         self.codebook_size = manifest.codebook_size
+        self.books = manifest.books
+        self._layouts = Layouts.of_shards(shards, manifest)
         self.crops = manifest.crops
         self.fingerprint = manifest.fingerprint
         self.classes = manifest.classes
@@ -143,6 +148,55 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def own_grids(self) -> bool:
+        return self._layouts.own
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        return None if self._layouts.sizes is None else self._layouts.sizes[self._rows]
+
+    @property
+    def token_spec(self) -> TokenSpec:
+        """How the tokens of each image lie.
+
+        Raises:
+            UsageError: images of this set have several grids.
+        """
+        return self._spec_of(self._rows)
+
+    def _spec_of(self, rows: np.ndarray) -> TokenSpec:
+        """How the tokens of the images in these rows lie, if all have one grid."""
+        found = self._layouts.of_rows(rows)
+        if not len(found):
+            raise UsageError(f"there is no image of {self.folder} here, so that there is no grid")
+        if len(found) != 1:
+            raise UsageError(
+                f"the images in {self.folder} have {len(found)} grids, and this needs one: encode them at one --size, "
+                "or take those of one grid (TokenSet.buckets)"
+            )
+        return self._layouts.specs[int(found[0])]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The shape of an image's indices; raises UsageError where images have several."""
+        return self.token_spec.shape
+
+    def buckets(self) -> dict[TokenSpec, "TokenSet"]:
+        """The images of each grid as a set of its own, by how their tokens lie; the most frequent first."""
+        which = self._layouts.which(self._rows)
+        found, counts = np.unique(which, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return {self._layouts.specs[one]: self.subset(np.flatnonzero(which == one)) for one in found[order].tolist()}
+
+    def alike(self, numbers: Sequence[int] | np.ndarray, at_most: int) -> Iterator[np.ndarray]:
+        """These numbers in their order, in pieces of at most so many whose images have one grid."""
+        numbers = np.asarray(numbers, np.int64)
+        which = self._layouts.which(self._rows[numbers])
+        for run in np.split(numbers, np.flatnonzero(np.diff(which)) + 1):
+            for first in range(0, len(run), at_most):
+                yield run[first : first + at_most]
+
     def require(self, fingerprint: str) -> None:
         """Refuses to be read by another tokenizer than the one that made these tokens.
 
@@ -161,12 +215,24 @@ class TokenSet:
         Args:
             numbers: in [0, len(self)).
             crops: which version of each image, one for all or one each.
+
+        Raises:
+            UsageError: these images have several grids.
         """
         crops = np.broadcast_to(crops, len(numbers))
-        result = np.empty((len(numbers), *self.grid), np.int64)
+        if not self.own_grids:
+            result = np.empty((len(numbers), *self.grid), np.int64)
+            for shard, chosen, rows in self._places(numbers):
+                result[chosen] = self.shard(shard)[rows, crops[chosen]]
+            return torch.from_numpy(result)
+        spec = self._spec_of(self._rows[np.asarray(numbers, np.int64)])
+        flat = np.empty((len(numbers), spec.length), np.int64)
+        if crops.any():
+            raise UsageError(f"the images in {self.folder} have one version each")
         for shard, chosen, rows in self._places(numbers):
-            result[chosen] = self.shard(shard)[rows, crops[chosen]]
-        return torch.from_numpy(result)
+            starts = self._layouts.starts[rows + (self._ends[shard - 1] if shard > 0 else 0)]
+            flat[chosen] = self.shard(shard)[starts[:, None] + np.arange(spec.length)]
+        return torch.from_numpy(flat.reshape(len(numbers), *spec.shape))
 
     def features(self, numbers: Sequence[int] | np.ndarray) -> Tensor | None:
         """Features of captions of images by their numbers, float16 (n, length, channels); None for a set without."""
@@ -222,8 +288,7 @@ class TokenSet:
         """How often each code occurs, over all versions: int64 (codebook_size,)."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         for crop in range(self.crops):
-            for first in range(0, len(self), 4096):
-                numbers = np.arange(first, min(first + 4096, len(self)))
+            for numbers in self.alike(np.arange(len(self)), 4096):
                 counts += torch.bincount(self.tokens(numbers, crop).flatten(), minlength=self.codebook_size)
         return counts
 
@@ -259,17 +324,22 @@ class TokenSet:
     def ordered_batches(
         self, batch_size: int, rank: int = 0, processes: int = 1, crop: int = 0
     ) -> Iterator[TokenBatch]:
-        """Every image once, in one version; process r of P gets the images r, r + P, r + 2P, ..., un-padded."""
-        numbers = np.arange(rank, len(self), processes)
-        for first in range(0, len(numbers), batch_size):
-            yield self._batch(numbers[first : first + batch_size], crop)
+        """Every image once, in one version; process r of P gets the images r, r + P, r + 2P, ..., un-padded.
+
+        A batch has one grid; where images have their own it ends where the next image has another.
+        """
+        for numbers in self.alike(np.arange(rank, len(self), processes), batch_size):
+            yield self._batch(numbers, crop)
 
     def _batch(self, numbers: np.ndarray, crops: int | np.ndarray) -> TokenBatch:
         labels = None if self.labels is None else torch.from_numpy(self.labels[numbers])
         return TokenBatch(self.tokens(numbers, crops), labels, torch.from_numpy(numbers), self.features(numbers))
 
     def shard(self, number: int) -> np.ndarray:
-        """A shard's tokens (rows, crops, *grid), mapped into memory; checked when it is first used."""
+        """A shard's tokens (rows, crops, *grid), or one after the other (tokens,) where images have grids of their own.
+
+        Mapped into memory; checked when it is first used.
+        """
         if number not in self._shards:
             path = shard_path(self.folder, number, ".npy")
             self._compare(path, self._digests[number])
@@ -284,8 +354,8 @@ class TokenSet:
         if number not in self._feature_shards and self.caption_features is not None:
             path = features_path(self.folder, number)
             self._compare(path, self._feature_digests[number])
-            rows = self._layout(number)[0].split()[0]
-            shape = " ".join([rows, *map(str, self.caption_features)])
+            rows = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+            shape = " ".join(map(str, (rows, *self.caption_features)))
             self._feature_shards[number] = read_array(path, shape, np.float16, mapped=True)
         return self._feature_shards.get(number, np.empty(0, np.float16))
 
@@ -297,6 +367,8 @@ class TokenSet:
     def _layout(self, number: int) -> tuple[str, type]:
         """Shape and type of a shard's array."""
         rows = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+        if self.own_grids:
+            return str(self._layouts.tokens_of(int(self._ends[number]) - rows, rows)), self._dtype.type
         return " ".join(map(str, (rows, self.crops, *self.grid))), self._dtype.type
 
     def __getstate__(self) -> dict[str, Any]:  # mapped files do not travel to other processes; they open them again

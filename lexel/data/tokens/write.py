@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from lexel.data.tokens.format import (
     FORMAT,
     INDEX,
     MANIFEST_PARTIAL,
+    OWN_GRIDS,
     VERSION,
     digest,
     digest_of_names,
@@ -33,23 +34,27 @@ from lexel.data.tokens.format import (
     sealed,
     shard_path,
 )
+from lexel.data.tokens.layouts import described
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
+from lexel.token_spec import TokenSpec
 
 AT_ONCE = 256  # captions whose features are written together
 SHOWN = 40  # characters of a value in an error
 OPTIONAL = {"books": None, "grids": None, "caption_features": None}  # what a plan has for keys it does not name
 NO_IDENTITY = {"provenance", "attribution"}  # of a plan: notes, in which two writers of the same tokens may differ
 
+Layout = Callable[[int, int], TokenSpec]  # height and width in pixels to how the tokens lie
+
 
 def write_tokens(
     folder: str | Path,
     images: ImageSet,
-    transform: Transform,
+    transform: Transform | None,
     encode: Callable[[Tensor], Tensor],
     *,
-    grid: Sequence[int],
+    grid: Sequence[int] | None,
     codebook_size: int,
     books: int | None = None,
     grids: Sequence[Sequence[int]] | None = None,
@@ -63,6 +68,8 @@ def write_tokens(
     workers: int = 0,
     provenance: dict[str, Any] | None = None,
     captions: Captions | None = None,
+    layout: Layout | None = None,
+    most_pixels: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
@@ -73,9 +80,10 @@ def write_tokens(
     Args:
         folder: new, or begun by the same call before.
         images: the set; unreadable pictures are left out and their reasons kept in `TokenSet.unreadable`.
-        transform: resizes and crops images.
+        transform: resizes and crops images; None encodes each in its own size, one by one.
         encode: images (B, 3, H, W) in [-1, 1] to int64 indices (B, *grid).
-        grid: shape of an image's indices: (h, w), or (Q, h, w) for residual and product codes.
+        grid: shape of an image's indices: (h, w), or (Q, h, w) for residual and product codes; None where each image
+            has its own, as `layout` says.
         codebook_size: indices lie below it.
         books: codebooks a cell, the first axis of `grid`; None where a cell has one index.
         grids: of each scale or level, where `grid` is the flat layout of several.
@@ -89,6 +97,9 @@ def write_tokens(
         workers: processes that read pictures; 0 reads them here.
         provenance: anything more to keep, as JSON.
         captions: features of a caption for each image, kept as float16 beside the tokens.
+        layout: height and width of an image to how its tokens lie, where there is no transform; a size that does not
+            fit raises UsageError, and that image is left out.
+        most_pixels: images with more are left out, where there is no transform.
         progress: called with (pictures done, pictures of this process).
 
     Returns:
@@ -105,16 +116,25 @@ def write_tokens(
         raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
     if captions is not None and len(captions) != len(images):
         raise UsageError(f"there are features of {len(captions)} captions for {len(images)} images")
+    if (grid is None) != (transform is None) or (grid is None) != (layout is not None):
+        raise UsageError("images in their own sizes need a layout, and neither a transform nor a grid")
+    if grid is None and crops != 1:
+        raise UsageError(f"images in their own sizes are not cropped: crops must be 1, got {crops}")
+    if grid is None:
+        batch_size, how = 1, f"whole {most_pixels}"
+    else:
+        assert transform is not None
+        how = f"{type(transform).__name__} {transform.size}"
     plan: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
-        "grid": list(grid),
+        "version": OWN_GRIDS if grid is None else VERSION,
+        "grid": None if grid is None else list(grid),
         "codebook_size": codebook_size,
         "dtype": index_dtype(codebook_size).name,
         "crops": crops,
         "seed": seed,
         "fingerprint": fingerprint,
-        "transform": f"{type(transform).__name__} {transform.size}",
+        "transform": how,
         "images": len(images),
         "names": digest_of_names(images.names),
         "shard_size": shard_size,
@@ -133,6 +153,7 @@ def write_tokens(
         shard: range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
         for shard in shards[rank::processes]
     }
+    shaped = None if layout is None else _Whole(layout, most_pixels)
     done, total = 0, sum(len(numbers) for numbers in mine.values())
 
     def read(count: int) -> None:
@@ -146,7 +167,7 @@ def write_tokens(
             read(len(numbers))
         else:
             versions = _Versions(images, transform, numbers, batch_size, crops, seed)
-            _write_shard(folder, shard, versions, encode, plan, workers, read, captions)
+            _write_shard(folder, shard, versions, encode, plan, workers, read, captions, shaped)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
     return complete(folder, plan)
@@ -207,7 +228,7 @@ class _Versions:
     """The batches of a shard as a table: every version of some pictures."""
 
     images: ImageSet
-    transform: Transform
+    transform: Transform | None
     numbers: range
     batch_size: int
     crops: int
@@ -230,16 +251,29 @@ def _write_shard(
     workers: int,
     read: Callable[[int], None],
     captions: Captions | None,
+    whole: "_Whole | None",
 ) -> None:
     images, batches = versions.images, -(-len(versions.numbers) // versions.batch_size)
     unreadable: dict[str, str] = {}
     readable: list[int] = []
-    encoded = [np.empty((0, plan["crops"], *plan["grid"]), plan["dtype"])]
+    encoded = [np.empty(0 if whole else (0, plan["crops"], *plan["grid"]), plan["dtype"])]
+    layouts: list[TokenSpec] = []
+    sizes: list[tuple[int, int]] = []
     for pictures in look_up(versions, range(batches), workers, prefetch=2):
         unreadable.update(pictures.unreadable)
-        readable += pictures.numbers
-        if pictures.numbers:
+        if whole and pictures.numbers:
+            height, width = pictures.arrays.shape[1:3]
+            reason, spec = whole.layout_of(height, width)
+            if spec is None:
+                unreadable[images.names[pictures.numbers[0]]] = reason
+                read(1)
+                continue
+            encoded.append(_checked(encode, to_images(pictures.arrays), spec.shape, plan).ravel())
+            layouts.append(spec)
+            sizes.append((height, width))
+        elif pictures.numbers:
             encoded.append(_encode(pictures.arrays, len(pictures.numbers), encode, plan, versions.batch_size))
+        readable += pictures.numbers
         read(len(pictures.numbers) + len(pictures.unreadable))
     written = write_indices(shard_path(folder, shard, ".npy"), np.concatenate(encoded))
     facts: dict[str, Any] = {
@@ -247,6 +281,7 @@ def _write_shard(
         "labels": None if images.labels is None else [images.labels[number] for number in readable],
         "unreadable": unreadable,
         **written,
+        **(described(layouts, sizes) if whole else {}),
     }
     if images.captions is not None:
         facts["captions"] = [images.captions[number] for number in readable]
@@ -297,13 +332,35 @@ def _encode(
     """Tokens (count, crops, *grid) of squares (count * crops, size, size, 3), never more than batch_size at once."""
     parts = []
     for first in range(0, len(squares), batch_size):
-        images = to_images(squares[first : first + batch_size])
-        indices = encode(images).cpu().numpy()
-        if indices.shape != (len(images), *plan["grid"]):
-            raise UsageError(f"the tokenizer gave indices {indices.shape} for a grid of {tuple(plan['grid'])}")
-        if indices.min() < 0 or indices.max() >= plan["codebook_size"]:
-            raise UsageError(
-                f"the tokenizer gave indices from {indices.min()} to {indices.max()} for {plan['codebook_size']} codes"
-            )
-        parts.append(indices.astype(plan["dtype"]))
+        parts.append(_checked(encode, to_images(squares[first : first + batch_size]), plan["grid"], plan))
     return np.concatenate(parts).reshape(count, plan["crops"], *plan["grid"])
+
+
+def _checked(
+    encode: Callable[[Tensor], Tensor], images: Tensor, grid: Sequence[int], plan: dict[str, Any]
+) -> np.ndarray:
+    """The indices (B, *grid) of images, of the shape and in the range that were announced."""
+    indices = encode(images).cpu().numpy()
+    if indices.shape != (len(images), *grid):
+        raise UsageError(f"the tokenizer gave indices {indices.shape} for a grid of {tuple(grid)}")
+    if indices.min() < 0 or indices.max() >= plan["codebook_size"]:
+        raise UsageError(
+            f"the tokenizer gave indices from {indices.min()} to {indices.max()} for {plan['codebook_size']} codes"
+        )
+    return indices.astype(plan["dtype"])
+
+
+class _Whole(NamedTuple):
+    """How images in their own sizes become tokens."""
+
+    layout: Layout
+    most_pixels: int | None
+
+    def layout_of(self, height: int, width: int) -> tuple[str, TokenSpec | None]:
+        """How the tokens of an image lie; or None, and why it has none."""
+        if self.most_pixels is not None and height * width > self.most_pixels:
+            return f"{width} x {height} is more than the {self.most_pixels:,} pixels taken whole", None
+        try:
+            return "", self.layout(height, width)
+        except UsageError as error:
+            return str(error), None
