@@ -1,13 +1,13 @@
 """Banks of features for VQGAN-LC, from the pictures of a folder and any encoder at hand."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lexel import networks
-from lexel.data import PIXEL_LIMIT, TRANSFORMS, open_images, ordered_batches
+from lexel.data import PIXEL_LIMIT, TRANSFORMS, first_reason, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.memory import check_memory
@@ -98,12 +98,7 @@ def make_bank(
         if progress:
             progress(done, len(images))
     if not features:
-        raise UsageError(f"no picture of {data} can be read; {_first_reason(batches.unreadable)}")
+        raise UsageError(f"no picture of {data} can be read; {first_reason(batches.unreadable)}")
     bank = build_bank(torch.cat(features), codes, torch.cat(labels) if per_class else None, seed)
     save_bank(bank, out)
     return bank
-
-
-def _first_reason(unreadable: Mapping[str, str]) -> str:
-    """The first picture that cannot be read, and why."""
-    return next((f"the first, {name}: {reason}" for name, reason in unreadable.items()), "there is none")

@@ -1,7 +1,7 @@
 """Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -12,7 +12,17 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lexel.checkpoint import atomic
-from lexel.data import PIXEL_LIMIT, ImageSet, Transform, crop_back, open_images, ordered_batches, to_display, to_uint8
+from lexel.data import (
+    PIXEL_LIMIT,
+    ImageSet,
+    Transform,
+    crop_back,
+    first_reason,
+    open_images,
+    ordered_batches,
+    to_display,
+    to_uint8,
+)
 from lexel.data.captions import CaptionFile, Captions
 from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
 from lexel.errors import UsageError
@@ -38,11 +48,6 @@ class Done(NamedTuple):
 
     written: int
     unreadable: dict[str, str]  # the reason, by name
-
-
-def first_reason(unreadable: Mapping[str, str]) -> str:
-    """The first picture that cannot be used, and why."""
-    return next((f"the first, {name}: {reason}" for name, reason in unreadable.items()), "there is none")
 
 
 class Pair(NamedTuple):

@@ -344,7 +344,7 @@ def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
     assert evaluate_tokenizer(whole, pictures, **alike)["metrics"] == grey["metrics"]
 
 
-@pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct"])
+@pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct", "probe"])
 def test_the_limit_on_pixels_reaches_every_command_that_opens_pictures(
     monkeypatch, capsys, model, pictures, command, tmp_path
 ):
@@ -356,6 +356,7 @@ def test_the_limit_on_pixels_reaches_every_command_that_opens_pictures(
         "reconstruct": (model, pictures, "--out", tmp_path / "x"),
         "grow": (model, "--to", 100, "--data", pictures, "--out", tmp_path / "x"),
         "bank": (model, pictures, "--codes", 4, "--out", tmp_path / "x.safetensors"),
+        "probe": (pictures, "--tokenizer", model),
     }[command]
     said = refused(monkeypatch, capsys, command, *arguments, "--pixel-limit", 4)
     assert "more than the limit of 4" in said or "gives 0 latents" in said

@@ -2,7 +2,7 @@
 
 from lexel.data.arrays import crop_back, pad_to_multiple, to_display, to_images, to_uint8
 from lexel.data.batches import Batch, ordered_batches, training_batches
-from lexel.data.files import PIXEL_LIMIT, UnreadableImage, read_image
+from lexel.data.files import PIXEL_LIMIT, UnreadableImage, first_reason, read_image
 from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, FileImages, ImageSet
 from lexel.data.options import OpenOptions
@@ -22,6 +22,7 @@ __all__ = [
     "Transform",
     "UnreadableImage",
     "crop_back",
+    "first_reason",
     "open_images",
     "ordered_batches",
     "pad_to_multiple",

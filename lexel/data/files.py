@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -92,6 +93,11 @@ class UnreadableImage(UsageError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:  # so that it survives the way out of a worker process
         return type(self), (self.name, self.reason)
+
+
+def first_reason(unreadable: Mapping[str, str]) -> str:
+    """The first picture that cannot be used, and why."""
+    return next((f"the first, {name}: {reason}" for name, reason in unreadable.items()), "there is none")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lexel import __version__
 from lexel.config import check
-from lexel.data import PIXEL_LIMIT, ImageSet, ordered_batches
+from lexel.data import PIXEL_LIMIT, ImageSet, first_reason, ordered_batches
 from lexel.data.config import HELD_OUT, DataConfig, open_data
 from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
@@ -337,7 +337,9 @@ def _images(
             first, reason = next(iter(batches.unreadable.items()))
             warnings.append(f"{len(batches.unreadable)} images could not be read; {first}: {reason}")
         if not numbers:
-            raise UsageError(f"none of the {len(images)} images of {name} can be read")
+            raise UsageError(
+                f"none of the {len(images)} images of {name} can be read; {first_reason(batches.unreadable)}"
+            )
         tokens = torch.cat(parts)
         labels = torch.tensor([images.labels[number] for number in numbers])
         about = {"source": public_name(name), "images": len(numbers), "fingerprint": images.fingerprint()}

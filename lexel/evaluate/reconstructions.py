@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexel.data import ImageSet, UnreadableImage
+from lexel.data import ImageSet
 from lexel.distributed import join
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks, described
@@ -18,7 +18,7 @@ from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import Originals
 from lexel.evaluate.results import as_result
 from lexel.evaluate.rules import find_protocol
-from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, transform_of
+from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, size_of_first, transform_of
 from lexel.evaluate.stream import discard_partial
 from lexel.memory import check_memory
 from lexel.metrics import Protocol
@@ -207,10 +207,4 @@ def _size(tokenizer: ImageTokenizer, real: Pictures) -> tuple[int, int]:
     """Height and width of the images as the tokenizer gets them; of the first one, where they are whole."""
     if real.size != (0, 0):
         return real.size
-    for number in range(len(real)):
-        try:
-            height, width = real.images.read(number).shape[:2]
-        except UnreadableImage:
-            continue
-        return _fitting(tokenizer, height, width)
-    raise UsageError(f"at least two readable images are needed; none of the {len(real)} can be read")
+    return _fitting(tokenizer, *size_of_first(real.images))

@@ -10,7 +10,7 @@ from torch import Tensor
 from lexel.data import Batch as LoadedBatch
 from lexel.data import ImageSet, Transform, ordered_batches, to_uint8
 from lexel.data.batches import OnError
-from lexel.data.files import UnreadableImage
+from lexel.data.files import UnreadableImage, first_reason
 from lexel.errors import UsageError
 from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan
@@ -185,15 +185,14 @@ def require_readable(images: ImageSet) -> None:
     Raises:
         UsageError: with the reason of the first.
     """
-    first: UnreadableImage | None = None
+    unreadable: dict[str, str] = {}
     for number in range(len(images)):
         try:
             images.read(number)
             return
         except UnreadableImage as error:
-            first = first or error
-    reason = f"; the first, {first.name}: {first.reason}" if first is not None else ""
-    raise UsageError(f"none of the {len(images)} validation images can be read{reason}")
+            unreadable[error.name] = error.reason
+    raise UsageError(f"none of the {len(images)} validation images can be read; {first_reason(unreadable)}")
 
 
 def _sample(rows: Tensor) -> Tensor:
