@@ -169,7 +169,7 @@ def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_c
 from lexel.autoencoders import VQGANConfig
 from lexel.tokenizer import TokenizerConfig
 sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4)
-quantizer = dict(kind="ibq", codebook_size=16, codebook_dim=4)
+quantizer = dict(kind="vq", codebook_size=16, codebook_dim=4)
 config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
 lexel.Tokenizer(config).save_pretrained({str(tmp_path / "t")!r})
 before = set(sys.modules)
@@ -220,7 +220,7 @@ UNUSED = [
 
 def test_a_command_imports_only_what_it_uses(tmp_path):
     told = run(
-        f"""import contextlib, io, os, sys, numpy
+        f"""import contextlib, io, os, sys, numpy, torch
 from PIL import Image
 from lexel.autoencoders import VQGANConfig
 from lexel.generators import Generator, GeneratorConfig
@@ -230,7 +230,11 @@ sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[]
 quantizer = dict(kind="ibq", codebook_size=16, codebook_dim=4)
 here = {str(tmp_path)!r}
 config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
-Tokenizer(config).save_pretrained(here + "/model", dict(size=8))
+torch.manual_seed(0)
+model = Tokenizer(config).eval()
+with torch.no_grad():  # every code is a latent, so that many are in use whatever is pruned
+    model.quantizer.weight.copy_(model.latents(torch.rand(1, 3, 8, 8) * 2 - 1)[0].flatten(1).T)
+model.save_pretrained(here + "/model", dict(size=8))
 layout = dict(kind="masked", rows=4, columns=4, codebook_size=16, classes=2)
 Generator(GeneratorConfig(transformer=dict(layout, width=16, layers=1, heads=2))).save_pretrained(here + "/generator")
 os.mkdir(here + "/pictures")

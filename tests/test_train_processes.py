@@ -119,6 +119,7 @@ def trained(options, processes):
 
 
 def test_a_training_runs_beside_an_accelerator_of_another_precision():
+    AcceleratorState._reset_state(True)  # of the trainings before
     try:
         Accelerator(cpu=True, mixed_precision="bf16")
         assert Processes("cpu", "float32").runtime.half is None
