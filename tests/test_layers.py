@@ -169,11 +169,12 @@ def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_c
 from lexel.autoencoders import VQGANConfig
 from lexel.tokenizer import TokenizerConfig
 sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4)
-quantizer = dict(kind="vq", codebook_size=16, codebook_dim=4)
-config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
-lexel.Tokenizer(config).save_pretrained({str(tmp_path / "t")!r})
-before = set(sys.modules)
-lexel.load({str(tmp_path / "t")!r})
+for kind in ("ibq", "vq", "ema", "fvq", "residual"):
+    quantizer = dict(kind=kind, codebook_size=16, codebook_dim=4)
+    config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
+    folder = {str(tmp_path)!r} + "/" + kind
+    lexel.Tokenizer(config).save_pretrained(folder)
+    lexel.load(folder)
 import lexel.codec, lexel.data, lexel.inspection, lexel.samples, lexel.train.generator, lexel.train.tokenizer
 late = sorted(set({HEAVY}) & set(sys.modules))
 assert not late, late"""

@@ -50,7 +50,7 @@ class FVQ(ProjectedVQ):
         super().__init__(codebook_size, codebook_dim, gradient)
         self.starts_collapsed = bridge == "vit" and start == "zero"
         self.residual = choose("start", start, ("zero", "residual")) == "residual"
-        self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
+        self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1).div_(codebook_size))
         self.bridge: nn.Module
         if choose("bridge", bridge, ("vit", "linear", "mlp")) == "vit":
             self.bridge = VQBridge(codebook_size, codebook_dim, patch, width, depth)

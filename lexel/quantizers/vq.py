@@ -50,7 +50,7 @@ class VQ(Quantizer):
         super().__init__(codebook_size, codebook_dim)
         self.similarity = choose("similarity", similarity, SIMILARITIES)
         self.gradient = choose("gradient", gradient, GRADIENTS)
-        self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1) / codebook_size)
+        self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1).div_(codebook_size))
         self.follow_use(restart_below)
 
     @full_precision
