@@ -127,7 +127,7 @@ class Unconditional(Condition):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(1, width) * 0.02)
+        self.weight = nn.Parameter(torch.randn(1, width).mul_(0.02))
 
     def check(self, given: Any) -> Tensor:
         if isinstance(given, bool) or not isinstance(given, int) or given < 0:
@@ -220,7 +220,7 @@ class CaptionFeatures(Condition):
         self.features, self.length, self.dropout = features, length, dropout
         self.fc1 = nn.Linear(features, width)
         self.fc2 = nn.Linear(width, width)
-        self.padding = nn.Parameter(torch.randn(length, width) * 0.02)
+        self.padding = nn.Parameter(torch.randn(length, width).mul_(0.02))
 
     def check(self, given: Any) -> Tensor:
         """Features (B, length', features), or a list of (length_i, features), each at most `length` long."""

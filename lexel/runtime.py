@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
@@ -78,9 +79,9 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves meta tensors as they are where they would be filled, or made, with numbers drawn at random."""
+    """Leaves meta tensors as they are where they would be drawn at random or normalised."""
 
-    FILLING = (Tensor.normal_, Tensor.uniform_)
+    FILLING = (Tensor.normal_, Tensor.uniform_, F.normalize)
     MAKING = (torch.rand, torch.randn)
 
     def __torch_function__(
@@ -105,7 +106,8 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def without_weights() -> Iterator[None]:
     """Modules made inside have shapes and no values (meta tensors); no random state is touched.
 
-    Drawing values for meta tensors would import PyTorch's compiler and sympy: seconds for nothing.
+    Drawing values for meta tensors would import PyTorch's compiler and sympy, seconds for nothing. So does arithmetic
+    with them, such as `torch.randn(n) * 0.02`; in place, `torch.randn(n).mul_(0.02)`, it does not, to the same bits.
 
     Raises:
         UsageError: a network of a size that no machine has room for, as soon as it is that large.

@@ -160,6 +160,10 @@ def test_help_needs_neither_torch_nor_numpy():
 
 
 COMPILER = ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton"]
+MODELS = [  # of every kind of autoencoder, generator and condition that makes weights of its own
+    *("titok_openmoji", "vqvae2_openmoji", "maskgit_vqgan", "generator_dit_xl", "generator_mage_b", "generator_rar_b"),
+    *("generator_var_d16", "generator_residual_small", "generator_mar_b"),
+]
 HEAVY = [*COMPILER, "matplotlib", "sklearn", "scipy", "accelerate", "wandb", "diffusers", "onnx"]
 
 
@@ -167,14 +171,18 @@ def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_c
     run(
         f"""import sys, torch, lexel
 from lexel.autoencoders import VQGANConfig
+from lexel.quantizers import QUANTIZERS
 from lexel.tokenizer import TokenizerConfig
+from lexel.train import load_recipe
 sizes = dict(width=8, multipliers=[1, 1], residual_blocks=1, attention_levels=[], z_channels=4, groups=4)
-for kind in ("ibq", "vq", "ema", "fvq", "residual"):
+for kind in QUANTIZERS:
     quantizer = dict(kind=kind, codebook_size=16, codebook_dim=4)
     config = TokenizerConfig(autoencoder=VQGANConfig(**sizes), quantizer=quantizer)
     folder = {str(tmp_path)!r} + "/" + kind
     lexel.Tokenizer(config).save_pretrained(folder)
     lexel.load(folder)
+for name in {MODELS}:
+    load_recipe(name)  # which builds the model without weights
 import lexel.codec, lexel.data, lexel.inspection, lexel.samples, lexel.train.generator, lexel.train.tokenizer
 late = sorted(set({HEAVY}) & set(sys.modules))
 assert not late, late"""

@@ -289,7 +289,7 @@ class CodeHead(nn.Module):
         self.logits = nn.Conv2d(2 * width, proxy.codebook_size, 1)
         self.pixels = None
         if proxy.pixels is not None:
-            self.codebook = nn.Parameter(torch.randn(proxy.codebook_size, proxy.pixels.z_channels) * 0.02)
+            self.codebook = nn.Parameter(torch.randn(proxy.codebook_size, proxy.pixels.z_channels).mul_(0.02))
             self.pixels = PixelDecoder(proxy.pixels)
 
     @property
@@ -312,7 +312,7 @@ class CodeHead(nn.Module):
 
 def scaled(*shape: int) -> Tensor:
     """Normal numbers of the published deviation, the inverse root of the width."""
-    return torch.randn(*shape) * shape[-1] ** -0.5
+    return torch.randn(*shape).mul_(shape[-1] ** -0.5)
 
 
 def initialise(module: nn.Module) -> None:

@@ -151,9 +151,9 @@ class Attentive(nn.Module):
         self.enter: nn.Module = (
             nn.Linear(channels[0], width) if channels else nn.Embedding(table.vocabulary or 0, width)
         )
-        self.positions = nn.Parameter(torch.randn(places, width) * 0.02)
+        self.positions = nn.Parameter(torch.randn(places, width).mul_(0.02))
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.query = nn.Parameter(torch.randn(1, 1, width).mul_(0.02))
         self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
         self.last_norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

@@ -59,7 +59,7 @@ class Affine(ProjectedVQ):
         self._recalled: tuple[Tensor, ...] | None = None  # the statistics of a forward pass that is repeated
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
         self.register_buffer("mean", torch.zeros(codebook_dim))
-        self.register_buffer("covariance", torch.eye(codebook_dim))
+        self.register_buffer("covariance", torch.zeros(codebook_dim, codebook_dim).fill_diagonal_(1))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
         self.mean: Tensor
         self.covariance: Tensor

@@ -28,10 +28,11 @@ class Lattice(nn.Module):
         self.sizes = levels
         steps = [math.prod(levels[:i] if low_first else levels[i + 1 :]) for i in range(len(levels))]
         shares = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
+        dimensions = [channel % len(levels) for channel in range(channels)]
         # Derived from the arguments, so they are no part of the state.
         self.register_buffer("levels", torch.tensor(levels), persistent=False)
         self.register_buffer("steps", torch.tensor(steps), persistent=False)
-        self.register_buffer("dimension_of_channel", torch.arange(channels) % len(levels), persistent=False)
+        self.register_buffer("dimension_of_channel", torch.tensor(dimensions), persistent=False)
         self.register_buffer("channels_per_dimension", torch.tensor(shares), persistent=False)
         self.register_buffer("one", torch.ones(()), persistent=False)
         self.levels: Tensor  # (d,)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lexel.generators.blocks import MLP, Attention, call
 from lexel.generators.flow.diffusion import time_features
+from lexel.runtime import on_meta
 
 TIME_WIDTH = 256
 
@@ -153,5 +154,7 @@ def sinusoidal_positions(rows: int, columns: int, width: int) -> Tensor:
         angles = positions.double()[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], 1)
 
+    if on_meta():
+        return torch.empty(1, rows * columns, 4 * (width // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     return torch.cat([table(column.flatten()), table(row.flatten())], 1).float()[None]

@@ -62,7 +62,7 @@ class ScaleBlock(nn.Module):
         self.attn = ScaleAttention(width, num_heads, normalised)
         self.ffn = MLP(width, round(width * mlp_ratio), "tanh")
         if shared:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width).div_(width**0.5))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
