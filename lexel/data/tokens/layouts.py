@@ -51,10 +51,10 @@ class Layouts(NamedTuple):
         """The different layouts of some rows; that of the set where all have one, even if there is no row."""
         return np.zeros(1, np.int32) if self.layout is None else np.unique(self.layout[rows])
 
-    def tokens_of(self, first: int, rows: int) -> int:
-        """Tokens of so many images from the first one."""
+    def tokens_of(self, first: int, end: int) -> int:
+        """Tokens of the images in the rows [first, end)."""
         counts = np.array([spec.length for spec in self.specs], np.int64)
-        return int(counts[self.which(np.arange(first, first + rows))].sum()) if rows else 0
+        return int(counts[self.which(np.arange(first, end))].sum()) if end > first else 0
 
 
 def described(layouts: Sequence[TokenSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:

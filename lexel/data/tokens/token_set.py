@@ -230,7 +230,7 @@ class TokenSet:
         if crops.any():
             raise UsageError(f"the images in {self.folder} have one version each")
         for shard, chosen, rows in self._places(numbers):
-            starts = self._layouts.starts[rows + (self._ends[shard - 1] if shard > 0 else 0)]
+            starts = self._layouts.starts[self._bounds(shard)[0] + rows]
             flat[chosen] = self.shard(shard)[starts[:, None] + np.arange(spec.length)]
         return torch.from_numpy(flat.reshape(len(numbers), *spec.shape))
 
@@ -249,7 +249,11 @@ class TokenSet:
         shards = np.searchsorted(self._ends, rows, side="right")
         for shard in np.unique(shards):
             chosen = shards == shard
-            yield int(shard), chosen, rows[chosen] - (self._ends[shard - 1] if shard > 0 else 0)
+            yield int(shard), chosen, rows[chosen] - self._bounds(shard)[0]
+
+    def _bounds(self, shard: int) -> tuple[int, int]:
+        """The rows [first, end) of a shard, counted over all shards."""
+        return int(self._ends[shard - 1]) if shard else 0, int(self._ends[shard])
 
     def subset(self, numbers: Sequence[int] | np.ndarray) -> "TokenSet":
         """The images with these numbers, in this order."""
@@ -354,8 +358,8 @@ class TokenSet:
         if number not in self._feature_shards and self.caption_features is not None:
             path = features_path(self.folder, number)
             self._compare(path, self._feature_digests[number])
-            rows = int(self._ends[number] - (self._ends[number - 1] if number else 0))
-            shape = " ".join(map(str, (rows, *self.caption_features)))
+            first, end = self._bounds(number)
+            shape = " ".join(map(str, (end - first, *self.caption_features)))
             self._feature_shards[number] = read_array(path, shape, np.float16, mapped=True)
         return self._feature_shards.get(number, np.empty(0, np.float16))
 
@@ -366,10 +370,10 @@ class TokenSet:
 
     def _layout(self, number: int) -> tuple[str, type]:
         """Shape and type of a shard's array."""
-        rows = int(self._ends[number] - (self._ends[number - 1] if number else 0))
+        first, end = self._bounds(number)
         if self.own_grids:
-            return str(self._layouts.tokens_of(int(self._ends[number]) - rows, rows)), self._dtype.type
-        return " ".join(map(str, (rows, self.crops, *self.grid))), self._dtype.type
+            return str(self._layouts.tokens_of(first, end)), self._dtype.type
+        return " ".join(map(str, (end - first, self.crops, *self.grid))), self._dtype.type
 
     def __getstate__(self) -> dict[str, Any]:  # mapped files do not travel to other processes; they open them again
         return {**self.__dict__, "_shards": {}, "_feature_shards": {}}
