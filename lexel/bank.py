@@ -63,7 +63,7 @@ def make_bank(
         transform = own_transform(encoder, size)
         encoder.grid(transform.size, transform.size)  # raises where the size does not fit
         check_memory(encoder, runtime, transform.size, transform.size, batch_size)
-        channels = encoder.config.autoencoder.channels
+        channels = encoder.channels
     else:
         transform, channels = TRANSFORMS["published"](size or NETWORK_SIZE), 3
     images = open_images(data, split, transform.size, channels=channels, pixel_limit=pixel_limit)

@@ -101,7 +101,7 @@ class Codec:
             source,
             split,
             self.transform.size if self.transform else None,
-            channels=self.tokenizer.config.autoencoder.channels,
+            channels=self.tokenizer.channels,
             pixel_limit=self.pixel_limit,
         )
 

@@ -57,7 +57,7 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
             written.append(folder / f"{name}.onnx")
     sizes = tokenizer.autoencoder.sizes
     grid = "h, w" if tokenizer.autoencoder.axes == 2 else "N"
-    channels = tokenizer.config.autoencoder.channels
+    channels = tokenizer.channels
     facts = {
         "lexel": __version__,
         "fingerprint": tokenizer.fingerprint(),
@@ -109,7 +109,7 @@ def _program(module: nn.Module, tokenizer: Tokenizer) -> ExportedProgram:
     size = fixed or tokenizer.image_size((3, 4))
     example: Tensor
     if isinstance(module, _Encoder):
-        example = torch.zeros(2, tokenizer.config.autoencoder.channels, *size)
+        example = torch.zeros(2, tokenizer.channels, *size)
         dynamic: dict[str, Any] = {"images": {0: batch}}
         if fixed is None:
             dynamic["images"] |= {2: factor * rows, 3: factor * columns}

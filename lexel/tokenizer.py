@@ -103,6 +103,11 @@ class Tokenizer(nn.Module):
         return isinstance(self.quantizer, Continuous)
 
     @property
+    def channels(self) -> int:
+        """Channels of its images: 3 for RGB, 1 for grey."""
+        return self.config.autoencoder.channels
+
+    @property
     def downsampling(self) -> int | None:
         """How many pixels of a side one index stands for; None where indices have no place in the image."""
         return self.autoencoder.downsampling
@@ -344,7 +349,7 @@ class Tokenizer(nn.Module):
             raise UsageError(f"images must be in [-1, 1], got values up to {largest:g}; bytes become x / 127.5 - 1")
 
     def _check_images(self, images: Tensor) -> None:
-        channels = self.config.autoencoder.channels
+        channels = self.channels
         if images.dim() != 4 or images.shape[1] != channels or not images.shape[2] or not images.shape[3]:
             raise UsageError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
         try:

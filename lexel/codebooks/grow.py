@@ -106,7 +106,7 @@ def gather_latents(
     check_memory(tokenizer, where, transform.size, transform.size, options.batch_size)
     tokenizer = tokenizer.to(where.device).eval()
     quantizer = tokenizer.quantizer
-    images = open_set(source, split, transform.size, tokenizer.config.autoencoder.channels, options.pixel_limit)
+    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit)
     a_picture = tokenizer.token_spec(transform.size, transform.size).length
     rows = min(WANTED * codebook_size, HELD // quantizer.codebook_dim)
     count = min(len(images), options.limit or len(images), max(1, -(-rows // a_picture)))

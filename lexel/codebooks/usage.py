@@ -141,7 +141,7 @@ def usage_of_pictures(
     where = runtime(join(options.device), options.precision)
     rules = resized(protocol("lexel"), transform.size)
     check_memory(tokenizer, where, transform.size, transform.size, options.batch_size)
-    images = open_set(source, split, transform.size, tokenizer.config.autoencoder.channels, options.pixel_limit)
+    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit)
     pictures = Pictures(images, rules, transform, options.workers, evenly_spaced(len(images), options.limit))
     tokenizer = tokenizer.to(where.device).eval()
     spec = tokenizer.token_spec(transform.size, transform.size)

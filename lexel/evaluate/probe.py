@@ -314,9 +314,9 @@ def _images(
         "workers": workers,
         "memory": 0.0,
         "pixel_limit": pixel_limit,
+        "channels": tokenizer.channels,
     }
-    channels = tokenizer.config.autoencoder.channels
-    sets = open_data(check({**table, "channels": channels}, DataConfig, "the images"))
+    sets = open_data(check(table, DataConfig, "the images"))
     for images in sets:
         _require_labels(images.labels, source if images is sets[0] else str(validation or source))
     tokenizer.to(where.device).eval()

@@ -136,7 +136,7 @@ def channels_of(tokenizer: ImageTokenizer) -> int:
     Raises:
         UsageError: the tokenizer takes others; metrics and their networks see colours or grey.
     """
-    channels = tokenizer.config.autoencoder.channels if isinstance(tokenizer, Tokenizer) else 3
+    channels = tokenizer.channels if isinstance(tokenizer, Tokenizer) else 3
     if channels not in (1, 3):
         raise UsageError(f"images of 1 or 3 channels can be evaluated, the tokenizer takes {channels}")
     return channels

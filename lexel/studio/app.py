@@ -82,7 +82,7 @@ class Studio:
         def work(job: Job) -> dict[str, Any]:
             if wanted is not None:
                 return views.reconstruct(found, _example(found, _whole_number(wanted)), whole, job)
-            channels = found.tokenizer.config.autoencoder.channels
+            channels = found.tokenizer.channels
             return views.reconstruct(found, pictures.read_upload(data, channels), whole, job)
 
         return await self.answer(request, work)

@@ -131,7 +131,7 @@ class Entry:
             if run is not None and "originals" in run.last and run.last["originals"].shape[1] == size:
                 return run.last["originals"][:EXAMPLES]
         made = drawings(EXAMPLES, size, seed=1)
-        channels = self.tokenizer.config.autoencoder.channels
+        channels = self.tokenizer.channels
         return made if channels == 3 else made.mean(-1, keepdims=True).astype(np.uint8).repeat(channels, -1)
 
     def _kin(self) -> list["Entry"]:
