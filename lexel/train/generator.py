@@ -41,7 +41,6 @@ from lexel.train.tokens import TokenSource, entropy_bits
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule  # imported where it is used: with it comes PyTorch's compiler
 
-
 __all__ = ["GeneratorRecipe", "Learner", "train_generator"]
 
 SHOWN = 8  # samples in the snapshot of the last step
@@ -363,11 +362,10 @@ def train_generator(
             session.log(step, losses, {"lr": lr})
             if step.validates:
                 session.validated(step, validate(learner, source, session.micro_batch, config.validation_images))
-            for evaluation in config.evaluations:
-                if step.done % evaluation.every == 0 or session.finished:
-                    result = evaluation.run(learner.measured.eval(), source, config.seed, processes, measuring)
-                    session.evaluated(step, evaluation.named(result))
-                    generator.train()
+            for evaluation in session.due(config.evaluations, step):
+                result = evaluation.run(learner.measured.eval(), source, config.seed, processes, measuring)
+                session.evaluated(step, evaluation.named(result))
+                generator.train()
             session.save(step)
         if session.finished:
             tensors = learner.tensors() if learner.average is None else learner.measured.state_dict()

@@ -16,6 +16,7 @@ from lexel import shards
 from lexel.distributed import gather
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.train.evaluations import Evaluation
 from lexel.train.optimization import RunningMeans, seed_step
 from lexel.train.plan import check_memory
 from lexel.train.processes import Processes
@@ -39,6 +40,7 @@ class Progress(NamedTuple):
 
 
 Model = TypeVar("Model")
+Listed = TypeVar("Listed", bound=Evaluation)
 
 
 class Trained(NamedTuple, Generic[Model]):
@@ -284,6 +286,10 @@ class Session:
         if snapshot is not None:
             self.processes.decide(lambda: self.run.snapshot(step.done, snapshot))
         self._better = self.processes.decide(lambda: self.run.best_step() == step.done)
+
+    def due(self, evaluations: Sequence[Listed], step: Step) -> list[Listed]:
+        """The evaluations that a recipe lists for after this step; all of them after the last."""
+        return [each for each in evaluations if step.done % each.every == 0 or self.finished]
 
     def evaluated(self, step: Step, values: Mapping[str, float | None]) -> None:
         """Writes the numbers of an evaluation that the recipe lists."""

@@ -298,10 +298,9 @@ def train_tokenizer(
                 unreadable |= measured.unreadable
                 processes.decide(partial(check_collapse, session, step.done, measured.values))
                 session.validated(step, measured.values, measured.snapshot)
-            for evaluation in config.evaluations:
-                if step.done % evaluation.every == 0 or session.finished:
-                    with learner.whole_average():
-                        session.evaluated(step, evaluation.named(evaluation.run(average, measuring)))
+            for evaluation in session.due(config.evaluations, step):
+                with learner.whole_average():
+                    session.evaluated(step, evaluation.named(evaluation.run(average, measuring)))
             session.save(step)
         if learner.codebook is not None:
             learner.codebook.end(tokenizer, average)
