@@ -56,7 +56,7 @@ def write_part(
     out = Path(out)
     if out.suffix.lower() not in ENDINGS:
         raise UsageError(f"{out} cannot be made in parts; give --out a name with {' or '.join(ENDINGS)}")
-    count = condition if isinstance(condition, int) else len(condition)
+    count = samples.how_many(condition)
     known = given if given is None or len(given) == 1 else given.expand(count, *given.shape[1:])
     at_once = max(samples.AT_ONCE, options.get("batch_size") or 0) if candidates == 1 else samples.AT_ONCE // candidates
     numbers = part.blocks(count, max(1, at_once))
@@ -87,7 +87,7 @@ def write_part(
             return path
     samples.write_samples(
         generator,
-        len(numbers) if isinstance(condition, int) else condition[numbers.start : numbers.stop],
+        samples.cut(condition, numbers.start, numbers.stop),
         path,
         runtime,
         first_number=first_number + numbers.start,

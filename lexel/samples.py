@@ -139,7 +139,7 @@ def write_samples(
     ending = out.suffix.lower()
     if ending not in WRITERS:
         raise UsageError(f"{out} has no known ending; choose from {', '.join(WRITERS)}")
-    count = condition if isinstance(condition, int) else len(condition)
+    count = how_many(condition)
     if not count:
         raise UsageError("there is nothing to sample: no classes, captions or images are asked for")
     if given is not None:
@@ -187,8 +187,7 @@ def sampled_images(
     **settings: Any,
 ) -> Iterator[np.ndarray]:
     """Images of a generator, uint8 (n, H, W, 3), a batch at a time; the arguments are those of `write_samples`."""
-    count = condition if isinstance(condition, int) else len(condition)
-    for part in _sampled(generator, condition, count, runtime, first_number, None, None, settings):
+    for part in _sampled(generator, condition, how_many(condition), runtime, first_number, None, None, settings):
         yield _pictures(tokenizer, part, runtime, rounding)
 
 
@@ -202,13 +201,18 @@ def _written(generator: Generator, condition: Condition, out: Path, settings: Ma
     """The result, with what int8 weights cost on the first few images if they were used."""
     if settings.get("implementation") != INT8 or not isinstance(generator, NextToken):
         return Written(out, None, 0)
-    few = _cut(condition, 0, MEASURED)
+    few = cut(condition, 0, MEASURED)
     kept = {name: settings[name] for name in ("cfg_scale", "cfg_schedule", "temperature", "seed") if name in settings}
     tokens = generator.sample(few, implementation=INT8, **kept)
     return Written(out, generator.extra_bits(tokens, few, INT8), len(tokens))
 
 
-def _cut(condition: Condition, begin: int, end: int) -> Condition:
+def how_many(condition: Condition) -> int:
+    """The number of images that a condition is of."""
+    return condition if isinstance(condition, int) else len(condition)
+
+
+def cut(condition: Condition, begin: int, end: int) -> Condition:
     """The images [begin, end) of a condition."""
     if isinstance(condition, int):
         return max(0, min(end, condition) - begin)
@@ -232,7 +236,7 @@ def _sampled(
         report = None if progress is None else _images_done(progress, begin, end - begin, count)
         known = None if given is None else given[begin:end].to(runtime.device)
         yield generator.sample(
-            _cut(condition, begin, end),
+            cut(condition, begin, end),
             image_numbers=range(first + begin, first + end),
             given=known,
             dtype=runtime.half,

@@ -15,9 +15,10 @@ from lexel import load
 from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
 from lexel.cli import main
+from lexel.cli.options import PIXELS
 from lexel.codebooks import grow, prune, split_codes, usage, used_codes, write_pruned
 from lexel.codec import Codec
-from lexel.data import open_images, to_images
+from lexel.data import PIXEL_LIMIT, open_images, to_images
 from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError
 from lexel.evaluate import METRICS, Options, evaluate_tokenizer
@@ -342,6 +343,10 @@ def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
     alike = {"metrics": ["psnr"], "device": "cpu", "cache": False}
     grey = evaluate_tokenizer(whole, open_images(pictures, size=16, channels=1), **alike)
     assert evaluate_tokenizer(whole, pictures, **alike)["metrics"] == grey["metrics"]
+
+
+def test_the_command_lines_limit_on_pixels_is_the_librarys():
+    assert PIXELS == PIXEL_LIMIT
 
 
 @pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct", "probe"])

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lexel.cli.options import (
+    PIXELS,
     BatchSize,
     Device,
     Out,
@@ -39,7 +40,7 @@ def usage(
     json_: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -79,7 +80,7 @@ def prune(
     resume: Resume = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -113,7 +114,7 @@ def grow(
     limit: Limit = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",

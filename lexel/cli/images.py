@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lexel.cli.options import (
+    PIXELS,
     BatchSize,
     DataArgument,
     Device,
@@ -43,7 +44,7 @@ def reconstruct(
     ** 22,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -118,7 +119,7 @@ def encode(
     caption_length: Annotated[int, typer.Option(min=1, help="With --text-encoder: tokens of a caption at most.")] = 77,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lexel.cli.options import (
+    PIXELS,
     BatchSize,
     Device,
     PartOption,
@@ -69,7 +70,7 @@ def evaluate(
     part: PartOption = None,
     batch_size: BatchSize = 32,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -243,7 +244,7 @@ def sample(
     from lexel.parts import Part
     from lexel.runtime import runtime
     from lexel.sample_parts import write_part
-    from lexel.samples import asked_for, encode_captions, read_captions, read_tokens, write_samples
+    from lexel.samples import asked_for, encode_captions, how_many, read_captions, read_tokens, write_samples
 
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
@@ -295,7 +296,6 @@ def sample(
             print(f"part {chosen} is in {path}" if path else f"part {chosen} has no images: there are fewer batches")
             return
         written = write_samples(generator, condition, out, where, columns=per_class, progress=update, **settings)
-    count = condition if isinstance(condition, int) else len(condition)
-    print(f"{count} images in {out}")
+    print(f"{how_many(condition)} images in {out}")
     if written.extra_bits is not None:
         print(f"int8 adds {written.extra_bits:+.4f} bits a token (on {written.measured_on} images)")

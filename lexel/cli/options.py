@@ -35,6 +35,7 @@ TransformName = Annotated[
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
+PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, a model folder, a published checkpoint or a hub id.")

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lexel.cli.options import BatchSize, Device, PixelLimit, Precision, Workers, print_table, progress, say
+from lexel.cli.options import PIXELS, BatchSize, Device, PixelLimit, Precision, Workers, print_table, progress, say
 
 
 def probe(
@@ -39,7 +39,7 @@ def probe(
     ] = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:

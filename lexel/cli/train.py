@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lexel.cli.options import (
+    PIXELS,
     BatchSize,
     DataArgument,
     Device,
@@ -199,7 +200,7 @@ def bank(
     split: Split = None,
     features_per_image: Annotated[int, typer.Option(min=1, help="Latent vectors taken from each image.")] = 16,
     batch_size: BatchSize = 32,
-    pixel_limit: PixelLimit = 150_000_000,
+    pixel_limit: PixelLimit = PIXELS,
     seed: Annotated[int, typer.Option(min=0, help="Seed of positions and clustering.")] = 0,
     device: Device = "auto",
     precision: Precision = "float32",

@@ -16,7 +16,7 @@ from lexel.errors import UsageError
 from lexel.evaluate.features import described, reference_choices
 from lexel.evaluate.measure import Options, measure
 from lexel.evaluate.metric import GROUPS, Batch, Context, Metric, SamplePlan, Values
-from lexel.evaluate.sources import Archive, Pictures, Source, open_set, transform_of
+from lexel.evaluate.sources import ARRAYS, Archive, Pictures, Source, open_set, transform_of
 from lexel.evaluate.stream import discard_partial
 from lexel.metrics import (
     FeatureBank,
@@ -221,7 +221,7 @@ def _open_reference(
 
     ADM's files hold both: statistics of the whole set, and images of which precision and recall take the features.
     """
-    if isinstance(reference, ImageSet) or Path(reference).suffix not in (".npz", ".npy"):
+    if isinstance(reference, ImageSet) or Path(reference).suffix not in ARRAYS:
         images = open_set(reference, split, protocol.size, pixel_limit=options.pixel_limit)
         return None, Pictures(images, protocol, transform_of(protocol), options.workers)
     path = expanded(reference)

@@ -32,6 +32,8 @@ from lexel.regular import expanded
 from lexel.runtime import Runtime
 from lexel.token_spec import TokenSpec
 
+ARRAYS = (".npz", ".npy")  # endings of files that hold images or statistics in arrays
+
 
 class Source:
     """Numbered images of one size, read in ascending order. Images come out float (B, 3, H, W) in [-1, 1]."""
@@ -213,7 +215,7 @@ def open_samples(
     """Opens generated images: a folder, an .npz or .npy file, a token set or an ImageSet; see `evaluate_samples`."""
     if isinstance(samples, str | Path):
         path = expanded(samples)
-        if path.suffix in (".npz", ".npy"):
+        if path.suffix in ARRAYS:
             return Archive(path, limit)
         if (path / INDEX).is_file():
             samples = TokenSet.open(path)

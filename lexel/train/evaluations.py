@@ -55,10 +55,10 @@ class Evaluation(Config):
         Raises:
             UsageError: they are not there, or have no such split.
         """
-        from lexel.evaluate.sources import open_set
+        from lexel.evaluate.sources import ARRAYS, open_set
 
         path = expanded(self.data)
-        if path.suffix not in (".npz", ".npy"):
+        if path.suffix not in ARRAYS:
             open_set(self.data, self.split, None, pixel_limit=pixel_limit)
         elif not path.is_file():
             raise UsageError(f"train.evaluations: {self.data} is not a file")
@@ -151,12 +151,12 @@ class SampleEvaluationConfig(Evaluation):
         """
         from lexel.data import ArrayImages
         from lexel.evaluate import evaluate_samples
-        from lexel.samples import sampled_images
+        from lexel.samples import cut, sampled_images
 
         assert source.tokenizer is not None
         condition = source.conditions(generator.condition, self.images, seed)
         begin, end = (rank * self.images // processes.count for rank in (processes.rank, processes.rank + 1))
-        share = end - begin if isinstance(condition, int) else condition[begin:end]
+        share = cut(condition, begin, end)
         settings = {"seed": seed, **self.sampling}
         with torch.random.fork_rng():
             mine = list(sampled_images(generator, share, processes.runtime, source.tokenizer, begin, **settings))
