@@ -349,17 +349,10 @@ def test_published_sizes_have_the_published_parameter_counts(name):
     assert sum(parameter.numel() for parameter in generator.parameters()) + idle == published
 
 
-HIDDEN = ("next_token", "masked")
-
-
 def test_hidden_states_of_tokens_do_not_depend_on_the_batch(name, condition):
     generator = make(name, condition).eval()
     tokens = torch.randint(30, (5, 2, 3), generator=torch.Generator().manual_seed(0))
     prepared = generator.condition.check(given_condition(generator))
-    if not name.startswith(HIDDEN):
-        with pytest.raises(UsageError, match=r"no hidden states of given tokens; next_token and masked"):
-            generator.hidden(tokens, prepared)
-        return
     states = generator.hidden(tokens, prepared)
     assert states.shape == (5, 6, 32)
     alone = torch.cat([generator.hidden(tokens[row : row + 1], prepared[row : row + 1]) for row in range(5)])
@@ -376,3 +369,13 @@ def test_the_last_hidden_states_of_a_next_token_generator_predict_its_tokens():
     states = generator.hidden(tokens, labels, layers=2)
     network = generator.transformer
     torch.testing.assert_close(network.head(network.norm(states)), generator(tokens, labels).logits[0])
+
+
+@pytest.mark.parametrize("name", ["next_token", "next_token-gpt", "random_order"])
+def test_a_hidden_state_of_an_autoregressive_generator_has_seen_the_tokens_before_its_own_and_no_other(name):
+    generator = make(name).eval()
+    tokens = torch.randint(30, (1, 2, 3), generator=torch.Generator().manual_seed(0))
+    other = tokens.clone()
+    other[0, 1, 0] = (other[0, 1, 0] + 1) % 30  # the fourth token
+    moved = (generator.hidden(tokens, torch.tensor([1])) - generator.hidden(other, torch.tensor([1]))).abs().amax(2)
+    assert (moved[0] > 1e-9).tolist() == [False] * 4 + [True] * 2

@@ -167,6 +167,30 @@ def test_progress_counts_up_to_every_token(name):
     assert seen[-1][0] == seen[-1][1] == 3 * math.prod(generator.grid)
 
 
+def test_hidden_states_of_tokens_do_not_depend_on_the_batch(name):
+    generator = make(name)
+    tokens, labels = some_tokens(generator, 3), torch.tensor([0, 2, 4])
+    rows = {"flow": 6, "flow-noise": 24, "continuous": 24, "continuous-patches": 6, "next_scale": 21, "residual": 24}
+    states = generator.hidden(tokens, labels)
+    assert states.shape == (3, rows.get(name) or rows[FAMILIES[name]["kind"]], 32)
+    alone = torch.cat([generator.hidden(tokens[row : row + 1], labels[row : row + 1]) for row in range(3)])
+    torch.testing.assert_close(states, alone, atol=1e-12, rtol=0)
+    assert not torch.allclose(states, generator.hidden(tokens.flip(0), labels))
+    first, second = (generator.hidden(tokens, labels, layers=layers) for layers in (1, 2))
+    assert not torch.allclose(first, second, atol=1e-6)
+    with pytest.raises(UsageError, match=r"layers must be in \[1, 2\]"):
+        generator.hidden(tokens, labels, layers=3)
+
+
+@pytest.mark.parametrize("name", ["flow", "diffusion", "continuous"])
+def test_hidden_states_are_of_latents_where_the_tokenizer_is_continuous(name):
+    generator = make(name, codes=False)
+    latents = torch.randn(2, 4, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = generator.hidden(latents, torch.tensor([1, 2]))
+    assert states.shape[2] == 32
+    assert not torch.allclose(states[0], states[1])
+
+
 @pytest.mark.parametrize("name", ["flow", "diffusion", "continuous"])
 @pytest.mark.parametrize("filters", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}])
 def test_filters_of_tokens_are_refused_where_no_token_is_drawn(name, filters):

@@ -17,7 +17,7 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.evaluate import classifiers, probe
 from lexel.evaluate.classifiers import ProbeConfig, Table
-from lexel.generators import Generator, GeneratorConfig
+from lexel.generators import Generator, GeneratorConfig, RandomOrder
 from lexel.generators.config import network_config
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -218,11 +218,16 @@ def test_models_that_do_not_belong_to_the_tokens_are_refused(tokens, tokenizer):
         probe(tokens, generator=generator_of("next_token", other))
     with pytest.raises(UsageError, match=r"have the grid \(2, 2\) of 15 codes, the generator's \(2, 3\) of 15"):
         probe(tokens, generator=generator_of("next_token", tokenizer, columns=3))
-    with pytest.raises(UsageError, match="random_order generator has no hidden states"):
-        probe(tokens, generator=generator_of("random_order", tokenizer, hidden=48))
     words = {"kind": "words", "vocabulary": 4, "length": 2}
     with pytest.raises(UsageError, match="no null condition for its condition 'words'"):
         probe(tokens, generator=generator_of("next_token", tokenizer, condition=words))
+
+
+def test_a_family_of_ones_own_without_hidden_states_is_refused_in_one_line(tokens, tokenizer, monkeypatch):
+    monkeypatch.delattr(RandomOrder, "hidden")
+    with pytest.raises(UsageError, match="a random_order generator has no hidden states") as error:
+        probe(tokens, generator=generator_of("random_order", tokenizer, hidden=48))
+    assert "\n" not in str(error.value)
 
 
 def test_images_without_classes_and_with_one_class_are_refused(tmp_path, tokenizer, tokens, labels):

@@ -217,9 +217,11 @@ def _maker(
             return _rows(quantizer.indices_to_codes(tokens.to(where.device), grid))
 
         return codes
-    if data.spec.codebook_size == 1:
-        raise UsageError(f"features {features!r} are of indices; the tokenizer of {source} is continuous: use codes")
     if features == "embeddings":
+        if data.spec.codebook_size == 1:
+            raise UsageError(
+                f"features {features!r} are of indices; the tokenizer of {source} is continuous: use codes"
+            )
         books = data.spec.books
         first = 0 if books is None else torch.arange(books)[:, None] * data.spec.codebook_size
         return lambda tokens: (tokens if books is None else tokens.flatten(2) + first).flatten(1)

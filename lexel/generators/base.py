@@ -93,10 +93,12 @@ class Generator(Pretrained):
         return None
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
-        """Hidden states of every token, (B, T, C): features of an image, for `lexel probe`.
+        """Hidden states (B, rows, C): features of an image, for `lexel probe`.
+
+        A row is a token, or what the network takes for one: a patch of latents, or a position with all its codes.
 
         Args:
-            tokens: int64 (B, *grid) or (B, T), in range.
+            tokens: int64 (B, *grid) or (B, T), in range; latents (B, channels, *grid) of a continuous tokenizer.
             condition: (B, ...), checked.
             layers: states after so many blocks; the family's choice by default.
 
@@ -105,7 +107,7 @@ class Generator(Pretrained):
         """
         raise UsageError(
             f"a {self.config.transformer.kind} generator has no hidden states of given tokens; "
-            "next_token and masked generators have"
+            "its class does not define `hidden`"
         )
 
     def _sample(self, batch: SampleBatch) -> Tensor:

@@ -10,15 +10,17 @@ from lexel.errors import UsageError
 from lexel.generators.config import NetworkConfig
 
 
-def chosen_layers(asked: int | None, there: int, default: int) -> int:
-    """After how many blocks hidden states are taken: what is asked for, or the default.
+def chosen_layers(asked: int | None, there: int, default: int | None = None) -> int:
+    """After how many blocks hidden states are taken: what is asked for, or the default; half of them by default.
 
     Raises:
         UsageError: there are not so many blocks.
     """
     if asked is not None and not 1 <= asked <= there:
         raise UsageError(f"layers must be in [1, {there}], the generator's blocks; got {asked}")
-    return default if asked is None else asked
+    if asked is None:
+        return (there + 1) // 2 if default is None else default
+    return asked
 
 
 class ConditionedNetwork(nn.Module):

@@ -20,6 +20,7 @@ from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import FeedForward
 from lexel.generators.config import NetworkConfig
+from lexel.generators.network import chosen_layers
 from lexel.generators.sampling import filter_logits, guide, sample_index
 
 EPSILON = 1e-6  # of every norm
@@ -186,13 +187,20 @@ class RandomOrderTransformer(nn.Module):
             condition: (B, ...), checked.
             orders: int64 (B, T), the place of each of them.
         """
+        return self.finish(*self.states(tokens, condition, orders, len(self.blocks)))
+
+    def states(self, tokens: Tensor, condition: Tensor, orders: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+        """States (B, T + 1, C) after so many blocks, where each token is predicted, and what modulates them there.
+
+        A state has seen the condition and the tokens before its own; the last has seen all.
+        """
         rows = self.condition(self.condition.drop(condition))
         x = self.embed(tokens, rows, orders)
         vector = self.condition.pooled(rows) + self.steps[: x.shape[1]]
-        for block in self.blocks:
+        for block in self.blocks[:layers]:
             x = self.run(block, x, vector)
         start = self.prefix - 1
-        return self.finish(x[:, start:], vector[:, start:])
+        return x[:, start:], vector[:, start:]
 
 
 class RandomOrder(Generator):
@@ -237,6 +245,10 @@ class RandomOrder(Generator):
         """Negative log-likelihood of every token in nats in raster order, (B, T)."""
         flat = self.flat(tokens)
         return _nll(self.transformer(flat, condition, self._raster(flat))[:, :-1], flat)
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        layers, flat = chosen_layers(layers, len(self.transformer.blocks)), self.flat(tokens)
+        return self.transformer.states(flat, condition.to(flat.device), self._raster(flat), layers)[0][:, :-1]
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`nll`: the mean negative log-likelihood of a token, in nats, in an order of its own for each image."""

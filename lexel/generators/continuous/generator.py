@@ -14,7 +14,7 @@ from lexel.generators.batch import SampleBatch
 from lexel.generators.continuous.network import DenoisingMLP, MaskedEncoderDecoder, rows_at
 from lexel.generators.flow.diffusion import Diffusion, cosine_betas, spaced_steps
 from lexel.generators.latents import LatentConfig, LatentGenerator, normal
-from lexel.generators.network import ConditionedNetwork
+from lexel.generators.network import ConditionedNetwork, chosen_layers
 
 STEPS = 1000  # of diffusion in training
 
@@ -154,6 +154,15 @@ class Continuous(LatentGenerator):
         side, (rows, columns) = self.settings.patch, self.grid
         cut = tokens.unflatten(2, (-1, side, side)).unflatten(1, (rows // side, columns // side))  # (B, r, c, C, p, q)
         return cut.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        network = self.transformer.network
+        blocks = len(network.encoder_blocks)
+        layers = chosen_layers(layers, blocks, blocks)  # the decoder works for the diffusion head
+        latents = self.patchify(self.latents(tokens))  # (B, T, D)
+        visible = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
+        vector = self.transformer.pooled(condition.to(latents.device))
+        return network.encode(latents, visible, vector, layers=layers)[:, network.buffer :]
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`noise` and `variance`, the two terms of the diffusion loss over hidden tokens."""

@@ -66,7 +66,14 @@ class MaskedEncoderDecoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def encode(self, tokens: Tensor, visible: Tensor, condition: Tensor, run: Callable[..., Tensor] = call) -> Tensor:
+    def encode(
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        condition: Tensor,
+        run: Callable[..., Tensor] = call,
+        layers: int | None = None,
+    ) -> Tensor:
         """Encodes the visible tokens.
 
         Args:
@@ -74,6 +81,7 @@ class MaskedEncoderDecoder(nn.Module):
             visible: positions of the visible tokens, int64 (B, V).
             condition: (B, width).
             run: calls a block: a place to recompute activations.
+            layers: states after so many blocks, before the last norm; the encoder's output by default.
 
         Returns:
             (B, buffer + V, width).
@@ -81,9 +89,9 @@ class MaskedEncoderDecoder(nn.Module):
         x = self.z_proj(tokens)  # (B, T, C)
         x = torch.cat([condition[:, None].expand(-1, self.buffer, -1).to(x.dtype), x], 1)  # (B, buffer + T, C)
         x = rows_at(self.z_proj_ln(x + self.encoder_pos_embed_learned), self._kept(visible))  # (B, buffer + V, C)
-        for block in self.encoder_blocks:
+        for block in self.encoder_blocks[:layers]:
             x = run(block, x)
-        return cast(Tensor, self.encoder_norm(x))
+        return x if layers is not None else cast(Tensor, self.encoder_norm(x))
 
     def decode(self, encoded: Tensor, visible: Tensor, run: Callable[..., Tensor] = call) -> Tensor:
         """A vector z for each position: (B, T, decoder width)."""

@@ -19,7 +19,7 @@ from lexel.generators.flow.network import DiffusionTransformer
 from lexel.generators.flow.times import training_times
 from lexel.generators.flow.transport import SDE, Transport, solve_ode, solve_sde
 from lexel.generators.latents import LatentConfig, LatentGenerator
-from lexel.generators.network import ConditionedNetwork
+from lexel.generators.network import ConditionedNetwork, chosen_layers
 
 STEPS = 1000  # of diffusion in training
 
@@ -169,6 +169,16 @@ class Flow(LatentGenerator):
         uniform = torch.rand(len(latents), device=latents.device, dtype=latents.dtype)
         time = training_times(uniform, config.times, config.stratified) * (high - low) + low
         return {"flow": transport.loss(lambda z, t: self._output(z, t, vector), latents, noise, time).mean()}
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        network, latents = self.transformer.network, self.latents(tokens)
+        layers = chosen_layers(layers, len(network.blocks))
+        end = 0.0  # the time at which there is no noise, or hardly any
+        if self.settings.objective == "flow":
+            end = self.transport.interval(self.transport.sampling_margin)[1]
+        time = latents.new_full((len(latents),), end)
+        vector = self.transformer.pooled(condition.to(latents.device))
+        return network.states(latents, network.t_embedder(time) + vector, layers=layers)
 
     def _output(self, latents: Tensor, time: Tensor, vector: Tensor) -> Tensor:
         """The prediction alone, (B, channels, h, w)."""

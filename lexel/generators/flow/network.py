@@ -136,14 +136,20 @@ class DiffusionTransformer(nn.Module):
         run: Callable[..., Tensor] = call,
     ) -> Tensor:
         """Outputs (N, outputs, H, W). `run` calls a block: a place to recompute activations."""
-        x = self.x_embedder(z) + self.pos_embed.to(z.dtype)  # (N, T, width)
         condition = self.t_embedder(time) + condition  # (N, width)
-        for block in self.blocks:
-            x = run(block, x, condition)
-        x = self.final_layer(x, condition)  # (N, T, p * p * outputs)
+        x = self.final_layer(self.states(z, condition, run), condition)  # (N, T, p * p * outputs)
         rows, columns = self.grid[0] // self.patch, self.grid[1] // self.patch
         patches = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (N, r, c, p, q, outputs)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, outputs, H, W)
+
+    def states(
+        self, z: Tensor, modulation: Tensor, run: Callable[..., Tensor] = call, layers: int | None = None
+    ) -> Tensor:
+        """States (N, T, width) after so many blocks, all by default; time and condition, added up, modulate them."""
+        x = self.x_embedder(z) + self.pos_embed.to(z.dtype)  # (N, T, width)
+        for block in self.blocks[:layers]:
+            x = run(block, x, modulation)
+        return x
 
 
 def sinusoidal_positions(rows: int, columns: int, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import NetworkConfig
-from lexel.generators.network import ConditionedNetwork
+from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.next_scale.network import Cache, ScaleTransformer
 from lexel.generators.sampling import filter_logits, guide, sample_index
 from lexel.quantizers import Multiscale
@@ -140,9 +140,7 @@ class NextScale(Generator):
             condition: as `condition.check` makes it.
         """
         tokens = self.flat(tokens)
-        with torch.no_grad():
-            vectors = self.multiscale().next_inputs(tokens, self._grid)
-        logits = self.transformer(vectors.to(self._dtype), condition.to(tokens.device))
+        logits = self.transformer(self._inputs(tokens), condition.to(tokens.device))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(wide.flatten(0, 1), tokens.flatten(), reduction="none")
         return Predicted((logits,), nll.view(tokens.shape))
@@ -152,6 +150,18 @@ class NextScale(Generator):
         nll = NextScale.forward(self, tokens, condition).nll
         assert nll is not None
         return nll
+
+    @torch.no_grad()
+    def _inputs(self, flat: Tensor) -> Tensor:
+        """What the network sees of tokens (B, T): previews (B, T - T1, D) of the scales but the first."""
+        return self.multiscale().next_inputs(flat, self._grid).to(self._dtype)
+
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        network, flat = self.transformer.network, self.flat(tokens)
+        layers = chosen_layers(layers, len(network.blocks))
+        vector = self.transformer.pooled(condition.to(flat.device))
+        x = network.embed(self._inputs(flat), vector, 0, flat.shape[1])
+        return network.states(x, vector, network.mask(x.device), layers=layers)[0]
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`nll`: the mean negative log-likelihood of a token, in nats."""

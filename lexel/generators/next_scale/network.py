@@ -201,14 +201,27 @@ class ScaleTransformer(nn.Module):
             cache: of the tokens before.
             run: calls a block: a place to recompute activations.
         """
+        x, grown = self.states(x, condition, mask, cache, run)
+        return self.head(self.head_nm(x, condition)), grown
+
+    def states(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        run: Callable[..., Any] = call,
+        layers: int | None = None,
+    ) -> tuple[Tensor, Cache]:
+        """States (B, T, C) after so many blocks, all of them by default, and their KV cache; see `blocks_forward`."""
         modulation = condition
         if self.shared_modulation:
             modulation = self.shared_ada_lin(condition).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
         grown = []
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks[:layers]):
             x, state = run(block, x, modulation, mask, None if cache is None else cache[number])
             grown.append(state)
-        return self.head(self.head_nm(x, condition)), grown
+        return x, grown
 
     def forward(self, vectors: Tensor, condition: Tensor, run: Callable[..., Any] = call) -> Tensor:
         count = sum(self.lengths)

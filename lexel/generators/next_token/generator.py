@@ -100,8 +100,7 @@ class NextToken(Generator):
         return {"nll": NextToken.nll(self, tokens, condition).mean()}
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
-        blocks = len(self.transformer.blocks)
-        layers = chosen_layers(layers, blocks, (blocks + 1) // 2)
+        layers = chosen_layers(layers, len(self.transformer.blocks))
         return self.transformer.hidden(self.flat(tokens), condition.to(tokens.device), layers)
 
     @torch.no_grad()

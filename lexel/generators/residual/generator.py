@@ -13,7 +13,7 @@ from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import NetworkConfig
-from lexel.generators.network import ConditionedNetwork
+from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
 from lexel.generators.sampling import filter_logits, guide, sample_index
 from lexel.token_spec import TokenSpec
@@ -167,7 +167,7 @@ class ResidualGenerator(Generator):
         return self._predicted(tokens, condition)[0]
 
     def _predicted(self, tokens: Tensor, condition: Tensor) -> tuple[Predicted, Tensor | None]:
-        codes = self.flat(tokens).view(len(tokens), self.settings.books, -1).transpose(1, 2)  # (B, T, D)
+        codes = self._codes(tokens)
         logits, words = self.transformer(codes, self._vectors(codes), condition.to(codes.device))
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # (B, D, T, K)
         nll = F.cross_entropy(logits.flatten(0, 2), codes.transpose(1, 2).flatten(), reduction="none")
@@ -179,6 +179,12 @@ class ResidualGenerator(Generator):
         assert nll is not None
         return nll
 
+    def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
+        network, codes = self.transformer.network, self._codes(tokens)
+        layers = chosen_layers(layers, len(network.body_transformer.blocks))
+        rows = self.transformer.condition(condition.to(codes.device))
+        return network.body(codes, self._vectors(codes), rows, layers=layers)[:, -codes.shape[1] :]
+
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
         """`nll`: the mean negative log-likelihood of a code, in nats; `words`, that of a word, each with its share."""
         predicted, words = self._predicted(tokens, condition)
@@ -188,6 +194,10 @@ class ResidualGenerator(Generator):
         share = self.settings.words_weight
         found = F.cross_entropy(words.flatten(0, 1), condition[:, 1:].flatten().to(words.device))
         return {"nll": (1 - share) * predicted.nll.mean(), "words": share * found}
+
+    def _codes(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, books, *grid) position by position, int64 (B, T, D)."""
+        return self.flat(tokens).view(len(tokens), self.settings.books, -1).transpose(1, 2)
 
     def _vectors(self, codes: Tensor) -> Tensor | None:
         """The code vectors (B, n, d, codebook_dim) of codes (B, n, d) of the first d depths."""

@@ -70,10 +70,15 @@ class CausalTransformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(CausalBlock(width, num_heads, sigmoid_gelu, dropout) for _ in range(depth))
 
-    def forward(self, x: Tensor, cache: Cache | None = None, run: Callable[..., Any] = call) -> tuple[Tensor, Cache]:
-        """The output and the KV cache with these tokens. `run` calls a block: a place to recompute activations."""
+    def forward(
+        self, x: Tensor, cache: Cache | None = None, run: Callable[..., Any] = call, layers: int | None = None
+    ) -> tuple[Tensor, Cache]:
+        """The output of so many blocks, all of them by default, and the KV cache with these tokens.
+
+        `run` calls a block: a place to recompute activations.
+        """
         grown = []
-        for number, block in enumerate(self.blocks):
+        for number, block in enumerate(self.blocks[:layers]):
             x, state = run(block, x, None if cache is None else cache[number])
             grown.append(state)
         return x, grown
@@ -201,6 +206,18 @@ class ResidualTransformer(nn.Module):
         x = torch.cat([context[:, None], before], 1)
         return x + self.pos_emb_d[:, : x.shape[1]]
 
+    def body(
+        self,
+        codes: Tensor,
+        vectors: Tensor | None,
+        condition: Tensor,
+        run: Callable[..., Any] = call,
+        layers: int | None = None,
+    ) -> Tensor:
+        """The body's states (B, L + T - 1, C) after so many blocks; the last T are those that predict positions."""
+        x = torch.cat([condition + self.pos_emb_cond, self.position_inputs(codes, vectors, 0)[:, :-1]], 1)
+        return self.body_transformer(x, run=run, layers=layers)[0]
+
     def forward(
         self, codes: Tensor, vectors: Tensor | None, condition: Tensor, run: Callable[..., Any] = call
     ) -> tuple[Tensor, Tensor]:
@@ -211,8 +228,7 @@ class ResidualTransformer(nn.Module):
             vectors: their code vectors (B, T, D, codebook_dim); None with learned tables.
             condition: vectors (B, L, C), without positions.
         """
-        x = torch.cat([condition + self.pos_emb_cond, self.position_inputs(codes, vectors, 0)[:, :-1]], 1)
-        x, _ = self.body_transformer(x, run=run)  # (B, L + T - 1, C)
+        x = self.body(codes, vectors, condition, run)  # (B, L + T - 1, C)
         length = condition.shape[1]
         context = x[:, length - 1 :].flatten(0, 1)  # (B T, C)
         last = None if vectors is None else vectors[:, :, :-1].flatten(0, 1)
