@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.generators import FREE, Generator, GeneratorConfig, NextToken, NextTokenConfig, base, batch
-from lexel.generators.next_token import decoding, linears, walk
+from lexel.generators.next_token import decoding, linears
 from lexel.generators.next_token.decoding import Decoder
 from lexel.generators.next_token.heads import join_tokens, split_tokens
 from lexel.generators.sampling import filter_logits, guide, sample_index, uniform_stream
@@ -81,7 +81,7 @@ def test_greedy_samples_are_the_published_ones(parity):
 
 def test_published_samples_come_from_torch_multinomial_over_our_filtered_logits(parity, monkeypatch):
     generator, fixture = from_fixture(parity)
-    monkeypatch.setattr(walk, "sample_index", lambda logits, uniform: torch.multinomial(logits.softmax(-1), 1)[:, 0])
+    monkeypatch.setattr(batch, "sample_index", lambda logits, uniform: torch.multinomial(logits.softmax(-1), 1)[:, 0])
     random = [case for case in fixture["samples"] if not case["greedy"]]
     assert len(random) == 4
     for case in random:

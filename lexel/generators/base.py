@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel import registry
@@ -75,22 +76,32 @@ class Generator(Pretrained):
         """The family's network, freshly initialised, with `condition` and `checkpointing`."""
         raise NotImplementedError
 
-    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """The terms that training adds up, each a mean over the batch.
+    def forward(self, tokens: Tensor, condition: Tensor) -> Any:
+        """Logits and negative log-likelihood of every token, a `Predicted`; where there is no likelihood, the losses.
 
         Args:
-            tokens: int64 (B, *grid) or (B, T), in range.
-            condition: (B, ...), as `condition.of_batch` gives it. In training it is dropped to the null condition at
+            tokens: int64 (B, *grid) or (B, T), in [0, codebook_size). Values are not checked: that would wait for the
+                device.
+            condition: (B, ...), as `condition.check` makes it. In training it is dropped to the null condition at
                 random.
+
+        Raises:
+            UsageError: a shape does not fit.
         """
-        raise NotImplementedError
+        return self.losses(tokens, condition)
+
+    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
+        """The terms that training adds up, each a mean over the batch; by default `nll`, that of a token in nats."""
+        nll = self.nll(tokens, condition)
+        assert nll is not None, "a family without a likelihood has losses of its own"
+        return {"nll": nll.mean()}
 
     def anneal(self, progress: float) -> None:
         """Told before each training step which share of training is done; for families that change what they learn."""
 
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor | None:
         """Negative log-likelihood of every token in nats, (B, T); an upper bound where the family says so, or None."""
-        return None
+        return cast(Tensor, self.forward(tokens, condition).nll) if self.has_likelihood else None
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         """Hidden states (B, rows, C): features of an image, for `lexel probe`.
@@ -154,6 +165,11 @@ class Generator(Pretrained):
     def condition(self) -> Condition:
         """What images are generated from."""
         return cast(Condition, self.transformer.condition)
+
+    @property
+    def settings(self) -> Any:
+        """The family's options; a family says of which class they are."""
+        return self.config.transformer
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -338,6 +354,12 @@ class Generator(Pretrained):
                     f"no class {name!r}; classes are 0 to {classes - 1}{' or a label' * bool(known)}{hint}"
                 )
         return numbers
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy (B, T) in nats of tokens (B, T) under logits (B, T, V), in at least float32."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    return F.cross_entropy(wide, tokens.flatten(), reduction="none", label_smoothing=label_smoothing).view(tokens.shape)
 
 
 class TrainingLosses(nn.Module):

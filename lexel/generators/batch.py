@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.generators.sampling import uniform_stream
+from lexel.generators.sampling import filter_logits, guide, sample_index, uniform_stream
 
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
@@ -36,6 +36,26 @@ class SampleBatch(NamedTuple):
     def guided_at(self, decision: int) -> bool:
         """Whether guidance is on at a decision."""
         return any(scales[decision] != 1 for scales in self.scales)
+
+    @property
+    def conditions(self) -> list[Tensor]:
+        """What the network is given: the condition, and with guidance the null condition after it."""
+        return [self.condition] if self.null is None else [self.condition, self.null]
+
+    def draw(self, logits: Tensor, decision: int, uniforms: Tensor, part: int = 0) -> Tensor:
+        """Tokens (B, ...) drawn from logits, guided and filtered as the user wants.
+
+        Args:
+            logits: (B, ..., V), or (2 B, ..., V) with those of the null condition after the others.
+            decision: where in the schedule of guidance.
+            uniforms: (B, ...) random numbers, of `uniforms`.
+            part: of a factorised vocabulary.
+        """
+        count = len(self.tokens)
+        if len(logits) > count:
+            logits = guide(logits[:count], logits[count:], self.scales[part][decision])
+        rows = filter_logits(logits.flatten(0, -2).to(uniforms.device), **self.filters[part])
+        return sample_index(rows, uniforms.flatten()).view(logits.shape[:-1]).to(self.tokens.device)
 
     def uniforms(self, block: int, count: int) -> Tensor:
         """The block-th `count` random numbers of every image: float64 (B, count) in [0, 1).

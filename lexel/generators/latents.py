@@ -1,7 +1,6 @@
 """Families that model latents instead of indices: those of a continuous tokenizer, or the vectors of codes."""
 
 import math
-from typing import cast
 
 import torch
 from pydantic import Field
@@ -37,15 +36,11 @@ class LatentGenerator(Generator):
     """A generator of latents (B, channels, rows, columns). With a codebook, what is sampled is the nearest codes."""
 
     has_likelihood = False
+    settings: LatentConfig
 
     def nothing(self, count: int) -> Tensor:
         tokens = super().nothing(count)
         return tokens.float() if self.settings.continuous else tokens
-
-    @property
-    def settings(self) -> LatentConfig:
-        """The options of the network."""
-        return cast(LatentConfig, self.config.transformer)
 
     @property
     def sampled_shape(self) -> tuple[int, ...]:
@@ -56,10 +51,6 @@ class LatentGenerator(Generator):
     @property
     def needs_tokenizer(self) -> bool:
         return not self.settings.continuous
-
-    def forward(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """The loss terms: a model of latents has no likelihood of tokens."""
-        return self.losses(tokens, condition)
 
     def latents(self, tokens: Tensor) -> Tensor:
         """What the network sees: scaled latents (B, channels, *grid) of tokens.

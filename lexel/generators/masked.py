@@ -11,35 +11,28 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.generators.base import FREE, Generator, Predicted
+from lexel.generators.base import FREE, Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import NETWORKS, Bidirectional
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import chosen_layers
 from lexel.generators.sampling import filter_logits, guide, sample_index
 
-# The share of tokens that is masked still, after the share r in (0, 1] of the steps; in training r is uniform.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "arccos": lambda r: math.acos(r) / (math.pi / 2),
-    "cosine": lambda r: math.cos(r * math.pi / 2),
-    "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
+# The share of tokens that is masked still, after the share r in (0, 1] of the steps; in training r is uniform. The
+# first argument is `math` for a number and `torch` for a tensor.
+SCHEDULES: dict[str, Callable[[Any, Any], Any]] = {
+    "arccos": lambda of, r: of.acos(r) / (math.pi / 2),
+    "cosine": lambda of, r: of.cos(r * math.pi / 2),
+    "linear": lambda of, r: 1 - r,
+    "square": lambda of, r: 1 - r**2,
 }
 Schedule = Literal["arccos", "cosine", "linear", "square"]
 BOUND_PASSES = 8  # shares of masked tokens at which `nll` looks
-# The schedules for a tensor of places.
-_SHARES: dict[str, Callable[[Tensor], Tensor]] = {
-    "arccos": lambda r: torch.acos(r) / (math.pi / 2),
-    "cosine": lambda r: torch.cos(r * math.pi / 2),
-    "linear": lambda r: 1 - r,
-    "square": lambda r: 1 - r**2,
-}
 
 
 class MaskedConfig(NetworkConfig):
@@ -144,6 +137,7 @@ class Masked(Generator):
 
     Config = MaskedConfig
     SampleOptions = MaskedOptions
+    settings: MaskedConfig
     transformer: Bidirectional
 
     @classmethod
@@ -151,14 +145,9 @@ class Masked(Generator):
         return NETWORKS[config.network](config)
 
     @property
-    def network(self) -> MaskedConfig:
-        """The family's options."""
-        return cast(MaskedConfig, self.config.transformer)
-
-    @property
     def mask(self) -> int:
         """The number that stands for a masked token inside: the codebook's size."""
-        return self.config.transformer.codebook_size
+        return self.settings.codebook_size
 
     def layers(self) -> list[nn.Module]:
         more = ("out_blocks", "decoder_blocks")
@@ -184,7 +173,7 @@ class Masked(Generator):
         """`masked_nll`: the smoothed cross-entropy of masked tokens, and of the others at `unmasked_weight`."""
         flat = self.flat(tokens)
         noise = torch.rand(flat.shape, device=flat.device)
-        if self.network.network == "mage":
+        if self.settings.network == "mage":
             return self.mage_losses(flat, condition, _mage_rates(len(flat), flat.device), noise)
         return self.masked_losses(flat, condition, torch.rand(len(flat), device=flat.device), noise.argsort(1))
 
@@ -198,11 +187,14 @@ class Masked(Generator):
             ranks: a permutation of the positions in each row (B, T); the lowest are masked.
         """
         count = flat.shape[1]
-        shares = _SHARES[self.network.schedule](places).clamp(1e-6, 1)
+        shares = SCHEDULES[self.settings.schedule](torch, places).clamp(1e-6, 1)
         masked = ranks < (count * shares).round().clamp(min=1)[:, None]
         logits = self.transformer(flat.masked_fill(masked, self.mask), condition)
-        weights = masked.to(logits.dtype).masked_fill(~masked, self.network.unmasked_weight)
-        return {"masked_nll": (self._smoothed(logits, flat) * weights).sum() / (weights.sum() + 1e-8)}
+        weights = masked.to(logits.dtype).masked_fill(~masked, self.settings.unmasked_weight)
+        return {
+            "masked_nll": (cross_entropy(logits, flat, self.settings.label_smoothing) * weights).sum()
+            / (weights.sum() + 1e-8)
+        }
 
     def mage_losses(self, flat: Tensor, condition: Tensor, rates: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """`losses` of MAGE with its random numbers given.
@@ -218,14 +210,8 @@ class Masked(Generator):
         dropped = ranks < math.ceil(count * 0.5)
         masked = ranks < (count * rates.double()).ceil()[:, None]
         logits = self.transformer(flat.masked_fill(masked, self.mask), condition, dropped)
-        nll = self._smoothed(logits, flat)
+        nll = cross_entropy(logits, flat, self.settings.label_smoothing)
         return {"masked_nll": (nll * masked).sum() / masked.sum()}
-
-    def _smoothed(self, logits: Tensor, flat: Tensor) -> Tensor:
-        """Cross-entropy (B, T) with smoothed labels, in at least float32."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-        smoothing = self.network.label_smoothing
-        return F.cross_entropy(wide, flat.flatten(), reduction="none", label_smoothing=smoothing).view(flat.shape)
 
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """An upper bound of the negative log-likelihood in nats, spread over the tokens, (B, T).
@@ -243,9 +229,7 @@ class Masked(Generator):
             masked_count = max(1, round(count * (number + 0.5) / BOUND_PASSES))
             masked = (torch.randperm(count, generator=generator) < masked_count).to(flat.device).expand_as(flat)
             logits = self.transformer(flat.masked_fill(masked, self.mask), condition)
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-            nll = F.cross_entropy(wide, flat.flatten(), reduction="none").view(flat.shape)
-            total = total + torch.where(masked, nll, 0.0) * (count / masked_count)
+            total = total + torch.where(masked, cross_entropy(logits, flat), 0.0) * (count / masked_count)
         return total / BOUND_PASSES
 
     # ------------------------------------------------------------------------------------------ sampling
@@ -254,7 +238,7 @@ class Masked(Generator):
         return options.steps
 
     def bytes_per_image(self, options: MaskedOptions, dtype: torch.dtype | None, guided: bool) -> int:
-        config = self.network
+        config = self.settings
         rows = (2 if guided else 1) * config.tokens
         return 4 * rows * (6 * config.codebook_size + 3 * config.hidden + 12 * config.width)
 
@@ -283,7 +267,7 @@ class Masked(Generator):
             sure = (sure + fading * draws.gumbel(step).to(sure)).masked_fill(~masked, math.inf)
             tokens = torch.where(masked, found, tokens)
             # At least one token is kept and at least one stays masked, until the last step keeps them all.
-            share = SCHEDULES[options.schedule](done)
+            share = SCHEDULES[options.schedule](math, done)
             left = (unknown * share).floor().minimum(masked.sum(1) - 1).clamp(min=1)
             ranks = sure.argsort(dim=1, stable=True).argsort(1)
             tokens = tokens.masked_fill((ranks < left[:, None]) & masked, self.mask)

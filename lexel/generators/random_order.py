@@ -16,12 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from lexel.conditions import Condition
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.generators.base import FREE, Generator, Predicted
+from lexel.generators.base import FREE, Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import FeedForward
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import chosen_layers
-from lexel.generators.sampling import filter_logits, guide, sample_index
 
 EPSILON = 1e-6  # of every norm
 
@@ -215,6 +214,7 @@ class RandomOrder(Generator):
 
     Config = RandomOrderConfig
     SampleOptions = RandomOrderOptions
+    settings: RandomOrderConfig
     transformer: RandomOrderTransformer
     permuted = 1.0  # the share of images that training permutes; `anneal` sets it
 
@@ -223,7 +223,7 @@ class RandomOrder(Generator):
         return RandomOrderTransformer(config)
 
     def anneal(self, progress: float) -> None:
-        config = self.transformer.config
+        config = self.settings
         fall = config.anneal_to - config.anneal_from
         left = (config.anneal_to - progress) / fall if fall else float(progress < config.anneal_to)
         self.permuted = min(1.0, max(0.0, left))
@@ -239,12 +239,7 @@ class RandomOrder(Generator):
         """
         flat = self.flat(tokens)
         logits = self.transformer(flat, condition, self._raster(flat))[:, :-1]
-        return Predicted((logits,), _nll(logits, flat))
-
-    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Negative log-likelihood of every token in nats in raster order, (B, T)."""
-        flat = self.flat(tokens)
-        return _nll(self.transformer(flat, condition, self._raster(flat))[:, :-1], flat)
+        return Predicted((logits,), cross_entropy(logits, flat))
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         layers, flat = chosen_layers(layers, len(self.transformer.blocks)), self.flat(tokens)
@@ -260,7 +255,7 @@ class RandomOrder(Generator):
     def ordered_losses(self, flat: Tensor, condition: Tensor, orders: Tensor) -> dict[str, Tensor]:
         """`losses` with the orders given: int64 (B, T), the places of the tokens one after the other."""
         labels = flat.gather(1, orders)
-        return {"nll": _nll(self.transformer(labels, condition, orders)[:, :-1], labels).mean()}
+        return {"nll": cross_entropy(self.transformer(labels, condition, orders)[:, :-1], labels).mean()}
 
     def _raster(self, flat: Tensor) -> Tensor:
         return torch.arange(flat.shape[1], device=flat.device).expand_as(flat)
@@ -268,22 +263,20 @@ class RandomOrder(Generator):
     # ------------------------------------------------------------------------------------------ sampling
 
     def bytes_per_image(self, options: RandomOrderOptions, dtype: torch.dtype | None, guided: bool) -> int:
-        config, rows = self.transformer.config, 2 if guided else 1
+        config, rows = self.settings, 2 if guided else 1
         cache = 2 * config.layers * (self.transformer.prefix + config.tokens) * config.width
         return 4 * rows * (cache + 8 * config.codebook_size)
 
     def _sample(self, batch: SampleBatch) -> Tensor:
         """Token after token; what has run stays in the cache."""
         network, tokens = self.transformer, batch.tokens
-        count, length = tokens.shape
-        free = tokens == FREE
+        length, free = tokens.shape[1], tokens == FREE
         orders = self._raster(tokens)
         if batch.options.order == "given_first":
             orders = free.long().argsort(dim=1, stable=True)
         random = batch.uniforms(0, length)
-        condition = batch.condition if batch.null is None else torch.cat([batch.condition, batch.null])
-        halves = len(condition) // max(count, 1)
-        rows = network.condition(condition)
+        halves = len(batch.conditions)
+        rows = network.condition(torch.cat(batch.conditions))
         pooled = network.condition.pooled(rows)
         shape = (len(rows), network.config.heads, network.prefix + length, network.config.width // network.config.heads)
         caches = [(rows.new_zeros(shape), rows.new_zeros(shape)) for _ in network.blocks]
@@ -297,16 +290,8 @@ class RandomOrder(Generator):
                 x = block(x, vector, (keys[:, :, :end], values[:, :, :end]))
             logits = network.finish(x[:, -1:], vector[:, -1:])[:, 0]
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if halves == 2:
-                logits = guide(logits[:count], logits[count:], batch.scales[0][place])
-            uniforms = random.gather(1, orders.to(random.device)[:, place : place + 1])[:, 0]
-            found = sample_index(filter_logits(logits.to(random.device), **batch.filters[0]), uniforms)
             here = orders[:, place : place + 1]
-            chosen = torch.where(free.gather(1, here), found.to(tokens.device)[:, None], tokens.gather(1, here))
+            found = batch.draw(logits, place, random.gather(1, here.to(random.device))[:, 0])
+            chosen = torch.where(free.gather(1, here), found[:, None], tokens.gather(1, here))
             tokens.scatter_(1, here, chosen)
         return tokens
-
-
-def _nll(logits: Tensor, tokens: Tensor) -> Tensor:
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
-    return F.cross_entropy(wide, tokens.flatten(), reduction="none").view(tokens.shape)

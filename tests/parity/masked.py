@@ -1,5 +1,6 @@
 """MaskGIT generators of TiTok, with a BERT or a U-ViT."""
 
+import math
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def check_schedules(fixture: Fixture) -> None:
             tokens, steps = (int("".join(filter(str.isdigit, part))) for part in name.split("_"))
             left, counts = tokens, []
             for step in range(steps):
-                left = max(1, min(left - 1, int(tokens * SCHEDULES["arccos"]((step + 1) / steps))))
+                left = max(1, min(left - 1, int(tokens * SCHEDULES["arccos"](math, (step + 1) / steps))))
                 counts.append(left)
             run.same(name, torch.tensor(counts), torch.tensor(expected))
         for name, expected in run.content["cfg_power_cosine"].items():

@@ -132,16 +132,12 @@ class Continuous(LatentGenerator):
 
     Config = ContinuousConfig
     SampleOptions = ContinuousOptions
+    settings: ContinuousConfig
     transformer: ContinuousNetwork
 
     @classmethod
     def build(cls, config: ContinuousConfig) -> nn.Module:
         return ContinuousNetwork(config)
-
-    @property
-    def settings(self) -> ContinuousConfig:
-        """The options of the network."""
-        return cast(ContinuousConfig, self.config.transformer)
 
     def patchify(self, latents: Tensor) -> Tensor:
         """Latents (B, channels, rows, columns) as tokens (B, T, channels * patch^2), channel by channel."""
@@ -218,8 +214,7 @@ class Continuous(LatentGenerator):
         """Latents (N, T, D) of the images `rows` of a batch, with the first `hidden` tokens of their orders drawn."""
         network, length, steps = self.transformer, self.settings.length, batch.options.steps
         schedule = Diffusion(cosine_betas(STEPS)).respaced(spaced_steps(STEPS, batch.options.diffusion_steps))
-        conditions = [batch.condition] if batch.null is None else [batch.condition, batch.null]
-        vectors = [network.condition.pooled(network.condition(condition[rows]))[:, 0] for condition in conditions]
+        vectors = [network.condition.pooled(network.condition(each[rows]))[:, 0] for each in batch.conditions]
         for number in range(steps):
             before, hidden = hidden, hidden_after(length, hidden, number, steps)
             if before == hidden:

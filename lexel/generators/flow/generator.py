@@ -4,7 +4,7 @@ Latents are those of a continuous tokenizer, or the vectors of codes, as VQGAN-L
 generates on its codebook.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -136,16 +136,12 @@ class Flow(LatentGenerator):
 
     Config = FlowConfig
     SampleOptions = FlowOptions
+    settings: FlowConfig
     transformer: FlowNetwork
 
     @classmethod
     def build(cls, config: FlowConfig) -> nn.Module:
         return FlowNetwork(config)
-
-    @property
-    def settings(self) -> FlowConfig:
-        """The options of the network."""
-        return cast(FlowConfig, self.config.transformer)
 
     @property
     def transport(self) -> Transport:

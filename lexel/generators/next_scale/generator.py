@@ -5,17 +5,15 @@ from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
-from lexel.generators.base import FREE, Generator, Predicted
+from lexel.generators.base import FREE, Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.next_scale.network import Cache, ScaleTransformer
-from lexel.generators.sampling import filter_logits, guide, sample_index
 from lexel.quantizers import Multiscale
 from lexel.token_spec import TokenSpec
 
@@ -117,16 +115,12 @@ class NextScale(Generator):
     """
 
     Config = NextScaleConfig
+    settings: NextScaleConfig
     transformer: NextScaleNetwork
 
     @classmethod
     def build(cls, config: NextScaleConfig) -> nn.Module:
         return NextScaleNetwork(config)
-
-    @property
-    def settings(self) -> NextScaleConfig:
-        """The options of the network."""
-        return cast(NextScaleConfig, self.config.transformer)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -141,15 +135,7 @@ class NextScale(Generator):
         """
         tokens = self.flat(tokens)
         logits = self.transformer(self._inputs(tokens), condition.to(tokens.device))
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(wide.flatten(0, 1), tokens.flatten(), reduction="none")
-        return Predicted((logits,), nll.view(tokens.shape))
-
-    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Negative log-likelihood of every token in nats, (B, T)."""
-        nll = NextScale.forward(self, tokens, condition).nll
-        assert nll is not None
-        return nll
+        return Predicted((logits,), cross_entropy(logits, tokens))
 
     @torch.no_grad()
     def _inputs(self, flat: Tensor) -> Tensor:
@@ -162,10 +148,6 @@ class NextScale(Generator):
         vector = self.transformer.pooled(condition.to(flat.device))
         x = network.embed(self._inputs(flat), vector, 0, flat.shape[1])
         return network.states(x, vector, network.mask(x.device), layers=layers)[0]
-
-    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """`nll`: the mean negative log-likelihood of a token, in nats."""
-        return {"nll": NextScale.nll(self, tokens, condition).mean()}
 
     def multiscale(self) -> Multiscale:
         """The tokenizer's quantizer, whose sums the network sees.
@@ -207,21 +189,17 @@ class NextScale(Generator):
         config, network, quantizer = self.settings, self.transformer.network, self.multiscale()
         count, tokens = len(batch.tokens), batch.tokens
         uniforms = batch.uniforms(0, config.tokens)
-        conditions = [batch.condition] if batch.null is None else [batch.condition, batch.null]
         condition = self.transformer.condition
-        vector = torch.cat([condition.pooled(condition(rows))[:, 0] for rows in conditions])
+        vector = torch.cat([condition.pooled(condition(rows))[:, 0] for rows in batch.conditions])
         sums = torch.zeros(count, config.codebook_dim, *self._grid, device=self.device)
         sums = sums.to(torch.promote_types(quantizer.codebook.dtype, torch.float32))
         vectors, cache = sums.new_zeros(count, 0, config.codebook_dim), cast(Cache | None, None)
         first = 0
         for scale, side in enumerate(config.scales):
             end = first + side * side
-            x = network.embed(vectors.to(self._dtype).repeat(len(conditions), 1, 1), vector, first, side * side)
+            x = network.embed(vectors.to(self._dtype).repeat(len(batch.conditions), 1, 1), vector, first, side * side)
             logits, cache = network.blocks_forward(x, vector, None, cache)
-            if len(logits) > count:
-                logits = guide(logits[:count], logits[count:], batch.scales[0][scale])
-            rows = filter_logits(logits.flatten(0, 1).to(uniforms.device), **batch.filters[0])
-            drawn = sample_index(rows, uniforms[:, first:end].flatten()).view(count, -1).to(tokens.device)
+            drawn = batch.draw(logits, scale, uniforms[:, first:end])
             tokens[:, first:end] = torch.where(tokens[:, first:end] == FREE, drawn, tokens[:, first:end])
             if scale + 1 < len(config.scales):
                 sums = quantizer.refine(sums, scale, tokens[:, first:end].view(count, side, side))

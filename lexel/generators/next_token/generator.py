@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.generators.base import Generator, Predicted
+from lexel.generators.base import Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import GeneratorConfig
 from lexel.generators.network import chosen_layers
@@ -47,6 +47,7 @@ class NextToken(Generator):
 
     Config = NextTokenConfig
     SampleOptions = NextTokenOptions
+    settings: NextTokenConfig
     transformer: Transformer
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -80,24 +81,8 @@ class NextToken(Generator):
         tokens = self.flat(indices)
         logits = self.transformer(tokens, condition.to(tokens.device))
         parts = split_tokens(tokens, self.transformer.vocabularies)
-        wide = torch.promote_types(logits[0].dtype, torch.float32)
-        nll = torch.stack(
-            [
-                F.cross_entropy(logit.flatten(0, 1).to(wide), part.flatten(), reduction="none")
-                for logit, part in zip(logits, parts, strict=True)
-            ]
-        ).sum(0)
-        return Predicted(logits, nll.view(tokens.shape))
-
-    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Negative log-likelihood of every token in nats, (B, T)."""
-        nll = NextToken.forward(self, tokens, condition).nll
-        assert nll is not None
-        return nll
-
-    def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """`nll`: the mean negative log-likelihood of a token, in nats."""
-        return {"nll": NextToken.nll(self, tokens, condition).mean()}
+        nll = torch.stack([cross_entropy(*each) for each in zip(logits, parts, strict=True)]).sum(0)
+        return Predicted(logits, nll)
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         layers = chosen_layers(layers, len(self.transformer.blocks))
@@ -166,7 +151,7 @@ class NextToken(Generator):
         if options.window is not None and len(self.grid) != 2:
             raise UsageError(f"window needs rows and columns of tokens; the grid is {self.grid}")
         rows = 2 if guided else 1
-        return rows * self._decoder(options.implementation, dtype).bytes_per_row(self.config.transformer.tokens)
+        return rows * self._decoder(options.implementation, dtype).bytes_per_row(self.settings.tokens)
 
     def held_bytes(self) -> int:
         return sum(decoder.kept_bytes for decoder in self._decoders.values())

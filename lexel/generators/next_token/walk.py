@@ -10,7 +10,6 @@ from lexel.generators.batch import SampleBatch
 from lexel.generators.next_token.decoding import Decoder
 from lexel.generators.next_token.fused import CacheWrite, KVCache
 from lexel.generators.next_token.heads import join_tokens
-from lexel.generators.sampling import filter_logits, guide, sample_index
 
 
 class Walk(NamedTuple):
@@ -22,20 +21,15 @@ class Walk(NamedTuple):
 
     def start(self, slots: int) -> KVCache:
         """Caches of the conditions and, with guidance, of as many null conditions after them."""
-        condition, null = self.batch.condition, self.batch.null
-        return self.decoder.start(condition if null is None else torch.cat([condition, null]), slots)
+        return self.decoder.start(torch.cat(self.batch.conditions), slots)
 
     def choose(self, cache: KVCache, hidden: Tensor, position: int) -> Tensor:
         """The tokens at a position, (B,); hidden is (B, C), or (2 B, C) with the unguided rows after the others."""
-        count, scales = len(self.batch.condition), self.batch.scales
         parts: list[Tensor] = []
-        for part, filters in enumerate(self.batch.filters):
-            first = parts[0].repeat(len(hidden) // count) if parts else None
+        for part in range(len(self.batch.filters)):
+            first = parts[0].repeat(len(hidden) // len(self.batch.tokens)) if parts else None
             logits = self.decoder.logits(cache, hidden, first)
-            if len(hidden) > count:
-                logits = guide(logits[:count], logits[count:], scales[part][position])
-            filtered = filter_logits(logits.to(self.random.device), **filters)
-            parts.append(sample_index(filtered, self.random[:, position, part]).to(hidden.device))
+            parts.append(self.batch.draw(logits, position, self.random[:, position, part], part))
         return join_tokens(parts, self.decoder.transformer.vocabularies)
 
 

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from lexel.conditions import CaptionWords
 from lexel.errors import UsageError
-from lexel.generators.base import FREE, Generator, Predicted
+from lexel.generators.base import FREE, Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
-from lexel.generators.sampling import filter_logits, guide, sample_index
 from lexel.token_spec import TokenSpec
 
 # The published sizes over 8 x 8 positions of depth 4.
@@ -142,16 +141,12 @@ class ResidualGenerator(Generator):
     """
 
     Config = ResidualConfig
+    settings: ResidualConfig
     transformer: ResidualNetwork
 
     @classmethod
     def build(cls, config: ResidualConfig) -> nn.Module:
         return ResidualNetwork(config)
-
-    @property
-    def settings(self) -> ResidualConfig:
-        """The options of the network."""
-        return cast(ResidualConfig, self.config.transformer)
 
     @property
     def needs_tokenizer(self) -> bool:
@@ -169,15 +164,10 @@ class ResidualGenerator(Generator):
     def _predicted(self, tokens: Tensor, condition: Tensor) -> tuple[Predicted, Tensor | None]:
         codes = self._codes(tokens)
         logits, words = self.transformer(codes, self._vectors(codes), condition.to(codes.device))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)  # (B, D, T, K)
-        nll = F.cross_entropy(logits.flatten(0, 2), codes.transpose(1, 2).flatten(), reduction="none")
-        return Predicted((logits.flatten(1, 2),), nll.view(len(codes), -1)), words
-
-    def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """Negative log-likelihood of every code in nats, (B, books * positions)."""
-        nll = ResidualGenerator.forward(self, tokens, condition).nll
-        assert nll is not None
-        return nll
+        logits = (
+            logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2).flatten(1, 2)
+        )  # (B, D T, K)
+        return Predicted((logits,), cross_entropy(logits, codes.transpose(1, 2).flatten(1))), words
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         network, codes = self.transformer.network, self._codes(tokens)
@@ -226,13 +216,12 @@ class ResidualGenerator(Generator):
         known = batch.tokens.view(count, depths, -1)  # (B, D, T)
         codes = known.clamp_min(0)
         uniforms = batch.uniforms(0, config.tokens).view(count, -1, depths)
-        conditions = [batch.condition] if batch.null is None else [batch.condition, batch.null]
-        rows = torch.cat([self.transformer.condition(condition) for condition in conditions])
+        rows = torch.cat([self.transformer.condition(condition) for condition in batch.conditions])
         x = rows + network.pos_emb_cond
         cache: Cache | None = None
         for position in range(config.positions):
             if position:
-                before = codes[:, :, position - 1 : position].transpose(1, 2).repeat(len(conditions), 1, 1)
+                before = codes[:, :, position - 1 : position].transpose(1, 2).repeat(len(batch.conditions), 1, 1)
                 x = network.position_inputs(before, self._vectors(before), position - 1)
             x, cache = network.body_transformer(x, cache)
             codes[:, :, position] = self._depths(
@@ -252,8 +241,6 @@ class ResidualGenerator(Generator):
             x = network.depth_inputs(context, repeated, None if vectors is None else vectors[:, 0])[:, -1:]
             x, cache = network.head_transformer(x, cache)
             logits = network.classifier(x, depth)[:, 0]
-            if len(logits) > count:
-                logits = guide(logits[:count], logits[count:], batch.scales[0][first + depth])
-            drawn = sample_index(filter_logits(logits.to(uniforms.device), **batch.filters[0]), uniforms[:, depth])
-            codes[:, depth] = torch.where(known[:, depth] == FREE, drawn.to(codes.device), known[:, depth])
+            drawn = batch.draw(logits, first + depth, uniforms[:, depth])
+            codes[:, depth] = torch.where(known[:, depth] == FREE, drawn, known[:, depth])
         return codes
