@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
+from lexel.config import find_recipe, load
+from lexel.generators import Generator, GeneratorConfig
 from lexel.generators.next_token.blocks import apply_rope
-from lexel.generators.next_token.config import SIZES
 from lexel.generators.next_token.decoding import Decoder
 from lexel.generators.next_token.network import Transformer
 from lexel.generators.sampling import guide, sample_index, uniform_stream
 from lexel.loading import load_generator
+from lexel.train.generator_recipe import GeneratorRecipe
 
 TOKENS = 256
 POSITIONS = (16, 80, 144, 208, 250)  # where the decode step is timed: short and long caches
@@ -112,7 +113,8 @@ def _milliseconds(
 def speed(size: str, batches: list[int], rounds: int, device: torch.device, clock: Callable[[], float]) -> None:
     """Prints a table of decode steps, for each batch and way."""
     torch.manual_seed(0)
-    generator = Generator(GeneratorConfig(transformer=NextTokenConfig(**SIZES[size]))).eval().to(device)
+    config = load(find_recipe(f"generator_{size.lower()}"), GeneratorRecipe).generator
+    generator = Generator(GeneratorConfig(transformer=config)).eval().to(device)
     model = generator.transformer
     assert isinstance(model, Transformer)
     head = model.get_submodule("head").get_parameter("weight")
@@ -195,7 +197,7 @@ def quality(folder: str, images: int) -> None:
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", default="B", choices=[name for name in SIZES if "-" not in name])
+    parser.add_argument("--size", default="B", choices=["B", "L", "XL", "XXL"])
     parser.add_argument("--batches", default="1,8", help="images at once, separated by commas")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -17,9 +17,9 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu import milliseconds
+from lexel.config import find_recipe, load
 from lexel.data.tokens import TokenBatch
-from lexel.generators import Generator, GeneratorConfig, NextTokenConfig
-from lexel.generators.next_token.config import SIZES
+from lexel.generators import Generator, GeneratorConfig, NetworkConfig, NextTokenConfig
 from lexel.generators.next_token.decoding import Decoder
 from lexel.networks.vgg16 import VGG16
 from lexel.tokenizer import Tokenizer
@@ -103,8 +103,12 @@ def waits(job: Callable[[], Any]) -> dict[str, Any]:
 
 def sampling(save: Save, device: str, arguments: argparse.Namespace) -> None:
     """A decode step of each size, recorded as a graph in bf16, beside the time to read the weights it needs."""
-    tiny: dict[str, Any] = {"tiny": {"layers": 2, "heads": 2, "width": 64}}
-    sizes: dict[str, Any] = tiny if arguments.tiny else {size: SIZES[size] for size in ("B", "L", "XL", "XXL")}
+    sizes: dict[str, NetworkConfig] = {"tiny": NextTokenConfig(layers=2, heads=2, width=64)}
+    if not arguments.tiny:
+        sizes = {
+            size: load(find_recipe(f"generator_{size.lower()}"), GeneratorRecipe).generator
+            for size in ("B", "L", "XL", "XXL")
+        }
     half = torch.bfloat16
     read = 0.0
     if device == "cuda":
@@ -112,9 +116,9 @@ def sampling(save: Save, device: str, arguments: argparse.Namespace) -> None:
         read = weights.nbytes / milliseconds(weights.max, device) / 1e9  # TB/s of reading alone
         del weights
         save("reading, TB/s", round(read, 3))
-    for size, shape in reversed(sizes.items()):
+    for size, config in reversed(sizes.items()):
         with torch.device(device):
-            generator = Generator(GeneratorConfig(transformer=NextTokenConfig(**shape))).to(half).eval()
+            generator = Generator(GeneratorConfig(transformer=config)).to(half).eval()
         torch.nn.init.normal_(generator.transformer.head.weight, std=0.02)
         ways = {"bf16, triton": ("triton", half), "bf16, graph": ("graph", half), "bf16, plain": ("plain", half)}
         if size == "B":

@@ -140,10 +140,11 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
 
 def load_folder(source: str | Path) -> Tokenizer | Generator:
     """A tokenizer or generator from a Lexel folder or hub id, by its `config.json`."""
-    config, tensors = checkpoint.load_folder(source)
-    if config.get("model") == "generator":
-        return Generator.from_folder(source, config, tensors)
-    return Tokenizer.from_folder(source, config, tensors)
+    folder = checkpoint.find_folder(source, Generator.FILES)  # with the tokenizer, if there is one
+    config, tensors = checkpoint.load_folder(folder)
+    if config.get("model") == Generator.KIND:
+        return Generator.from_folder(folder, config, tensors)
+    return Tokenizer.from_folder(folder, config, tensors)
 
 
 def own_transform(tokenizer: Tokenizer, size: int | None = None, name: str | None = None) -> Transform:

@@ -10,17 +10,16 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, SerializeAsAny
 from torch import Tensor, nn
 
-from lexel import autoencoders, checkpoint, model_folder, quantizers
+from lexel import autoencoders, checkpoint, quantizers
 from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.losses.perturbation import Codes
-from lexel.provenance import of_folder as provenance_of_folder
+from lexel.model_folder import Pretrained
 from lexel.quantizers import Continuous, Levels, Quantized
 from lexel.quantizers.base import straight_through
 from lexel.quantizers.levels import build_levels
 from lexel.quantizers.living import Recoded
-from lexel.runtime import without_weights
 from lexel.token_spec import TokenSpec
 
 
@@ -49,7 +48,7 @@ class Passed(NamedTuple):
     quantized: Tensor  # (B, D, *grid), what was decoded
 
 
-class Tokenizer(nn.Module):
+class Tokenizer(Pretrained):
     """Images (B, C, H, W) in [-1, 1] to indices (B, *grid), and back; `grid` says which sizes fit.
 
     Args:
@@ -59,12 +58,12 @@ class Tokenizer(nn.Module):
         UsageError: the configuration is inconsistent.
     """
 
+    KIND = "tokenizer"
+    config: TokenizerConfig
     LARGEST = 10.0  # values beyond this are no images in [-1, 1], however sharply resized
 
     def __init__(self, config: TokenizerConfig | None = None) -> None:
-        super().__init__()
-        self.config = config or TokenizerConfig()
-        self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
+        super().__init__(config or TokenizerConfig())
         if "kind" not in self.config.quantizer:
             raise UsageError(f"the quantizer needs a kind; choose from {', '.join(quantizers.names())}")
         # The network first: a seed then gives it the same start under every quantizer.
@@ -293,38 +292,18 @@ class Tokenizer(nn.Module):
             provenance: where the weights come from (recipe, step, source file), kept in `config.json`; this
                 tokenizer's own if not given.
         """
-        options, given = self.config.model_dump(mode="json"), self.provenance if provenance is None else provenance
-        model_folder.save(folder, "tokenizer", options, self.state_dict(), given)
+        self.save_folder(folder, provenance)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
-        """A tokenizer in evaluation mode, from a folder or a hub id; `provenance` says where it comes from.
+    def read_config(cls, options: Mapping[str, Any], source: str) -> TokenizerConfig:
+        return check(dict(options), TokenizerConfig, source)
 
-        Raises:
-            UsageError: the folder is not there, not whole, or holds something else.
-        """
-        return cls.from_folder(source, *checkpoint.load_folder(source))
-
-    @classmethod
-    def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """A tokenizer from the two parts of a model folder; `source` names it in errors."""
-        table = model_folder.options_of(config, "tokenizer", source)
-        tokenizer = cls.with_weights(check(table, TokenizerConfig, f"{source}/config.json"), tensors, source)
-        tokenizer.provenance = provenance_of_folder(config, f"{source}/config.json")
-        return tokenizer
-
-    @classmethod
-    def with_weights(cls, config: TokenizerConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
-        """A tokenizer in evaluation mode that takes over `tensors`, so that nothing is held twice."""
-        with without_weights():
-            tokenizer = cls(config)
-        checkpoint.load_strict(tokenizer, tensors, source)
-        if any(buffer.is_meta for buffer in tokenizer.buffers()):  # tables that are computed, never saved
-            computed = build_levels(config.quantizer, tokenizer.autoencoder.shares)
+    def compute_buffers(self) -> None:
+        if any(buffer.is_meta for buffer in self.buffers()):
+            computed = build_levels(self.config.quantizer, self.autoencoder.shares)
             for name, module in computed.named_modules():
                 for buffer in module._non_persistent_buffers_set:
-                    setattr(tokenizer.quantizer.get_submodule(name), buffer, getattr(module, buffer))
-        return tokenizer.eval()
+                    setattr(self.quantizer.get_submodule(name), buffer, getattr(module, buffer))
 
     def recoded(self, recoded: Recoded) -> Self:
         """The same tokenizer around its quantizer with fewer or more codes, as `prune` and `grow` of that give it."""

@@ -38,6 +38,7 @@ TINY = TokenizerConfig(
     ),
     quantizer={"kind": "ibq", "codebook_size": 16, "codebook_dim": 4},
 )
+SMALL = {"codebook_size": 16, "rows": 4, "columns": 4, "classes": 2, "width": 16, "layers": 1, "heads": 2}
 STEPS = ["train.steps=4", "train.save_every=2", "train.validate_every=4", "train.log_every=1"]
 
 
@@ -127,6 +128,25 @@ def test_a_run_that_was_stopped_before_its_end_is_loaded_everywhere(pictures, tm
     assert inspect(tmp_path / "run")["parameters"] == sum(p.numel() for p in model.parameters())
     lexel.publish.stage(tmp_path / "run", tmp_path / "staged")
     assert lexel.load(tmp_path / "staged").fingerprint() == model.fingerprint()
+
+
+def test_a_generator_of_the_hub_comes_with_its_tokenizer(tmp_path, monkeypatch):
+    generator = Generator(GeneratorConfig(transformer=NextTokenConfig(**SMALL)))
+    generator.attach(tiny_tokenizer())
+    fetched = tmp_path / "cache"
+    generator.save_pretrained(tmp_path / "repository")
+
+    def snapshot(repository, allow_patterns):  # the hub's client takes what the patterns name, and nothing else
+        assert repository == "someone/generator"
+        for pattern in allow_patterns:
+            for path in (tmp_path / "repository").glob(pattern):
+                (fetched / path.relative_to(tmp_path / "repository")).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, fetched / path.relative_to(tmp_path / "repository"))
+        return str(fetched)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    for loaded in (lexel.load("someone/generator"), Generator.from_pretrained("someone/generator")):
+        assert loaded.tokenizer.fingerprint() == generator.tokenizer.fingerprint()
 
 
 def test_weights_that_a_source_has_not_are_refused_with_the_choices(finished, folder):

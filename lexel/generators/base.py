@@ -20,7 +20,7 @@ from lexel.config import check
 from lexel.errors import UsageError
 from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter, watched
 from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig
-from lexel.generators.pretrained import Pretrained
+from lexel.generators.pretrained import WithTokenizer
 from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
 from lexel.token_spec import TokenSpec
@@ -40,7 +40,7 @@ class NoOptions(BaseConfig):
     """A family that samples in one way."""
 
 
-class Generator(Pretrained):
+class Generator(WithTokenizer):
     """A model of the tokens of images, given a condition. `Generator(config)` is of the family that the config names.
 
     Args:

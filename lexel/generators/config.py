@@ -98,12 +98,15 @@ class NetworkConfig(Config):
             found["grid"] = list(grid)
         if self.condition is None:
             found["classes"] = 1 if classes is None else len(classes)
+        self.refuse_other(found, source + " (which have no labels)" * (classes is None))
+
+    def refuse_other(self, found: Mapping[str, Any], source: str) -> None:
+        """Refuses options that are not those found in tokens, and says which would fit."""
         wrong = [name for name, value in found.items() if getattr(self, name) != value]
         if wrong:
             ours = ", ".join(f"generator.{name} = {getattr(self, name)}" for name in wrong)
             theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
-            unlabelled = " (which have no labels)" if classes is None else ""
-            raise UsageError(f"{ours} does not fit the tokens of {source}{unlabelled}; set {theirs}")
+            raise UsageError(f"{ours} does not fit the tokens of {source}; set {theirs}")
 
     @classmethod
     def from_folder(cls, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,31 +5,31 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lexel import checkpoint, model_folder
 from lexel.errors import UsageError
 from lexel.generators.config import GeneratorConfig, read_config
-from lexel.provenance import of_folder as provenance_of_folder
+from lexel.model_folder import Pretrained
 from lexel.quantizers import Quantizer
 from lexel.regular import expanded
-from lexel.runtime import without_weights
 from lexel.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer"  # the folder inside a generator's folder that holds the tokenizer it belongs to
 
 
-class Pretrained(nn.Module):
+class WithTokenizer(Pretrained):
     """A generator that is saved to folders and read from them, with the tokenizer it belongs to.
 
     Args:
         config: network, tokenizer, class names.
     """
 
+    KIND = "generator"
+    FILES = (*Pretrained.FILES, f"{TOKENIZER}/*")
+    config: GeneratorConfig
+
     def __init__(self, config: GeneratorConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.provenance: dict[str, Any] = {}  # where the weights come from, as `save_pretrained` was told
+        super().__init__(config)
         self._tokenizer: list[Tokenizer] = []  # in a list, so that its weights are not this module's
         self._folder: Path | None = None
 
@@ -120,36 +120,14 @@ class Pretrained(nn.Module):
             tokenizer = self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(Path(folder) / TOKENIZER, tokenizer.provenance)
-        options, given = self.config.model_dump(mode="json"), self.provenance if provenance is None else provenance
-        model_folder.save(folder, "generator", options, self.state_dict(), given)
-
-    @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
-        """A generator in evaluation mode, from a folder or a hub id.
-
-        Raises:
-            UsageError: the folder is not there, not whole, or holds something else.
-        """
-        folder = checkpoint.find_folder(source, (checkpoint.CONFIG, checkpoint.WEIGHTS, f"{TOKENIZER}/*"))
-        return cls.from_folder(folder, *checkpoint.load_folder(folder))
+        self.save_folder(folder, provenance)
 
     @classmethod
     def from_folder(cls, source: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """A generator from the two parts of a model folder; `source` is the folder."""
-        table = model_folder.options_of(config, "generator", source)
-        generator = cls.with_weights(read_config(table, f"{source}/config.json"), tensors, source)
-        generator.provenance = provenance_of_folder(config, f"{source}/config.json")
-        generator._folder = expanded(source)
+        generator = super().from_folder(source, config, tensors)
+        generator.find_tokenizer_in(expanded(source))
         return generator
 
     @classmethod
-    def with_weights(cls, config: GeneratorConfig, tensors: Mapping[str, Tensor], source: str | Path) -> Self:
-        """A generator in evaluation mode that takes over `tensors`, so that nothing is held twice."""
-        with without_weights():
-            generator = cls(config)
-        checkpoint.load_strict(generator, tensors, source)
-        return generator.eval()
-
-    def fingerprint(self) -> str:
-        """Names these weights in result files."""
-        return checkpoint.fingerprint(self.config.model_dump(mode="json"), self.state_dict())
+    def read_config(cls, options: Mapping[str, Any], source: str) -> GeneratorConfig:
+        return read_config(options, source)

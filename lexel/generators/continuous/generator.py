@@ -18,13 +18,6 @@ from lexel.generators.network import ConditionedNetwork, chosen_layers
 
 STEPS = 1000  # of diffusion in training
 
-# The published sizes: encoder and decoder alike, and the diffusion head's.
-SIZES = {
-    "B": {"width": 768, "layers": 12, "heads": 12, "head_width": 1024, "head_layers": 6},
-    "L": {"width": 1024, "layers": 16, "heads": 16, "head_width": 1280, "head_layers": 8},
-    "H": {"width": 1280, "layers": 20, "heads": 16, "head_width": 1536, "head_layers": 12},
-}
-
 
 class ContinuousConfig(LatentConfig):
     """The options of a masked autoregressive generator of latents.

@@ -76,7 +76,6 @@ class Diffusion:
         kept = range(len(betas)) if kept is None else kept
         cumulative = torch.cumprod(1 - betas.double(), 0)[list(kept)]
         before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
-        self.training_steps = len(betas)
         self.steps = torch.tensor(list(kept))  # (S,): the original number of every step
         self.betas = 1 - cumulative / before
         self.cumulative, self.before = cumulative, before

@@ -23,14 +23,6 @@ from lexel.generators.network import ConditionedNetwork, chosen_layers
 
 STEPS = 1000  # of diffusion in training
 
-# The published sizes; patches of 2, 4 and 8 latents.
-SIZES = {
-    "S": {"layers": 12, "width": 384, "heads": 6},
-    "B": {"layers": 12, "width": 768, "heads": 12},
-    "L": {"layers": 24, "width": 1024, "heads": 16},
-    "XL": {"layers": 28, "width": 1152, "heads": 16},
-}
-
 
 class FlowConfig(LatentConfig):
     """The options of a diffusion transformer.

@@ -18,8 +18,6 @@ from lexel.quantizers import Multiscale
 from lexel.token_spec import TokenSpec
 
 PUBLISHED = [1, 2, 3, 4, 5, 6, 8, 10, 13, 16]  # sides of the scales at 256 px
-# The published sizes: width 64 and one head for each block.
-SIZES = {f"d{depth}": {"layers": depth, "width": 64 * depth, "heads": depth} for depth in (16, 20, 24, 30)}
 
 
 class NextScaleConfig(NetworkConfig):
@@ -59,11 +57,7 @@ class NextScaleConfig(NetworkConfig):
         found: dict[str, Any] = {"scales": sides, "codebook_size": spec.codebook_size}
         if self.condition is None:
             found["classes"] = 1 if classes is None else len(classes)
-        wrong = [name for name, value in found.items() if getattr(self, name) != value]
-        if wrong:
-            ours = ", ".join(f"generator.{name} = {getattr(self, name)}" for name in wrong)
-            theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
-            raise UsageError(f"{ours} does not fit the tokens of {source}; set {theirs}")
+        self.refuse_other(found, source)
 
     @model_validator(mode="after")
     def _consistent(self) -> "NextScaleConfig":

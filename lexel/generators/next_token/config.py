@@ -1,4 +1,4 @@
-"""The options of a next-token generator, and the published sizes."""
+"""The options of a next-token generator."""
 
 import math
 from collections.abc import Mapping
@@ -9,20 +9,6 @@ from pydantic import Field, model_validator
 from lexel.errors import UsageError
 from lexel.generators.config import NetworkConfig
 
-# The published sizes. Without a prefix: 16,384 codes, a grid of 16 x 16, 1,000 classes. `factorised`: 262,144 codes as
-# 64 x 4,096. `gpt`: VQGAN's (https://arxiv.org/abs/2012.09841); its 227M row is that of the MaskGIT paper's own VQGAN
-# and counts the tokenizer, the transformer alone has 172M.
-SIZES: Mapping[str, Mapping[str, Any]] = {
-    "B": {"layers": 16, "heads": 16, "width": 1024, "gamma_init": 1e-3},
-    "L": {"layers": 20, "heads": 20, "width": 1280, "gamma_init": 1e-3},
-    "XL": {"layers": 24, "heads": 24, "width": 1536, "gamma_init": 1e-4},
-    "XXL": {"layers": 30, "heads": 30, "width": 1920, "gamma_init": 1e-5},
-    "factorised-B": {"codebook_size": 262_144, "layers": 24, "pair_layers": 2, "heads": 16, "width": 1024},
-    "factorised-L": {"codebook_size": 262_144, "layers": 36, "pair_layers": 3, "heads": 20, "width": 1280},
-    "factorised-XL": {"codebook_size": 262_144, "layers": 48, "pair_layers": 4, "heads": 24, "width": 1536},
-    "gpt-227M": {"network": "gpt", "layers": 24, "heads": 8, "width": 768, "codebook_size": 1024},
-    "gpt-1.4B": {"network": "gpt", "layers": 48, "heads": 24, "width": 1536, "codebook_size": 16384},
-}
 LARGEST_PLAIN_HEAD = 2**18  # from this vocabulary on, `head = "auto"` is factorised
 
 

@@ -17,14 +17,6 @@ from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
 from lexel.token_spec import TokenSpec
 
-# The published sizes over 8 x 8 positions of depth 4.
-SIZES = {
-    "480M": {"width": 1536, "layers": 12, "heads": 24, "depth_layers": 4},
-    "800M": {"width": 1536, "layers": 24, "heads": 24, "depth_layers": 4},
-    "1400M": {"width": 1536, "layers": 42, "heads": 24, "depth_layers": 6},
-    "3800M": {"width": 2560, "layers": 42, "heads": 40, "depth_layers": 6},
-}
-
 
 class ResidualConfig(NetworkConfig):
     """The options of a transformer over residual codes.
@@ -71,10 +63,7 @@ class ResidualConfig(NetworkConfig):
         """Refuses tokens that the network is not made for, and says which options would fit."""
         if spec.books is None:
             raise UsageError(f"{source} has one code at a place; a residual generator needs a residual quantizer's")
-        if spec.books != self.books:
-            raise UsageError(
-                f"generator.books = {self.books} does not fit {source}; set generator.books = {spec.books}"
-            )
+        self.refuse_other({"books": spec.books}, source)
         super().check_fits(spec._replace(books=None), classes, source)
 
     @model_validator(mode="after")
