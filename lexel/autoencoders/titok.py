@@ -316,7 +316,11 @@ def scaled(*shape: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02 and biases 0, but in the decoder that another tokenizer brings."""
+    """The published start, but for the decoder that another tokenizer brings.
+
+    Weights are truncated normals of deviation 0.02 and biases 0. Queries, keys and values are one matrix, Xavier's: the
+    published layer holds it outside of the linear layers that are set.
+    """
     if isinstance(module, PixelDecoder):
         return
     if isinstance(module, nn.Linear | nn.Conv2d):
@@ -325,3 +329,5 @@ def initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     for part in module.children():
         initialise(part)
+    if isinstance(module, Block):
+        nn.init.xavier_uniform_(module.qkv.weight)
