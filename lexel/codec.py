@@ -23,14 +23,13 @@ from lexel.data import (
     to_display,
     to_uint8,
 )
-from lexel.data.captions import CaptionFile, Captions
 from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
-from lexel.text_encoder import EncodedCaptions, TextEncoder
+from lexel.text_encoder import TextEncoder, caption_features
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
@@ -212,7 +211,7 @@ class Codec:
 
         images = self.open(source, split)
         named = "an image set" if isinstance(source, ImageSet) else source
-        features = _features(captions, images, str(named))
+        features = caption_features(captions, images, str(named))
         origin = {"text_encoder": captions.name} if isinstance(captions, TextEncoder) else {}
         part = part or Part(1, 1)
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -275,21 +274,6 @@ class Codec:
         """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""
         with self.runtime.autocast():
             return to_uint8(self.tokenizer.decode(indices.to(self.runtime.device)))
-
-
-def _features(captions: str | Path | TextEncoder | None, images: ImageSet, source: str) -> Captions | None:
-    """The features of a caption for each image.
-
-    Raises:
-        UsageError: a file does not fit, or there are no captions to encode.
-    """
-    if captions is None:
-        return None
-    if not isinstance(captions, TextEncoder):
-        return CaptionFile(captions).of_images(images.names)
-    if images.captions is None:
-        raise UsageError(f"the images of {source} have no captions; tar:, parquet:, datasets:, list: and npz: have")
-    return EncodedCaptions(captions, images.captions)
 
 
 def check_targets(names: Iterable[str], out: str | Path) -> None:

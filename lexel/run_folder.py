@@ -153,7 +153,7 @@ class RunFolder:
         """Refuses to go on with other images than the run began with, wherever they lie.
 
         Args:
-            names: the names of the images, by part: "training", "validation".
+            names: the names of the images, by part: "training", "validation"; "captions" has what names their features.
             tokenizer: the fingerprint of the tokenizer behind the tokens, for a generator.
 
         Raises:
@@ -164,6 +164,11 @@ class RunFolder:
         for part in sorted(now.keys() & before.keys()):
             if torch.equal(before[part], now[part]):
                 continue
+            if part == "captions":
+                raise UsageError(
+                    f"{self.path} holds a run over other features of captions; give back those of the run, or start "
+                    f"another run from its weights (--init {self.path} --out ANOTHER)"
+                )
             old, new = set(before[part].tolist()), set(now[part].tolist())
             difference = f"{len(new - old):,} are new and {len(old - new):,} are gone" if old != new else "in new order"
             raise UsageError(

@@ -12,13 +12,15 @@ from test_data_tokens import CROP, contents, levels, pictures
 from lexel.autoencoders import VQGANConfig
 from lexel.conditions import CaptionFeatures
 from lexel.data.captions import CaptionFile
-from lexel.data.tokens import TokenSet, merge_tokens, write_tokens
+from lexel.data.tokens import TokenSet, export_parquet, export_webdataset, merge_tokens, write_tokens
 from lexel.errors import UsageError
 from lexel.loading import load_generator
+from lexel.runtime import runtime
 from lexel.samples import read_captions
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 from lexel.train.generator import train_generator
 from lexel.train.generator_recipe import GeneratorRecipe
+from lexel.train.tokens import TokenSource
 
 COUNT, LENGTH, CHANNELS = 10, 3, 5
 LENGTHS = np.array([1 + number % LENGTH for number in range(COUNT)])
@@ -282,3 +284,79 @@ def test_a_flow_over_the_vectors_of_codes_trains_on_captions(tmp_path, file):
     assert trained.finished
     weights = load_generator(tmp_path / "run").condition.fc1.weight
     assert weights.abs().sum() > 0
+
+
+def images_table(folder: Path, source: str, features: int = CHANNELS, length: int = LENGTH) -> dict:
+    """A recipe for a generator of captions over pictures of 4 x 4 that a new tokenizer encodes on the way."""
+    torch.manual_seed(0)
+    sizes = {"width": 8, "multipliers": [1, 1], "residual_blocks": 1, "attention_levels": [], "z_channels": 4}
+    quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
+    tokenizer = Tokenizer(TokenizerConfig(autoencoder=VQGANConfig(**sizes, groups=4), quantizer=quantizer)).eval()
+    tokenizer.save_pretrained(folder / "tokenizer")
+    network = {"codebook_size": 16, "rows": 2, "columns": 2, "width": 16, "layers": 1, "heads": 2}
+    return {
+        "generator": {**network, "condition": {"kind": "text", "features": features, "length": length}},
+        "data": {
+            "tokenizer": str(folder / "tokenizer"),
+            "images": {"source": source, "size": 4, "validation": 0.3},
+        },
+        "train": {"steps": 2, "batch_size": 4, "lr": 1e-3},
+    }
+
+
+@pytest.fixture
+def named(tmp_path) -> Path:
+    """The pictures, and features by their names in another order."""
+    array = pictures().array[:, :, :4]
+    np.savez(tmp_path / "images.npz", images=array, names=np.array(pictures().names))
+    return saved(tmp_path, features=features()[::-1], names=np.array(pictures().names[::-1]))
+
+
+def test_images_that_are_encoded_on_the_way_have_the_captions_of_their_names(tmp_path, named):
+    table = images_table(tmp_path, f"npz:{tmp_path / 'images.npz'}")
+    table["data"]["captions"] = str(named)
+    recipe = GeneratorRecipe.model_validate(table)
+    source = TokenSource(recipe, runtime("cpu"))
+    assert source.names["validation"]
+    for part, batch in (
+        ("training", next(source.batches(recipe.train, 0, 0, 1))),
+        ("validation", next(source.measured(8, None, 0, 1))),
+    ):
+        places = [int(source.names[part][number].split(".")[0]) for number in batch.numbers]
+        assert torch.equal(batch.captions, torch.from_numpy(features()[places]).half())
+    assert train_generator(recipe, tmp_path / "run", device="cpu").finished
+    saved(tmp_path, features=features(), names=np.array(pictures().names[::-1]))
+    table["train"]["steps"] = 3
+    with pytest.raises(UsageError, match="a run over other features of captions"):
+        train_generator(GeneratorRecipe.model_validate(table), tmp_path / "run", device="cpu")
+
+
+def test_captions_of_images_and_the_condition_go_together(tmp_path, named):
+    table = images_table(tmp_path, f"npz:{tmp_path / 'images.npz'}")
+    good = {"captions": str(named)}
+    for data, condition, message in (
+        ({}, {}, "needs data.captions or data.text_encoder"),
+        (good | {"text_encoder": "clip"}, {}, "give features of captions by captions, or a text_encoder"),
+        (good | {"caption_length": 5}, {}, "caption_length has no effect without text_encoder"),
+        (good, {"kind": "none"}, "have no effect with condition 'none'"),
+        (good | {"images": None, "tokens": "t"}, {}, "no effect without images"),
+    ):
+        generator = {**table["generator"], "condition": condition or table["generator"]["condition"]}
+        with pytest.raises(ValueError, match=message):
+            GeneratorRecipe.model_validate({**table, "generator": generator, "data": {**table["data"], **data}})
+    table["data"] |= good
+    table["generator"]["condition"] |= {"features": CHANNELS + 1}
+    with pytest.raises(UsageError, match=r"set generator\.condition\.length and .features to theirs"):
+        TokenSource(GeneratorRecipe.model_validate(table), runtime("cpu"))
+
+
+def test_exports_keep_the_features_of_captions(tmp_path, file):
+    parquet, webdataset = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("webdataset")
+    tokens = write(tmp_path / "t", file, crops=2)
+    expected = features().astype(np.float16)
+    (path,) = export_parquet(tokens, tmp_path / "p")
+    rows = parquet.read_table(path)["caption_features"].to_pylist()
+    assert np.array_equal(np.array(rows[::2], np.float16).reshape(expected.shape), expected)
+    (path,) = export_webdataset(tokens, tmp_path / "w")
+    samples = webdataset.WebDataset([str(path)], shardshuffle=False).decode()
+    assert np.array_equal(np.stack([sample["caption.npy"] for sample in samples]), expected)

@@ -96,6 +96,7 @@ def test_a_set_is_exported_with_captions_and_read_back_exactly(tokens, tmp_path)
         assert again[number][: len(caption)].tolist() == caption
         assert again[number][len(caption)] == again.format.begin
     assert (again.names, again.labels) == (list(tokens.names), [0, 1, 0, 1])
+    assert again.captions == list(tokens.captions)
     assert np.fromfile(tmp_path / "s" / "tokens.bin", "<u2").tolist() == np.asarray(again.ids).tolist()
     with pytest.raises(UsageError, match="raise offset"):
         export_sequences(tokens, tmp_path / "u", offset=100, text_ids=words)

@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_captions import images_table
 from test_data_tokens import pictures
 from typer.testing import CliRunner
 
 from lexel.autoencoders import VQGANConfig
 from lexel.cli import app
-from lexel.data.tokens import TokenSet
+from lexel.data.tokens import SequenceSet, TokenSet
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig
 from lexel.generators.config import network_config
+from lexel.runtime import runtime
 from lexel.text_encoder import EncodedCaptions, TextEncoder
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train.generator_recipe import GeneratorRecipe
+from lexel.train.tokens import TokenSource
 
 WORDS = ["[PAD]", "[UNK]", "a", "cat", "dog", "red", "on", "mat"]
 needs_transformers = pytest.mark.skipif(
@@ -74,8 +78,11 @@ def test_features_do_not_depend_on_the_captions_beside_and_end_with_them(encoder
 
 @needs_transformers
 def test_long_captions_are_cut_with_a_warning(encoder):
-    with pytest.warns(UserWarning, match="1 captions are cut at 3 tokens"):
-        assert TextEncoder(encoder, length=3).encode(["a red cat on a mat"]).shape == (1, 3, 16)
+    text = TextEncoder(encoder, length=3)
+    with pytest.warns(UserWarning, match="captions are cut at 3 tokens, the first 'a red cat"):
+        rows = text.encode(["a red cat on a mat"])
+    assert rows.shape == (1, 3, 16)
+    text.encode(["a red cat on a mat"])  # said once: warnings are errors here
 
 
 @needs_transformers
@@ -111,6 +118,14 @@ def test_the_commands_encode_captions_for_training_and_sampling(tmp_path, encode
     torch.testing.assert_close(tokens.features(range(10)), expected, atol=1e-3, rtol=0)
     assert tokens.facts["provenance"]["text_encoder"] == encoder.name
 
+    run(*common, "--out", tmp_path / "words", "--sequences", tmp_path / "s", "--text-vocabulary", encoder)
+    sequences = SequenceSet(tmp_path / "s")
+    assert sequences.format.offset == len(WORDS)
+    assert [sequences[number][:3].tolist() for number in (0, 1)] == [[2, 3, 25], [5, 4, 25]]  # a cat <begin>
+    words = ("--sequences", tmp_path / "x", "--text-vocabulary", encoder)
+    assert "less than the 8 ids" in run(*common, "--out", tmp_path / "x", *words, "--offset", 3, code=2)
+    assert "is for --sequences" in run(*common, "--out", tmp_path / "x", "--text-vocabulary", encoder, code=2)
+
     table = {"kind": "next_token", "codebook_size": 16, "rows": 2, "columns": 2, "width": 16, "layers": 1, "heads": 2}
     condition = {"kind": "text", "features": 16, "length": 3}
     generator = Generator(GeneratorConfig(transformer=network_config({**table, "condition": condition})))
@@ -119,3 +134,19 @@ def test_the_commands_encode_captions_for_training_and_sampling(tmp_path, encode
     run(*made, "--text-encoder", encoder, "--per-class", 3)
     assert np.load(tmp_path / "s.npy").shape == (6, 2, 2)
     assert "--text-encoder" in run(*made, code=2)
+
+
+@needs_transformers
+def test_images_that_are_encoded_on_the_way_have_the_features_that_a_token_set_of_them_keeps(tmp_path, encoder):
+    texts = [" ".join(WORDS[2 + number % 5 : 4 + number % 5]) for number in range(10)]
+    np.savez(tmp_path / "images.npz", images=pictures().array[:, :, :4], captions=np.array(texts))
+    table = images_table(tmp_path, f"npz:{tmp_path / 'images.npz'}", features=16, length=3)
+    table["data"] |= {"text_encoder": str(encoder), "caption_length": 3}
+    source = TokenSource(GeneratorRecipe.model_validate(table), runtime("cpu"))
+    expected = torch.from_numpy(TextEncoder(encoder, 3).encode(texts)).half()
+    held_out = [int(name.split(".")[0]) for name in source.names["validation"]]
+    trained = [number for number in range(10) if number not in held_out]
+    batch = next(source.batches(GeneratorRecipe.model_validate(table).train, 0, 0, 1))
+    torch.testing.assert_close(batch.captions, expected[trained][batch.numbers], atol=1e-3, rtol=0)
+    (batch,) = source.measured(8, None, 0, 1)
+    torch.testing.assert_close(batch.captions, expected[held_out][batch.numbers], atol=1e-3, rtol=0)

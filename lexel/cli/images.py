@@ -89,6 +89,13 @@ def encode(
     offset: Annotated[
         int, typer.Option(min=0, help="With --sequences: ids of the text vocabulary before the codes.")
     ] = 0,
+    text_vocabulary: Annotated[
+        str | None,
+        typer.Option(
+            help="With --sequences: text tokenizer (folder or hub id) whose ids of a picture's caption come before it; "
+            "--offset is then its size, or more."
+        ),
+    ] = None,
     sides: Annotated[
         int,
         typer.Option(
@@ -136,7 +143,7 @@ def encode(
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
     from lexel.runtime import runtime
-    from lexel.text_encoder import TextEncoder
+    from lexel.text_encoder import TextEncoder, TextVocabulary
 
     if (parts is None) != (engine is None) or (engine_option and not engine):
         raise UsageError("--parts N and --engine NAME go together, and --engine-option with them")
@@ -148,6 +155,11 @@ def encode(
         raise UsageError(
             "--parquet and --sequences need one grid for all images; give --size in pixels, or --webdataset"
         )
+    if text_vocabulary and not sequences:
+        raise UsageError("--text-vocabulary is for --sequences DIR")
+    words = TextVocabulary(text_vocabulary) if text_vocabulary else None
+    if words is not None and 0 < offset < len(words):
+        raise UsageError(f"--offset {offset} is less than the {len(words)} ids of {text_vocabulary}; leave it out")
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
@@ -172,11 +184,23 @@ def encode(
     if webdataset:
         export_webdataset(tokens, webdataset)
     if sequences:
-        export_sequences(tokens, sequences, offset, sides=sides)
+        offset = offset or (0 if words is None else len(words))
+        export_sequences(tokens, sequences, offset, text_ids=words, sides=sides)
 
 
 # Options of `encode` that a part does not get: those that share it out, and what is made of the whole set.
-OF_THE_WHOLE = {"part", "parts", "engine", "engine_option", "parquet", "webdataset", "sequences", "offset", "sides"}
+OF_THE_WHOLE = {
+    "part",
+    "parts",
+    "engine",
+    "engine_option",
+    "parquet",
+    "webdataset",
+    "sequences",
+    "offset",
+    "sides",
+    "text_vocabulary",
+}
 
 
 def run_parts(context: typer.Context, engine: str, parts: int, options: dict[str, Any], out: Path) -> None:

@@ -21,6 +21,11 @@ class TokensConfig(Config):
     validation: str | Annotated[float, Field(gt=0, lt=1)] = 0.05  # another such folder, or the share to hold out
     images: DataConfig | None = None  # instead of tokens: a fresh random crop of each image in every epoch
     tokenizer: str | None = None  # a run, a folder or a hub id; needed for images, and kept beside the generator
+    # Of images, for a text condition: a file with the features of their captions (.npy or .npz), or a text encoder of
+    # transformers (a folder or hub id) that makes them of the captions that the source has. Token sets keep theirs.
+    captions: str | None = None
+    text_encoder: str | None = None
+    caption_length: Annotated[int, Field(ge=1)] = 77  # with text_encoder: tokens of a caption at most
 
     @model_validator(mode="after")
     def _one_source(self) -> "TokensConfig":
@@ -29,6 +34,10 @@ class TokensConfig(Config):
         if self.images is not None and self.tokenizer is None:
             raise ValueError("images need the tokenizer that turns them into tokens")
         refuse_unused(self, ("validation",), self.tokens is not None, "tokens (for images set images.validation)")
+        refuse_unused(self, ("captions", "text_encoder"), self.images is not None, "images (a token set keeps its own)")
+        refuse_unused(self, ("caption_length",), self.text_encoder is not None, "text_encoder")
+        if self.captions and self.text_encoder:
+            raise ValueError("give features of captions by captions, or a text_encoder that makes them")
         return self
 
 
@@ -93,6 +102,15 @@ class GeneratorRecipe(Config):
     @model_validator(mode="after")
     def _buildable(self) -> "GeneratorRecipe":
         buildable(self.network)
+        given = self.data.captions or self.data.text_encoder
+        kind = (self.generator.condition or {"kind": "class"}).get("kind")
+        if given and kind in ("class", "none", "words"):
+            raise ValueError(
+                f"data.captions and data.text_encoder have no effect with condition {kind!r}; set generator.condition "
+                'to { kind = "text", features = ..., length = ... }, or leave them out'
+            )
+        if self.data.images is not None and kind == "text" and not given:
+            raise ValueError("a text condition over images needs data.captions or data.text_encoder")
         if self.train.evaluations and self.data.tokenizer is None:
             raise ValueError("train.evaluations need data.tokenizer, which makes images of the tokens sampled")
         for evaluation in self.train.evaluations:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lexel.conditions import Condition
 from lexel.data import Batch, ImageSet, training_batches
+from lexel.data.captions import Captions, stored
 from lexel.data.config import open_data
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
@@ -15,6 +16,7 @@ from lexel.generators import NetworkConfig
 from lexel.loading import load_tokenizer
 from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
+from lexel.text_encoder import TextEncoder, caption_features
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
 from lexel.train.validation import Places, require_readable
 
@@ -62,10 +64,13 @@ class TokenSource:
             tokens.require(self.tokenizer.fingerprint())
         classes = tokens.classes if tokens.labels is not None else None
         model.check_fits(tokens.token_spec, classes, str(tokens.folder))
-        _require_captions(model, tokens, self.validation)
+        first = [each.features(range(min(1, len(each)))) for each in (tokens, self.validation)]
+        _require_captions(model, first)
         others = self.validation.classes if self.validation.labels is not None else None
         self._validation_classes = _matching_classes(classes, others, str(self.validation.folder))
         self.names: dict[str, Sequence[str]] = {"training": self.training.names, "validation": self.validation.names}
+        if of_captions(model) and tokens.captions_fingerprint:
+            self.names["captions"] = [tokens.captions_fingerprint]
         self.fingerprint, self.class_names = tokens.fingerprint, None if classes is None else list(classes)
         counted = self.training.subset(evenly_spaced(len(self.training), COUNTED))
         self.histogram_bits = entropy_bits(counted.histogram())
@@ -80,9 +85,17 @@ class TokenSource:
         spec = self.tokenizer.token_spec(data.images.size, data.images.size)
         classes = _classes(self.images)
         model.check_fits(spec, classes, data.images.source)
+        captions: str | TextEncoder | None = data.captions
+        if data.text_encoder is not None:
+            captions = TextEncoder(data.text_encoder, data.caption_length, self.runtime)
+        source, sets = data.images.source, (self.images, self.image_validation)
+        self.captions, self.validation_captions = (caption_features(captions, each, source) for each in sets)
+        _require_captions(model, [_stored(self.captions, [0]), _stored(self.validation_captions, [0])])
         others = _classes(self.image_validation)
         self._validation_classes = _matching_classes(classes, others, "the validation set")
         self.names = {"training": self.images.names, "validation": self.image_validation.names}
+        if self.captions is not None:
+            self.names["captions"] = [self.captions.fingerprint()]
         self.fingerprint, self.class_names = self.tokenizer.fingerprint(), classes
 
     def batches(self, config: GeneratorTrainConfig, first: int, rank: int, processes: int) -> Iterator[TokenBatch]:
@@ -103,7 +116,7 @@ class TokenSource:
         )
         for batch in batches:
             self.unreadable.update(batches.unreadable)
-            yield self._encoded(batch)
+            yield self._encoded(batch, self.captions)
 
     def measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
         """Every validation image of this process once; with a limit so many of them all, evenly spaced."""
@@ -134,26 +147,41 @@ class TokenSource:
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
         places = Places(self.image_validation, self.transform, limit, self.workers, self.on_error)
-        yield from map(self._encoded, places.read(range(len(places))[rank::processes], batch_size))
+        for batch in places.read(range(len(places))[rank::processes], batch_size):
+            yield self._encoded(batch, self.validation_captions)
         self.unreadable.update(places.unreadable)
 
     @torch.no_grad()
-    def _encoded(self, batch: Batch) -> TokenBatch:
+    def _encoded(self, batch: Batch, captions: Captions | None) -> TokenBatch:
         assert self.tokenizer is not None
         with self.runtime.autocast():
             indices = self.tokenizer.tokens(self.tokenizer.latents(batch.images.to(self.runtime.device)))
-        return TokenBatch(indices, batch.labels, batch.numbers)
+        return TokenBatch(indices, batch.labels, batch.numbers, _stored(captions, batch.numbers.tolist()))
 
 
-def _require_captions(model: NetworkConfig, *sets: TokenSet) -> None:
-    """Refuses, before anything begins, a text condition on tokens without captions, or with others than it takes."""
-    if model.condition is None or model.condition.get("kind") != "text":
+def _stored(captions: Captions | None, numbers: Sequence[int]) -> Tensor | None:
+    """Features of captions as a token set keeps them, float16 (n, length, channels); None without captions."""
+    return None if captions is None else torch.from_numpy(stored(captions, numbers))
+
+
+def of_captions(model: NetworkConfig) -> bool:
+    """Whether images are generated from features of captions."""
+    return model.condition is not None and model.condition.get("kind") == "text"
+
+
+def _require_captions(model: NetworkConfig, first: Sequence[Tensor | None]) -> None:
+    """Refuses, before anything begins, a text condition without captions, or with others than it takes.
+
+    Args:
+        model: the network.
+        first: the features (n, length, channels) of a caption of each set; None where there are none.
+    """
+    if not of_captions(model):
         return
     with torch.random.fork_rng(devices=[]):  # the weights of this condition are not the run's
         condition = model.make_condition(1)
-    for tokens in sets:
-        numbers = range(min(1, len(tokens)))
-        condition.of_batch(TokenBatch(tokens.tokens(numbers), None, torch.tensor(numbers), tokens.features(numbers)))
+    for features in first:
+        condition.of_batch(TokenBatch(torch.zeros(0, dtype=torch.long), None, torch.zeros(0), features))
 
 
 def _classes(images: ImageSet) -> list[str] | None:

@@ -19,8 +19,9 @@ def export_parquet(
     """Writes a token set as Parquet: one row for each version of each image.
 
     Columns: `name`, `label` (class number) and `class` where there are labels, `caption` where there are captions,
-    `crop`, `indices` (a list of fixed length, the grid row by row), and `sequence` (ids for a language model) if a
-    format is given. What `tokens.json` says is in the schema's metadata under `lexel`.
+    `caption_features` where there are features of captions (float16, a caption's rows one after the other), `crop`,
+    `indices` (a list of fixed length, the grid row by row), and `sequence` (ids for a language model) if a format is
+    given. What `tokens.json` says is in the schema's metadata under `lexel`.
 
     Returns:
         The files, of at most `rows` rows each.
@@ -48,6 +49,11 @@ def export_parquet(
             columns["class"] = pa.array([_text(tokens.classes[label]) for label in labels])
         if tokens.captions is not None:
             columns["caption"] = pa.array([_text(tokens.captions[number]) for number in repeated])
+        features = tokens.features(repeated)
+        if features is not None:
+            rows_of = features.flatten(1).numpy()
+            flat = pa.array(rows_of.ravel(), pa.float16())
+            columns["caption_features"] = pa.FixedSizeListArray.from_arrays(flat, rows_of.shape[1])
         if sequences is not None:
             shaped = indices.reshape(-1, *grid)
             columns["sequence"] = pa.array(list(sequences.ids(shaped).astype(sequences.dtype)))
@@ -65,8 +71,9 @@ def export_webdataset(
     """Writes a token set as WebDataset tar files: one sample for each image.
 
     A sample holds `indices.npy` (crops, *grid), `cls` (the class number, where there are labels) and `json` (name,
-    class and the tokenizer's fingerprint), `txt` (the caption, where there are captions) and, if a format is given,
-    `sequence.npy` (crops, length) with ids for a language model. Its key is the number of the image.
+    class and the tokenizer's fingerprint), `txt` (the caption, where there are captions), `caption.npy` (float16, the
+    features (length, channels) of the caption, where there are any) and, if a format is given, `sequence.npy` (crops,
+    length) with ids for a language model. Its key is the number of the image.
 
     Returns:
         The files, of at most `rows` samples each.
@@ -92,6 +99,9 @@ def export_webdataset(
                     sample["json"]["class"] = tokens.classes[sample["cls"]]
                 if tokens.captions is not None:
                     sample["txt"] = _text(tokens.captions[number])
+                features = tokens.features([number])
+                if features is not None:
+                    sample["caption.npy"] = features[0].numpy()
                 if sequences is not None:
                     sample["sequence.npy"] = sequences.ids(indices).astype(sequences.dtype)
                 writer.write(sample)

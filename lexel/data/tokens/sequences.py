@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lexel import checkpoint
 from lexel.arrays import read_array
@@ -194,6 +194,13 @@ class _Facts(Description):
     names: list[str]
     labels: list[Count] | None
     classes: list[str]
+    texts: list[str] | None = None  # captions as they are; left out in what was written before
+
+    @model_validator(mode="after")
+    def _one_text_an_image(self) -> "_Facts":
+        if self.texts is not None and len(self.texts) != self.images:
+            raise ValueError(f"there are {len(self.texts)} texts for {self.images} images")
+        return self
 
 
 class SequenceSet:
@@ -203,6 +210,7 @@ class SequenceSet:
         format: how ids and indices belong together.
         ids: all sequences, one after the other: uint16 or uint32.
         names, labels, classes: of the images; sequence s is version s % crops of image s // crops.
+        captions: one per image, or None; `text_ids` of the export made the ids before `begin` of them.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -220,6 +228,7 @@ class SequenceSet:
         grid = tuple(facts.grid)
         self.format = SequenceFormat(grid, facts.codebook_size, facts.offset, facts.rows, facts.ends, facts.sides)
         self.names, self.labels, self.classes, self.crops = facts.names, facts.labels, facts.classes, facts.crops
+        self.captions = facts.texts
         self._index = read_array(folder / INDEX, f"{facts.images * facts.crops + 1}", np.int64)
         size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
         steps = np.diff(self._index)
@@ -288,6 +297,7 @@ def export_sequences(
         "images": len(tokens), "ids": index[-1], "captions": text_ids is not None, "fingerprint": tokens.fingerprint,
         "names": list(tokens.names), "labels": None if tokens.labels is None else tokens.labels.tolist(),
         "classes": tokens.classes, **({"sides": sides} if sides else {}),
+        **({} if tokens.captions is None else {"texts": list(tokens.captions)}),
     }  # fmt: skip
     with atomic_write(folder / FACTS) as file:
         file.write(sealed(facts))

@@ -57,6 +57,7 @@ class TokenSet:
         classes: the name of each class.
         captions: one per image, or None.
         caption_features: length and channels of the features of each caption, or None.
+        captions_fingerprint: names these features, or None.
         attribution: what must be shown beside these images, or None.
         unreadable: the reasons of the images left out, by name.
         facts: all of `tokens.json`.
@@ -89,6 +90,7 @@ class TokenSet:
         )
         layout = manifest.caption_features
         self.caption_features = None if layout is None else (layout.length, layout.channels)
+        self.captions_fingerprint = None if layout is None else layout.fingerprint
         self._feature_digests = [shard.caption_features.sha256 for shard in shards if shard.caption_features]
         self._feature_shards: dict[int, np.ndarray] = {}
         self.unreadable: dict[str, str] = {name: why for shard in shards for name, why in shard.unreadable.items()}
