@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lexel.conditions import Condition
+from lexel.generators.network import ConditionedNetwork
 
 if TYPE_CHECKING:
     from lexel.generators.masked import MaskedConfig
@@ -104,27 +103,16 @@ class PostNormBlock(nn.Module):
         return cast(Tensor, self.norm2(x + self.feed_forward(x)))
 
 
-class Bidirectional(nn.Module):
+class Bidirectional(ConditionedNetwork):
     """What the networks share: condition, embeddings of K codes and the mask, learned positions, initial values."""
 
     blocks: nn.ModuleList
 
     def __init__(self, config: "MaskedConfig") -> None:
-        super().__init__()
-        self.config = config
-        condition = config.make_condition(config.width)
-        self.condition_name = condition.name
-        self.add_module(condition.name, condition)
+        super().__init__(config, config.width)
         self.tokens = nn.Embedding(config.codebook_size + 1, config.width)  # the last row is the mask's
-        self.positions = nn.Parameter(torch.zeros(condition.length + config.tokens, config.width))
+        self.positions = nn.Parameter(torch.zeros(self.condition.length + config.tokens, config.width))
         self.dropout = nn.Dropout(config.dropout)
-        # Recompute the activations of every block in the backward pass: the memory of one block, a third more time.
-        self.checkpointing = False
-
-    @property
-    def condition(self) -> Condition:
-        """The condition's module."""
-        return cast(Condition, self.get_submodule(self.condition_name))
 
     @torch.no_grad()
     def initialise(self) -> None:
@@ -135,12 +123,6 @@ class Bidirectional(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.positions, std=0.02, a=-0.04, b=0.04)
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block's output; recomputed in the backward pass where `checkpointing` says so."""
-        if self.checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return cast(Tensor, block(*inputs))
 
     def embed(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """Rows of the condition, then the tokens', with their positions: (B, L + T, C)."""

@@ -11,16 +11,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lexel.conditions import Condition
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.generators.base import FREE, Generator, Predicted, cross_entropy
 from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import FeedForward
 from lexel.generators.config import NetworkConfig
-from lexel.generators.network import chosen_layers
+from lexel.generators.network import ConditionedNetwork, chosen_layers
 
 EPSILON = 1e-6  # of every norm
 
@@ -108,19 +106,18 @@ class Block(nn.Module):
         return x + gate2 * cast(Tensor, self.feed_forward(y))
 
 
-class RandomOrderTransformer(nn.Module):
+class RandomOrderTransformer(ConditionedNetwork):
     """Logits of tokens in any order: [start, condition, tokens], each position told where the next token is.
 
     Attributes:
         prefix: positions before the tokens.
     """
 
+    config: RandomOrderConfig
+
     def __init__(self, config: RandomOrderConfig) -> None:
-        super().__init__()
-        self.config = config
-        condition = config.make_condition(config.width)
-        self.condition_name, self.prefix = condition.name, 1 + condition.length
-        self.add_module(condition.name, condition)
+        super().__init__(config, config.width)
+        self.prefix = 1 + self.condition.length
         length = self.prefix + config.tokens
         self.tokens = nn.Embedding(config.codebook_size, config.width)
         self.first = nn.Parameter(torch.zeros(config.width))
@@ -131,7 +128,6 @@ class RandomOrderTransformer(nn.Module):
         self.norm = nn.LayerNorm(config.width, EPSILON, elementwise_affine=False)
         self.modulation = nn.Linear(config.width, 2 * config.width)  # of the last norm
         self.head = nn.Linear(config.width, config.codebook_size)
-        self.checkpointing = False
         self.initialise()
 
     @torch.no_grad()
@@ -147,11 +143,6 @@ class RandomOrderTransformer(nn.Module):
         for modulation in [self.modulation, *(cast(Block, block).modulation for block in self.blocks)]:
             nn.init.zeros_(modulation.weight)
 
-    @property
-    def condition(self) -> Condition:
-        """The condition's module."""
-        return cast(Condition, self.get_submodule(self.condition_name))
-
     def embed(self, tokens: Tensor, rows: Tensor, orders: Tensor) -> Tensor:
         """Inputs (B, prefix + T', C) of the first T' tokens in their order; `orders` (B, T) has places of all."""
         count = tokens.shape[1]
@@ -166,12 +157,6 @@ class RandomOrderTransformer(nn.Module):
 
     def _placed(self, orders: Tensor) -> Tensor:
         return self.positions[self.prefix :][orders]
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block's output; recomputed in the backward pass where `checkpointing` says so."""
-        if self.checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return cast(Tensor, block(*inputs))
 
     def finish(self, x: Tensor, vector: Tensor) -> Tensor:
         """Logits after hidden states."""

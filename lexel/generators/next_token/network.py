@@ -12,15 +12,14 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lexel.conditions import Condition
+from lexel.generators.network import ConditionedNetwork
 from lexel.generators.next_token.blocks import EPSILON, Block, ConditionalBlock, GPTBlock, RMSNorm, rope_table
 from lexel.generators.next_token.config import NextTokenConfig
 from lexel.generators.next_token.heads import FactorisedHead, Head, PlainHead
 
 
-class Transformer(nn.Module):
+class Transformer(ConditionedNetwork):
     """Logits of every token given those before it and the condition.
 
     The condition's rows come first, then the tokens. Where it modulates (`config.adaptive`), the scales, shifts and
@@ -32,24 +31,20 @@ class Transformer(nn.Module):
     modulation: nn.Linear | None
     learned_positions: nn.Parameter | None  # (L + T - 1, C), the last token is no input; None with rotary ones
 
+    config: NextTokenConfig
+
     def __init__(self, config: NextTokenConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config, config.width)
         self.prediction: Head = FactorisedHead(config) if config.factorised else PlainHead(config)
         width, heads, dropout = config.width, config.heads, config.dropout
-        condition = config.make_condition(width)
-        self.condition_name = condition.name
-        self.add_module(condition.name, condition)
         self.dropout = nn.Dropout(dropout)
         gpt = config.network == "gpt"
         self.norm = nn.LayerNorm(width, EPSILON) if gpt else RMSNorm(width)
-        # Recompute the activations of every block in the backward pass: the memory of one block, a third more time.
-        self.checkpointing = False
 
         self.prediction.add_inputs(self)
         block = GPTBlock if gpt else ConditionalBlock if config.adaptive else Block
         self.blocks = nn.ModuleList(block(width, heads, dropout) for _ in range(config.layers))
-        rows = condition.length + config.tokens - 1
+        rows = self.condition.length + config.tokens - 1
         self.register_parameter("learned_positions", nn.Parameter(torch.zeros(rows, width)) if gpt else None)
         self.modulation = nn.Linear(width, 2 * width) if config.adaptive else None  # of the last norm
         self.prediction.add_outputs(self)
@@ -71,11 +66,6 @@ class Transformer(nn.Module):
             self.modulation.weight.mul_(0.5)
         for output in self.prediction.outputs(self):
             output.weight.zero_()
-
-    @property
-    def condition(self) -> Condition:
-        """The condition's module, which has another name for each kind, as published files have."""
-        return cast(Condition, self.get_submodule(self.condition_name))
 
     @property
     def vocabularies(self) -> tuple[int, ...]:
@@ -108,12 +98,6 @@ class Transformer(nn.Module):
         angles = table.new_zeros(rows, *table.shape[1:])
         angles[..., 0] = cosine
         return angles
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block's output; recomputed in the backward pass where `checkpointing` says so."""
-        if self.checkpointing and self.training:
-            return cast(Tensor, checkpoint(block, *inputs, use_reentrant=False))
-        return cast(Tensor, block(*inputs))
 
     def inputs(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What the blocks read of indices (B, T) and a checked condition (B, ...).
