@@ -11,11 +11,11 @@ from PIL import Image
 from test_generators import NETWORKS, make
 from torch import Tensor
 
-from lexel import load
+from lexel import codec, load
 from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
 from lexel.cli import main
-from lexel.cli.options import PIXELS
+from lexel.cli.options import NATIVE_PIXELS, PIXELS
 from lexel.codebooks import grow, prune, split_codes, usage, used_codes, write_pruned
 from lexel.codec import Codec
 from lexel.data import PIXEL_LIMIT, open_images, to_images
@@ -345,8 +345,8 @@ def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
     assert evaluate_tokenizer(whole, pictures, **alike)["metrics"] == grey["metrics"]
 
 
-def test_the_command_lines_limit_on_pixels_is_the_librarys():
-    assert PIXELS == PIXEL_LIMIT
+def test_the_command_lines_limits_on_pixels_are_the_librarys():
+    assert (PIXELS, NATIVE_PIXELS) == (PIXEL_LIMIT, codec.NATIVE_PIXELS)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct", "probe"])

@@ -14,7 +14,7 @@ from lexel.errors import UsageError
 from lexel.evaluate import PROTOCOLS
 from lexel.evaluate.rules import find_protocol
 from lexel.registry import build, fits, lookup, names
-from lexel.tables import entries
+from lexel.tables import TABLES, entries
 
 
 class Thing:
@@ -94,3 +94,10 @@ def test_a_tuple_of_fixed_length_is_checked_item_by_item():
     assert fits([0.9, 0.99], tuple[float, float])
     assert not fits([0.9], tuple[float, float])
     assert not fits([0.9, "x"], tuple[float, ...])
+
+
+def test_every_entry_of_a_table_has_a_line_of_its_own():
+    for table in TABLES:
+        lines = dict(entries(table))
+        assert all(lines.values()), (table, lines)
+        assert len({*lines.values()}) == len(lines), (table, lines)

@@ -72,7 +72,9 @@ class DynamicConfig(ConvolutionalConfig):
 
 
 class Dynamic(Convolutional):
-    """Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back; regions of 2x2 are fine or coarse.
+    """DQ-VAE's convolutions with a router, which keeps four tokens or one of each region.
+
+    Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back; regions of 2x2 are fine or coarse.
 
     A router looks at every region of 2x2 latents and keeps either its four fine latents or one coarse latent, which
     then stands in all four places. Tokens are thus a map (B, H / f, W / f) in which a coarse region repeats one code,

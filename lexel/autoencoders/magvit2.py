@@ -41,7 +41,9 @@ class MagvitConfig(PlainConfig):
 
 
 class Magvit(Convolutional):
-    """Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
+    """Open-MAGVIT2's convolutions, whose decoder is scaled and shifted by the latents' statistics.
+
+    Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
 
     Args:
         config: see `MagvitConfig`.

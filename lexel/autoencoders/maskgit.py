@@ -25,7 +25,9 @@ class MaskGITConfig(ConvolutionalConfig):
 
 
 class MaskGIT(Convolutional):
-    """Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
+    """MaskGIT's convolutions, without attention.
+
+    Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
 
     Args:
         config: see `MaskGITConfig`.

@@ -12,7 +12,9 @@ class SimVQConfig(PlainConfig):
 
 
 class SimVQAutoencoder(Magvit):
-    """Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
+    """SimVQ's: Open-MAGVIT2's convolutions without the latents' statistics in the decoder.
+
+    Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back, f = 2^(levels - 1).
 
     Args:
         config: see `SimVQConfig`.

@@ -77,7 +77,9 @@ class TiTokConfig(AutoencoderConfig):
 
 
 class TiTok(Autoencoder):
-    """Images (B, C, H, W) of one size to latents (B, width, tokens), and back.
+    """TiTok's transformers: tokens in a row (1-D), for images of one size.
+
+    Images (B, C, H, W) to latents (B, width, tokens), and back.
 
     With `head = "codes"` the decoder predicts another tokenizer's codes: `code_logits` has them. Images then are the
     other decoder's, of the expected code of each place (`proxy.pixels`); in the first stage of training there is none.

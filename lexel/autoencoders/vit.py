@@ -31,7 +31,9 @@ class ViTConfig(AutoencoderConfig):
 
 
 class ViT(Autoencoder):
-    """Images (B, C, H, W) to latents (B, width, H / patch, W / patch) and back; any multiples of the patch.
+    """ViT-VQGAN's transformers over patches.
+
+    Images (B, C, H, W) to latents (B, width, H / patch, W / patch) and back; any multiples of the patch.
 
     Args:
         config: see `ViTConfig`.

@@ -57,7 +57,9 @@ class VQGANConfig(ConvolutionalConfig):
 
 
 class VQGAN(Convolutional):
-    """Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back; any multiples of the factor f.
+    """VQGAN's and IBQ's convolutions, with attention at the deepest level.
+
+    Images (B, C, H, W) to latents (B, z_channels, H / f, W / f) and back; any multiples of the factor f.
 
     Args:
         config: see `VQGANConfig`.

@@ -24,7 +24,9 @@ class VQVAEConfig(AutoencoderConfig):
 
 
 class VQVAE(Autoencoder):
-    """Images (B, C, H, W) to latents (B, width, H / f, W / f) and back, f = 2 or 4; any multiples of f.
+    """The original VQ-VAE's strided convolutions and residual blocks, without normalization: the smallest.
+
+    Images (B, C, H, W) to latents (B, width, H / f, W / f) and back, f = 2 or 4; any multiples of f.
 
     Args:
         config: see `VQVAEConfig`.

@@ -34,7 +34,9 @@ class VQVAE2Config(AutoencoderConfig):
 
 
 class VQVAE2(Autoencoder):
-    """Images (B, C, H, W) to latents (B, z_channels, T) and back: a coarse grid H / 8 x W / 8, then one twice as fine.
+    """VQ-VAE-2's convolutions: a coarse grid of tokens, then one twice as fine.
+
+    Images (B, C, H, W) to latents (B, z_channels, T) and back; the grids are H / 8 x W / 8 and H / 4 x W / 4.
 
     The fine latents are made of the image and of the coarse level's codes. T counts the cells of both grids, so
     images are squares unless `size` says what they are.

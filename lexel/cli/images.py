@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lexel.cli.options import (
+    NATIVE_PIXELS,
     PIXELS,
     BatchSize,
     DataArgument,
     Device,
+    MaxPixels,
     Out,
     PartOption,
     PixelLimit,
@@ -33,15 +35,14 @@ if TYPE_CHECKING:
 
 def reconstruct(
     source: RunArgument,
-    paths: Annotated[list[str], typer.Argument(help="Folders or image files, or openmoji, photos.")],
+    paths: Annotated[list[str], typer.Argument(help="Image files or folders, or tar:..., openmoji, photos, ...")],
     out: Out,
     size: Size = None,
     transform: TransformName = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Put the original to the left of each reconstruction.")
     ] = False,
-    max_pixels: Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")] = 2
-    ** 22,
+    max_pixels: MaxPixels = NATIVE_PIXELS,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
     pixel_limit: PixelLimit = PIXELS,
@@ -114,8 +115,7 @@ def encode(
         typer.Option("--engine-option", metavar="name=value", help="Of the engine: gpus_per_node=1, num_gpus=1, ..."),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
-    max_pixels: Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")] = 2
-    ** 22,
+    max_pixels: MaxPixels = NATIVE_PIXELS,
     captions: Annotated[
         Path | None,
         typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),

@@ -8,6 +8,7 @@ import typer
 
 from lexel.cli.options import (
     PIXELS,
+    SOURCES,
     BatchSize,
     Device,
     PartOption,
@@ -30,7 +31,7 @@ def evaluate(
     source: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="A tokenizer: a run, a model folder, ...; not with --samples.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Real images: a folder, or openmoji, photos.")] = None,
+    data: Annotated[str | None, typer.Option(help=f"Real images: {SOURCES}.")] = None,
     samples: Annotated[str | None, typer.Option(help="Generated images: a folder, an .npz or a token set.")] = None,
     reference: Annotated[
         str | None, typer.Option(help="Real images to compare samples with: a folder or an .npz.")

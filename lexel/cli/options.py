@@ -35,12 +35,16 @@ TransformName = Annotated[
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
+NATIVE_PIXELS = 2**22  # lexel.codec.NATIVE_PIXELS, likewise
 PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, a model folder, a published checkpoint or a hub id.")
 ]
-DataArgument = Annotated[str, typer.Argument(metavar="DIR", help="A folder of images, or openmoji, photos.")]
+SOURCES = "a folder, tar:..., openmoji, photos, ... (lexel list sources)"
+DataArgument = Annotated[str, typer.Argument(metavar="DIR", help=f"Images: {SOURCES}.")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")]
+TrainingPrecision = Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 PartOption = Annotated[
     str | None,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lexel.cli.options import Device, Out, Set, names, print_end, print_grid, progress
+from lexel.cli.options import SOURCES, Device, Out, Set, TrainingPrecision, names, print_end, print_grid, progress
 
 Changes = Annotated[
     list[str] | None,
@@ -14,7 +14,7 @@ Changes = Annotated[
 
 
 def tables(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Pictures: a folder, tar:..., openmoji, photos, ...")],
+    data: Annotated[str, typer.Argument(metavar="DATA", help=f"Images: {SOURCES}.")],
     out: Out,
     only: Annotated[
         str, typer.Option(help="Tables, comma-separated: design,size,dimension,depth,lfq,soft,costs,... Default: all.")
@@ -38,9 +38,7 @@ def tables(
     set_: Set = None,
     set_generator: Changes = None,
     device: Device = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help="Training precision: float32, bf16 or fp16. Default: the recipes'.")
-    ] = None,
+    precision: TrainingPrecision = None,
 ) -> None:
     """Runs the IBQ paper's tables, small, on your pictures: one page with the published numbers beside; resumable."""
     from lexel.paper import read_tables, run_tables

@@ -15,6 +15,7 @@ from lexel.cli.options import (
     Precision,
     Set,
     Split,
+    TrainingPrecision,
     integers,
     names,
     print_end,
@@ -62,7 +63,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the resolved recipe, parameters and estimated memory, and exit.")
     ] = False,
     device: Device = "auto",
-    precision: Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")] = None,
+    precision: TrainingPrecision = None,
 ) -> None:
     """Trains a tokenizer or a generator; the same command again resumes, bit for bit."""
     from lexel.distributed import launched_rank
@@ -119,9 +120,7 @@ def compare(
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate on at most this many held-out images.")] = None,
     set_: Set = None,
     device: Device = "auto",
-    precision: Annotated[
-        str | None, typer.Option(help="Training precision: float32, bf16 or fp16. Default: the recipe's.")
-    ] = None,
+    precision: TrainingPrecision = None,
     halving: Annotated[
         bool,
         typer.Option(

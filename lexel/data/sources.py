@@ -32,6 +32,7 @@ ENDINGS = {".npz": "npz", ".npy": "npz", ".tar": "tar", ".parquet": "parquet", "
 
 
 def _folder(location: str, options: OpenOptions) -> ImageSet:
+    """The images of a folder, in any nesting; where all lie in subfolders, the first level names their classes."""
     path = expanded(location)
     if not path.is_dir():
         raise UsageError(f"{location} is no folder; give a folder of images")
@@ -39,6 +40,7 @@ def _folder(location: str, options: OpenOptions) -> ImageSet:
 
 
 def _file(location: str, options: OpenOptions) -> ImageSet:
+    """A single image."""
     path = expanded(location)
     if not path.exists():
         raise UsageError(f"there is no file {location!r}; give the path of an image")
@@ -52,6 +54,11 @@ def _file(location: str, options: OpenOptions) -> ImageSet:
     return open_file(path, options.pixel_limit, options.channels, options.depth)
 
 
+def _mixture(location: str, options: OpenOptions) -> ImageSet:
+    """Several sources, each as often as its weight says: `mixture:0.7*folder:photos + 0.3*openmoji`."""
+    return open_mixture(location, options, _opened)
+
+
 SOURCES: dict[str, Opener] = {
     "folder": _folder,
     "file": _file,
@@ -61,7 +68,7 @@ SOURCES: dict[str, Opener] = {
     "parquet": open_parquet,
     "datasets": open_datasets,
     "list": open_list,
-    "mixture": lambda location, options: open_mixture(location, options, _opened),
+    "mixture": _mixture,
     "openmoji": embedded.openmoji,
     "openmoji-subcategories": embedded.openmoji_subcategories,
     "photos": embedded.photos,

@@ -78,11 +78,7 @@ class Nested(Residual):
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         if not 1 <= indices.shape[1] <= self.books:
             raise UsageError(f"indices must have 1 to {self.books} levels, got {tuple(indices.shape)}")
-        codes = [
-            level.indices_to_codes(part) * self.shrink**q
-            for q, (level, part) in enumerate(zip(self, indices.unbind(1), strict=False))
-        ]
-        return torch.stack(codes).sum(0)
+        return super().indices_to_codes(indices)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -91,11 +87,9 @@ class Nested(Residual):
         results = self.levels_of(z)
         indices = torch.stack([result.indices for result in results], 1)
         kept = self.draw(len(z), z.device).view(-1, *[1] * (z.dim() - 1))  # (B, 1, *1)
-        own = [result.z_q * self.shrink**q for q, result in enumerate(results)]
-        if self.gradient in GRADIENTS:
-            levels = zip(self, indices.unbind(1), strict=True)
-            own = [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(levels)]
+        skips = self.gradient in GRADIENTS  # the decoder's gradient reaches no code
+        own = self.codes_of_levels(indices) if skips else [r.z_q * self.shrink**q for q, r in enumerate(results)]
         z_q = torch.stack([part.where(q < kept, torch.zeros_like(part)) for q, part in enumerate(own)]).sum(0)
-        if self.gradient in GRADIENTS:
+        if skips:
             z_q = GRADIENTS[self.gradient](z, z_q)
         return Quantized(z_q, indices, mean_terms([result.losses for result in results]))

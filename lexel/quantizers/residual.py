@@ -59,9 +59,12 @@ class Residual(Stacked):
         return torch.stack([level.codebook * self.shrink**q for q, level in enumerate(self)])
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        parts = zip(self, indices.unbind(1), strict=True)
-        codes = [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(parts)]
-        return torch.stack(codes).sum(0)
+        return torch.stack(self.codes_of_levels(indices)).sum(0)
+
+    def codes_of_levels(self, indices: Tensor) -> list[Tensor]:
+        """What each level adds to the code, (B, D, *grid); of the first levels alone where `prefixes` allows it."""
+        parts = zip(self, indices.unbind(1), strict=not self.prefixes)
+        return [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(parts)]
 
     @torch.no_grad()
     @full_precision
