@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-from processes import run_together
 from test_generators_latents import FAMILIES as LATENTS
 from test_transformer import shake
 
@@ -91,29 +90,6 @@ def test_an_image_depends_on_neither_its_batch_nor_its_place(name, condition):
     alone = generator.sample(rows(asked, [2]), image_numbers=[2], **settings)
     assert torch.equal(alone[0], together[2])
     assert not torch.equal(generator.sample(asked, **{**settings, "seed": 4}), together)
-
-
-def test_two_processes_make_the_images_of_one(tmp_path):
-    generators = {name: make(name) for name in NETWORKS}
-    for name, generator in generators.items():
-        generator.save_pretrained(tmp_path / name)
-    script = (
-        "import json, os, sys, torch, lexel\n"
-        "torch.set_num_threads(1)\n"
-        "rank, families = int(os.environ['RANK']), json.loads(sys.argv[2])\n"
-        "numbers, found = list(range(5))[rank::2], {}\n"
-        "for name, options in families.items():\n"
-        "    generator = lexel.Generator.from_pretrained(f'{sys.argv[1]}/{name}')\n"
-        "    labels = [n % 4 for n in numbers]\n"
-        "    found[name] = generator.sample(labels, 2.0, seed=9, image_numbers=numbers, **options).tolist()\n"
-        "print(json.dumps(found))\n"
-    )
-    families = json.dumps({name: options(name) for name in NETWORKS})
-    outputs = [json.loads(said) for said in run_together(script, [tmp_path, families])]
-    for name, generator in generators.items():
-        expected = generator.sample([0, 1, 2, 3, 0], 2.0, seed=9, **options(name))
-        for rank, output in enumerate(outputs):
-            assert torch.equal(torch.tensor(output[name]), expected[rank::2]), name
 
 
 def test_given_tokens_stay_and_the_rest_is_sampled(name):

@@ -155,6 +155,16 @@ def test_a_folder_gives_the_same_generator_back(name, tmp_path):
         assert all(parameter.is_meta for parameter in Generator(generator.config).parameters())
 
 
+def test_a_likelihood_does_not_depend_on_the_batch_where_there_is_one(name):
+    generator = make(name)
+    tokens, labels = some_tokens(generator, 3), torch.tensor([0, 2, 4])
+    together = generator.nll(tokens, labels)
+    assert (together is not None) == generator.has_likelihood == (name.split("-")[0] in ("next_scale", "residual"))
+    if together is not None:
+        assert together.shape == (3, math.prod(generator.grid))
+        torch.testing.assert_close(generator.nll(tokens[1:2], labels[1:2]), together[1:2], rtol=1e-12, atol=1e-12)
+
+
 def test_no_images_are_an_empty_batch(name):
     generator = make(name)
     assert generator.sample([], **OPTIONS[name]).shape == (0, *generator.grid)

@@ -128,7 +128,7 @@ def test_a_training_runs_beside_an_accelerator_of_another_precision():
         AcceleratorState._reset_state(True)
 
 
-def work(rank, count, folder, port, cases):
+def work(rank, count, folder, port, cases, learn):
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank}
@@ -136,17 +136,17 @@ def work(rank, count, folder, port, cases):
     AcceleratorState._reset_state(True)  # of the process that this one is a copy of
     processes = Processes("cpu")
     assert processes.count == count
-    torch.save([trained(options, processes) for options in cases], folder / f"{rank}.pt")
+    torch.save([learn(options, processes) for options in cases], folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
-def on_several(count: int, folder: Path, cases):
+def on_several(count: int, folder: Path, cases, learn=trained):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Forked: fresh processes would each import torch.
-    multiprocessing.start_processes(work, args=(count, folder, port, cases), nprocs=count, start_method="fork")
+    multiprocessing.start_processes(work, args=(count, folder, port, cases, learn), nprocs=count, start_method="fork")
     return [torch.load(folder / f"{rank}.pt") for rank in range(count)]
 
 
