@@ -39,6 +39,7 @@ from lexel.kernels.scores import (
 ROWS = 1024  # rows scanned together
 GROUP = 16  # codes that share one maximum
 WIDTH = 16  # near codes listed for a row; a row with more is wide
+SMALLEST_HALF = 64  # dimensions from which a CPU scans faster in bfloat16: below, what it saves goes into conversions
 SMALLEST_INT8, LARGEST_INT8 = 128, 2**16  # dimensions: below, int8 is no faster; above, sums may leave an int32
 NEAR_GROUPS = {torch.int8: 64}  # groups scored again for a row before a finer scan is cheaper; WIDTH for other scans
 
@@ -207,7 +208,8 @@ def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Ten
 
 
 def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
-    if queries.dtype != torch.float32 or len(queries) * len(keys) < 2**20 or keys.shape[1] < 32:
+    smallest = SMALLEST_HALF if queries.device.type == "cpu" else 32
+    if queries.dtype != torch.float32 or len(queries) * len(keys) < 2**20 or keys.shape[1] < smallest:
         return queries.dtype
     if has_half_products(queries.device):
         return torch.bfloat16
