@@ -93,8 +93,12 @@ def cases() -> dict[str, tuple[Tensor, Tensor, dict]]:
     }
 
 
+@pytest.mark.parametrize("together", [1024, 33])
 @pytest.mark.parametrize("case", cases())
-def test_float32_is_no_further_from_float64_than_the_dense_path(case):
+def test_float32_is_no_further_from_float64_than_the_dense_path(case, together, monkeypatch):
+    from lexel.kernels import tiled
+
+    monkeypatch.setattr(tiled, "codes_at_a_time", lambda keys: together)  # 33: codes are taken in several tiles
     z, codebook, options = cases()[case]
     exact = outcome(z, codebook, "oracle", **options)
     dense = outcome(z, codebook, "oracle", torch.float32, **options)
@@ -419,8 +423,9 @@ def test_no_tensor_grows_with_rows_times_codes():
     assert seen.largest <= rows * size / 16  # the maxima of groups; the dense path makes nine of rows x size
 
 
+@pytest.mark.parametrize("together", [1024, 100])
 @pytest.mark.parametrize("scale", [16.0, 40.0])
-def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, monkeypatch):
+def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, together, monkeypatch):
     from lexel.kernels import tiled
 
     seen = []
@@ -431,10 +436,20 @@ def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, monkeyp
         seen.append(result.clone())
         return result
 
+    real_power = Tensor.exp2_
+
+    def power(values):
+        result = real_power(values)
+        seen.append(result.clone())
+        return result
+
     monkeypatch.setattr(torch, "softmax", softmax)
+    monkeypatch.setattr(Tensor, "exp2_", power)
+    monkeypatch.setattr(tiled, "codes_at_a_time", lambda keys: together)
     z, codebook = normal(32, 64) * scale / 8, normal(500, 64, seed=1)
     outcome(z, codebook, "tiled", torch.float32)
-    p = torch.cat(seen)
+    p = torch.cat(seen, dim=1)
+    assert p.shape == (32, 500)
     assert ((p > 0) & (p >= torch.finfo(torch.float32).tiny)).all()
     assert p.amin() < 1e-15  # the case is saturated enough to have had some
     assert len(codebook) * torch.tensor(-tiled.FLOOR).exp() < 1e-14  # the mass that the floor adds
