@@ -145,8 +145,10 @@ def backward(
 
         d_queries, d_keys, logit_grad_sum = triton_softmax.soft(inputs, soft, _bias(inputs))
         into = Gradients(d_queries, d_keys, into.codes)
+    elif soft is not None and (queries.is_cuda or inputs.half or len(keys) <= codes_at_a_time(keys)):
+        _soft(inputs, soft, into, logit_grad_sum)
     elif soft is not None:
-        _soft(inputs, state.indices, soft, into, logit_grad_sum)
+        _soft_in_tiles(inputs, state.indices, soft, into, logit_grad_sum)
     if sample is not None or batch is not None:
         zero = state.mean.new_zeros(())
         _entropies(
@@ -159,10 +161,8 @@ def backward(
     return into
 
 
-def _soft(inputs: Inputs, indices: Tensor, g: Tensor, into: Gradients, logit_grad_sum: Tensor) -> None:
-    """Writes the gradient through the softmax of the straight-through one-hot; `indices` are the best codes."""
-    if not (inputs.queries.is_cuda or inputs.half) and len(inputs.keys) > codes_at_a_time(inputs.keys):
-        return _soft_in_tiles(inputs, indices, g, into, logit_grad_sum)
+def _soft(inputs: Inputs, g: Tensor, into: Gradients, logit_grad_sum: Tensor) -> None:
+    """Writes the gradient through the softmax of the straight-through one-hot."""
     queries, keys, bias, temperature = inputs.queries, inputs.keys, _bias(inputs), inputs.temperature
     codes = keys if inputs.codes is None else inputs.codes
     g = g / temperature
@@ -193,11 +193,12 @@ def _soft(inputs: Inputs, indices: Tensor, g: Tensor, into: Gradients, logit_gra
 
 
 def _soft_in_tiles(inputs: Inputs, indices: Tensor, g: Tensor, into: Gradients, logit_grad_sum: Tensor) -> None:
-    """`_soft` on a CPU: a tile of rows x codes lies by itself in memory, and is passed over while it is in the cache.
+    """`_soft` on a CPU, tile by tile; `indices` are the codes that the rows chose.
 
-    Two things come with the products, as columns of numbers beside the queries and of ones beside the keys: a row's
-    logits and its S (see above) lose those of the code it chose, which keeps powers below one and the cancellation of a
-    saturated row exact; and logits of distances lose |k|^2. Powers are those of two, in a third of the time of a softmax.
+    A tile of rows x codes lies by itself in memory, and is passed over while it is in the cache. Two things come
+    with the products, as columns of numbers beside the queries and of ones beside the keys: a row's logits and its
+    S (see above) lose those of the code it chose, which keeps powers below one and the cancellation of a saturated
+    row exact; and logits of distances lose |k|^2. Powers of two take a third of the time of a softmax.
     """
     queries, keys = inputs.queries, inputs.keys
     codes = keys if inputs.codes is None else inputs.codes
