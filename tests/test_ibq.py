@@ -224,6 +224,37 @@ def test_on_the_affine_table_gradients_are_those_of_the_softmax_at_the_measured_
     torch.testing.assert_close(found[1], expected[1])
 
 
+def turns(step: int, z: Tensor, g: Tensor, **options) -> tuple[Tensor, Tensor]:
+    """The gradients of latents and of codes of one table with `options`, as the step with this number has them."""
+    made = IBQAffine(40, 6, **options).double()
+    with torch.no_grad():
+        made.weight.copy_(normal(40, 6, seed=1))
+    for seed in range(3):
+        made(normal(4, 6, 12, seed=seed))
+    with frozen_statistics():
+        made.steps.fill_(step)
+        z = z.clone().requires_grad_()
+        return torch.autograd.grad((made(z).z_q * g).sum(), (z, made.weight))
+
+
+@pytest.mark.parametrize("grid", [(12,), (3, 4)])
+def test_latents_that_take_turns_get_the_mean_of_the_blend_over_the_steps(grid):
+    z, g = normal(2, 6, *grid, seed=7), normal(2, 6, *grid, seed=8)
+    blended = turns(4, z, g, identity=0.75)
+    each = [turns(4 + step, z, g, identity=0.75, mixing="latents") for step in range(4)]
+    for number, expected in enumerate(blended):
+        torch.testing.assert_close(torch.stack([found[number] for found in each]).mean(0), expected)
+    straight = torch.stack([(found[0] == g).flatten(2).all(1) for found in each])  # (steps, B, places)
+    assert (straight.sum(0) == 3).all()  # once in four steps through the softmax
+
+
+@pytest.mark.parametrize(("identity", "places", "expected"), [(0.0, 5, 5), (0.75, 3, 1), (0.75, 1, 1), (0.5, 7, 4)])
+def test_however_few_places_there_are_one_takes_its_turn(identity, places, expected):
+    z, g = normal(3, 6, places, seed=7), normal(3, 6, places, seed=8)
+    found = turns(4, z, g, identity=identity, mixing="latents")[0]
+    assert ((found != g).any(1).sum(1) == expected).all()
+
+
 def test_where_codes_are_dense_index_backpropagation_alone_hands_the_gradient_on_as_it_is():
     made = IBQAffine(4096, 2, identity=0.0)
     for seed in range(20):

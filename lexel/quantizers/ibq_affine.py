@@ -9,7 +9,7 @@ from lexel.distributed import all_sum
 from lexel.kernels import index_backpropagation, nearest
 from lexel.quantizers import bounds
 from lexel.quantizers.affine import FLOOR, Affine
-from lexel.quantizers.base import Quantized, as_grid, as_vectors, lookup, vq_terms
+from lexel.quantizers.base import Quantized, as_grid, as_vectors, choose, lookup, vq_terms
 
 ERROR_DECAY = 0.9  # of the running squared error: it falls by half within some steps at the start
 
@@ -37,6 +37,9 @@ class IBQAffine(Affine):
         decay: of the running mean and covariance.
         identity: the share of the decoder's gradient that reaches the latents as it is, as plain straight-through has
             it; the rest goes through the softmax. 0 is index backpropagation alone, 1 leaves the softmax out.
+        mixing: "blend", every latent gets both in these shares; "latents", the share `identity` of each picture's
+            latents gets the gradient as it is and the others, in turn, that of the softmax: the same on the mean, for
+            so much less time.
         rows: how many latents the backward pass takes at a time, as in `IBQ`.
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
@@ -50,12 +53,14 @@ class IBQAffine(Affine):
         codebook_dim: int,
         decay: float = 0.99,
         identity: float = 0.5,
+        mixing: str = "blend",
         rows: int | None = None,
         restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, decay, restart_below=restart_below)
         self.gradient = "own"
         self.identity = bounds.number("identity", identity, 0, 1)
+        self.mixing = choose("mixing", mixing, ("blend", "latents"))
         self.rows = None if rows is None else bounds.integer("rows", rows, 1, 2**31)
         self.register_buffer("error", torch.zeros(()))  # running mean of |z - e|^2
         self.error: Tensor
@@ -68,22 +73,28 @@ class IBQAffine(Affine):
         # magnitude.
         guess = trace * self.codebook_size ** (-2 / directions)
         error = torch.where(self.steps > 1, self.error, guess).maximum(FLOOR * trace)
-        return self.mean, self.covariance, power_of_two((error / directions).sqrt())
+        return self.mean, self.covariance, power_of_two((error / directions).sqrt()), self.steps
 
     def _quantized(self, z: Tensor, moving: bool) -> Quantized:
         self.restart_dead(z)
         table, vectors = self.codebook, as_vectors(z)
-        width = (self._recalled or self._statistics())[2]
-        if self.identity < 1:
-            soft, indices, _ = index_backpropagation(
-                vectors / width, table / width, temperature=2.0, similarity="l2", entropy=False, rows=self.rows
-            )
-            chosen = lookup(indices, table)
-            gradient = (1 - self.identity) * width * soft + self.identity * (chosen + vectors)
-        else:
+        _, _, width, step = self._recalled or self._statistics()
+        if self.identity == 1:
             indices = nearest(vectors, table)
             chosen = lookup(indices, table)
             gradient = chosen + vectors
+        elif self.mixing == "blend":
+            soft, indices = self._soft(vectors, table, width)
+            chosen = lookup(indices, table)
+            gradient = (1 - self.identity) * soft + self.identity * (chosen + vectors)
+        else:
+            turn, others = self._turns(z, step)
+            indices = vectors.new_empty(len(vectors), dtype=torch.int64)
+            soft, indices[turn] = self._soft(vectors[turn], table, width)
+            if len(others):
+                indices[others] = nearest(vectors[others], table)
+            chosen = lookup(indices, table)
+            gradient = (chosen + vectors).index_copy(0, turn, soft)
         if moving:
             self._measure(vectors, chosen)
         indices = indices.view(z.shape[0], *z.shape[2:])
@@ -91,6 +102,26 @@ class IBQAffine(Affine):
         # The chosen code in value, to the bit.
         z_q = as_grid(chosen.detach() + (gradient - gradient.detach()), z)
         return Quantized(z_q, indices, vq_terms(z, as_grid(chosen, z)))
+
+    def _soft(self, vectors: Tensor, table: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of latents (N, D) with the gradient through the softmax, and their indices (N,)."""
+        soft, indices, _ = index_backpropagation(
+            vectors / width, table / width, temperature=2.0, similarity="l2", entropy=False, rows=self.rows
+        )
+        return width * soft, indices
+
+    def _turns(self, z: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a batch (B, D, *grid) that go through the softmax in this step, and those that do not.
+
+        The same places in every picture, evenly spread, and with each step the next.
+        """
+        places = z[0, 0].numel()
+        count = min(places, max(1, round((1 - self.identity) * places)))
+        spread = [place * places // count for place in range(count)]
+        order = spread + sorted({*range(places)} - {*spread})
+        shifted = (torch.tensor(order, device=z.device) + step) % places
+        rows = shifted + places * torch.arange(len(z), device=z.device)[:, None]
+        return rows[:, :count].flatten(), rows[:, count:].flatten()
 
     @torch.no_grad()
     def _measure(self, vectors: Tensor, chosen: Tensor) -> None:
