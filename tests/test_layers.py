@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import lexel
 
 PACKAGE = Path(lexel.__file__).parent
-LAYERS = [  # a name that a change still to come will use may stand here before its file does
+LAYERS = [
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
     | {"model_folder", "run_log", "same_recipe"}
     | {"arrays", "regular", "provenance", "parts", "place", "machine", "shards", "engines"},
@@ -22,8 +23,7 @@ LAYERS = [  # a name that a change still to come will use may stand here before 
     {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
     {"report", "sample_parts"},
     {"train"},
-    {"inspection", "tables", "codebooks", "public_sets"},
-    {"publish"},
+    {"inspection", "publish", "tables", "codebooks", "public_sets"},
     {"compare", "demo", "leaderboard"},
     {"studio"},
     {"paper"},
@@ -108,6 +108,13 @@ def test_a_module_imports_only_from_layers_to_its_left():
         own = home(path)
         for name in {name.split(".")[1] for name in imports(path) if "." in name} - {own}:
             assert RANK[name] < RANK[own] or (RANK[name] == 0 and RANK[own] == 0), f"{path} imports {name}"
+
+
+def test_the_layers_name_every_module_and_are_those_of_the_documentation():
+    assert RANK.keys() == {home(path) for path in modules()}
+    page = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_, ]+)` \|", page.split("Modules that are no package")[0], re.MULTILINE)
+    assert [set(row.split(", ")) for row in rows] == LAYERS
 
 
 def used_before_they_stand(path: Path) -> list[str]:

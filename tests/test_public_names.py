@@ -44,3 +44,33 @@ def test_a_function_takes_the_promised_arguments(module: str, name: str) -> None
     for part in name.split("."):
         function = getattr(function, part)
     assert not set(ARGUMENTS[module, name].split()) - set(inspect.signature(function).parameters)
+
+
+FIELDS = {
+    ("lexel.quantizers", "Quantized"): "z_q indices losses",
+    ("lexel.tokenizer", "Reconstruction"): "images quantized",
+    ("lexel.generators", "Predicted"): "logits nll",
+    ("lexel.token_spec", "TokenSpec"): "grids codebook_size books",
+}
+
+
+@pytest.mark.parametrize(("module", "name"), FIELDS)
+def test_a_result_has_the_promised_parts_in_order(module: str, name: str) -> None:
+    promised = FIELDS[module, name].split()
+    assert list(getattr(importlib.import_module(module), name)._fields[: len(promised)]) == promised
+
+
+def test_sampling_does_nothing_that_nobody_asked_for() -> None:
+    sample = inspect.signature(importlib.import_module("lexel").Generator.sample).parameters
+    idle = {"cfg_scale": 1.0, "cfg_schedule": "constant", "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert {name: sample[name].default for name in idle} == idle
+    assert (sample["seed"].default, sample["image_numbers"].default, sample["given"].default) == (0, None, None)
+
+
+def test_the_command_line_has_the_promised_commands() -> None:
+    app = importlib.import_module("lexel.cli").app
+    promised = (
+        "demo train evaluate reconstruct encode decode sample compare import export probe prune grow usage tables "
+    )
+    promised += "leaderboard studio list inspect publish"
+    assert not set(promised.split()) - {command.name for command in app.registered_commands}
