@@ -64,9 +64,9 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
     from lexel.metrics.health import diagnose
 
     recipe = load_recipe(run.recipe)
-    lines = run.lines()
-    train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
-    facts: dict[str, Any] = {"steps done": lines[-1]["step"] if lines else 0}
+    contents = run.contents()
+    train, validation = contents.train, contents.validation
+    facts: dict[str, Any] = {"steps done": max((line["step"] for line in [*train[-1:], *validation[-1:]]), default=0)}
     saved = bool(run.steps()) or (run.path / CONFIG).is_file()
     if not isinstance(recipe, TokenizerRecipe):
         found = _of_generator(load_generator(run.path)) if saved else {"kind": "generator"}

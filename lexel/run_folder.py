@@ -25,7 +25,7 @@ from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.regular import expanded
-from lexel.run_log import Run, Snapshot, is_number, read_metrics
+from lexel.run_log import Run, Snapshot, Thinned, is_number, last_metrics, read_metrics
 from lexel.same_recipe import check_same_recipe
 
 NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
@@ -75,7 +75,8 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.curves = self.path / "curves.json"  # a user's own reference, to be drawn behind the run's curves
         self.data = self.path / "data.safetensors"
-        self._ranked: list[tuple[float, int]] | None = None  # (value, step) of the validations, read once
+        self._best: tuple[float, int] | None = None  # value and step of the best validation
+        self._log_read = False  # whether that one is from the log
 
     # ------------------------------------------------------------------------------------------ who owns it
 
@@ -114,11 +115,15 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             raise UsageError(f"{self.path} is no run folder: it has no {self.metrics.name}")
-        lines = self.lines()
-        train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "validation"))
-        evaluations = [line for line in lines if line["kind"] not in ("train", "validation")]
+        kinds = {"train": Thinned(), "validation": Thinned()}
+        evaluations = Thinned()
+        for line in read_metrics(self.metrics):
+            kinds.get(line["kind"], evaluations).append(line)
+        train, validation = (each.lines for each in kinds.values())
         snapshots = {step: Snapshot(self.snapshot_path(step)) for step in self.snapshot_steps()}
-        return Run(name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations, snapshots)
+        return Run(
+            name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations.lines, snapshots
+        )
 
     def claim(self, recipe: Config) -> None:
         """Makes the folder this recipe's, and this process's until `release`.
@@ -228,13 +233,13 @@ class RunFolder:
                     stacklevel=2,
                 )
         if self.writes:
-            kept = [json.dumps(line) + "\n" for line in read_metrics(self.metrics) if state and line["step"] <= last]
-            with atomic(self.metrics) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+            with atomic(self.metrics) as temporary, temporary.open("w", encoding="utf-8") as file:
+                kept = (line for line in read_metrics(self.metrics) if state and line["step"] <= last)
+                file.writelines(json.dumps(line) + "\n" for line in kept)
             for step in self.snapshot_steps():
                 if step > last:
                     self.snapshot_path(step).unlink()
-        self._ranked = None
+        self._best, self._log_read = None, False
         return state
 
     def load(self, step: int, whole: bool = True) -> dict[str, Any]:
@@ -294,8 +299,9 @@ class RunFolder:
         """Appends a line to `metrics.jsonl`; what does not apply, or JSON cannot say (NaN), is left out."""
         line: dict[str, Any] = {"step": step, "kind": kind, "seconds": round(seconds, 3)}
         line |= {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        if kind == "validation" and self.best in line:
-            self._validations().append((line[self.best], step))
+        if kind == "validation":
+            self.best_step()
+            self._rank(line)
         if not self.writes:
             return
         with self._stop_when_full(step), self.metrics.open("a", encoding="utf-8") as file:
@@ -305,20 +311,24 @@ class RunFolder:
         """The lines of `metrics.jsonl`, of one kind or of all."""
         return [line for line in read_metrics(self.metrics) if kind in (None, line["kind"])]
 
-    def best_step(self) -> int | None:
-        """The step of the best validation so far; its checkpoint is kept."""
-        ranked = self._validations()
-        if not ranked:
-            return None
-        pick = max if self.higher_is_better else min
-        return pick(ranked, key=lambda entry: entry[0])[1]  # the earliest of equals
+    def last_lines(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        """The newest lines of a kind, oldest first, without reading the whole log."""
+        return last_metrics(self.metrics, kind, count)
 
-    def _validations(self) -> list[tuple[float, int]]:
-        """(value, step) of each validation; the log is read once."""
-        if self._ranked is None:
-            lines = self.lines("validation")
-            self._ranked = [(line[self.best], line["step"]) for line in lines if self.best in line]
-        return self._ranked
+    def best_step(self) -> int | None:
+        """The step of the best validation so far, the earliest of equals; its checkpoint is kept."""
+        if not self._log_read:
+            self._log_read = True
+            for line in self.lines("validation"):
+                self._rank(line)
+        return None if self._best is None else self._best[1]
+
+    def _rank(self, line: Mapping[str, Any]) -> None:
+        """Keeps a validation's value and step if it is better than all before."""
+        if (value := line.get(self.best)) is None:
+            return
+        if self._best is None or (value > self._best[0] if self.higher_is_better else value < self._best[0]):
+            self._best = value, line["step"]
 
     # ------------------------------------------------------------------------------------------ snapshots
 

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,18 +12,72 @@ from typing import Any
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+Line = dict[str, Any]
+LARGEST = 4096  # lines of a kind that pages draw
+RECENT = 64  # of them all the newest, which the verdict on a codebook reads
+BLOCK = 64 * 1024  # bytes that are read from the end of a log
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`: "step", "kind", "seconds" and numbers.
+
+def read_metrics(path: Path) -> Iterator[Line]:
+    """The lines of a `metrics.jsonl` one by one: "step", "kind", "seconds" and numbers.
 
     A last line that a killed process did not finish is left out; so is a damaged one, with a warning.
     """
     if not path.is_file():
+        return
+    damaged = 0
+    with path.open("rb") as file:
+        for text in file:
+            if not text.endswith(b"\n"):
+                break
+            if (line := _read_line(text)) is None:
+                damaged += 1
+            else:
+                yield line
+    if damaged:
+        warnings.warn(f"{path}: {damaged} damaged lines are left out", stacklevel=2)
+
+
+def last_metrics(path: Path, kind: str, count: int) -> list[Line]:
+    """The newest lines of a kind, oldest first, read from the end of a `metrics.jsonl`; damaged ones are left out."""
+    if not path.is_file():
         return []
-    found = [_read_line(line) for line in path.read_bytes().split(b"\n")[:-1]]  # what follows is unfinished, or empty
-    if None in found:
-        warnings.warn(f"{path}: {found.count(None)} damaged lines are left out", stacklevel=2)
-    return [line for line in found if line is not None]
+    span, size = BLOCK, path.stat().st_size
+    while True:
+        with path.open("rb") as file:
+            file.seek(max(0, size - span))
+            texts = file.read(span).split(b"\n")[:-1]  # what follows is unfinished, or empty
+        if span < size:
+            del texts[:1]  # begins before
+        found = [line for line in map(_read_line, texts) if line is not None and line["kind"] == kind]
+        if len(found) >= count or span >= size:
+            return found[-count:]
+        span *= 4
+
+
+class Thinned:
+    """Lines of a log in bounded memory: at most LARGEST, evenly spread, and the RECENT newest."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[int, Line]] = []
+        self._newest: deque[tuple[int, Line]] = deque(maxlen=RECENT)
+        self._count, self._every = 0, 1
+
+    def append(self, line: Line) -> None:
+        """Takes the next line."""
+        self._newest.append((self._count, line))
+        if self._count % self._every == 0:
+            self._kept.append((self._count, line))
+        if len(self._kept) > LARGEST:
+            self._kept, self._every = self._kept[::2], 2 * self._every
+        self._count += 1
+
+    @property
+    def lines(self) -> list[Line]:
+        """What is kept, oldest first."""
+        first = self._newest[0][0] if self._newest else 0
+        older = [line for number, line in self._kept if number < first]
+        return older + [line for _, line in self._newest]
 
 
 def _read_line(text: bytes) -> dict[str, Any] | None:
@@ -111,7 +166,8 @@ class Run:
         name: of the run, for people.
         folder: where it lies.
         recipe: as tables; empty where there is none.
-        train, validation, evaluations: lines of `metrics.jsonl`; the last of the protocols that the recipe lists.
+        train, validation, evaluations: lines of `metrics.jsonl`, thinned where there are thousands; the last of the
+            protocols that the recipe lists.
         snapshots: by step.
     """
 

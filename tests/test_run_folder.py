@@ -1,7 +1,9 @@
 """What a run reads back from disk may be damaged: the right result, or one line."""
 
+import itertools
 import json
 import shutil
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -15,7 +17,7 @@ from lexel.checkpoint import load_state
 from lexel.publish import stage
 from lexel.report import latent_map, write_report
 from lexel.run_folder import RunFolder
-from lexel.run_log import Snapshot, read_metrics
+from lexel.run_log import LARGEST, RECENT, Snapshot, read_metrics
 from lexel.train import load_recipe, train
 
 
@@ -42,7 +44,7 @@ def test_a_damaged_log_gives_its_whole_lines(run, count):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that lines are left out
-        assert survives(read_metrics, run.metrics, 1, count, check) == count
+        assert survives(lambda path: [*read_metrics(path)], run.metrics, 1, count, check) == count
 
 
 @counts
@@ -117,3 +119,68 @@ def test_a_state_that_names_another_step_is_refused(run, tmp_path):
     torch.save({"step": 3, "seconds": 1.0}, copy.checkpoint(4))
     with pytest.raises(ValueError, match=r"is no training state of step 4"):
         copy.load(4)
+
+
+# ------------------------------------------------------------------------------------------------ long logs
+
+
+def long_log(folder, count):
+    """A run folder that has logged so many steps, every tenth a validation; the values rise, then fall."""
+    run = RunFolder(folder)
+    folder.mkdir()
+    lines = []
+    for step in range(1, count + 1):
+        lines.append({"step": step, "kind": "train", "seconds": step / 10, "loss": 1 / step})
+        if step % 10 == 0:
+            lines.append(
+                {"step": step, "kind": "validation", "seconds": step / 10, "psnr": -float(abs(step - count // 2))}
+            )
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run, lines
+
+
+@pytest.mark.parametrize("count", [1, 9, 10, 25, 4000])
+@pytest.mark.parametrize("asked", [1, 3, 1000])
+def test_the_last_lines_are_those_of_the_whole_log(tmp_path, count, asked):
+    run, lines = long_log(tmp_path / "run", count)
+    for kind in ("train", "validation"):
+        assert run.last_lines(kind, asked) == [line for line in lines if line["kind"] == kind][-asked:]
+    with run.metrics.open("a") as file:
+        file.write('{"step": 9999, "kind": "validation", "sec')  # a killed process
+    assert run.last_lines("validation", asked) == [line for line in lines if line["kind"] == "validation"][-asked:]
+
+
+def test_the_best_step_is_that_of_all_validations_of_the_log_and_since(tmp_path):
+    run, _ = long_log(tmp_path / "run", 200)
+    assert run.best_step() == 100
+    run.log(201, "validation", 20.1, {"psnr": 0.0})  # as good: the earlier one stays
+    assert run.best_step() == 100
+    run.log(202, "validation", 20.2, {"psnr": 3.0})
+    assert run.best_step() == RunFolder(run.path).best_step() == 202
+
+
+def test_a_log_of_any_length_is_held_in_bounded_memory(tmp_path):
+    run, lines = long_log(tmp_path / "run", 20_000)
+    contents = run.contents()
+    train = [line for line in lines if line["kind"] == "train"]
+    assert len(contents.train) <= LARGEST + RECENT
+    assert contents.train[0] == train[0]
+    assert contents.train[-RECENT:] == train[-RECENT:]
+    steps = [line["step"] for line in contents.train]
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= 2 * len(train) / LARGEST + 1
+    assert contents.validation == [line for line in lines if line["kind"] == "validation"]  # short: all of it
+
+
+def test_what_a_training_keeps_of_its_log_does_not_grow_with_it(tmp_path):
+    kept = []
+    for count in (2_000, 20_000):
+        run, _ = long_log(tmp_path / str(count), count)
+        run.best_step()
+        tracemalloc.start()
+        for step in range(count + 1, count + 101):
+            run.log(step, "validation", 1.0, {"psnr": 20.0})
+            run.best_step()
+            run.last_lines("validation", 5)
+        kept.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert kept[1] < 1.2 * kept[0]

@@ -207,7 +207,7 @@ def test_resuming_changes_nothing(tokens, tmp_path, steps):
     train_generator(recipe(tokens, steps=steps), tmp_path / "resumed", device="cpu")
     resumed = train_generator(recipe(tokens), tmp_path / "resumed", device="cpu")
     same(straight.model, resumed.model)
-    lines = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "resumed")]
+    lines = [[*read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("straight", "resumed")]
     timed = ("seconds", "images_per_second")
     last = [{name: value for name, value in each[-2].items() if name not in timed} for each in lines]
     assert last[0] == last[1]
@@ -267,7 +267,7 @@ def test_every_family_resumes_exactly_and_is_measured_in_bits(tokens, tmp_path, 
 def test_a_family_without_a_likelihood_is_measured_by_its_loss(tokens, tmp_path, monkeypatch):
     monkeypatch.setattr(Masked, "has_likelihood", False)
     train_generator(recipe(tokens, {"kind": "masked", "hidden": 32}), tmp_path / "run", device="cpu")
-    line = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    line = [*read_metrics(tmp_path / "run" / "metrics.jsonl")][-1]
     assert line["kind"] == "validation"
     assert line["loss"] > 0
     assert line["images"] == 24

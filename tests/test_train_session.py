@@ -209,7 +209,7 @@ def test_damaged_lines_of_the_log_are_left_out_with_a_warning(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join([good, *bad, good, b'{"step": 4, "ki']))
     with pytest.warns(UserWarning, match=rf"{len(bad)} damaged lines are left out"):
-        lines = read_metrics(path)
+        lines = [*read_metrics(path)]
     assert lines == [{"step": 3, "kind": "train", "seconds": 1.5, "loss": 0.25}] * 2
 
 

@@ -170,7 +170,7 @@ def train_and_measure(
         if not trained.finished:
             return None
         result["peak_memory_bytes"] = memory.read(next(trained.model.parameters()).device)
-        result["images_per_second"] = RunFolder.read(folder).lines("train")[-1]["images_per_second"]
+        result["images_per_second"] = RunFolder.read(folder).last_lines("train")[-1]["images_per_second"]
         tokenizer = load_tokenizer(folder)
         data = planned.recipe.data
         rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
@@ -201,7 +201,7 @@ def train_and_measure(
 
 def gradient_health(folder: Path) -> dict[str, float]:
     """The encoder's gradient at the last validation of a run, beside the decoder's."""
-    validations = RunFolder.read(folder).lines("validation")
+    validations = RunFolder.read(folder).last_lines("validation")
     return {name: validations[-1][name] for name in HEALTH if validations and name in validations[-1]}
 
 

@@ -130,7 +130,7 @@ def table(results: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Path]) ->
     for name, result in results.items():
         metrics = result["metrics"]
         lpips = next(value for key, value in metrics.items() if key.startswith("lpips"))
-        seconds = RunFolder.read(runs[name]).lines("train")[-1]["seconds"]
+        seconds = RunFolder.read(runs[name]).last_lines("train")[-1]["seconds"]
         rows.append(
             [
                 name,

@@ -78,8 +78,8 @@ def train_and_measure_generator(
             return None
         run = RunFolder.read(folder)
         result["peak_memory_bytes"] = memory.read(trained.model.device)
-        result["images_per_second"] = run.lines("train")[-1]["images_per_second"]
-        validation = [{}, *run.lines("validation")][-1]
+        result["images_per_second"] = run.last_lines("train")[-1]["images_per_second"]
+        validation = [{}, *run.last_lines("validation")][-1]
         result |= {key: validation.get(key) for key in ("bits_per_token", "histogram_bits", "loss")}
         generator = load_generator(folder)
         result["parameters"] = sum(parameter.numel() for parameter in generator.transformer.parameters())

@@ -328,7 +328,7 @@ def check_collapse(session: Session, step: int, values: Mapping[str, float | Non
     patience = recipe.train.collapse_patience
     if not patience or "perplexity" not in line:
         return
-    recent = [*session.run.lines("validation"), {"step": step, **line}][-patience:]
+    recent = [*session.run.last_lines("validation", patience), {"step": step, **line}][-patience:]
     if len(recent) == patience and all(row.get("perplexity", math.inf) < COLLAPSED for row in recent):
         finding = diagnose(outline(recipe.model.quantizer), recent)[0]
         raise TrainingStopped(
