@@ -6,6 +6,9 @@ import traceback
 
 import numpy as np
 import pytest
+import test_generators
+import test_generators_latents
+import torch
 from PIL import Image
 from processes import run_together
 from torch.overrides import TorchFunctionMode
@@ -15,13 +18,16 @@ from lexel.config import check, dump
 from lexel.data import TRANSFORMS, open_images
 from lexel.data.files import UnreadableImage
 from lexel.data.images import ArrayImages
+from lexel.data.tokens import TokenBatch
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer
 from lexel.loading import load_tokenizer
 from lexel.run_folder import RunFolder
 from lexel.run_log import read_metrics
 from lexel.tokenizer import Tokenizer
+from lexel.train import generator as generators
 from lexel.train import load_recipe, train
+from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
@@ -83,7 +89,9 @@ import sys, time, torch
 torch.set_num_threads(1)
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder
+from lexel.train import generator as generators
 from lexel.train import load_recipe, train
+from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.processes import Processes
 
 write = RunFolder.log
@@ -123,7 +131,8 @@ READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 class CountWaits:
     """Notes every operation whose result the host needs, and so waits for.
 
-    What is on the CPU on every machine does not count: pictures being read, and Adam's own step count.
+    What is on the CPU on every machine does not count: pictures being read, Adam's own step count, and the one number
+    that MAR draws for a batch.
     """
 
     def __init__(self):
@@ -146,12 +155,13 @@ class CountWaits:
         if name in watched:
             files = [f"{frame.filename}:{frame.lineno}" for frame in traceback.extract_stack()[:-2]]
             elsewhere = ("/torch/optim/", "/lexel/data/", "/lexel/kernels/")
-            if not any(folder in file for folder in elsewhere for file in files):
+            drawn = any(frame.name == "_mask_ratio" for frame in traceback.extract_stack())
+            if not drawn and not any(folder in file for folder in elsewhere for file in files):
                 self.places.append((name, *[file for file in files if "/lexel/" in file][-2:]))
 
 
-@pytest.mark.parametrize("quantizer", ["vq", "ibq", "simvq", "fsq", "lfq", "none", "gaussian"])
-def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictures, tmp_path, quantizer):
+def waits_of_steps(train):
+    """What each of eight steps waited for; `train` gets the function to call after every step."""
     count, waits, seen = CountWaits(), {}, 0
 
     def after(progress):
@@ -159,10 +169,58 @@ def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictu
         waits[progress.step], seen = count.places[seen:], len(count.places)
 
     with count.modes[0], count.modes[1]:
-        train_tokenizer(recipe(pictures, quantizer), tmp_path / "run", device="cpu", progress=after)
+        train(after)
+    return waits
+
+
+def only_logging_waits(waits):
     assert len(waits[4]) > 0  # it logs: what waits is seen
     for step in (2, 3, 6, 7):  # what is counted for step 5 is the validation after step 4
         assert waits[step] == [], step
+
+
+PARTS = {"accumulation": 2, "clip": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "parts"),
+    [("vq", PARTS), *((name, {}) for name in ("ibq", "simvq", "fsq", "lfq", "none", "gaussian"))],
+)
+def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictures, tmp_path, quantizer, parts):
+    chosen = recipe(pictures, quantizer, **parts)
+    assert chosen.train.average_decay > 0
+    assert chosen.train.discriminator.lecam > 0
+    only_logging_waits(
+        waits_of_steps(lambda after: train_tokenizer(chosen, tmp_path / "run", device="cpu", progress=after))
+    )
+
+
+def test_a_generators_step_on_pictures_waits_only_where_it_logs_validates_or_saves(pictures, tmp_path):
+    Tokenizer(recipe(pictures).model).save_pretrained(tmp_path / "tokenizer")
+    network = {"codebook_size": 16, "rows": 8, "columns": 8, "classes": 1, "width": 8, "layers": 1, "heads": 2}
+    table = {
+        "generator": network,
+        "data": {"tokenizer": str(tmp_path / "tokenizer"), "images": tables(pictures)["data"]},
+        "train": {"steps": 8, "batch_size": 4, "lr": 1e-3, "log_every": 4, "validate_every": 4, "save_every": 8},
+    }
+    chosen = check(table, GeneratorRecipe, "test")
+    only_logging_waits(
+        waits_of_steps(lambda after: generators.train_generator(chosen, tmp_path / "run", device="cpu", progress=after))
+    )
+
+
+@pytest.mark.parametrize("family", [*test_generators.NETWORKS, *test_generators_latents.FAMILIES])
+def test_a_step_of_no_family_of_generators_waits_for_the_device(family):
+    latent = family in test_generators_latents.FAMILIES
+    generator = (test_generators_latents if latent else test_generators).make(family)
+    table = {"steps": 2, "batch_size": 4, "lr": 1e-3, "accumulation": 2, "average_decay": 0.9}
+    learner = generators.Learner(check(table, GeneratorTrainConfig, "test"), generator, Processes("cpu"))
+    batch = TokenBatch(torch.zeros(4, *generator.grid, dtype=torch.long), torch.arange(4), torch.arange(4))
+    learner.step(batch, 1e-3, 0.05)  # makes the optimizer's state
+    count = CountWaits()
+    with count.modes[0], count.modes[1]:
+        learner.step(batch, 1e-3, 0.05)
+    assert count.places == []
 
 
 # ------------------------------------------------------------------------------------------------ the data of a run

@@ -156,7 +156,8 @@ class TokenSource:
         assert self.tokenizer is not None
         with self.runtime.autocast():
             indices = self.tokenizer.tokens(self.tokenizer.latents(batch.images.to(self.runtime.device)))
-        return TokenBatch(indices, batch.labels, batch.numbers, _stored(captions, batch.numbers.tolist()))
+        features = None if captions is None else _stored(captions, batch.numbers.tolist())
+        return TokenBatch(indices, batch.labels, batch.numbers, features)
 
 
 def _stored(captions: Captions | None, numbers: Sequence[int]) -> Tensor | None:
