@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, many, million, results, soak
+from benchmarks import faults, many, million, results, shown, soak
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -44,6 +44,19 @@ def test_the_published_figures_give_the_published_page():
     for name, part in (("quantizers", figures), *((name, figures[name]) for name in ("step", "faults"))):
         lines = importlib.import_module(f"benchmarks.{name}").section(part)
         assert "\n".join(lines).strip() in page, name
+
+
+def test_cells_of_equal_mass_hold_equally_many_rows_and_each_row_meets_one():
+    rows = torch.randn(256, 6, generator=torch.Generator().manual_seed(0))
+    assert shown.cells_met(rows, rows, 64) == 64  # four rows each: none is empty
+    assert shown.cells_met(rows, rows[:1].repeat(9, 1), 64) == 1
+    assert 1 < shown.cells_met(rows, rows[:8], 64) <= 8
+
+
+def test_twins_are_pictures_whose_latents_are_nearly_those_of_another():
+    latents = torch.randn(6, 4, 3, generator=torch.Generator().manual_seed(0))
+    latents[5] = latents[2] + 1e-3
+    assert shown.twins(latents) == 2
 
 
 @pytest.mark.slow
