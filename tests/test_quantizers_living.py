@@ -202,3 +202,33 @@ def test_without_the_option_the_state_is_what_it_was(kind):
     )
     with pytest.raises(UsageError, match="restart_below must be at least 0"):
         build(kind, {**TABLE, "restart_below": -1.0})
+
+
+@pytest.mark.parametrize("kind", ["vq", "cosine"])
+def test_clustering_brings_every_code_into_use_and_leaves_alone_those_that_are(kind):
+    torch.manual_seed(0)
+    quantizer = build(kind, {**TABLE, "clustering": True})
+    with torch.no_grad():
+        quantizer.weight[4:, 0] = -10  # on the other side, but for four codes
+        quantizer.use[0] = 1.0  # chosen so often that it stays where it is
+    first = quantizer.weight[0].clone()
+    quantizer(side(0))
+    assert torch.equal(quantizer.weight[0], first)
+    rows = side(0).movedim(1, -1).flatten(0, -2)
+    ones_left = torch.cdist(quantizer.weight[4:], rows).amin(1)
+    assert ones_left.max() < 0.1  # exp(-0.001) of the way in one step
+    assert quantizer.use.sum() == pytest.approx(0.99 + 0.01)
+    other = build(kind, TABLE)
+    assert "use" not in other.state_dict()
+    kept = torch.tensor([0, 5, 7])
+    assert torch.equal(quantizer.prune({"kind": kind, **TABLE}, kept).state["use"], quantizer.use[kept])
+    with pytest.raises(UsageError, match="clustering = 1 is not true or false"):
+        build(kind, {**TABLE, "clustering": 1})
+
+
+def test_a_shared_book_clusters_without_a_fault_in_the_graph():
+    torch.manual_seed(0)
+    options = {**TABLE, "depth": 3, "base": "vq", "shared": True, "base_options": {"clustering": True}}
+    quantizer = build("residual", options)
+    z_q, _, losses = quantizer(side(0).requires_grad_())
+    (quantizer.loss(losses) + z_q.square().mean()).backward()

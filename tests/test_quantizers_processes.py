@@ -14,6 +14,7 @@ RESTARTING = ["ema", "vq", "cosine", "ibq", "soft", "affine"]
 RUNNING: list[tuple[str, dict[str, Any]]] = [("ema", {}), ("ema", {"start": "kmeans"})]
 RUNNING += [("affine", {}), ("ibq_affine", {})]
 RUNNING += [(kind, {"restart_below": 0.995}) for kind in RESTARTING]
+RUNNING += [(kind, {"clustering": True}) for kind in ("vq", "cosine")]
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
 ENTROPIC = ["ibq", "lfq", "bsq"]
 STATISTICS = [1, 2, 4, "process", "global"]

@@ -39,13 +39,13 @@ RULES: Sequence[Rule] = [
     (rf"decoder\.ffn\.2\.{END}", r"decoder.head.logits.\1"),
     (rf"decoder\.conv_out\.{END}", r"decoder.head.conv_out.\1"),
     (r"quantize\.embedding\.weight", "quantizer.weight"),
+    (r"quantize\.embed_prob", "quantizer.use"),
     (r"pixel_quantize\.embedding\.weight", "decoder.head.codebook"),
     *maskgit_vqgan.rules("pixel_decoder", "decoder.head.pixels"),
 ]
 # The same name for two layers: the first of two on the way to codes, the only one on the way to pixels.
 CODES: Sequence[Rule] = [(rf"decoder\.ffn\.0\.{END}", r"decoder.head.hidden.\1")]
 PIXELS: Sequence[Rule] = [(rf"decoder\.ffn\.0\.{END}", r"decoder.head.patches.\1")]
-LEFT_OUT = {r"quantize\.embed_prob": "how often codes were chosen, used in training only"}
 NEEDED = ["encoder.patches.weight", "encoder.positions", "encoder.tokens", "decoder.positions", "to_codes.weight"]
 
 
@@ -92,6 +92,8 @@ def config(tensors: Names, source: str, options: Mapping[str, Any], overrides: M
             "(use_l2_norm) or 'vq', or the published config.json beside it"
         )
     quantizer = {"kind": "cosine" if normalised else "vq", "codebook_size": tensors["quantizer.weight"].shape[0]}
+    if "quantizer.use" in tensors:
+        quantizer["clustering"] = True
     return {"autoencoder": autoencoder, "quantizer": {**quantizer, "codebook_dim": dim}}
 
 
@@ -118,7 +120,7 @@ def convert(request: Request) -> Conversion:
     layout = Layout(
         "titok",
         rules,
-        LEFT_OUT,
+        {},
         [],
         NEEDED,
         lambda tensors, source: config(tensors, source, options, request.overrides),

@@ -36,6 +36,8 @@ class Cosine(Quantizer):
         raw_gradient: whether the decoder's gradient goes to the latents as they came, as in ViT-VQGAN, instead of to
             their normalised ones, as in LlamaGen and TiTok.
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
+        clustering: whether codes move towards their nearest latents in training, those the most that are chosen the
+            least (https://arxiv.org/abs/2307.15139), as in TA-TiTok.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
@@ -50,6 +52,7 @@ class Cosine(Quantizer):
         gradient: str = "straight_through",
         raw_gradient: bool = False,
         restart_below: float = 0.0,
+        clustering: bool = False,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.gradient = choose("gradient", gradient, GRADIENTS)
@@ -57,6 +60,7 @@ class Cosine(Quantizer):
         start = torch.empty(codebook_size, codebook_dim).uniform_(-1, 1)  # only its direction matters
         self.weight = nn.Parameter(F.normalize(start, dim=1))
         self.follow_use(restart_below)
+        self.follow_clusters(clustering)
 
     def as_compared(self, z: Tensor) -> Tensor:
         return F.normalize(z, dim=1)
@@ -72,6 +76,7 @@ class Cosine(Quantizer):
         self.count_chosen(z, indices)
         unit = F.normalize(z, dim=1)
         z_q = F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
+        self.cluster(z, indices)
         return Quantized(GRADIENTS[self.gradient](z if self.raw_gradient else unit, z_q), indices, vq_terms(unit, z_q))
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:

@@ -1,14 +1,14 @@
 """Codebooks whose codes come and go: dead codes restarted, unused codes pruned, often used codes split."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lexel.distributed import all_rows, all_sum
 from lexel.errors import UsageError
-from lexel.kernels import Similarity
+from lexel.kernels import Similarity, nearest
 from lexel.quantizers import bounds
 from lexel.quantizers.clustering import pick_rows
 from lexel.quantizers.running import statistics_move
@@ -39,6 +39,8 @@ class LivingCodebook(nn.Module):
     restart_below: float = 0.0  # codes that fewer latents a batch choose, on average, start again at latents; 0: never
     counts: Tensor
     counted: Tensor
+    clustering: bool = False  # whether codes move towards latents, those the most that are chosen the least
+    use: Tensor
     _step_begins: bool | None = None  # None: `anneal` has never told
 
     def rows_for(self, codes: Tensor) -> Tensor:
@@ -113,6 +115,35 @@ class LivingCodebook(nn.Module):
         assert isinstance(table, Tensor)
         return table
 
+    # ---------------------------------------------------------------------------------------------- clustering
+
+    def follow_clusters(self, clustering: bool) -> None:
+        """Takes a constructor's option `clustering`; the state then has how often codes are chosen."""
+        self.clustering = clustering
+        if clustering:
+            self.register_buffer("use", torch.zeros(self.codebook_size))  # each code's running share of the latents
+            self.batch_dependent = True
+
+    @torch.no_grad()
+    def cluster(self, z: Tensor, indices: Tensor) -> None:
+        """In training, after latents z (B, D, *grid) chose `indices`: every code moves towards its nearest latent.
+
+        The online clustering of https://arxiv.org/abs/2307.15139, as TA-TiTok's code has it: by exp(-10 K u / 0.01)
+        of the way for a code of running share u, so that one that nobody chooses is there at once. Losses of this
+        batch are those of the codes before.
+        """
+        if not (self.clustering and self.training and statistics_move(z)):
+            return
+        own, compared = (x.movedim(1, -1).flatten(0, -2) for x in (z, self.as_compared(z)))
+        rows = all_rows(own)
+        ones = torch.ones(indices.numel(), dtype=self.use.dtype, device=indices.device)
+        chosen = torch.zeros_like(self.use).index_add_(0, indices.flatten(), ones)
+        self.use.lerp_(all_sum(chosen) / len(rows), 1 - DECAY)
+        table = self._first_table()
+        closest = rows[nearest(cast(Tensor, self.codebook), all_rows(compared), self.similarity)].to(table.dtype)
+        share = torch.exp(-self.use * (10 * self.codebook_size / (1 - DECAY)) - 1e-3).to(table.dtype)
+        table.lerp_(self.rows_for(closest), share[:, None])
+
     # ---------------------------------------------------------------------------------------------- prune and grow
 
     def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
@@ -167,6 +198,7 @@ class LivingCodebook(nn.Module):
         return state
 
     def _tables(self) -> tuple[str, ...]:
-        """`code_tables`, and the running counts where there are any."""
+        """`code_tables`, and what is known of each code's use where there is any."""
         followed = self.restart_below > 0 and "counts" not in self.code_tables
-        return (*self.code_tables, "counts") if followed else self.code_tables
+        names = (*self.code_tables, "counts") if followed else self.code_tables
+        return (*names, "use") if self.clustering else names

@@ -26,6 +26,8 @@ def shard(quantizer: Quantizer) -> None:
         )
     if quantizer.restart_below > 0:
         raise UsageError("codes that are spread over processes do not restart; set quantizer.restart_below = 0")
+    if quantizer.clustering:
+        raise UsageError("codes that are spread over processes do not cluster; set quantizer.clustering = false")
     share = share_of_codes(quantizer.codebook_size)
     _replace(quantizer, _weight(quantizer).detach()[share.start : share.stop].clone())
     quantizer.sharded = True

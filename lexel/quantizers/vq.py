@@ -33,6 +33,8 @@ class VQ(Quantizer):
         gradient: how the decoder's gradient reaches the latents: "straight_through" or "rotation".
         similarity: how the nearest code is found, "l2", "dot" or "cosine"; z_q is the code at its own length.
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
+        clustering: whether codes move towards their nearest latents in training, those the most that are chosen the
+            least (https://arxiv.org/abs/2307.15139), as in TA-TiTok.
     """
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
@@ -46,12 +48,14 @@ class VQ(Quantizer):
         gradient: str = "straight_through",
         similarity: Similarity = "l2",
         restart_below: float = 0.0,
+        clustering: bool = False,
     ) -> None:
         super().__init__(codebook_size, codebook_dim)
         self.similarity = choose("similarity", similarity, SIMILARITIES)
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self.weight = nn.Parameter(torch.empty(codebook_size, codebook_dim).uniform_(-1, 1).div_(codebook_size))
         self.follow_use(restart_below)
+        self.follow_clusters(clustering)
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -59,6 +63,7 @@ class VQ(Quantizer):
         indices = self.assign(z)
         self.count_chosen(z, indices)
         z_q = self.indices_to_codes(indices)
+        self.cluster(z, indices)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
 
     def dead_codes(self, seen: Mapping[str, float]) -> Advice:

@@ -84,9 +84,6 @@ NOT_COMPARED: dict[str, dict[str, str]] = {
     "RQ-VAE residual quantizer": {
         "shared.*/codebooks": "the one codebook, repeated for every depth in the file",
     },
-    "TA-TiTok": {
-        "f../(rec_train_step|embedding_after|embed_prob_after)": "the clustering step of training is not in Lexel"
-    },
     "TiTok one-stage": {"vae/f../kl": "of every position; the loss is their sum"},
     "VAR multi-scale residual quantizer": {
         ".*/embed_to_fhat_not_max_scale": "the published code calls this way of adding scales an experiment"

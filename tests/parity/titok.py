@@ -162,6 +162,11 @@ def text_aware(fixture: Fixture) -> None:
         images = (model.decode_codes(result.z_q, text) + 1) / 2
         run.close("rec", images)
         gradients(run, model, (images - x).square().mean(), "grads_eval")
+        model.train()
+        z_q = model.quantizer(model.latents(2 * x - 1)).z_q
+        run.close("rec_train_step", (model.decode_codes(z_q, text) + 1) / 2)
+        run.close("embedding_after", model.quantizer.get_parameter("weight"))
+        run.close("embed_prob_after", model.quantizer.get_buffer("use"))
 
 
 DISCRIMINATOR = {
