@@ -1,5 +1,6 @@
 """Two granularities chosen by a router: its tokens, its budget, the import of published files."""
 
+import math
 import re
 
 import pytest
@@ -8,8 +9,11 @@ from test_autoencoder_laws import images, tokenizer
 
 from lexel.autoencoders import parse
 from lexel.autoencoders.dynamic import budget, pack, places, unpack
+from lexel.autoencoders.entropy import patch_entropy
 from lexel.convert import convert
 from lexel.errors import UsageError
+from lexel.memory import needed_bytes
+from lexel.tokenizer import Tokenizer
 
 SMALL = {"multipliers": [1, 1, 2], "attention_levels": [2], "decoder_attention_levels": [1], "size": [16, 24]}
 
@@ -77,6 +81,32 @@ def test_the_router_learns_from_the_images_and_from_the_budget():
     assert model.loss_weights["budget"] == 20
 
 
+def test_regions_are_fine_where_the_entropy_of_their_grey_values_is_above_the_threshold():
+    x = images(tokenizer("dynamic"))
+    x[:, :, :8] *= 0.02  # nearly grey; regions have four pixels a side
+    entropies = patch_entropy(x, 4)
+    assert entropies.shape == (3, 4, 6)
+    assert entropies[:, :2].max() < 0.8 < entropies[:, 2:].min() < math.log(32)
+    torch.testing.assert_close(patch_entropy(x[1:2], 4), entropies[1:2], rtol=0, atol=0)
+    model = tokenizer("dynamic", routing="entropy", entropy_threshold=0.8).train()
+    fine = model.autoencoder.granularity(x)
+    assert torch.equal(fine, entropies > 0.8)
+    result = model(x)  # in training nothing is drawn
+    assert "budget" not in result.quantized.losses
+    assert torch.equal(model(x).images, result.images)
+    (result.images.square().mean() + sum(result.quantized.losses.values())).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert needed_bytes(model, 16, 24, 2) > 0  # without any memory, on the meta device
+    assert Tokenizer(model.config).state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_learned_router_is_named_as_before_there_was_a_choice():
+    learned = tokenizer("dynamic").config.autoencoder
+    assert not {"routing", "entropy_threshold"} & learned.identity().keys()
+    other = tokenizer("dynamic", routing="entropy", entropy_threshold=0.8).config.autoencoder
+    assert other.identity()["entropy_threshold"] == 0.8
+
+
 def test_the_commitment_of_a_coarse_code_counts_once():
     model = tokenizer("dynamic")
     x = images(model)
@@ -93,6 +123,8 @@ def test_the_commitment_of_a_coarse_code_counts_once():
         ({"multipliers": [1]}, "at least two levels"),
         ({"size": 20}, "size must be a multiple of 16, got 20"),
         ({"size": [32]}, "one number or"),
+        ({"routing": "entropy"}, "routing = 'entropy' and entropy_threshold go together"),
+        ({"entropy_threshold": 1.0}, "go together: give both or neither"),
         ({"decoder_attention_levels": [4]}, r"decoder_attention_levels must be among \[0, 1, 2, 3\]"),
         ({"z_channels": 40}, "32 groups do not divide z_channels 40"),
     ],

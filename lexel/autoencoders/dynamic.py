@@ -22,6 +22,7 @@ from lexel.autoencoders.convolutional import (
     conv3x3,
     norm,
 )
+from lexel.autoencoders.entropy import patch_entropy
 from lexel.errors import UsageError, unknown
 from lexel.runtime import without_autocast
 
@@ -36,10 +37,16 @@ class DynamicConfig(ConvolutionalConfig):
     size: int | list[int] = 256  # of the images: of both sides, or [height, width]
     positions: list[Literal["fourier", "learned"]] = ["fourier", "learned"]  # what the decoder is told of places
     share: float = Field(default=0.5, ge=0, le=1)  # of the regions that are to be fine: the budget
+    # Who chooses: a router that learns within the budget, or the entropy of a region's grey values (`patch_entropy`):
+    # above so many nats it is fine.
+    routing: Literal["learned", "entropy"] = "learned"
+    entropy_threshold: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "DynamicConfig":
         levels = len(self.multipliers)
+        if (self.routing == "entropy") != (self.entropy_threshold is not None):
+            raise ValueError("routing = 'entropy' and entropy_threshold go together: give both or neither")
         if levels < 2:
             raise ValueError(f"two granularities need at least two levels, got multipliers = {self.multipliers}")
         for name, given, count in (
@@ -67,8 +74,9 @@ class DynamicConfig(ConvolutionalConfig):
         return 2 ** (len(self.multipliers) - 2)
 
     def identity(self) -> dict[str, Any]:
-        """The whole table: no version before 0.2 knew this kind."""
-        return self.model_dump(mode="json")
+        """The whole table, but for how regions are routed where that is learned, as in every model of before."""
+        routing = {"routing", "entropy_threshold"} if self.routing == "learned" else None
+        return self.model_dump(mode="json", exclude=routing)
 
 
 class Dynamic(Convolutional):
@@ -83,7 +91,8 @@ class Dynamic(Convolutional):
     a fine region may happen to have four equal codes.
 
     In training the router draws (Gumbel softmax), and the term `budget` pulls the share of fine regions to
-    `config.share`; the commitment of a coarse region's codes counts once, not four times.
+    `config.share`; regions routed by their entropy have neither. The commitment of a coarse region's codes counts once,
+    not four times.
 
     Args:
         config: see `DynamicConfig`.
@@ -124,7 +133,7 @@ class Dynamic(Convolutional):
         return self.encoder.routed(images)
 
     def routing_losses(self, gates: Tensor, z: Tensor, z_q: Tensor, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        terms = {"budget": budget(gates, self.config.share)}
+        terms = {"budget": budget(gates, self.config.share)} if self.config.routing == "learned" else {}
         if "commitment" in losses:
             weights = places(torch.where(gates.argmax(1, keepdim=True) == 1, 1.0, 0.25).to(z.dtype))
             terms["commitment"] = (weights * (z - z_q.detach()).square()).mean()
@@ -235,10 +244,11 @@ class Encoder(nn.Module):
         self.downsamples = nn.ModuleList(Downsample(width) for width in widths[1:-1])
         self.coarse = Head(widths[-1], config)
         self.fine = Head(widths[-2], config)
-        self.router = Router(config.z_channels, groups)
+        self.region, self.threshold = 2 * config.downsampling, config.entropy_threshold
+        self.router = Router(config.z_channels, groups) if config.routing == "learned" else None
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coarse latents (B, D, h, w), fine ones (B, D, 2 h, 2 w), and the router's logits (B, 2, h, w)."""
+        """Coarse latents (B, D, h, w), fine ones (B, D, 2 h, 2 w), and logits (B, 2, h, w) of the two."""
         x = self.conv_in(images)
         kept = x
         for number, level in enumerate(self.levels):
@@ -246,7 +256,11 @@ class Encoder(nn.Module):
             if number < len(self.downsamples):
                 kept, x = x, self.downsamples[number](x)
         coarse, fine = self.coarse(x), self.fine(kept)
-        return coarse, fine, self.router(coarse, fine)
+        if self.router is not None:
+            return coarse, fine, self.router(coarse, fine)
+        assert self.threshold is not None
+        above = patch_entropy(images, self.region) - self.threshold
+        return coarse, fine, torch.stack([-above, above], 1)
 
     def routed(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents, and gates (B, 2, h, w), 1 at the granularity chosen of each region (coarse, fine) and 0 elsewhere.
@@ -256,13 +270,13 @@ class Encoder(nn.Module):
             noise: exponential numbers (B, 2, h, w) that the training's choice is drawn by; drawn if not given.
         """
         coarse, fine, logits = self.features(images)
-        if self.training:
+        if self.training and self.router is not None:
             drawn = torch.empty_like(logits).exponential_() if noise is None else noise
             soft = (logits - drawn.log()).softmax(1)
             hard = F.one_hot(soft.argmax(1), 2).movedim(-1, 1).to(soft)
             gates = hard + (soft - soft.detach())  # 0 or 1 in value, soft in gradient
         else:
-            gates = F.one_hot(logits.argmax(1), 2).movedim(-1, 1).to(logits)
+            gates = F.one_hot(logits.argmax(1), 2).movedim(-1, 1).to(coarse)
         is_fine = places(gates[:, 1:].detach() > 0.5)
         # Multiplied by the gate of what was chosen, which is 1, so that it learns.
         return torch.where(is_fine, fine, places(coarse)) * places(gates.amax(1, keepdim=True)).to(fine.dtype), gates

@@ -67,7 +67,6 @@ CHECKERS: dict[str, Callable[[Fixture], None]] = {  # by how the file's `family`
 NOT_COMPARED: dict[str, dict[str, str]] = {
     "DQ-VAE": {
         "budgets/triple": "Lexel routes between two granularities, not three",
-        "entropy/": "routing by entropy is not in Lexel",
     },
     "DiT": {"f../one_step/t_index": "steps that are given"},
     "FlexTok parts": {

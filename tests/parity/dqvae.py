@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lexel.autoencoders.dynamic import budget, pack, places, unpack
+from lexel.autoencoders.entropy import patch_entropy
 from lexel.tokenizer import Tokenizer
 from tests.parity.fixture import Fixture, Run
 
@@ -40,6 +41,7 @@ def check(fixture: Fixture) -> None:
         run.close("rec", result.images)
         budgets(run)
         packing(run)
+        entropy(run)
         step(run, model)
 
 
@@ -55,6 +57,12 @@ def budgets(run: Run) -> None:
     run.close("budgets dual_single", 2 * budget(run.cast(given["gate2"]), 0.7), given["dual_single"])
     share = run.content["config"]["budget"]["target_ratio"]
     run.close("budget_of_logits", weight(run) * budget(run.expected["router_logits"], share))
+
+
+def entropy(run: Run) -> None:
+    given = run.content["entropy"]
+    theirs = given["f64" if run.dtype == torch.float64 else "f32"]["out"]
+    run.close("entropy", patch_entropy(run.cast(given["x"]), given["patch_size"]), theirs)
 
 
 def packing(run: Run) -> None:
