@@ -243,7 +243,7 @@ class ArrayFile:
         if name not in self.names:
             held = ", ".join(sorted(self.names)) or "nothing"
             raise UsageError(f"{self.path} holds {held}, not {name}")
-        with _told(self.path):
+        with _errors_in_one_line(self.path):
             yield
 
 
@@ -257,17 +257,17 @@ def open_arrays(path: str | Path) -> Iterator[ArrayFile]:
     path = expanded(path)
     if not path.is_file():  # pipes and devices are no files either
         raise UsageError(f"{path} is not a file; give an .npz or .npy file")
-    with _told(path):
+    with _errors_in_one_line(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             single = file.read(len(_MAGIC)) == _MAGIC
     if single:
         yield ArrayFile(path, None, size)
         return
-    with _told(path, "cannot be read as .npz or .npy"):
+    with _errors_in_one_line(path, "cannot be read as .npz or .npy"):
         archive = zipfile.ZipFile(path)
     with archive:
-        with _told(path):
+        with _errors_in_one_line(path):
             opened = ArrayFile(path, archive, size)
         yield opened
 
@@ -330,7 +330,7 @@ class NpzWriter:
 
 
 @contextmanager
-def _told(path: Path, what: str = "is damaged") -> Iterator[None]:
+def _errors_in_one_line(path: Path, what: str = "is damaged") -> Iterator[None]:
     """Turns whatever damaged bytes raise into one line."""
     try:
         yield

@@ -1,6 +1,5 @@
 """Banks of features for VQGAN-LC, from the pictures of a folder and any encoder at hand."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.memory import check_memory
 from lexel.quantizers.vqgan_lc import build_bank, check_free, save_bank
-from lexel.runtime import Runtime
+from lexel.runtime import ProgressCallback, Runtime
 from lexel.tokenizer import Tokenizer
 
 NETWORK_SIZE = 224  # pixels a side for feature networks
@@ -33,7 +32,7 @@ def make_bank(
     batch_size: int = 32,
     pixel_limit: int = PIXEL_LIMIT,
     seed: int = 0,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Tensor:
     """Clusters an encoder's features of a set of images and writes the centres.
 

@@ -1,7 +1,7 @@
 """Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
 from lexel.provenance import public_name
-from lexel.runtime import Runtime
+from lexel.runtime import ProgressCallback, Runtime
 from lexel.text_encoder import TextEncoder, caption_features
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
@@ -39,10 +39,8 @@ WRITTEN_BY = ("Software", "Lexel")  # in the PNG files written here, which may b
 
 SHARD = 4096  # pictures in a file of a token set: what an interruption can cost
 
-ProgressCallback = Callable[[int, int | None], None]  # done, total
 
-
-class Done(NamedTuple):
+class CodecResult(NamedTuple):
     """What a pass over pictures did."""
 
     written: int
@@ -138,7 +136,7 @@ class Codec:
         out: str | Path,
         side_by_side: bool = False,
         progress: ProgressCallback | None = None,
-    ) -> Done:
+    ) -> CodecResult:
         """Writes the reconstruction of every picture as PNG, under the picture's own name.
 
         Args:
@@ -161,7 +159,7 @@ class Codec:
         written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
         if not written:
             raise UsageError(f"none of the pictures can be used; {first_reason(unreadable)}")
-        return Done(written, unreadable)
+        return CodecResult(written, unreadable)
 
     def encode(
         self,
@@ -242,7 +240,7 @@ class Codec:
             raise UsageError(f"none of the {len(images)} images can be read; {first_reason(tokens.unreadable)}")
         return tokens
 
-    def decode(self, tokens: TokenSet, out: str | Path, progress: ProgressCallback | None = None) -> Done:
+    def decode(self, tokens: TokenSet, out: str | Path, progress: ProgressCallback | None = None) -> CodecResult:
         """Writes the picture of every image of a token set as PNG, under the name it was encoded from.
 
         Raises:
@@ -257,7 +255,7 @@ class Codec:
         if not len(tokens):
             raise UsageError(f"{tokens.folder} holds no tokens; {first_reason(tokens.unreadable)}")
         check_targets(tokens.names, out)
-        return Done(write_pngs(pictures, out, len(tokens), progress), {})
+        return CodecResult(write_pngs(pictures, out, len(tokens), progress), {})
 
     def _pictures_of(self, tokens: TokenSet, batch: TokenBatch) -> list[np.ndarray]:
         """The pictures of a batch, uint8 (H, W, 3); without what was padded, where they have their own sizes."""

@@ -1,4 +1,4 @@
-"""Commands on many machines: here, as a Slurm array (submitit), or by Ray. What failed is run again.
+"""Commands on many machines: local, as a Slurm array (submitit), or by Ray. What failed is run again.
 
 An engine runs a list of commands and says how each ended. Which images are in which command is settled before
 (`lexel.parts`), and every command goes on where it was stopped, so that nothing is lost or doubled whatever an engine
@@ -30,7 +30,7 @@ def run_command(arguments: Command) -> int:
     ).returncode
 
 
-def here(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
+def local(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
     """On this machine, `at_once` (by default 1) at a time."""
     _only(options, {"at_once"}, "local")
     with ThreadPoolExecutor(int(options.get("at_once", 1))) as pool:
@@ -83,7 +83,7 @@ def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any])
     return ended
 
 
-ENGINES: dict[str, Engine] = {"local": here, "slurm": slurm, "ray": by_ray}
+ENGINES: dict[str, Engine] = {"local": local, "slurm": slurm, "ray": by_ray}
 
 
 def run_all(
@@ -102,7 +102,7 @@ def run_all(
         notes: a folder in which engines may write.
         options: of the engine.
         tries: of each command.
-        say: told of commands that are run again.
+        say: message of commands that are run again.
 
     Raises:
         UsageError: the engine is unknown or refuses, or a command failed every time.
@@ -115,13 +115,13 @@ def run_all(
         if not failed:
             return
         number, status = failed[0]
-        told = f"{len(failed)} of {len(left)} parts failed; the first, part {number + 1}, ended with {status}"
+        message = f"{len(failed)} of {len(left)} parts failed; the first, part {number + 1}, ended with {status}"
         if any(status == 2 for _, status in failed):  # a mistake of the user, which no second try mends
-            raise UsageError(f"{told}: run `lexel {' '.join(commands[number])}` to see why")
+            raise UsageError(f"{message}: run `lexel {' '.join(commands[number])}` to see why")
         if attempt < tries:
-            say(f"{told}; they are run again")
+            say(f"{message}; they are run again")
         left = [number for number, _ in failed]
-    raise UsageError(f"{told}, {tries} times: run `lexel {' '.join(commands[number])}` to see why")
+    raise UsageError(f"{message}, {tries} times: run `lexel {' '.join(commands[number])}` to see why")
 
 
 def _only(options: Mapping[str, Any], known: set[str], engine: str) -> None:

@@ -26,6 +26,10 @@ MOST_MODULES = 10_000
 MOST_NUMBERS = 2**40
 
 
+ProgressCallback = Callable[[int, int | None], None]
+"""Called with what is done and with how much there is; None where that is not known."""
+
+
 class Runtime(NamedTuple):
     """A device, and the half precision of its matrix products if any."""
 

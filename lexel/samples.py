@@ -1,6 +1,6 @@
 """Images from a generator, written as they come: a grid to look at, a set to measure, or the tokens themselves."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +17,7 @@ from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
 from lexel.metrics.statistics import NpzWriter
 from lexel.networks import FeatureNetwork
-from lexel.runtime import Runtime
+from lexel.runtime import ProgressCallback, Runtime
 from lexel.text_encoder import TextEncoder
 from lexel.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def write_samples(
     first_number: int = 0,
     columns: int | None = None,
     given: torch.Tensor | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    progress: ProgressCallback | None = None,
     candidates: int = 1,
     classifier: FeatureNetwork | None = None,
     rounding: Literal["round", "truncate"] = "round",
@@ -226,7 +226,7 @@ def _sampled(
     runtime: Runtime,
     first: int,
     given: torch.Tensor | None,
-    progress: Callable[[int, int | None], None] | None,
+    progress: ProgressCallback | None,
     settings: Mapping[str, Any],
 ) -> Iterator[torch.Tensor]:
     """Tokens of the images, as many at once as are decoded and written together."""
@@ -286,7 +286,7 @@ def _best(
     runtime: Runtime,
     first: int,
     given: torch.Tensor | None,
-    progress: Callable[[int, int | None], None] | None,
+    progress: ProgressCallback | None,
     settings: Mapping[str, Any],
 ) -> Iterator[torch.Tensor]:
     """The best candidates. Those of image n are the images n m to n m + m - 1 of the random stream."""
@@ -362,11 +362,9 @@ def encode_captions(generator: Generator, texts: Sequence[str], encoder: str | P
     return torch.from_numpy(text.encode(texts))
 
 
-def _images_done(
-    progress: Callable[[int, int | None], None], before: int, count: int, total: int
-) -> Callable[[int, int], None]:
+def _images_done(progress: ProgressCallback, before: int, count: int, total: int) -> ProgressCallback:
     """Turns tokens done of a part's tokens into images done of all."""
-    return lambda done, tokens: progress(before + count * done // tokens, total)
+    return lambda done, tokens: progress(before + count * done // (tokens or 1), total)
 
 
 def _pictures(

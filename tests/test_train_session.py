@@ -31,7 +31,7 @@ from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
-from lexel.train.validation import RULES, Places, require_readable, validate
+from lexel.train.validation import RULES, SpacedImages, require_readable, validate
 
 pytestmark = pytest.mark.usefixtures("undrawn_charts")
 
@@ -292,7 +292,7 @@ def measured(images, limit, processes):
     """The grey levels that are measured, over all processes."""
     levels = []
     for rank in range(processes):
-        places = Places(images, TRANSFORMS["published"](8), limit)
+        places = SpacedImages(images, TRANSFORMS["published"](8), limit)
         share = range(len(places))[rank::processes]
         levels += [
             round((float(image.mean()) + 1) * 127.5) for batch in places.read(share, 3) for image in batch.images

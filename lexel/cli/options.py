@@ -163,9 +163,9 @@ def print_grid(rows: Iterable[Iterable[str]], width: int) -> None:
         print("  ".join(f"{cell:>{width}}" for cell in row))
 
 
-def print_end(finished: bool, told: str, out: Path) -> None:
-    """How something resumable ended: what is told of it where it is finished, else how to go on."""
-    print(told if finished else f"stopped; run the same command again to go on ({out})")
+def print_end(finished: bool, message: str, out: Path) -> None:
+    """How something resumable ended: what is said of it where it is finished, else how to go on."""
+    print(message if finished else f"stopped; run the same command again to go on ({out})")
 
 
 def print_left_out(unreadable: Mapping[str, str]) -> None:

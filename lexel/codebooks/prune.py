@@ -1,6 +1,6 @@
 """Dropping codes that nothing uses: a compact codebook, the map of indices, tokens and generators that follow it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from lexel.codebooks.usage import usage
 from lexel.data.tokens import TokenSet, remap_tokens
 from lexel.errors import UsageError
 from lexel.generators import Generator
+from lexel.runtime import ProgressCallback
 from lexel.tokenizer import Tokenizer
 
 CODE_MAP = "code_map.npy"  # int64 (n,): the old number of each code
@@ -66,7 +67,7 @@ def write_pruned(
     kept: Tensor,
     out: str | Path,
     tokens: Sequence[TokenSet] = (),
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Tokenizer | Generator:
     """Writes a model over the codes `kept`: an ordinary model folder with `code_map.npy` and re-mapped token sets.
 

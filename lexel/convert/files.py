@@ -26,7 +26,7 @@ INDEX = ".index.json"  # lists the shards of a split checkpoint
 NESTED = ("state_dict", "ema", "model")  # under which name training code puts the tensors; the first present counts
 
 
-class Forgotten:
+class Placeholder:
     """Stands for a class of a training framework that checkpoints name; it takes anything and does nothing."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
@@ -54,7 +54,7 @@ HARMLESS: list[Any] = [
         )
     ),
     *(
-        (Forgotten, name)
+        (Placeholder, name)
         for name in (
             "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
             "pytorch_lightning.callbacks.lr_monitor.LearningRateMonitor",

@@ -1,6 +1,5 @@
 """The `data` section of a recipe: which pictures to learn from, which to measure on, how to resize and crop them."""
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 from warnings import warn
 
@@ -13,6 +12,7 @@ from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import CachedImages, ImageSet
 from lexel.data.sources import open_images
 from lexel.data.transforms import TRANSFORMS, Transform
+from lexel.runtime import ProgressCallback
 
 HELD_OUT = 0.05  # of a folder that has no validation part of its own
 
@@ -59,7 +59,7 @@ class DataConfig(Config):
         return TRANSFORMS[self.transform](self.size)
 
 
-def open_data(config: DataConfig, progress: Callable[[int, int], None] | None = None) -> tuple[ImageSet, ImageSet]:
+def open_data(config: DataConfig, progress: ProgressCallback | None = None) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those to validate on.
 
     A source with a single image is used for both, with a warning.

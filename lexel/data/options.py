@@ -1,11 +1,9 @@
 """What the caller of a source asks for, whichever source it is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from lexel.data.files import PIXEL_LIMIT, Decoding
-
-Progress = Callable[[int, int], None] | None
+from lexel.runtime import ProgressCallback
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class OpenOptions:
     channels: int = 3
     depth: int = 8
     pixel_limit: int = PIXEL_LIMIT
-    progress: Progress = None
+    progress: ProgressCallback | None = None
     max_unreadable: float = 1.0
 
     @property

@@ -13,7 +13,7 @@ from lexel.data.files import Decoding, in_words
 from lexel.data.folder import NoSplit
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
 from lexel.data.options import OpenOptions
-from lexel.data.shard_places import expand
+from lexel.data.shard_locations import expand
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 

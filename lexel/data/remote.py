@@ -18,7 +18,7 @@ from lexel.regular import open_regular
 
 TRIES, WAIT, PATIENCE = 3, 0.5, 30.0  # a request; seconds before the second try; seconds for an answer
 BLOCK = 2**20  # bytes that are asked for at once where a file is read from its beginning to its end
-Place = Path | str  # a file here, or a location of `is_remote`
+Location = Path | str  # a file here, or a location of `is_remote`
 Version = tuple[int, int | str]  # size, and a date or what a server calls this content
 
 
@@ -27,7 +27,7 @@ def is_remote(location: str) -> bool:
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", location) is not None
 
 
-def stem(place: Place) -> str:
+def stem(place: Location) -> str:
     """The name of a file without folders and its last suffix."""
     return place.stem if isinstance(place, Path) else PurePosixPath(urlsplit(place).path).stem
 
@@ -108,7 +108,7 @@ class RemoteFile(io.RawIOBase):
         return len(content)
 
 
-def open_place(place: Place) -> IO[bytes]:
+def open_location(place: Location) -> IO[bytes]:
     """A file here or elsewhere, to be read from its beginning.
 
     Raises:

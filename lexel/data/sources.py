@@ -22,6 +22,7 @@ from lexel.data.tar import open_tar
 from lexel.errors import UsageError
 from lexel.registry import lookup
 from lexel.regular import expanded
+from lexel.runtime import ProgressCallback
 
 Opener = Callable[[str, OpenOptions], ImageSet]
 """A location and options to a set; raises NoSplit where the source has no such split, UsageError for anything else."""
@@ -84,7 +85,7 @@ def open_images(
     *,
     channels: int = 3,
     depth: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
     pixel_limit: int = PIXEL_LIMIT,
     max_unreadable: float = 1.0,
 ) -> ImageSet:

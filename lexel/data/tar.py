@@ -25,8 +25,8 @@ from lexel.data.folder import part_of_names
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
 from lexel.data.listing import Names
 from lexel.data.options import OpenOptions
-from lexel.data.remote import Place, Version, open_place, read_range, stem, version
-from lexel.data.shard_places import expand_places
+from lexel.data.remote import Location, Version, open_location, read_range, stem, version
+from lexel.data.shard_locations import expand_locations
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 from lexel.runtime import cache_folder, is_cached
@@ -72,7 +72,7 @@ class TarImages(EncodedImages):
     def __init__(
         self,
         decoding: Decoding,
-        shards: Sequence[Place],
+        shards: Sequence[Location],
         found: Sequence[Version | None],
         places: np.ndarray,
         names: Sequence[str],
@@ -109,7 +109,7 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         NoSplit: the members' folders have no such split.
         UsageError: there is no such shard, or no image in any.
     """
-    shards = expand_places(location, ".tar")
+    shards = expand_locations(location, ".tar")
     indexes = index_shards(shards, options)
     left_out = {str(path): index.damage for path, index in zip(shards, indexes, strict=True) if index.damage}
     if left_out:
@@ -158,7 +158,7 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
     return images
 
 
-def index_shards(shards: Sequence[Place], options: OpenOptions) -> list[ShardIndex]:
+def index_shards(shards: Sequence[Location], options: OpenOptions) -> list[ShardIndex]:
     """The index of every shard: from the cache where size and date of the shard are the same, else made anew."""
     done = 0
     indexes = []
@@ -171,7 +171,7 @@ def index_shards(shards: Sequence[Place], options: OpenOptions) -> list[ShardInd
     return indexes
 
 
-def _indexed(path: Place) -> ShardIndex:
+def _indexed(path: Location) -> ShardIndex:
     try:
         found: Version | None = size_and_date(path) if isinstance(path, Path) else version(path)
     except OSError as error:
@@ -192,7 +192,7 @@ def _indexed(path: Place) -> ShardIndex:
     return index
 
 
-def index_shard(path: Place) -> ShardIndex:
+def index_shard(path: Location) -> ShardIndex:
     """Reads the headers of a shard. What comes before a damaged place is kept, and the damage said.
 
     Raises:
@@ -203,7 +203,7 @@ def index_shard(path: Place) -> ShardIndex:
     captions: dict[str, str] = {}
     damage = ""
     try:
-        with open_place(path) as file:
+        with open_location(path) as file:
             total = file.seek(0, io.SEEK_END)
             file.seek(0)
             if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):

@@ -16,14 +16,14 @@ from lexel.evaluate import read_result
 from lexel.loading import load_generator, load_tokenizer
 from lexel.report import write_report
 from lexel.run_folder import TrainingStopped
-from lexel.runtime import runtime
+from lexel.runtime import ProgressCallback, runtime
 from lexel.train.generator import GeneratorRecipe, train_generator
 from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "ssim", "lpips", "usage")
 
-ProgressCallback = Callable[[str, int, int, str], None]  # stage, done, total, note
+StageCallback = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
 class DemoResult(NamedTuple):
@@ -46,7 +46,7 @@ class Folders(NamedTuple):
 def demo(
     out: str | Path,
     steps: int | None = None,
-    progress: ProgressCallback | None = None,
+    progress: StageCallback | None = None,
     device: str = "cpu",
     precision: str = "float32",
 ) -> DemoResult:
@@ -71,14 +71,14 @@ def demo(
     if steps is not None:
         changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
     recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, changes)
-    images = open_data(recipe.data, _counted(progress, "drawings"))  # rendered once, before two processes ask for them
+    images = open_data(recipe.data, _counts(progress, "drawings"))  # rendered once, before two processes ask for them
     with SecondCore() as beside, _one_thread():
         overrides = [word for change in changes for word in ("--set", change)]
         vq = beside.start(
             "train", "openmoji", "--out", str(folders.vq), "--device", device, *overrides, "--set",
             "model.quantizer.kind=vq",
         )  # fmt: skip
-        _train_tokenizer(recipe, folders.tokenizer, device, _told(progress, "IBQ and VQ"))
+        _train_tokenizer(recipe, folders.tokenizer, device, _steps(progress, "IBQ and VQ"))
         _report(progress, "waiting for VQ")
         vq.result()
         measured = [
@@ -93,13 +93,13 @@ def demo(
             load_tokenizer(folders.tokenizer), runtime(device, precision), recipe.data.make_transform(), batch_size=64
         )
         for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
-            codec.encode(recipe.data.source, folder, split, progress=_counted(progress, "tokens"))
-        _train_generator(folders, changes, device, _told(progress, "generator"))
+            codec.encode(recipe.data.source, folder, split, progress=_counts(progress, "tokens"))
+        _train_generator(folders, changes, device, _steps(progress, "generator"))
         _report(progress, "measuring")
         for result in measured:
             result.result()
     generator = load_generator(folders.generator).to(codec.runtime.device)
-    tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counted(progress, "drawing"))
+    tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counts(progress, "drawing"))
     results = {
         name: read_result(folder / "evaluation.json")
         for name, folder in (("VQ", folders.vq), ("IBQ", folders.tokenizer))
@@ -156,16 +156,16 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _report(progress: ProgressCallback | None, stage: str) -> None:
+def _report(progress: StageCallback | None, stage: str) -> None:
     if progress is not None:
         progress(stage, 0, 1, "")
 
 
-def _told(progress: ProgressCallback | None, stage: str) -> Callable[[Progress], None] | None:
+def _steps(progress: StageCallback | None, stage: str) -> Callable[[Progress], None] | None:
     if progress is None:
         return None
     return lambda now: progress(stage, now.step, now.steps, f"{now.images_per_second:.0f} images/s")
 
 
-def _counted(progress: ProgressCallback | None, stage: str) -> Callable[[int, int | None], None] | None:
+def _counts(progress: StageCallback | None, stage: str) -> ProgressCallback | None:
     return None if progress is None else lambda done, total: progress(stage, done, total or done, "")

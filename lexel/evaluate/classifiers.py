@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from lexel.config import Config
 from lexel.errors import UsageError
+from lexel.runtime import ProgressCallback
 
 KEPT_BYTES = 2**30  # features that are kept in memory instead of being made anew for each pass
 SOLVER_NUMBERS = 2**27  # float64 numbers that scikit-learn is given at most
 SOLVER_STEPS = 1000  # of L-BFGS
-Report = Callable[[int, int], None]  # images, or passes, done; of all
 
 
 class ProbeConfig(Config):
@@ -59,7 +59,7 @@ class Table:
         count: int,
         batch_size: int,
         vocabulary: int | None = None,
-        report: Report | None = None,
+        report: ProgressCallback | None = None,
     ) -> None:
         self.make, self.count, self.batch_size, self.vocabulary = make, count, batch_size, vocabulary
         self.report = report
@@ -169,7 +169,7 @@ PROBES: dict[str, type[Linear] | type[Attentive]] = {"linear": Linear, "attentiv
 
 
 def fit(
-    kind: str, table: Table, labels: Tensor, classes: int, config: ProbeConfig, report: Report | None = None
+    kind: str, table: Table, labels: Tensor, classes: int, config: ProbeConfig, report: ProgressCallback | None = None
 ) -> Probe:
     """A probe, fitted to features and labels.
 
@@ -193,7 +193,7 @@ def fit(
     numbers = table.count * (int(np.prod(table.shape)) if config.pool == "all" else table.shape[-1])
     if kind == "linear" and table.vocabulary is None and numbers <= SOLVER_NUMBERS:
         return LogisticRegression(table, labels, classes, config)
-    return Trained(kind, table, labels, classes, config, report)
+    return TrainedProbe(kind, table, labels, classes, config, report)
 
 
 class LogisticRegression:
@@ -221,11 +221,17 @@ class LogisticRegression:
         return found
 
 
-class Trained:
+class TrainedProbe:
     """A probe by AdamW, its learning rate falling to 0 along a cosine; features get mean 0 and variance 1 a channel."""
 
     def __init__(
-        self, kind: str, table: Table, labels: Tensor, classes: int, config: ProbeConfig, report: Report | None
+        self,
+        kind: str,
+        table: Table,
+        labels: Tensor,
+        classes: int,
+        config: ProbeConfig,
+        report: ProgressCallback | None,
     ) -> None:
         self.solver = f"torch {torch.__version__}"
         self.moments = None if table.vocabulary is not None else moments(table)

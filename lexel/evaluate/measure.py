@@ -19,8 +19,7 @@ from lexel.evaluate.stream import Partial, Visited
 from lexel.machine import commit
 from lexel.metrics import ReferenceStatistics
 from lexel.parts import Part
-
-ProgressCallback = Callable[[int, int], None]  # called with (images done, images of this process)
+from lexel.runtime import ProgressCallback
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,12 @@ from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
 from lexel.data.tokens.format import MANIFEST_PARTIAL
 from lexel.errors import UsageError, unknown
-from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Report, Table, fit
+from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
 from lexel.generators import Generator
 from lexel.loading import own_transform
 from lexel.provenance import public_name
 from lexel.regular import expanded
-from lexel.runtime import Runtime, runtime
+from lexel.runtime import ProgressCallback, Runtime, runtime
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ FEATURES = {
     "embeddings": "The indices alone: the probe learns a vector for each code.",
     "hidden": "A generator's hidden states of the tokens, under its null condition.",
 }
-ProgressCallback = Callable[[str, int, int], None]  # called with (stage, done, total)
+StageCallback = Callable[[str, int, int | None], None]  # called with (stage, done, total)
 
 
 class Labelled(NamedTuple):
@@ -70,7 +70,7 @@ def probe(
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "float32",
-    progress: ProgressCallback | None = None,
+    progress: StageCallback | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Fits a classifier to the tokens of labelled images and counts how often it is right on others.
@@ -134,8 +134,8 @@ def probe(
 
     make = _maker(features, training, tokenizer, generator, layers, where)
     vocabulary = training.spec.codebook_size * (training.spec.books or 1) if features == "embeddings" else None
-    making: Report = lambda done, total: report("features", done, total)  # noqa: E731
-    learning: Report = lambda done, total: report("training", done, total)  # noqa: E731
+    making: ProgressCallback = lambda done, total: report("features", done, total)  # noqa: E731
+    learning: ProgressCallback = lambda done, total: report("training", done, total)  # noqa: E731
     tables = [
         Table(lambda numbers, read=part.read: make(read(numbers)), len(part), batch_size, vocabulary, making)  # type: ignore[misc]
         for part in (training, measured)
@@ -303,7 +303,7 @@ def _images(
     pixel_limit: int,
     batch_size: int,
     where: Runtime,
-    report: ProgressCallback,
+    report: StageCallback,
     warnings: list[str],
 ) -> tuple[Labelled, Labelled]:
     """The tokens of images to learn from and to measure on, kept in memory."""

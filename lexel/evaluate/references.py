@@ -100,7 +100,7 @@ def reference_statistics(
     about |= {"data": visited.fingerprint, "unreadable": len(visited.unreadable), "statistics": key}
     computed = ReferenceStatistics(collected.states["pooled"].moments(), moments, features, about)
     if options.cache and rank() == 0:
-        keep(cached, lambda: write_statistics(cached, computed), warnings)
+        write_to_cache(cached, lambda: write_statistics(cached, computed), warnings)
     discard_partial(options.resume)
     return computed
 
@@ -132,7 +132,7 @@ class _Reference(Metric):
         return Values()
 
 
-def keep(path: Path, write: Any, warnings: list[str]) -> None:
+def write_to_cache(path: Path, write: Any, warnings: list[str]) -> None:
     """Writes a file of the cache; one that cannot be written costs time, not the result: a warning says so."""
     try:
         write()
@@ -185,7 +185,7 @@ class Originals:
                 metric.states |= self._found[name]
                 continue
             state = {part: metric.states[part].state_dict() for part in metric.of_originals}
-            keep(path, lambda path=path, state=state: checkpoint.save_state(path, state), self._warnings)
+            write_to_cache(path, lambda path=path, state=state: checkpoint.save_state(path, state), self._warnings)
 
     def _read(self, name: str, path: Path, metric: Metric) -> bool:
         if not is_cached(path):

@@ -23,6 +23,7 @@ from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkC
 from lexel.generators.pretrained import WithTokenizer
 from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
+from lexel.runtime import ProgressCallback
 from lexel.token_spec import TokenSpec
 
 SETTINGS = {"cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "min_p"}  # that all families take
@@ -220,7 +221,7 @@ class Generator(WithTokenizer):
         *,
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: ProgressCallback | None = None,
         watch: Callable[[Tensor], None] | None = None,
         **options: Any,
     ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.generators.sampling import filter_logits, guide, sample_index, uniform_stream
+from lexel.runtime import ProgressCallback
 
 MEMINFO = Path("/proc/meminfo")  # of Linux
 
@@ -76,7 +77,7 @@ def for_each(value: float | Sequence[float], parts: int, name: str) -> list[floa
 
 
 def reporter(
-    progress: Callable[[int, int], None] | None, before: int, images: int, count: int, tokens: int
+    progress: ProgressCallback | None, before: int, images: int, count: int, tokens: int
 ) -> Callable[[float], None]:
     """Turns the share of one batch that is done into tokens done of tokens in all."""
     if progress is None:

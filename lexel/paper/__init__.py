@@ -5,7 +5,7 @@ A row is a run folder that `lexel train` could have made; rows that several tabl
 finished is not done again, and what was stopped goes on.
 """
 
-from lexel.paper.plan import Plan, Table, read_tables
+from lexel.paper.plan import Table, TablesPlan, read_tables
 from lexel.paper.run import TablesResult, run_tables
 
-__all__ = ["Plan", "Table", "TablesResult", "read_tables", "run_tables"]
+__all__ = ["Table", "TablesPlan", "TablesResult", "read_tables", "run_tables"]

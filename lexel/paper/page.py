@@ -7,7 +7,7 @@ from typing import Any
 from lexel.compare.summary import COLUMNS, NETWORK
 from lexel.compare.summary import COSTS as SHARED_COSTS
 from lexel.paper.generators import pictures
-from lexel.paper.plan import Plan, Table
+from lexel.paper.plan import Table, TablesPlan
 from lexel.report import Section, labelled_rows, write_page
 from lexel.run_folder import RunFolder
 
@@ -48,7 +48,7 @@ def _numbers(result: Mapping[str, Any] | None) -> dict[str, Any]:
     return {} if result is None else {**result, **result["metrics"]}
 
 
-def write_html(out: Path, plan: Plan, results: Mapping[str, Mapping[str, Any]]) -> None:
+def write_html(out: Path, plan: TablesPlan, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Writes `tables.html` from the runs that are finished."""
     sections = []
     for name in plan.chosen:

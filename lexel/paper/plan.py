@@ -121,7 +121,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TablesPlan:
     """The tables chosen, and a recipe for every tokenizer and generator in them.
 
     Attributes:
@@ -206,7 +206,7 @@ def make_plan(
     seed: int = 0,
     overrides: Sequence[str] = (),
     generator_overrides: Sequence[str] = (),
-) -> Plan:
+) -> TablesPlan:
     """Every tokenizer of the chosen tables as a whole recipe, checked before anything is trained.
 
     Args:
@@ -236,7 +236,7 @@ def make_plan(
     generator_base["train"]["seed"] = seed
     images = image_terms(check(dict(base), TokenizerRecipe, f"{BASE}.toml").train)
     pixels = {term: weight for term, weight in base["train"]["weights"].items() if term in images}
-    plan = Plan(tables, chosen, {}, generator_base)
+    plan = TablesPlan(tables, chosen, {}, generator_base)
     names = [name for kind, name in plan.runs if kind == "tokenizers"]
     return replace(plan, tokenizers={name: planned(name, tables.tokenizers[name], base, pixels) for name in names})
 

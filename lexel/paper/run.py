@@ -13,7 +13,7 @@ from lexel.evaluate import write_result
 from lexel.loading import load_tokenizer
 from lexel.paper.generators import encode, train_and_measure_generator
 from lexel.paper.page import write_html
-from lexel.paper.plan import OWN, Budget, Plan, make_plan, read_tables
+from lexel.paper.plan import OWN, Budget, TablesPlan, make_plan, read_tables
 from lexel.spacing import evenly_spaced
 from lexel.train.session import Progress
 
@@ -105,7 +105,7 @@ def run_tables(
 
 
 def _generator(
-    plan: Plan,
+    plan: TablesPlan,
     name: str,
     out: Path,
     training: ImageSet,

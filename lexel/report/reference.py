@@ -44,8 +44,8 @@ class ReferenceCurves:
         """What the pale curves of a page are, and where the run's recipe differs."""
         different = self.differences(settings)
         more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
-        told = f", with {'; '.join(different[:SHOWN])}{more}" if different else ""
-        return f"Dashed, behind: a healthy run of the recipe {self.recipe}{told}."
+        note = f", with {'; '.join(different[:SHOWN])}{more}" if different else ""
+        return f"Dashed, behind: a healthy run of the recipe {self.recipe}{note}."
 
 
 def settings_of(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,13 +31,13 @@ class Job:
     error: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def progress(self, done: int, total: int) -> None:
+    def progress(self, done: int, total: int | None) -> None:
         """Notes how far the work is.
 
         Raises:
             Stopped: it is no longer wanted.
         """
-        self.done, self.total = done, total
+        self.done, self.total = done, total or 0
         if self.stop.is_set():
             raise Stopped
 

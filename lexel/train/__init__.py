@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lexel.tokenizer import Tokenizer
     from lexel.train.generator_recipe import GeneratorRecipe
     from lexel.train.recipes import TokenizerRecipe
-    from lexel.train.session import ProgressCallback, Trained
+    from lexel.train.session import StepCallback, TrainingResult
 
     Recipe = TokenizerRecipe | GeneratorRecipe
 
@@ -42,8 +42,8 @@ def train(
     *,
     device: str = "auto",
     initial: "Tokenizer | Generator | None" = None,
-    progress: "ProgressCallback | None" = None,
-) -> "Trained[Tokenizer] | Trained[Generator]":
+    progress: "StepCallback | None" = None,
+) -> "TrainingResult[Tokenizer] | TrainingResult[Generator]":
     """Trains what the recipe describes and writes `report.html`; the same call again goes on, bit for bit.
 
     Args:
@@ -64,7 +64,7 @@ def train(
     from lexel.report import write_report
     from lexel.train.recipes import TokenizerRecipe
 
-    result: Trained[Tokenizer] | Trained[Generator]
+    result: TrainingResult[Tokenizer] | TrainingResult[Generator]
     if isinstance(recipe, TokenizerRecipe):
         from lexel.train.tokenizer import train_tokenizer
 

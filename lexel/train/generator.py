@@ -34,7 +34,7 @@ from lexel.train.optimization import (
     to_device,
 )
 from lexel.train.processes import Processes
-from lexel.train.session import ProgressCallback, Session, Trained, require_parts
+from lexel.train.session import Session, StepCallback, TrainingResult, require_parts
 from lexel.train.tokens import TokenSource, entropy_bits
 
 if TYPE_CHECKING:
@@ -308,8 +308,8 @@ def train_generator(
     *,
     device: str = "auto",
     initial: Generator | None = None,
-    progress: ProgressCallback | None = None,
-) -> Trained[Generator]:
+    progress: StepCallback | None = None,
+) -> TrainingResult[Generator]:
     """Trains a generator in a run folder; called again with the same recipe it goes on, bit for bit.
 
     SIGTERM and SIGINT end it after the step at hand, which is saved.
@@ -378,7 +378,7 @@ def train_generator(
                     samples = show(exported.to(processes.device), source.tokenizer, config.seed)
                     session.run.snapshot(session.done, {"samples": samples})
     barrier()
-    return Trained(generator.eval(), learner.measured, session.done, session.finished, source.unreadable)
+    return TrainingResult(generator.eval(), learner.measured, session.done, session.finished, source.unreadable)
 
 
 def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:

@@ -113,7 +113,7 @@ class RunningMeans:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def take(self) -> dict[str, Tensor]:
+    def pop(self) -> dict[str, Tensor]:
         """The means as scalars on their device, which begin anew."""
         means = self.tensors()
         self.sums, self.counts = {}, {}

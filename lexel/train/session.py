@@ -43,7 +43,7 @@ Model = TypeVar("Model")
 Listed = TypeVar("Listed", bound=Evaluation)
 
 
-class Trained(NamedTuple, Generic[Model]):
+class TrainingResult(NamedTuple, Generic[Model]):
     """The result of a training."""
 
     model: Model  # with the live weights; sharded still, where the recipe says fsdp
@@ -53,7 +53,7 @@ class Trained(NamedTuple, Generic[Model]):
     unreadable: Mapping[str, str]  # images that could not be used, and why
 
 
-ProgressCallback = Callable[[Progress], None]
+StepCallback = Callable[[Progress], None]
 
 
 class Learner(Protocol):
@@ -152,7 +152,7 @@ class Session:
         tokenizer: str | None = None,
         best: str = "psnr",
         higher_is_better: bool = True,
-        progress: ProgressCallback | None = None,
+        progress: StepCallback | None = None,
     ) -> None:
         config = recipe.train
         self.recipe, self.config, self.processes = recipe, config, processes
@@ -271,7 +271,7 @@ class Session:
         elapsed = time.perf_counter() - self._begun
         speed = (step.done - self.first) * self.config.batch_size / elapsed
         if logs:
-            means = self._learner.means.take()
+            means = self._learner.means.pop()
             self._shown = dict(zip(means, self.processes.reduce(list(means.values())), strict=True))
             self._write(step, "train", {**self._shown, **(extra or {}), "images_per_second": speed})
         if self._progress is not None and self.processes.is_main:

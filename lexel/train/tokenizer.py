@@ -43,7 +43,7 @@ from lexel.train.optimization import (
 )
 from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
-from lexel.train.session import ProgressCallback, Session, Trained, require_parts
+from lexel.train.session import Session, StepCallback, TrainingResult, require_parts
 from lexel.train.sharding import NAME as SPREAD
 from lexel.train.sharding import SpreadCodebook
 from lexel.train.validation import require_readable, validate
@@ -223,8 +223,8 @@ def train_tokenizer(
     *,
     device: str = "auto",
     initial: Tokenizer | None = None,
-    progress: ProgressCallback | None = None,
-) -> Trained[Tokenizer]:
+    progress: StepCallback | None = None,
+) -> TrainingResult[Tokenizer]:
     """Trains a tokenizer in a run folder; called again with the same recipe it goes on, bit for bit.
 
     SIGTERM and SIGINT end it after the step at hand, which is saved.
@@ -309,7 +309,7 @@ def train_tokenizer(
                 session.run.path, provenance.of_run(recipe.model_dump(mode="json"), session.done, "average")
             )
     barrier()
-    return Trained(tokenizer, average, session.done, session.finished, unreadable | batches.unreadable)
+    return TrainingResult(tokenizer, average, session.done, session.finished, unreadable | batches.unreadable)
 
 
 def check_collapse(session: Session, step: int, values: Mapping[str, float | None]) -> None:

@@ -18,7 +18,7 @@ from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
 from lexel.text_encoder import TextEncoder, caption_features
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
-from lexel.train.validation import Places, require_readable
+from lexel.train.validation import SpacedImages, require_readable
 
 COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy
 
@@ -146,7 +146,7 @@ class TokenSource:
             tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
-        places = Places(self.image_validation, self.transform, limit, self.workers, self.on_error)
+        places = SpacedImages(self.image_validation, self.transform, limit, self.workers, self.on_error)
         for batch in places.read(range(len(places))[rank::processes], batch_size):
             yield self._encoded(batch, self.validation_captions)
         self.unreadable.update(places.unreadable)

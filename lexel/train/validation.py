@@ -69,7 +69,7 @@ def validate(
         on_error: "stop" raises for an unreadable image instead of taking another.
     """
     runtime = processes.runtime
-    places = Places(images, transform, limit, workers, on_error)
+    places = SpacedImages(images, transform, limit, workers, on_error)
     side = transform.size
     context = Context(
         protocol=RULES,
@@ -97,7 +97,7 @@ def validate(
         values["lpips"] = values.pop(f"lpips_{lpips.network}")
 
     # A handful of images, the same in every process, for the gradient and the snapshot.
-    few = Places(images, transform, SHOWN, 0, on_error)
+    few = SpacedImages(images, transform, SHOWN, 0, on_error)
     shown = torch.cat([batch for batch, _ in few.batches(range(len(few)), SHOWN)]).to(runtime.device)
     with runtime.autocast():
         passed = tokenizer.reconstruct(shown)
@@ -124,7 +124,7 @@ def validate(
     return ValidationResult(values, plain, visited.unreadable)
 
 
-class Places(Source):
+class SpacedImages(Source):
     """At most `limit` images of a set, evenly spaced over it.
 
     An unreadable image gives its place to the next readable one before the following place, so that which images are

@@ -1,7 +1,7 @@
 """Merging token sets whose shards were written apart, by jobs without a common disk."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from lexel.data.tokens.token_set import TokenSet
 from lexel.data.tokens.write import begin, check_plan, complete
 from lexel.errors import UsageError
 from lexel.regular import sha256_of
+from lexel.runtime import ProgressCallback
 
 NAMED = 5  # shards that are named where many are missing
 
 
-def merge_tokens(
-    folder: str | Path, parts: Sequence[str | Path], progress: Callable[[int, int], None] | None = None
-) -> TokenSet:
+def merge_tokens(folder: str | Path, parts: Sequence[str | Path], progress: ProgressCallback | None = None) -> TokenSet:
     """Puts the shards of several folders of one encoding together; the same bytes as one process would have written.
 
     The parts stay as they are. Every shard is compared with its checksum before it is taken; the same call again goes

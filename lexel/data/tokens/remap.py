@@ -1,7 +1,6 @@
 """A token set over a smaller codebook: every index replaced by its new number."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lexel.data.tokens.format import (
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.tokens.write import begin, complete, write_indices
 from lexel.errors import UsageError
+from lexel.runtime import ProgressCallback
 
 
 def remap_tokens(
@@ -28,7 +28,7 @@ def remap_tokens(
     folder: str | Path,
     kept: np.ndarray,
     fingerprint: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> TokenSet:
     """Writes the same pictures with the indices of a pruned codebook; the same call again goes on where it stopped.
 

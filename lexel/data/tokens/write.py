@@ -38,6 +38,7 @@ from lexel.data.tokens.layouts import described
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
+from lexel.runtime import ProgressCallback
 from lexel.token_spec import TokenSpec
 
 AT_ONCE = 256  # captions whose features are written together
@@ -70,7 +71,7 @@ def write_tokens(
     captions: Captions | None = None,
     layout: Layout | None = None,
     most_pixels: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
 

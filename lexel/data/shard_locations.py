@@ -6,12 +6,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from lexel.data.files import in_words
-from lexel.data.remote import Place, is_remote, matches
+from lexel.data.remote import Location, is_remote, matches
 from lexel.errors import UsageError
 from lexel.regular import expanded
 
 
-def expand_places(location: str, ending: str) -> list[Place]:
+def expand_locations(location: str, ending: str) -> list[Location]:
     """The files that a location means, in order: as `expand`, or in a store elsewhere.
 
     Raises:
@@ -19,7 +19,7 @@ def expand_places(location: str, ending: str) -> list[Place]:
     """
     if not is_remote(location):
         return [*expand(location, ending)]
-    places: list[Place] = []
+    places: list[Location] = []
     for text in _braces(location):
         if not re.search(r"[*?\[]", urlsplit(text).path):
             places.append(text)
