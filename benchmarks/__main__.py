@@ -12,6 +12,7 @@ BENCHMARKS = {
     "generator": "decoding steps of a generator beside the published way",
     "losses": "the same small training with other losses, judged by a network that was no teacher",
     "many": "many small trainings at once on one GPU: the figures of docs/studies/which-quantizer.md",
+    "study": "the tables of docs/studies/which-quantizer.md from its figures, to which results of `compare` are added",
     "shown": "how many codes held-out pictures can show, by a run's table and by the best tables for its latents",
     "evaluate": "10,000 pictures evaluated: time and memory",
     "protocols": "the published protocols on the same pictures and the same tokenizer",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, many, million, results, shown, soak
+from benchmarks import faults, many, million, results, shown, soak, study
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -44,6 +44,27 @@ def test_the_published_figures_give_the_published_page():
     for name, part in (("quantizers", figures), *((name, figures[name]) for name in ("step", "faults"))):
         lines = importlib.import_module(f"benchmarks.{name}").section(part)
         assert "\n".join(lines).strip() in page, name
+
+
+def test_the_studys_tables_are_those_of_its_figures():
+    page = study.PAGE.read_text(encoding="utf-8")
+    for section, lines in study.tables(json.loads(study.FIGURES.read_text(encoding="utf-8"))).items():
+        table = page.split(f"<!-- {section} -->\n")[1].split(f"<!-- end of {section} -->")[0]
+        assert table == "\n".join(lines) + "\n", f"python -m benchmarks study writes {section}"
+
+
+def test_a_seed_that_is_added_to_a_row_stands_in_its_place_and_only_once():
+    def row(seed, psnr, **more):
+        numbers = {name: {"mean": value, "deviation": None, "values": [value]} for name, value in more.items()}
+        return {"quantizer": "vq", "seeds": [seed], "runs": [f"vq-{seed}"], "psnr": study.joined([psnr]), **numbers}
+
+    rows = []
+    for new in (row(0, 20.0, lpips=0.3), row(2, 23.0, lpips=0.2), row(1, 23.0), row(2, 99.0)):
+        study.add(rows, new)
+    expected = {"mean": 22.0, "deviation": 1.732051, "values": [20.0, 23.0, 23.0]}
+    assert rows == [
+        {"quantizer": "vq", "seeds": [0, 1, 2], "runs": ["vq-0", "vq-1", "vq-2"], "psnr": expected}
+    ]  # a number that one seed lacks is none of the row's
 
 
 def test_cells_of_equal_mass_hold_equally_many_rows_and_each_row_meets_one():
