@@ -60,7 +60,7 @@ _DAMAGE = (
 
 
 class Header(NamedTuple):
-    """What an array is, as its file says."""
+    """The header of an array's file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -201,7 +201,7 @@ class ArrayFile:
         return member is not None and member.compress_type != zipfile.ZIP_STORED
 
     def _start(self, name: str) -> int:
-        """Where the array's magic string stands in the file."""
+        """The offset of the array's magic string in the file."""
         if self._archive is None:
             return 0
         with self.path.open("rb") as file:

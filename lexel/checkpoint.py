@@ -1,4 +1,4 @@
-"""What is written to disk and read back: model folders, training states, and the strictness of both."""
+"""Checkpoints: atomic writes, model folders, training states, strict loading."""
 
 import functools
 import hashlib
@@ -279,7 +279,7 @@ def _of_one_precision(tensors: Mapping[str, Tensor], expected: Mapping[str, Tens
 
 
 def _number_class(dtype: torch.dtype) -> str:
-    """What numbers a type holds: those of one class can be turned into each other."""
+    """The class of a type's numbers; those of one class can be converted into each other."""
     if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return "floating point"
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:  # floats of 8 bits need scales to be read
@@ -332,7 +332,7 @@ def _check_bytes(path: Path) -> None:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What `torch.save` wrote to a file, if it is tensors and plain data: nothing in the file is executed."""
+    """Reads a file of `torch.save`, if it is tensors and plain data: nothing in the file is executed."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path} is not a file")

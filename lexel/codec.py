@@ -41,7 +41,7 @@ SHARD = 4096  # pictures in a file of a token set: what an interruption can cost
 
 
 class CodecResult(NamedTuple):
-    """What a pass over pictures did."""
+    """The result of a pass over pictures."""
 
     written: int
     unreadable: dict[str, str]  # the reason, by name

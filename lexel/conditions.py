@@ -16,7 +16,7 @@ from lexel.errors import UsageError
 
 
 class Condition(nn.Module):
-    """What an image is generated from: embedded as rows before the tokens, (B, length, width).
+    """The condition of an image: embedded as rows before the tokens, (B, length, width).
 
     A condition travels as one tensor with an image a row (`check` makes it), so that every loop can cut it into
     batches without knowing its kind.
@@ -33,7 +33,7 @@ class Condition(nn.Module):
     guided: bool = True  # whether there is a null condition to guide by
 
     def check(self, given: Any) -> Tensor:
-        """What a caller gave, as a tensor (B, ...).
+        """The condition given by a caller, as a tensor (B, ...).
 
         Raises:
             UsageError: it is not what the condition takes.
@@ -49,7 +49,7 @@ class Condition(nn.Module):
         return torch.zeros(count, dtype=torch.long)
 
     def shown(self, count: int) -> Any:
-        """What a report's samples are made from, as `check` takes it."""
+        """Conditions for a report's samples, as `check` takes them."""
         return self.example(count)
 
     def null(self, like: Tensor) -> Tensor:

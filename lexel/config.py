@@ -204,7 +204,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _describe(mistake: Any, model: type[BaseModel]) -> tuple[str, str]:
-    """Where a mistake is, with what was given, and what is wrong with it."""
+    """The place of a mistake, the value given, and what is wrong with it."""
     path = list(_path(mistake["loc"], model))
     where, name = ".".join(path[:-1]) or "the recipe", path[-1] if path else "the recipe"
     if mistake["type"] == "extra_forbidden":

@@ -12,13 +12,13 @@ from lexel.tokenizer import Tokenizer
 
 
 class Latents(NamedTuple):
-    """What `encode` gives: unlike a tokenizer of ours, latents before quantization."""
+    """The result of `encode`: unlike a tokenizer of ours, latents before quantization."""
 
     latents: Tensor  # (B, D, h, w)
 
 
 class Sample(NamedTuple):
-    """What `decode` gives."""
+    """The result of `decode`."""
 
     sample: Tensor  # (B, 3, H, W)
     commit_loss: Tensor

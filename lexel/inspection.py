@@ -1,4 +1,4 @@
-"""What is in a run, a model or a recipe, and whether its codebook is healthy."""
+"""Inspection of a run, a model or a recipe: parameters, provenance, health of the codebook."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

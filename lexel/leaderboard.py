@@ -125,7 +125,7 @@ def code_of(result: Mapping[str, Any]) -> list[str]:
 
 
 def conditions(result: Mapping[str, Any]) -> list[list[str]]:
-    """What all results have in common."""
+    """The conditions that all results have in common."""
     data, network = result["data"], result.get("network")
     rows = [["", "all results"], ["protocol", result["protocol"]["name"]], ["images", f"{data['images']:,}"]]
     if isinstance(result.get("public_set"), str):

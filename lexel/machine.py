@@ -1,4 +1,4 @@
-"""What a figure was measured on, and by which code: processor or GPU, and commit."""
+"""The machine and commit of a measurement: processor or GPU, and the code's version."""
 
 import functools
 import platform

@@ -1,4 +1,4 @@
-"""How much memory images of a size need in a tokenizer, told before any of it is allocated."""
+"""Estimates of the memory that a tokenizer needs for images of a size, before any is allocated."""
 
 import os
 import sys
@@ -68,7 +68,7 @@ def needed_bytes(
 
 
 def encoded(tokenizer: Tokenizer, images: Tensor) -> Tensor:
-    """What the encoder makes of images, without a search for codes: a finer level sees latents in their place."""
+    """The encoder's latents without a search for codes: a finer level sees latents in their place."""
     if tokenizer.autoencoder.shares is None:
         return tokenizer.encoder(images)
     return tokenizer.encoder(images, lambda level, latents: latents)
@@ -101,7 +101,7 @@ def _machine_bytes() -> int | None:
 
 
 def _group_bytes() -> int | None:
-    """What a container's limit leaves."""
+    """Bytes that a container's limit leaves."""
     numbers = []
     for limit, used in (
         ("memory.max", "memory.current"),
@@ -115,7 +115,7 @@ def _group_bytes() -> int | None:
 
 
 def _process_bytes() -> int | None:
-    """What `ulimit -v` leaves."""
+    """Bytes that `ulimit -v` leaves."""
     if sys.platform == "win32":
         return None
     import resource

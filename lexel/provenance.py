@@ -1,4 +1,4 @@
-"""Where weights come from, in words that may be published: names of data and files without the folders of a machine."""
+"""Provenance of weights that may be published: names of data and files without a machine's folders."""
 
 import re
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def of_run(recipe: Mapping[str, Any], step: int, weights: str) -> dict[str, Any]
 
 
 class Provenance(BaseModel):
-    """What commands read of a provenance; anything else may stand in it too."""
+    """The fields of a provenance that commands read; others are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

@@ -59,5 +59,5 @@ def check_regular(path: str | Path, status: os.stat_result) -> None:
 
 
 def kind(mode: int) -> str:
-    """What a file is, by its mode: "a named pipe"."""
+    """The type of a file by its mode: "a named pipe"."""
     return next((name for test, name in KINDS if test(mode)), "a special file")

@@ -99,7 +99,7 @@ class RunFolder:
 
     @property
     def kind(self) -> str | None:
-        """What is trained here, "tokenizer" or "generator"; None where there is no run."""
+        """The kind of model in training, "tokenizer" or "generator"; None where there is no run."""
         if not (self.recipe.is_file() and self.metrics.is_file()):
             return None
         return "generator" if "generator" in self.read_recipe() else "tokenizer"
@@ -353,7 +353,7 @@ class RunFolder:
         return self.snapshots / f"{step:08d}.safetensors"
 
     def _recorded_data(self) -> tuple[dict[str, Tensor], str | None]:
-        """What `check_data` recorded; nothing for a run of before, or where the file is damaged."""
+        """The record of `check_data`; empty for a run of before, or where the file is damaged."""
         if not self.data.is_file():
             return {}, None
         try:

@@ -1,4 +1,4 @@
-"""What a run has written: lines of numbers, and snapshots of tensors."""
+"""The log of a run: lines of numbers, and snapshots of tensors."""
 
 import json
 import warnings
@@ -74,7 +74,7 @@ class Thinned:
 
     @property
     def lines(self) -> list[Line]:
-        """What is kept, oldest first."""
+        """The lines that are kept, oldest first."""
         first = self._newest[0][0] if self._newest else 0
         older = [line for number, line in self._kept if number < first]
         return older + [line for _, line in self._newest]
@@ -131,7 +131,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
     @cached_property
     def names(self) -> list[str]:
-        """What the file holds; nothing, with a warning, where it is damaged."""
+        """The lines of the file; none, with a warning, where it is damaged."""
         try:
             with safe_open(self.path, framework="numpy") as file:
                 names = list(file.keys())
@@ -160,7 +160,7 @@ class Snapshot(Mapping[str, NDArray[Any]]):
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says; see `RunFolder.contents`.
+    """The contents of a run folder; see `RunFolder.contents`.
 
     Attributes:
         name: of the run, for people.

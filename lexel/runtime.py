@@ -1,4 +1,4 @@
-"""Where and how code runs: device, precision, exact float32, cache folder, peak memory."""
+"""Device, precision, exact float32, cache folder, peak memory."""
 
 import os
 import threading
@@ -154,7 +154,7 @@ def _bounded() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where downloads, rendered drawings, converted weights and statistics are kept; it need not exist.
+    """The cache folder of downloads, drawings, converted weights and statistics; it need not exist.
 
     LEXEL_CACHE; else `lexel` in XDG_CACHE_HOME; else ~/.cache/lexel.
     """

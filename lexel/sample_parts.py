@@ -146,7 +146,7 @@ def merge_samples(out: str | Path, parts: Sequence[str | Path]) -> int:
 
 
 class Description(Config):
-    """What stands beside a part."""
+    """The record beside a part."""
 
     format: Literal["lexel samples"]  # FORMAT
     part: int = Field(ge=1)

@@ -32,7 +32,7 @@ Condition = Sequence[int] | torch.Tensor | int  # classes, features of captions,
 
 
 class Written(NamedTuple):
-    """What `write_samples` wrote."""
+    """The result of `write_samples`."""
 
     path: Path
     extra_bits: float | None  # int8 decoding: bits a token more than exact weights would have given, on a few images

@@ -1,4 +1,4 @@
-"""What there is to choose from: the entries of every table, each with the first line of its documentation."""
+"""The entries of every table, each with the first line of its documentation."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping

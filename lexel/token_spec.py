@@ -1,4 +1,4 @@
-"""How the tokens of an image lie: one grid, several grids from coarse to fine, or several codebooks a cell."""
+"""The layout of an image's tokens: one grid, several grids from coarse to fine, or several codebooks a cell."""
 
 import math
 from typing import NamedTuple

@@ -33,7 +33,7 @@ class TokenizerConfig(Config):
 
 
 class Reconstruction(NamedTuple):
-    """What a tokenizer makes of images, with gradients."""
+    """Images through a tokenizer and back, with gradients."""
 
     images: Tensor  # (B, C, H, W), not clamped
     quantized: Quantized
@@ -108,7 +108,7 @@ class Tokenizer(Pretrained):
 
     @property
     def downsampling(self) -> int | None:
-        """How many pixels of a side one index stands for; None where indices have no place in the image."""
+        """Pixels of a side for one index; None where indices have no place in the image."""
         return self.autoencoder.downsampling
 
     @property
@@ -147,7 +147,7 @@ class Tokenizer(Pretrained):
         return F.pad(images, (0, fitting[1] - width, 0, fitting[0] - height), mode="replicate")
 
     def token_spec(self, height: int, width: int) -> TokenSpec:
-        """How the tokens of an image of height x width pixels lie.
+        """The layout of the tokens of an image of height x width pixels.
 
         Raises:
             UsageError: images of this size do not fit.

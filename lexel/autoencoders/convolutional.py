@@ -1,4 +1,4 @@
-"""What convolutional autoencoders share: their options, residual blocks, attention, changes of resolution."""
+"""Parts of convolutional autoencoders: options, residual blocks, attention, resampling."""
 
 from itertools import pairwise
 from typing import Any

@@ -286,7 +286,7 @@ class Encoder(nn.Module):
 
 
 class Head(nn.Module):
-    """What follows the levels, for one granularity."""
+    """The layers after the levels, for one granularity."""
 
     def __init__(self, width: int, config: DynamicConfig) -> None:
         super().__init__()

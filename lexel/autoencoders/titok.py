@@ -226,7 +226,7 @@ class Decoder(nn.Module):
         return self.head(self.features(z, text))
 
     def features(self, z: Tensor, text: Tensor | None = None) -> Tensor:
-        """What the head sees: (B, width, h, w) of latents (B, width, tokens), and features of a text (B, L, C)."""
+        """The head's input, (B, width, h, w), from latents (B, width, tokens) and features of a text (B, L, C)."""
         batch, count = z.shape[0], self.grid[0] * self.grid[1]
         image = torch.cat([self.class_token, self.mask_token.expand(count, -1)]) + self.positions
         parts = [image.expand(batch, -1, -1), z.transpose(1, 2) + self.token_positions]

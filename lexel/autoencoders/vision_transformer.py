@@ -1,4 +1,4 @@
-"""What transformer autoencoders share: pre-norm blocks, positions, patches, and images in [0, 1]."""
+"""Parts of transformer autoencoders: pre-norm blocks, positions, patches, images in [0, 1]."""
 
 from collections.abc import Callable
 

@@ -52,7 +52,7 @@ class VQGANConfig(ConvolutionalConfig):
 
     @property
     def halvings(self) -> int:
-        """How many levels halve the resolution."""
+        """The number of levels that halve the resolution."""
         return len(self.multipliers) - 1 if self.downsamplings is None else self.downsamplings
 
 

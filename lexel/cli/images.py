@@ -250,7 +250,7 @@ def merge(
 
 
 def _grids(tokens: "TokenSet") -> str:
-    """What grids the images of a token set have, in words."""
+    """The grids of a token set's images, in words."""
     grids = tokens.buckets()
     if len(grids) > 1:
         return f"tokens in {len(grids)} grids"

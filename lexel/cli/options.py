@@ -1,4 +1,4 @@
-"""What several commands share: their options, a progress bar, and how they print."""
+"""Options, progress bar and printing that several commands share."""
 
 import sys
 import time
@@ -164,7 +164,7 @@ def print_grid(rows: Iterable[Iterable[str]], width: int) -> None:
 
 
 def print_end(finished: bool, message: str, out: Path) -> None:
-    """How something resumable ended: what is said of it where it is finished, else how to go on."""
+    """Prints the end of something resumable: the message if it is finished, else how to go on."""
     print(message if finished else f"stopped; run the same command again to go on ({out})")
 
 

@@ -149,10 +149,10 @@ def tokenizer_of(model: Tokenizer | Generator) -> Tokenizer:
 
 
 def codes_of(model: Tokenizer | Generator) -> int:
-    """How many codes a model's tokens have."""
+    """The number of codes of a model's tokens."""
     return model.codebook_size if isinstance(model, Tokenizer) else model.config.transformer.codebook_size
 
 
 def origin(how: str, model: Tokenizer | Generator) -> dict[str, Any]:
-    """What a provenance says of the model that another one was made from."""
+    """The provenance of the model that another one was made from."""
     return {how: {"fingerprint": model.fingerprint(), "codebook_size": codes_of(model)}}

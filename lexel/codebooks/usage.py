@@ -1,4 +1,4 @@
-"""How much of a codebook pictures use, in one pass over any number of them, and what they leave unseen."""
+"""Usage of a codebook over any number of pictures in one pass, and estimates of what is unseen."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -48,7 +48,7 @@ class Halving(NamedTuple):
 
 
 def lengths(candidates: int, steps: int) -> list[tuple[int, int]]:
-    """How many candidates train for how many steps in each round, from the first to the last.
+    """Candidates and steps of each round, from the first to the last.
 
     >>> lengths(7, 4000)
     [(7, 1000), (4, 2000), (2, 4000)]
@@ -164,7 +164,7 @@ def mean_of(row: Mapping[str, Any], by: str) -> float | None:
 
 
 def margin_and_noise(first: Mapping[str, Any], second: Mapping[str, Any], by: str) -> tuple[float, float | None]:
-    """How much better the first row is, and the standard deviation of that difference's mean over seeds.
+    """The first row's lead, and the standard deviation of that difference's mean over seeds.
 
     Seeds are paired: two rows with the same seed have seen the same pictures from the same start.
     """

@@ -96,7 +96,7 @@ def compare(
 
 
 class Finished(Config, extra="allow"):
-    """What the result of a training in a comparison must hold; more may stand in it."""
+    """The required fields of a run's result in a comparison; others are allowed."""
 
     name: str
     quantizer: str

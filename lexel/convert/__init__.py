@@ -143,7 +143,7 @@ def recognise(published: files.Published) -> Family:
 
 
 def _summary(left_out: Mapping[str, str]) -> dict[str, int]:
-    """How many tensors were left out for each reason."""
+    """The number of tensors left out for each reason."""
     counts: dict[str, int] = {}
     for reason in left_out.values():
         counts[reason] = counts.get(reason, 0) + 1

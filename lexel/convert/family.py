@@ -1,4 +1,4 @@
-"""What a family of published checkpoints is: how to recognise one, and how to convert it."""
+"""Families of published checkpoints: how one is recognised and converted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Conversion:
-    """What became of a published checkpoint. `origins` and `left_out` account for every tensor in it."""
+    """The result of a conversion. `origins` and `left_out` account for every tensor of the checkpoint."""
 
     family: str
     model: Tokenizer | Generator
@@ -54,7 +54,7 @@ class Family:
 
 
 class Layout(NamedTuple):
-    """How the tensors of a tokenizer are named."""
+    """The layout of a published tokenizer's tensors."""
 
     family: str
     rules: Callable[[Names], Sequence[Rule]]  # for the names of a file

@@ -85,7 +85,7 @@ HARMLESS: list[Any] = [
 
 @dataclass(frozen=True)
 class Published:
-    """What a source holds: the tensors under their published names, and a configuration where there is one."""
+    """The contents of a source: tensors under their published names, and a configuration where there is one."""
 
     source: str
     tensors: dict[str, Tensor]
@@ -94,7 +94,7 @@ class Published:
 
     @property
     def name(self) -> str:
-        """What may be published of the source: a hub id, or the name of a local file without its folders."""
+        """The source's name for publication: a hub id, or the name of a local file without its folders."""
         return public_name(self.source)
 
 

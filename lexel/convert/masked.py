@@ -34,7 +34,7 @@ def join(entries: Entries, names: Sequence[str], into: str) -> None:
 
 
 class GeneratorLayout(NamedTuple):
-    """How the tensors of a family are named, and what its options are."""
+    """The layout of a family's tensors, and its options."""
 
     family: str
     title: str

@@ -1,4 +1,4 @@
-"""How published tensors get our names: rename tables that account for every tensor, and what shapes tell."""
+"""Rename tables that account for every published tensor, and options inferred from shapes."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence

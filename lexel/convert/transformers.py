@@ -89,7 +89,7 @@ def llamagen_config(tensors: Names) -> dict[str, Any]:
 
 
 class GeneratorLayout(NamedTuple):
-    """How the tensors of a generator are named."""
+    """The layout of a published generator's tensors."""
 
     family: str
     needed: Sequence[str]  # our tensors that the configuration is read from

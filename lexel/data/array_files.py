@@ -147,7 +147,7 @@ def read_idx(path: Path) -> np.ndarray:
             # gzip makes at most 1,032 bytes of one.
             most = path.stat().st_size * (1032 if packed else 1)
             if len(header) < 4 * magic[3] or count > most:
-                raise UsageError(f"{path} is cut short: its header speaks of {shape}")
+                raise UsageError(f"{path} is cut short: its header says {shape}")
             data = file.read(count + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

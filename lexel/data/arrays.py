@@ -63,5 +63,5 @@ def pad_to_multiple(images: Tensor, factor: int, mode: Literal["edge", "reflect"
 
 
 def crop_back(images: Tensor, height: int, width: int) -> Tensor:
-    """What `pad_to_multiple` got: the top left height x width of images (..., H, W)."""
+    """Undoes `pad_to_multiple`: the top left height x width of images (..., H, W)."""
     return images[..., :height, :width]

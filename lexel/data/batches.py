@@ -37,7 +37,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Loading:
-    """How one process gets its batches. Nothing here but `batch_size` changes which images are in them.
+    """Options of one process's batches. Nothing here but `batch_size` changes which images are in them.
 
     Attributes:
         batch_size: images a batch; in training of all processes together, in order of this process alone.
@@ -163,7 +163,7 @@ def training_batches(
 
 
 class TrainingBatches(Iterator[Batch]):
-    """What `training_batches` gives. `unreadable` holds the reasons of the pictures replaced so far, by name."""
+    """The iterator of `training_batches`. `unreadable` holds the reasons of the pictures replaced so far, by name."""
 
     def __init__(
         self, images: ImageSet, transform: Transform, loading: Loading, seed: int, first_step: int = 0
@@ -213,7 +213,7 @@ def ordered_batches(
 
 
 class OrderedBatches:
-    """What `ordered_batches` gives. `unreadable` holds the reasons of the pictures left out so far, by name."""
+    """The iterator of `ordered_batches`. `unreadable` holds the reasons of the pictures left out so far, by name."""
 
     def __init__(self, images: ImageSet, transform: Transform | None, loading: Loading) -> None:
         loading.check(images)

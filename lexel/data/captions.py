@@ -25,7 +25,7 @@ class Captions(Protocol):
     channels: int  # of the text encoder
 
     def __len__(self) -> int:
-        """How many captions there are."""
+        """The number of captions."""
 
     def fingerprint(self) -> str:
         """Names these features, so that a stopped writer goes on with no others."""

@@ -18,7 +18,7 @@ HELD_OUT = 0.05  # of a folder that has no validation part of its own
 
 
 class DataConfig(Config):
-    """Where images come from."""
+    """Images to learn from and to validate on."""
 
     source: str  # a path, an embedded set, or kind:location with a kind of SOURCES ("tar:shards/{0000..0099}.tar")
     # What to validate on: another source, a split of this one ("validation"; ./validation is a path), or the part of it

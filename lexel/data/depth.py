@@ -123,7 +123,7 @@ def to_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _raw_modes(image: Image.Image) -> list[str]:
-    """How the file stores samples, in Pillow's words: one for each tile."""
+    """Pillow's raw modes of a file's samples: one for each tile."""
     arguments = [tile[3] for tile in getattr(image, "tile", [])]
     firsts = [one[0] if isinstance(one, tuple) and one else one for one in arguments]
     return [one for one in firsts if isinstance(one, str)]

@@ -151,7 +151,7 @@ def photo_crops(location: str, options: OpenOptions) -> ImageSet:
 
 
 def family(name: str) -> str:
-    """What the variants of one emoji have in common: code points without skin, gender, hair, direction and colour."""
+    """The code points of an emoji without skin, gender, hair, direction and colour: the same for all variants."""
     parts = [part.lstrip("0") for part in name.upper().split("-")]
     kept = [PERSONS.get(part, part) for part in parts if part not in VARIATIONS]
     common = "-".join(kept) or parts[0]

@@ -102,7 +102,7 @@ def first_reason(unreadable: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How files become arrays.
+    """Options of decoding files to arrays.
 
     Attributes:
         channels: 3 for RGB, 1 for grey, 4 for RGB and alpha.

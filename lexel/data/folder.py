@@ -26,7 +26,7 @@ class NoSplit(UsageError):
 
 
 class Layout(NamedTuple):
-    """What the subfolders of a folder are."""
+    """The kinds of a folder's subfolders."""
 
     splits: dict[str, str]  # split to the name of its subfolder; empty where subfolders are classes
     others: list[str]  # subfolders with pictures that are no splits
@@ -65,7 +65,7 @@ def split_layout(subfolders: Sequence[str], holds: Callable[[str], bool] = lambd
 
 
 class Part(NamedTuple):
-    """What a split of a tree of images holds."""
+    """The contents of a split of a tree of images."""
 
     numbers: Sequence[int]  # of the names that were given
     names: Names  # below the split's folder, if one was asked for

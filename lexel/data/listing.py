@@ -220,7 +220,7 @@ def is_folder(entry: "os.DirEntry[Any]") -> bool:
 
 
 def _special(entry: "os.DirEntry[Any]") -> str | None:
-    """What it is: "a named pipe", "a device", ...; None for files, and for broken links: unreadable pictures."""
+    """The type of what is no file: "a named pipe", ...; None for files, and for broken links: unreadable pictures."""
     try:
         if entry.is_file():
             return None

@@ -1,4 +1,4 @@
-"""What the caller of a source asks for, whichever source it is."""
+"""Options of opening a source of images, whichever source it is."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from lexel.runtime import ProgressCallback
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How to open a source.
+    """Options of opening a source.
 
     Attributes:
         split: "train", "validation", "test", or None for everything.
@@ -30,5 +30,5 @@ class OpenOptions:
 
     @property
     def decoding(self) -> Decoding:
-        """How files become arrays."""
+        """Options of decoding files to arrays."""
         return Decoding(self.channels, self.depth, self.pixel_limit)

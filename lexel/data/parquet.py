@@ -131,7 +131,7 @@ def _pyarrow() -> Any:
 
 
 def _damage() -> tuple[type[Exception], ...]:
-    """What pyarrow raises on damaged files: its own errors, many of them of Python's kinds too, and some of these."""
+    """Errors of pyarrow on damaged files: its own, many of them of Python's kinds too, and some of these."""
     import pyarrow as pa
 
     own: type[Exception] = pa.ArrowException

@@ -1,4 +1,4 @@
-"""Where images come from, by name: the table of sources, and the function that opens any of them.
+"""Sources of images by name: the table, and the function that opens any of them.
 
 A source is written `kind:location` (`tar:shards/{0000..0099}.tar`); a path alone is a folder or a file, and the name of
 an embedded set alone is that set. A source is one function and one line of SOURCES; other packages add theirs through

@@ -38,7 +38,7 @@ MOST_TEXT = 2**20  # bytes of a .json, .txt or .cls that are read
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the images of a shard lie.
+    """The index of a shard: names, offsets and sizes of its images.
 
     Attributes:
         names: of the members.

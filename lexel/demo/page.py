@@ -44,7 +44,7 @@ lexel train folder_64 --out runs/mine --set data.source=PICTURES    # a tokenize
 
 @dataclass(frozen=True)
 class Story:
-    """What the page tells of; the keys of the mappings are the quantizers' names."""
+    """The contents of the demo's page; the keys of the mappings are the quantizers' names."""
 
     runs: Mapping[str, Path]
     results: Mapping[str, Mapping[str, Any]]  # of `lexel evaluate`
@@ -166,7 +166,7 @@ def latent_maps(runs: Mapping[str, Run]) -> list[Figure]:
 
 
 def new_drawings(story: Story) -> str:
-    """What is seen in the rows of samples."""
+    """The text about the rows of samples."""
     return (
         f"Sampled token by token, {PER_CLASS} of each class, none chosen by hand. The generator has seen "
         f"{len(story.training):,} drawings, so the classes with many alike (faces, people, flags) come out best."

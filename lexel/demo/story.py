@@ -27,14 +27,14 @@ StageCallback = Callable[[str, int, int, str], None]  # stage, done, total, note
 
 
 class DemoResult(NamedTuple):
-    """Where the demo's page is, and the numbers on it."""
+    """The demo's page, and the numbers on it."""
 
     page: Path
     table: list[list[str]]  # the first row is the head
 
 
 class Folders(NamedTuple):
-    """What the demo leaves behind."""
+    """The folders of a demo."""
 
     vq: Path
     tokenizer: Path  # IBQ

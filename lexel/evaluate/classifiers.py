@@ -24,7 +24,7 @@ SOLVER_STEPS = 1000  # of L-BFGS
 
 
 class ProbeConfig(Config):
-    """How a probe learns.
+    """Options of a probe.
 
     `pool` is of the linear probe: the mean of all rows, or "all" of them side by side. `penalty` is its L2 penalty
     where scikit-learn fits it, on features of variance 1. `width` and `heads` are of the attentive probe; `width` is

@@ -86,7 +86,7 @@ def _cached(name: str) -> bool:
 
 
 def described(network: FeatureNetwork | None) -> dict[str, Any] | None:
-    """What of a network decides its numbers, as plain data."""
+    """The properties of a network that decide its numbers, as plain data."""
     if network is None:
         return None
     return {
@@ -102,5 +102,5 @@ REFERENCE_CHOICES = ("transform", "size", "rounding", "reading", "division", "fi
 
 
 def reference_choices(protocol: Protocol) -> dict[str, Any]:
-    """What of a protocol decides the statistics of its real side."""
+    """The fields of a protocol that decide the statistics of its real side."""
     return {name: getattr(protocol, name) for name in REFERENCE_CHOICES}

@@ -24,7 +24,7 @@ from lexel.runtime import ProgressCallback
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How an evaluation runs; nothing here changes its numbers, but `limit`, `pixel_limit` and `precision`.
+    """Options of an evaluation; only `limit`, `pixel_limit` and `precision` change its numbers.
 
     Attributes:
         limit: at most so many images.
@@ -189,7 +189,7 @@ def check_alike(measured: Mapping[str, list[str]], left_out: Mapping[str, str]) 
 
 
 def part_measured(part: Part, visited: Visited, warnings: Sequence[str]) -> dict[str, Any]:
-    """What is known after a part, as plain data: no metrics yet."""
+    """The result of a part, as plain data: no metrics yet."""
     return {
         "kind": "part",
         "part": str(part),

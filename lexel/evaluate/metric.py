@@ -73,7 +73,7 @@ class SamplePlan:
 
 @dataclass(frozen=True)
 class Context:
-    """What a metric is built for.
+    """The evaluation that a metric is built for.
 
     Attributes:
         protocol: the conventions.
@@ -112,7 +112,7 @@ class Context:
         return self.network
 
     def missing(self) -> dict[str, str]:
-        """What cannot be had here, of NEEDS, with the reason."""
+        """The entries of NEEDS that are missing here, with the reason."""
         network, reference = self.network, self.reference
         here = {
             "originals": self.paired,

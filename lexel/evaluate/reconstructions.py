@@ -143,7 +143,7 @@ def channels_of(tokenizer: ImageTokenizer) -> int:
 
 
 def describe(tokenizer: ImageTokenizer, spec: TokenSpec) -> dict[str, Any]:
-    """What `Context` says about a tokenizer: its codes if it has any, and whether it shows its latents."""
+    """The options of `Context` for a tokenizer: its codes if it has any, and whether it shows its latents."""
     if isinstance(tokenizer, Tokenizer) and tokenizer.continuous:
         return {"latents": True}
     return {"codebook_size": spec.codebook_size, "books": spec.books, "latents": isinstance(tokenizer, Tokenizer)}

@@ -143,7 +143,7 @@ def write_to_cache(path: Path, write: Any, warnings: list[str]) -> None:
 def cached_originals(
     metrics: Mapping[str, Metric], source: Pictures, protocol: Protocol
 ) -> "dict[str, tuple[Path, Metric]]":
-    """Where the cache keeps what metrics have of the originals, by the metric's name."""
+    """Cache files of the metrics' states over the originals, by the metric's name."""
     listing = source.listing() if any(metric.of_originals for metric in metrics.values()) else ""
     files = {}
     for name, metric in metrics.items():
@@ -154,7 +154,7 @@ def cached_originals(
 
 
 class Originals:
-    """What metrics have of the originals, kept in the cache: the next tokenizer on the same images takes half the time.
+    """A cache of metrics' states over the originals: the next tokenizer on the same images takes half the time.
 
     Args:
         metrics: those of the evaluation; states found in the cache are taken out until `give_back`.

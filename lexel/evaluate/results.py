@@ -126,7 +126,7 @@ class _Data(_Model):
 
 
 class _Result(_Model):
-    """What a result file must hold; more may stand in it."""
+    """The required fields of a result file; others are allowed."""
 
     kind: Literal["reconstruction", "generation"]
     metrics: dict[str, Number]

@@ -165,7 +165,7 @@ class Tokens(Source):
 
 
 class ImageTokenizer(typing.Protocol):
-    """What is measured: anything that turns images into indices and back, a `lexel.Tokenizer` or another library's."""
+    """The interface of what is evaluated: a `lexel.Tokenizer`, or another library's, as `encode` and `decode`."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to indices int64 (B, *grid), or (B, books, *grid)."""
@@ -176,7 +176,7 @@ class ImageTokenizer(typing.Protocol):
         ...
 
     def token_spec(self, height: int, width: int) -> TokenSpec:
-        """How the tokens of an image of height x width pixels lie."""
+        """The layout of the tokens of an image of height x width pixels."""
         ...
 
     def fingerprint(self) -> str:

@@ -31,7 +31,7 @@ FREE = -1  # in `given`: a token to be sampled
 
 
 class Predicted(NamedTuple):
-    """What a generator expects of every token."""
+    """Predictions of every token."""
 
     logits: tuple[Tensor, ...]  # (B, T, V) for each sub-vocabulary, one for a plain head
     nll: Tensor | None  # (B, T) float, -log p(token) in nats; None where the family has no likelihood
@@ -98,7 +98,7 @@ class Generator(WithTokenizer):
         return {"nll": nll.mean()}
 
     def anneal(self, progress: float) -> None:
-        """Told before each training step which share of training is done; for families that change what they learn."""
+        """Sets the share of training that is done, before each step; for families that change what they learn."""
 
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor | None:
         """Negative log-likelihood of every token in nats, (B, T); an upper bound where the family says so, or None."""
@@ -164,7 +164,7 @@ class Generator(WithTokenizer):
 
     @property
     def condition(self) -> Condition:
-        """What images are generated from."""
+        """The module of the condition."""
         return cast(Condition, self.transformer.condition)
 
     @property

@@ -40,7 +40,7 @@ class SampleBatch(NamedTuple):
 
     @property
     def conditions(self) -> list[Tensor]:
-        """What the network is given: the condition, and with guidance the null condition after it."""
+        """Conditions of the network: the condition, and with guidance the null condition after it."""
         return [self.condition] if self.null is None else [self.condition, self.null]
 
     def draw(self, logits: Tensor, decision: int, uniforms: Tensor, part: int = 0) -> Tensor:

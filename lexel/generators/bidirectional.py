@@ -104,7 +104,7 @@ class PostNormBlock(nn.Module):
 
 
 class Bidirectional(ConditionedNetwork):
-    """What the networks share: condition, embeddings of K codes and the mask, learned positions, initial values."""
+    """The base of the networks: embeddings of K codes and the mask, learned positions, initial values."""
 
     blocks: nn.ModuleList
 
@@ -130,7 +130,7 @@ class Bidirectional(ConditionedNetwork):
         return torch.cat([rows, self.tokens(tokens)], 1) + self.positions
 
     def entered(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """What the first block reads, (B, L + T, C): `embed` and what the network does to it."""
+        """The first block's input, (B, L + T, C): `embed` and what the network does to it."""
         return cast(Tensor, self.dropout(self.embed(tokens, condition)))
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int) -> Tensor:

@@ -74,7 +74,7 @@ class NetworkConfig(Config):
         return build_condition(width, table if self.condition is None else self.condition)
 
     def condition_in_words(self) -> str:
-        """What images are generated from: "class, 1,000 classes"."""
+        """The condition in words: "class, 1,000 classes"."""
         if self.condition is None:
             return f"class, {self.classes:,} classes"
         options = ", ".join(f"{name} = {value}" for name, value in self.condition.items() if name != "kind")

@@ -53,7 +53,7 @@ class LatentGenerator(Generator):
         return not self.settings.continuous
 
     def latents(self, tokens: Tensor) -> Tensor:
-        """What the network sees: scaled latents (B, channels, *grid) of tokens.
+        """The network's input: scaled latents (B, channels, *grid) of tokens.
 
         Raises:
             UsageError: the shape does not fit, or indices came and the generator has no tokenizer.

@@ -80,7 +80,7 @@ class MaskedConfig(NetworkConfig):
 
 
 class MaskedOptions(Config):
-    """How a masked generator samples.
+    """Sampling options of a masked generator.
 
     `steps` predict all tokens anew; `schedule` says how many stay masked after each. With `order = "maskgit"` a token
     is drawn at `temperature`, and how sure the model is of it is its log-probability plus Gumbel noise of
@@ -100,7 +100,7 @@ class MaskedOptions(Config):
 
 
 class Draws(Protocol):
-    """Where a sampler's random numbers come from."""
+    """The random numbers of a sampler."""
 
     def tokens(self, step: int, logits: Tensor, temperature: float, filters: dict[str, Any]) -> Tensor:
         """Tokens (B, T) drawn from logits (B, T, K) at a temperature above 0."""

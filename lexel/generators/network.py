@@ -1,4 +1,4 @@
-"""What the networks of all families have: a condition under the name of its kind, and blocks that may be recomputed."""
+"""The base of the generators' networks: a condition, and blocks whose activations may be recomputed."""
 
 from typing import Any, cast
 

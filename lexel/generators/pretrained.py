@@ -35,7 +35,7 @@ class WithTokenizer(Pretrained):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property

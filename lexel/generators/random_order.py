@@ -50,7 +50,7 @@ class RandomOrderConfig(NetworkConfig):
 
 
 class RandomOrderOptions(Config):
-    """How a random-order generator samples.
+    """Sampling options of a random-order generator.
 
     `order` is "raster", or "given_first": known tokens come before those to be sampled, so that every sampled token
     sees all of them. That needs a model that has learned random orders until its end.

@@ -1,4 +1,4 @@
-"""What quantizers stand on: best-code search and index backpropagation, without a tensor of N x K."""
+"""Nearest-code search and index backpropagation, without a tensor of N x K."""
 
 from lexel.kernels.index_backpropagation import index_backpropagation
 from lexel.kernels.inputs import (

@@ -1,4 +1,4 @@
-"""What the kernels are given: choices, checks of shapes, and the inputs that all implementations share."""
+"""Inputs of the kernels: choices, checks of shapes, loss terms."""
 
 import os
 from importlib.util import find_spec

@@ -238,7 +238,7 @@ def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
 
 
 def scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
-    """How far a score may be from the exact one before the scan rounds it for storage: (n,)."""
+    """The bound of a score's error before the scan rounds it for storage: (n,)."""
     # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator and
     # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there; sums of int8
     # products are exact, and rounded three times: to float32, and by the two scales. D is at least 32 there.

@@ -83,7 +83,7 @@ def index_backpropagation(
     entropy_parts: int = 1,
     entropy_processes: int = 1,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `lexel.kernels.index_backpropagation` gives for all codes, from the share of this process.
+    """`lexel.kernels.index_backpropagation` over all codes, from this process's share of them.
 
     The gradient of `shard` is the mean over processes, as data-parallel training makes it for other parameters.
 
@@ -118,7 +118,7 @@ def index_backpropagation(
 
 
 class _Share(NamedTuple):
-    """How a call is made."""
+    """Options of a call."""
 
     distance: bool
     temperature: float
@@ -266,7 +266,7 @@ def _soft(inputs: Inputs, g: Tensor, into: tiled.Gradients, logit_sum: Tensor) -
 
 
 class _Found(NamedTuple):
-    """What the forward pass finds of the softmax at the entropy temperature."""
+    """Statistics of the softmax at the entropy temperature, from the forward pass."""
 
     near: Tensor  # (N, WIDTH) int64, listed codes of this process
     q: Tensor  # (N, WIDTH) float64, their probabilities among all codes

@@ -36,7 +36,7 @@ TRITON_DIM = 256  # the longest rows that the Triton kernels of the gradient tak
 
 
 class ForwardState(NamedTuple):
-    """What the forward pass finds and the backward pass needs; `near` to `wide` are empty without entropies."""
+    """The forward pass's state for the backward pass; `near` to `wide` are empty without entropies."""
 
     indices: Tensor  # (N,) int64
     sample: Tensor  # () mean entropy of the rows
@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
 
 
 def rows_at_a_time(size: int, cuda: bool) -> int:
-    """How many rows the backward pass takes at a time by default."""
+    """Rows that the backward pass takes at a time by default."""
     most, budget = (4096, 2**27) if cuda else (384, 2**25)
     return max(16, min(most, budget // size))
 

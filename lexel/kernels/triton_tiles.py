@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they are cut for a card, and how they read rows."""
+"""Tiles of the Triton kernels: sizes for each card, and reads of rows."""
 # mypy: ignore-errors
 # (kernels are not Python to a type checker)
 
@@ -15,7 +15,7 @@ PROGRAMS = 264  # enough to fill a large card twice
 
 
 class Tiles(NamedTuple):
-    """How a kernel is cut: rows that stay, codes that stream past, and how Triton compiles it."""
+    """Tile sizes of a kernel: rows that stay, codes that stream past, and Triton's own options."""
 
     rows: int
     codes: int

@@ -1,4 +1,4 @@
-"""What a tokenizer learns from: reconstruction, perception, a teacher's features, a discriminator's opinion."""
+"""Losses of tokenizers: reconstruction, perceptual, alignment with a teacher, adversarial."""
 
 from lexel.losses.adversarial import (
     DISCRIMINATOR_LOSSES,

@@ -1,4 +1,4 @@
-"""What a discriminator and a generator learn from each other's logits.
+"""Adversarial losses of discriminator and generator, from logits.
 
 Logits are of any shape (B, ...), high for images taken for real.
 """
@@ -31,7 +31,7 @@ def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(kind: str, fake: Tensor) -> Tensor:
-    """What the generator has to gain from fooling the discriminator: a scalar, lower when it succeeds.
+    """The generator's adversarial loss: a scalar, lower when the discriminator is fooled.
 
     Args:
         kind: a key of GENERATOR_LOSSES.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class LossInputs(NamedTuple):
-    """What a loss is computed from in one step."""
+    """Inputs of a loss in one step."""
 
     images: Tensor  # (B, C, H, W) in [-1, 1]
     reconstructions: Tensor  # (B, C, H, W), with gradients, not clamped

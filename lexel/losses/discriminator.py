@@ -103,7 +103,7 @@ class BlurDiscriminator(nn.Module):
         return self.head(self.features(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """What the head judges: (B, channels, h, w)."""
+        """The head's input features: (B, channels, h, w)."""
         images = F.leaky_relu(self.stem(images), 0.1)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             images = F.leaky_relu(norm(self._halve(convolution(images))), 0.1)

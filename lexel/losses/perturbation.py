@@ -13,7 +13,7 @@ from lexel.runtime import without_autocast
 
 
 class Codes(NamedTuple):
-    """What a perturbation gets of a batch."""
+    """Inputs of a perturbation: latents and codes of a batch."""
 
     z: Tensor  # (B, D, *grid), latents before quantization
     z_q: Tensor  # (B, D, *grid), the chosen codes, with gradients

@@ -1,4 +1,4 @@
-"""How far two sets of images are apart: value by value, and in the features of frozen networks."""
+"""Reconstruction losses: l1, l2, and distances in the features of frozen networks."""
 
 from typing import Literal
 

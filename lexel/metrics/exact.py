@@ -55,7 +55,7 @@ class ExactSum:
 
     @classmethod
     def of_text(cls, text: object) -> "ExactSum":
-        """What `text` wrote.
+        """The number that `text` wrote.
 
         Raises:
             UsageError: it is damaged.

@@ -78,7 +78,7 @@ def _rank(moments: Moments) -> int:
 
 
 def _negative(covariance: Tensor, half: Tensor) -> Tensor:
-    """What `factor` clipped: |F|^2 is the sum of the eigenvalues it kept, the trace is the sum of all."""
+    """The eigenvalues that `factor` clipped: |F|^2 is the sum of those it kept, the trace is the sum of all."""
     return (half.square().sum() - covariance.double().diagonal().sum()).clamp(min=0)
 
 

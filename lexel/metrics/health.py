@@ -15,7 +15,7 @@ SOFTMAX_ELEMENTS = 1 << 24  # latents are taken in groups so small that the N x 
 
 
 class CodeHistogram:
-    """How often each code was chosen, over a whole data set and over all processes.
+    """Counts of each code's choices, over a whole data set and over all processes.
 
     `usage` is the share of codes chosen at least once, `perplexity` is exp(entropy) of the same histogram: the number
     of equally frequent codes that would carry as much information. With several books (residual, product) each
@@ -67,7 +67,7 @@ class CodeHistogram:
 
 
 class GradientHealth(NamedTuple):
-    """What the quantizer does to the gradient on its way from the decoder to the encoder."""
+    """The gradient before and after the quantizer, compared."""
 
     ratio: float  # |dL/dz| / |dL/dz_q|; 1 for a straight-through estimator
     cosine: float  # mean over positions of cos(dL/dz, dL/dz_q); 1 for a straight-through estimator
@@ -173,7 +173,7 @@ class Finding(NamedTuple):
 
 
 class DescribesItself(Protocol):
-    """What the verdict asks a quantizer; see `lexel.quantizers.Quantizer`."""
+    """The interface of a quantizer for `diagnose`; see `lexel.quantizers.Quantizer`."""
 
     codebook_size: int
     similarity: Any
@@ -189,7 +189,7 @@ def diagnose(
     validation: Sequence[Mapping[str, float]],
     train: Sequence[Mapping[str, float]] = (),
 ) -> list[Finding]:
-    """What the logged numbers say about a codebook, most severe first; one `good` finding if nothing is wrong.
+    """Findings about a codebook from logged numbers, most severe first; one `good` finding if nothing is wrong.
 
     Args:
         quantizer: any quantizer; one without memory will do (`lexel.quantizers.outline`).

@@ -26,7 +26,7 @@ PADDINGS = ("edge", "grey")
 
 @dataclass(frozen=True)
 class PixelRule:
-    """How PSNR is taken."""
+    """Conventions of PSNR."""
 
     rounding: str = "round"  # of both sides before they are compared: float, truncate or round
     channels: str = "rgb"  # or luma
@@ -35,7 +35,7 @@ class PixelRule:
 
 @dataclass(frozen=True)
 class SSIMRule:
-    """How SSIM is taken."""
+    """Conventions of SSIM."""
 
     rounding: str = "round"
     channels: str = "rgb"
@@ -45,7 +45,7 @@ class SSIMRule:
 
 @dataclass(frozen=True)
 class ScoreRule:
-    """How the inception score is taken."""
+    """Conventions of the inception score."""
 
     splits: int | None = 10  # equal splits, or
     split_size: int | None = None  # samples a split
@@ -95,7 +95,7 @@ class Protocol:
         return asdict(self)
 
     def choices(self) -> dict[str, Any]:
-        """What decides numbers: the table without explanations."""
+        """The fields that decide numbers: the table without explanations."""
         return {name: value for name, value in self.table().items() if name not in ("name", "summary", "why")}
 
 

@@ -26,7 +26,7 @@ _NETWORK = {"name": str, "fingerprint": str, "resize": str}
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """What is known of the real side of a comparison."""
+    """Statistics of the real images of a comparison."""
 
     pooled: Moments  # of the features that FID is taken over
     spatial: Moments | None = None  # of the features of sFID, flattened height, width, channel
@@ -71,7 +71,7 @@ def _tensor(arrays: ArrayFile, name: str, shape: str, kind: Any) -> Tensor:
 
 
 def _about(text: str, path: Path) -> dict[str, Any]:
-    """What a file says of itself, checked as far as it is compared with anything."""
+    """The metadata of a file of statistics, checked as far as it is compared with anything."""
     try:
         about = json.loads(text)
     except (ValueError, RecursionError) as error:

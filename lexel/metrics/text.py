@@ -1,4 +1,4 @@
-"""How much of the text in pictures survives: characters that a reader still reads, relative to the originals."""
+"""Text fidelity: the share of the originals' characters that OCR still reads in reconstructions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +18,7 @@ class TextLine(Protocol):
 
     @property
     def text(self) -> str:
-        """What is read."""
+        """The characters that are read."""
         ...
 
     @property
@@ -28,7 +28,7 @@ class TextLine(Protocol):
 
 
 class Survival(NamedTuple):
-    """What is left of the text in a picture."""
+    """The text of a picture that is read again."""
 
     survived: int  # characters that are still read
     characters: int  # that are read in the original, without spaces

@@ -1,4 +1,4 @@
-"""How much of a codebook has not been seen yet: Good-Turing and Chao estimates, with pictures as the unit.
+"""Estimates of unseen codes (Good-Turing, Chao), with pictures as the unit.
 
 Tokens of one picture are alike, so counting single tokens would promise too much: a code that fills one sky is seen
 many times in one picture and in no other. Everything here therefore counts in how many *pictures* a code occurs
@@ -18,7 +18,7 @@ NEVER = 2**62  # the "first picture" of a code that was not seen
 
 
 class Unseen(NamedTuple):
-    """What the pictures measured so far say about codes that they do not show; all intervals are of 95 %."""
+    """Estimates of the codes that the pictures so far do not show; all intervals are of 95 %."""
 
     pictures: int  # m
     tokens: int  # N

@@ -1,4 +1,4 @@
-"""What share of the codebook is used: the definitions behind published numbers, which do not agree.
+"""Codebook usage and perplexity: the definitions behind published numbers, which do not agree.
 
 `usage` without a further word is distinct codes over a whole data set / K (`CodeHistogram`). The others here are what
 other code bases print under the same name, and how they differ:

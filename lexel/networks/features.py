@@ -16,7 +16,7 @@ from lexel.runtime import exact_float32, without_weights
 
 
 class Features(NamedTuple):
-    """What a feature network computes of a batch of images."""
+    """The features of a batch of images."""
 
     pooled: Tensor  # (B, dims), for Fréchet distances, precision and recall, kernel distances
     logits: Tensor | None = None  # (B, classes), for inception scores; None where the network has no classes

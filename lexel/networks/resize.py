@@ -1,4 +1,4 @@
-"""How an image is brought to the side that a network expects: three published rules that give different numbers."""
+"""Resizes for feature networks: three published rules, which give different numbers."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from, and how they are read without running anything that they hold.
+"""Pretrained weights: cache, packages, downloads, checksums; read without running anything that they hold.
 
 A network's weights are looked for in this order: the path the user gives, a safetensors file in the cache folder
 ($LEXEL_CACHE, else ~/.cache/lexel), the Python package that carries them (found without importing it). Nothing is
@@ -160,7 +160,7 @@ class _Array:
 
 
 def _empty_array(kind: type, shape: tuple[int, ...], typecode: bytes) -> _Array:
-    """What numpy's _reconstruct does: the array whose state the pickle then sets."""
+    """numpy's _reconstruct: the array whose state the pickle then sets."""
     if kind is not _Array:
         raise pickle.UnpicklingError(f"it asks for an array of the kind {kind!r}")
     return _Array()

@@ -32,7 +32,7 @@ METRICS = ("frechet", "precision_recall")
 
 
 class Finished(Config, extra="allow"):
-    """What the result of a row must hold; more may stand in it."""
+    """The required fields of a row's result; others are allowed."""
 
     name: str
     recipe: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What the tables train: rows of `tables.toml` as whole recipes."""
+"""Recipes of the paper's tables: rows of `tables.toml` as whole recipes."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -103,7 +103,7 @@ def read_tables(path: str | Path = OWN) -> Tables:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long rows are trained; None leaves the base recipe's length."""
+    """The length of a row's training; None leaves the base recipe's length."""
 
     steps: int | None = None  # of each tokenizer
     generator_steps: int | None = None  # of each generator

@@ -73,7 +73,7 @@ class Affine(ProjectedVQ):
         covariance = covariance + floor * torch.eye(self.codebook_dim, dtype=floor.dtype, device=floor.device)
         if self.spread == "channel":
             return covariance.diagonal().sqrt()
-        # Without a check, which would raise at latents that are NaN: training has a clear word for those.
+        # Without a check, which would raise at latents that are NaN: training reports those itself.
         return torch.linalg.cholesky_ex(covariance).L
 
     def project(self) -> Tensor:
@@ -88,7 +88,7 @@ class Affine(ProjectedVQ):
         return torch.linalg.solve_triangular(root, centred.T, upper=False).T.to(codes)
 
     def _statistics(self) -> tuple[Tensor, ...]:
-        """What a batch meets beside the parameters: mean (D,) and covariance (D, D) first."""
+        """The statistics that quantize a batch beside the parameters: mean (D,) and covariance (D, D) first."""
         return self.mean, self.covariance
 
     @full_precision

@@ -1,4 +1,4 @@
-"""What quantizers with a falling temperature share: Soft VQ and Gumbel."""
+"""Quantizers with an annealed temperature: the base of Soft VQ and Gumbel."""
 
 import torch
 from torch import Tensor

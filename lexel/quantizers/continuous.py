@@ -41,7 +41,7 @@ class Continuous(Quantizer):
         raise UsageError(_NONE)
 
     def latents_to_decode(self, z: Tensor) -> Tensor:
-        """What of the latents (B, D, *grid) a decoder takes in evaluation: all of them."""
+        """The latents (B, D, *grid) for a decoder in evaluation: all of them."""
         return z
 
     def bake(self) -> Quantizer:

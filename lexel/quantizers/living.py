@@ -24,7 +24,7 @@ class Recoded(NamedTuple):
 
 
 class LivingCodebook(nn.Module):
-    """What a quantizer can do with its codes beside using them; the base of `Quantizer`.
+    """Dead codes restarted, pruning and growth of a codebook; the base of `Quantizer`.
 
     All of it follows from `code_tables` and `rows_for`; a method whose codes are no rows of a table says so by
     `code_tables = ()`, and then refuses.

@@ -183,7 +183,7 @@ class Multiscale(Quantizer):
         return sums
 
     def next_inputs(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        """What a next-scale generator is fed in training: for every scale but the first the preview of the sum before.
+        """Inputs of a next-scale generator in training: for every scale but the first the preview of the sum before.
 
         Args:
             indices: (B, T).

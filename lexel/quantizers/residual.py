@@ -62,7 +62,7 @@ class Residual(Stacked):
         return torch.stack(self.codes_of_levels(indices)).sum(0)
 
     def codes_of_levels(self, indices: Tensor) -> list[Tensor]:
-        """What each level adds to the code, (B, D, *grid); of the first levels alone where `prefixes` allows it."""
+        """The codes of each level, (B, D, *grid); their sum is the code. `prefixes` allows the first levels alone."""
         parts = zip(self, indices.unbind(1), strict=not self.prefixes)
         return [level.indices_to_codes(part) * self.shrink**q for q, (level, part) in enumerate(parts)]
 
@@ -88,7 +88,7 @@ class Residual(Stacked):
         return Quantized(z_q, indices, mean_terms([result.losses for result in results]))
 
     def levels_of(self, z: Tensor) -> list[Quantized]:
-        """What each level makes of what the levels before it left, in units of shrink^q."""
+        """Each level's result on the rest that the levels before it left, in units of shrink^q."""
         results: list[Quantized] = []
         left = z
         for q, level in enumerate(self):

@@ -49,7 +49,7 @@ def transformed(tensor: Tensor) -> bool:
 
 
 class Recall:
-    """What a batch of latents met in the forward pass, for activation checkpointing to meet it again.
+    """Statistics of the forward pass of a batch, kept for activation checkpointing.
 
     Once statistics have moved on, the same latents would choose other codes. Nothing is kept unless activations are
     checkpointed. A copy or pickle starts empty.

@@ -11,7 +11,7 @@ Statistics = int | Literal["process", "global"]
 
 
 class Groups(NamedTuple):
-    """How a process's batch is grouped."""
+    """Groups of a process's batch."""
 
     parts: int  # equal consecutive parts of the batch, each a group of its own
     together: int  # consecutive processes whose batches make up one group; above 1 they have to talk to each other
@@ -25,7 +25,7 @@ def check_statistics(given: Statistics) -> Statistics:
 
 
 def groups(statistics: Statistics, images: int, training: bool) -> Groups:
-    """How `images` images of this process are grouped.
+    """The groups of `images` images of this process.
 
     A number of images gives the same groups on any number of processes that see the same batch in the order of their
     ranks. Without training or gradients nothing is learned from the term: the batch is then one group, and processes

@@ -41,7 +41,7 @@ class ReferenceCurves:
         ]
 
     def caption(self, settings: Mapping[str, Any]) -> str:
-        """What the pale curves of a page are, and where the run's recipe differs."""
+        """The caption of a page's reference curves: the run they are of, and where its recipe differs."""
         different = self.differences(settings)
         more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
         note = f", with {'; '.join(different[:SHOWN])}{more}" if different else ""

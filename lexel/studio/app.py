@@ -54,13 +54,13 @@ class Studio:
         return JSONResponse({"version": lexel.__version__, "models": shown, "limits": limits, "start": start})
 
     async def answer(self, request: Request, work: Callable[[Job], dict[str, Any]]) -> Response:
-        """What some work gives; with ?job=1 at once the job that does it, which can be looked at and stopped."""
+        """The result of some work; with ?job=1 at once the job that does it, which can be polled and stopped."""
         if request.query_params.get("job") == "1":
             return JSONResponse(self.jobs.start(work).shown())
         return JSONResponse(await run_in_threadpool(work, Job()))
 
     async def facts(self, request: Request) -> Response:
-        """What a model is."""
+        """The description of a model."""
         found = self.entry(request)
         return await self.answer(request, lambda job: views.facts(found))
 
@@ -121,7 +121,7 @@ class Studio:
         return JSONResponse(self.jobs.start(lambda job: views.generate(found, options, job)).shown())
 
     async def job(self, request: Request) -> Response:
-        """How far a job is; DELETE stops it."""
+        """The progress of a job; DELETE stops it."""
         found = self.jobs.find(request.path_params["number"])
         if request.method == "DELETE":
             found.stop.set()

@@ -153,7 +153,7 @@ def code_points(entry: Entry, book: int = 0, job: Job | None = None) -> dict[str
 
 @torch.no_grad()
 def patches(entry: Entry, codes: np.ndarray, book: int, job: Job | None = None) -> np.ndarray:
-    """What codes decode to, uint8 (N, h, w, C): the middle of a grid that is filled with the code.
+    """Pictures of codes, uint8 (N, h, w, C): the middle of a decoded grid that is filled with the code.
 
     Where a token has no place in the picture, the whole picture that the code alone makes.
     """

@@ -1,4 +1,4 @@
-"""Who may talk to a studio: this machine's browser and its own pages, or holders of a token where it is shared.
+"""Access control of a studio: this machine's browser and its own pages, or holders of a token where it is shared.
 
 A page of another site can make a browser call any address, `http://127.0.0.1` too, and can give its own name that
 address (DNS rebinding). So a request must name a host that is this machine, must not come from a page of another

@@ -30,7 +30,7 @@ DEMO = Path("runs/demo")  # looked at where no model is named
 
 
 class Use(NamedTuple):
-    """How often each code was chosen."""
+    """Counts of each code's choices."""
 
     counts: np.ndarray  # (books, K)
     order: np.ndarray  # (books, K), codes by use, most used first
@@ -114,7 +114,7 @@ class Entry:
 
     @cached_property
     def transform(self) -> Transform:
-        """What makes squares of pictures for the tokenizer, at a size that fits it."""
+        """The transform that resizes and crops pictures for the tokenizer, at a size that fits it."""
         size = None
         if isinstance(self.model, Generator) and len(self.model.sampled_shape) == self.tokenizer.autoencoder.axes:
             size = self.tokenizer.image_size(self.model.sampled_shape)[0]  # whose tokens the generator writes
@@ -143,7 +143,7 @@ class Entry:
         return [other for other in tokenizers if other.tokenizer.fingerprint() == wanted]
 
     def run(self) -> Run | None:
-        """What the run folder says now; None where there is none."""
+        """The present contents of the run folder; None where there is none."""
         run = None if self.folder is None else RunFolder.read(self.folder)
         return None if run is None or run.kind is None else run.contents(self.key)
 
@@ -226,7 +226,7 @@ class Library:
 
 
 def _kind(folder: Path) -> str | None:
-    """What a run or model folder of Lexel's holds; None where it is neither."""
+    """The kind of model in a run or model folder of Lexel's; None where it is neither."""
     kind = RunFolder(folder, writes=False).kind
     if kind is not None:
         return kind

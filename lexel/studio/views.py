@@ -1,4 +1,4 @@
-"""What the pages of a studio ask for, as plain data: reconstructions, tokens, codes, samples, curves."""
+"""Views of the studio as plain data: reconstructions, tokens, codes, samples, curves."""
 
 import math
 import time
@@ -29,7 +29,7 @@ CAPTION = 1000  # characters
 
 
 def facts(entry: Entry) -> dict[str, Any]:
-    """What a page needs to know of a model before it asks for anything else."""
+    """The facts of a model that a page needs first."""
     tokenizer, size = entry.tokenizer, entry.transform.size
     about: dict[str, Any] = {
         "key": entry.key,
@@ -63,7 +63,7 @@ def generator_facts(generator: Generator) -> dict[str, Any]:
 
 
 def layout(tokenizer: Tokenizer, height: int, width: int) -> dict[str, Any]:
-    """How the tokens of a picture are drawn: books, rows, columns, and whether a token has a place in the picture."""
+    """The drawing of a picture's tokens: books, rows, columns, and whether a token has a place in the picture."""
     spec = tokenizer.token_spec(height, width)
     grid = spec.grids[0]
     spatial = len(spec.grids) == 1 and len(grid) == 2 and tokenizer.downsampling is not None

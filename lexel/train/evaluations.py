@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported where they are used: most recipes list none
 
 
 class Evaluation(Config):
-    """What every `[[train.evaluations]]` table says: what is measured, against what, and how often."""
+    """An evaluation during training (`[[train.evaluations]]`): metrics, data, and how often."""
 
     MEASURES: ClassVar[str]  # the metrics of a protocol that are taken by default: a field of Protocol
 
@@ -76,7 +76,7 @@ class Evaluation(Config):
 def while_training(
     evaluations: Sequence[Evaluation], processes: "Processes", batch_size: int, data: "DataConfig | None"
 ) -> "Options":
-    """How a training measures: where it trains, and with what it says of its own images, if it has any.
+    """Options of evaluations during training: its device, and its own images, if it has any.
 
     Raises:
         UsageError: the images of an evaluation are not there, which is told before the training begins.

@@ -87,7 +87,7 @@ class Learner:
 
     @property
     def measured(self) -> Generator:
-        """What is validated and exported: the averaged generator where there is one."""
+        """The model that is validated and exported: the averaged generator where there is one."""
         return self.generator if self.average is None else cast(Generator, self.average.module)
 
     def tensors(self) -> dict[str, Tensor]:

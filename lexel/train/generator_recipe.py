@@ -13,7 +13,7 @@ from lexel.train.recipes import Beta, LoopConfig, buildable, refuse_unused
 
 
 class TokensConfig(Config):
-    """What a generator learns from: a token set, or images that a tokenizer turns into tokens on the way."""
+    """Data of a generator: a token set, or images that a tokenizer turns into tokens on the way."""
 
     REPLACES: ClassVar[dict[str, str]] = {"tokens": "images", "images": "tokens"}
 
@@ -42,7 +42,7 @@ class TokensConfig(Config):
 
 
 class GeneratorTrainConfig(LoopConfig):
-    """How a generator is trained."""
+    """Training options of a generator."""
 
     betas: list[Beta] = Field(default=[0.9, 0.95], min_length=2, max_length=2)
     weight_decay: float = Field(default=0.05, ge=0)

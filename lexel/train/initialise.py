@@ -1,4 +1,4 @@
-"""Where a training starts: the weights of another model, and what of them learns."""
+"""Fine-tuning: starting from the weights of another model, all of which learn or only a part."""
 
 import warnings
 from typing import Any
@@ -109,7 +109,7 @@ def initialise_generator(generator: Generator, source: str, initial: Generator |
 
 
 def _network(config: NetworkConfig) -> dict[str, Any]:
-    """What must be the same for one network to take the weights of another; the head by what it predicts."""
+    """The options that must agree for one network to take another's weights; the head by what it predicts."""
     free = {"dropout", "class_dropout", "gamma_init", "head", "factors"}
     vocabularies = getattr(config, "vocabularies", None)
     return {**config.model_dump(exclude=free), "kind": config.kind, "vocabularies": vocabularies}

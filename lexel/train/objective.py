@@ -22,7 +22,7 @@ QUANTIZED = ("latents", "codes")  # features that are the quantizer's argument a
 
 
 def image_terms(train: "TrainConfig") -> list[str]:
-    """What a recipe may weigh beside the terms of its model, in the order in which the terms are added up."""
+    """The terms a recipe may weigh beside those of its model, in the order in which they are added up."""
     return [*dict.fromkeys([*LOSSES, *train.losses]), "adversarial"]
 
 

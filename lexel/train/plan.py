@@ -1,4 +1,4 @@
-"""What a training would be, without starting it: the resolved recipe, its parameters, and the memory it may take."""
+"""Dry runs: the resolved recipe, its parameters, and the memory that training may take."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -24,7 +24,7 @@ LEARNED = 16  # bytes a parameter: weight, gradient and Adam's two moments, each
 
 
 class Plan(NamedTuple):
-    """What `lexel train --dry-run` prints."""
+    """The output of `lexel train --dry-run`."""
 
     recipe: str  # resolved, as TOML
     parameters: dict[str, int]  # of each network

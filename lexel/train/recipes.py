@@ -176,7 +176,7 @@ class DiscriminatorConfig(Config):
 
 
 class TrainConfig(LoopConfig):
-    """How a tokenizer is trained."""
+    """Training options of a tokenizer."""
 
     betas: list[Beta] = Field(default=[0.5, 0.9], min_length=2, max_length=2)
     weights: dict[str, float] = {"l1": 1.0}  # of loss terms; the quantizer's default to its own LOSS_WEIGHTS

@@ -30,7 +30,7 @@ SMALLEST_SCALE = 2.0**-10  # half precision that overflows at this scale is no l
 
 
 class Progress(NamedTuple):
-    """Where a training is, after every step."""
+    """Progress of a training, after every step."""
 
     step: int  # steps done
     steps: int  # steps in all

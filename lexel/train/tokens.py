@@ -127,7 +127,7 @@ class TokenSource:
                 yield batch._replace(labels=self._validation_classes[batch.labels])
 
     def conditions(self, condition: Condition, count: int, seed: int) -> Any:
-        """What samples to be measured are conditioned on: every class as often, in a random order; held-out captions.
+        """Conditions of samples to be measured: every class as often, in a random order; held-out captions.
 
         Args:
             condition: of the generator.

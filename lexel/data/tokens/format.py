@@ -1,4 +1,4 @@
-"""What is in a folder of tokens, and that it is what it says: file names, the models of its JSON files, checksums."""
+"""The format of a token set: file names, the models of its JSON files, checksums."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ class StoredFile(Description):
 
 
 class Manifest(Description):
-    """What `tokens.json` says, and `unfinished.json` but for the number of shards."""
+    """The contents of `tokens.json`, and of `unfinished.json` but for the number of shards."""
 
     format: str
     version: int
@@ -71,7 +71,7 @@ class Manifest(Description):
 
     @property
     def token_spec(self) -> TokenSpec:
-        """How the tokens of an image lie, where all have one grid."""
+        """The layout of an image's tokens, where all have one grid."""
         assert self.grid is not None
         if self.grids is not None:
             return TokenSpec(tuple(tuple(grid) for grid in self.grids), self.codebook_size, self.books)
@@ -94,7 +94,7 @@ class Manifest(Description):
 
 
 class ShardDescription(Description):
-    """What the .json of a shard says."""
+    """The contents of a shard's .json."""
 
     names: list[str]
     labels: list[Count] | None
@@ -135,7 +135,7 @@ def index_dtype(codebook_size: int) -> np.dtype[Any]:
 
 
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
-    """What a `tokens.json` or `unfinished.json` says, checked, and all its keys.
+    """Reads a `tokens.json` or `unfinished.json`, checked, and all its keys.
 
     Raises:
         UsageError: the file is damaged, of another version, or does not describe tokens.
@@ -152,7 +152,7 @@ def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
 
 
 def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
-    """What the .json of a shard says, checked by itself and against the set's.
+    """Reads a shard's .json, checked by itself and against the set's.
 
     Raises:
         UsageError: the file is damaged.
@@ -183,7 +183,7 @@ def shard_path(folder: Path, shard: int, suffix: str) -> Path:
 
 
 def features_path(folder: Path, shard: int) -> Path:
-    """Where the features of a shard's captions lie."""
+    """The file of a shard's caption features."""
     return shard_path(folder, shard, "-captions.npy")
 
 

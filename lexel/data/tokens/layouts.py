@@ -1,4 +1,4 @@
-"""How the tokens of each image of a set lie: one grid for all, or each image's own."""
+"""Layouts of the tokens of a set: one grid for all images, or each image's own."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class Layouts(NamedTuple):
 
 
 def described(layouts: Sequence[TokenSpec], sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """What a shard's .json says of images with layouts of their own."""
+    """The part of a shard's .json about images with layouts of their own."""
     different = list(dict.fromkeys(layouts))
     numbers = {spec: number for number, spec in enumerate(different)}
     return {

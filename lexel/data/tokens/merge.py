@@ -71,7 +71,7 @@ def merge_tokens(folder: str | Path, parts: Sequence[str | Path], progress: Prog
 
 
 def _plan(source: Path) -> tuple[Manifest, dict[str, Any]]:
-    """What a part says of the encoding."""
+    """The encoding's options as a part records them."""
     found = next((source / name for name in (INDEX, MANIFEST_PARTIAL) if (source / name).is_file()), None)
     if found is None:
         raise UsageError(f"{source} holds no tokens; give folders that `lexel encode --part I/N` wrote")

@@ -32,7 +32,7 @@ TextIds = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True)
 class SequenceFormat:
-    """How an image's indices become ids, and back.
+    """Conversion of an image's indices to ids of a language model, and back.
 
     Args:
         grid: shape of an image's indices: (T,), (h, w) or (Q, h, w).
@@ -171,7 +171,7 @@ class SequenceFormat:
 
 
 class _Facts(Description):
-    """What `sequences.json` says."""
+    """The contents of `sequences.json`."""
 
     format: str
     version: int

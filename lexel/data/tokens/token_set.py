@@ -160,7 +160,7 @@ class TokenSet:
 
     @property
     def token_spec(self) -> TokenSpec:
-        """How the tokens of each image lie.
+        """The layout of each image's tokens.
 
         Raises:
             UsageError: images of this set have several grids.
@@ -168,7 +168,7 @@ class TokenSet:
         return self._spec_of(self._rows)
 
     def _spec_of(self, rows: np.ndarray) -> TokenSpec:
-        """How the tokens of the images in these rows lie, if all have one grid."""
+        """The layout of the tokens of the images in these rows, if all have one grid."""
         found = self._layouts.of_rows(rows)
         if not len(found):
             raise UsageError(f"there is no image of {self.folder} here, so that there is no grid")
@@ -291,7 +291,7 @@ class TokenSet:
         return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
 
     def histogram(self) -> Tensor:
-        """How often each code occurs, over all versions: int64 (codebook_size,)."""
+        """Counts of each code over all versions: int64 (codebook_size,)."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         for crop in range(self.crops):
             for numbers in self.alike(np.arange(len(self)), 4096):
@@ -382,7 +382,7 @@ class TokenSet:
 
 
 def _complete_shard(folder: Path, number: int, manifest: Manifest) -> ShardDescription:
-    """What a shard's .json says; its files are there and as long as it says."""
+    """Reads a shard's .json; its files are there and as long as it says."""
     files = [shard_path(folder, number, suffix) for suffix in (".json", ".npy")]
     if manifest.caption_features is not None:
         files.append(features_path(folder, number))

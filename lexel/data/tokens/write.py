@@ -303,7 +303,7 @@ def write_indices(path: Path, indices: np.ndarray) -> dict[str, Any]:
 
 
 def _layout(captions: Captions) -> dict[str, Any]:
-    """What `tokens.json` says of features."""
+    """The part of `tokens.json` about caption features."""
     return {"length": captions.length, "channels": captions.channels, "fingerprint": captions.fingerprint()}
 
 
@@ -352,13 +352,13 @@ def _checked(
 
 
 class _Whole(NamedTuple):
-    """How images in their own sizes become tokens."""
+    """Encoding of images in their own sizes."""
 
     layout: Layout
     most_pixels: int | None
 
     def layout_of(self, height: int, width: int) -> tuple[str, TokenSpec | None]:
-        """How the tokens of an image lie; or None, and why it has none."""
+        """The layout of an image's tokens; or None, and why it has none."""
         if self.most_pixels is not None and height * width > self.most_pixels:
             return f"{width} x {height} is more than the {self.most_pixels:,} pixels taken whole", None
         try:

@@ -8,7 +8,7 @@ from lexel.metrics.unseen import NORMAL, CodeIncidence
 
 
 class UnseenCodes(Metric):
-    """What further pictures like these would show of the codebook: `lexel.metrics.unseen`.
+    """Estimates of the codes that further pictures like these would use: `lexel.metrics.unseen`.
 
     `unseen_share` is the share of their tokens that are codes not seen yet, `reachable_codes` a lower bound of the
     number of codes that they show at all.

@@ -73,7 +73,7 @@ class ContinuousConfig(LatentConfig):
 
 
 class ContinuousOptions(Config):
-    """How a continuous generator samples: `steps` of unmasking, and `diffusion_steps` of denoising for each token."""
+    """Sampling options: `steps` of unmasking, and `diffusion_steps` of denoising for each token."""
 
     steps: int = Field(default=64, ge=1)
     diffusion_steps: int = Field(default=100, ge=1, le=STEPS)
@@ -228,7 +228,7 @@ class Continuous(LatentGenerator):
 
 
 def hidden_after(length: int, hidden: int, step: int, steps: int) -> int:
-    """How many of `hidden` tokens are still hidden after a step of the cosine schedule over an image of `length`."""
+    """The number of `hidden` tokens left after a step of the cosine schedule over an image of `length`."""
     if step == steps - 1:
         return 0
     return min(hidden, max(1, min(hidden - 1, math.floor(length * math.cos(math.pi / 2 * (step + 1) / steps)))))

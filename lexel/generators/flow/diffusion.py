@@ -55,7 +55,7 @@ def ddim_steps(steps: int, count: int) -> list[int]:
 
 
 class Posterior(NamedTuple):
-    """What the model believes of the step before: a normal distribution, and the clean data it follows from."""
+    """The model's posterior of the step before: a normal distribution, and the clean data it follows from."""
 
     mean: Tensor
     log_variance: Tensor

@@ -71,7 +71,7 @@ class FlowConfig(LatentConfig):
 
 
 class FlowOptions(Config):
-    """How a flow generator samples.
+    """Sampling options of a flow generator.
 
     `steps` are evaluations of the network on a path (a Heun or midpoint step takes two); 50 for flow and 250 for
     diffusion by default. `method` is `euler`, `heun` or `midpoint` for the ODE of a flow and `sde` for its

@@ -133,7 +133,7 @@ class Transport:
         return (inverse * output - point) / variance
 
     def diffusion(self, form: str, point: Tensor, time: Tensor, norm: float = 1.0) -> Tensor:
-        """How much noise an SDE sampler adds at times (N,), to be multiplied with points."""
+        """The diffusion coefficient of an SDE sampler at times (N,), to be multiplied with points."""
         parts = self.parts(time, point)
         time = time.to(point.dtype).view(-1, *[1] * (point.dim() - 1))
         forms = {
@@ -150,7 +150,7 @@ class Transport:
 
 
 def _spread(parts: Parts) -> Tensor:
-    """What the score is multiplied with in the velocity."""
+    """The factor of the score in the velocity."""
     return parts.growth * parts.noise.square() - parts.noise * parts.noise_rate
 
 
@@ -212,7 +212,7 @@ LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 
 class SDE(NamedTuple):
-    """How an SDE sampler walks: Euler-Maruyama or Heun steps, the noise it adds, and its last step."""
+    """Options of an SDE sampler: Euler-Maruyama or Heun steps, the noise it adds, its last step."""
 
     method: str = "euler"
     diffusion: str = "sigma"

@@ -133,7 +133,7 @@ class NextScale(Generator):
 
     @torch.no_grad()
     def _inputs(self, flat: Tensor) -> Tensor:
-        """What the network sees of tokens (B, T): previews (B, T - T1, D) of the scales but the first."""
+        """The network's inputs for tokens (B, T): previews (B, T - T1, D) of the scales but the first."""
         return self.multiscale().next_inputs(flat, self._grid).to(self._dtype)
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:

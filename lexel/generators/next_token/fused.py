@@ -1,4 +1,4 @@
-"""What decoding computes of one block: projections fused, norms folded, keys and values in a cache."""
+"""Decoding of one block with a KV cache: projections fused, norms folded."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -45,7 +45,7 @@ def tensors_of(cache: KVCache) -> list[Tensor]:
 
 
 class CacheWrite(NamedTuple):
-    """Where new keys and values go, and what the new positions may look at."""
+    """Cache positions of new keys and values, and the attention mask of the new positions."""
 
     slots: Tensor  # (m,) int64, one for each new position
     length: int  # slots that are looked at

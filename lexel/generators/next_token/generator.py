@@ -23,7 +23,7 @@ from lexel.generators.next_token.walk import Walk, raster, wavefront
 
 
 class NextTokenOptions(Config):
-    """How a next-token generator samples.
+    """Sampling options of a next-token generator.
 
     `window` decodes rows in a wavefront: a row starts when the row above is this many tokens ahead, so an image of h
     rows takes w + (h - 1) window steps, not h w. Tokens near a row's end then miss some of what stands above to the
@@ -133,7 +133,7 @@ class NextToken(Generator):
         implementation: str = "auto",
         dtype: torch.dtype | None = None,
     ) -> float:
-        """What a way to decode adds to the bits of these tokens, a token; arguments as for `likelihood`."""
+        """Bits a token that a decoding implementation adds; arguments as for `likelihood`."""
         exact = self.likelihood(indices, condition, "plain")
         fast = self.likelihood(indices, condition, implementation, dtype)
         return float((fast.double() - exact.double()).mean()) / math.log(2)

@@ -100,7 +100,7 @@ class Transformer(ConditionedNetwork):
         return angles
 
     def inputs(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What the blocks read of indices (B, T) and a checked condition (B, ...).
+        """Inputs of the blocks, from indices (B, T) and a checked condition (B, ...).
 
         Returns:
             x (B, L + T - 1, C), its positions, the condition's rows (B, L, C), and what the head needs of the tokens.
