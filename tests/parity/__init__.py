@@ -77,7 +77,6 @@ NOT_COMPARED: dict[str, dict[str, str]] = {
         "rf_noise/.*": "float64 copies of what float32 drew",
     },
     "FVQ VectorQuantizer": {"f32/grads/": "at a temperature of 0.01 they amplify the rounding of float32"},
-    "MAGE": {"f../logits_full_first": "the rows of unused words are cut from our table; the codes' part is compared"},
     "MAR": {"f../one_step/t_index": "steps that are given"},
     "MaskGIT generator of TiTok": {"f../generate/.*/confidence": "kept inside a step; what it decides is compared"},
     "RQ-VAE residual quantizer": {

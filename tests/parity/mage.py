@@ -40,8 +40,13 @@ def check(fixture: Fixture) -> None:
         run.same("token_all_mask", torch.nn.functional.pad(masked, (1, 0)))
         hidden = flat.masked_fill(masked, model.mask)
         run.close("latent", model.transformer.encode(hidden, condition, dropped))
+        normed: list[Tensor] = []
+        keep = lambda _, __, output, normed=normed: normed.append(output)  # noqa: E731
+        hook = model.transformer.decoder_norm.register_forward_hook(keep)
         logits = model.transformer(hidden, condition, dropped)
+        hook.remove()
         run.close("logits_codebook_part", logits, run.expected["logits_codebook_part"][:, 1:])
+        run.close("logits_full_first", all_words(run, model, normed[0]))
         loss = model.mage_losses(flat, condition, rates, noise)["masked_nll"]
         run.close("loss", loss)
         loss.backward()
@@ -52,6 +57,15 @@ def check(fixture: Fixture) -> None:
             theirs, ours = comparable(name, theirs, ours[rows], model)
             run.close(f"grads:{name}", ours, theirs)
         generate(run, model)
+
+
+def all_words(run: Run, model: Masked, x: Tensor) -> Tensor:
+    """Logits of all published words, those that stand for no code too, of the first positions, the class's included."""
+    images, positions = run.expected["logits_full_first"].shape[:2]
+    network, state = model.transformer, run.content["state_dict"]
+    vectors = network.vector_norm(torch.nn.functional.gelu(network.to_vectors(x[:images, :positions])))
+    words, bias = (run.cast(state[name]) for name in ("token_emb.word_embeddings.weight", "mlm_layer.bias"))
+    return vectors @ words.T + bias[0]
 
 
 def comparable(name: str, theirs: Tensor, ours: Tensor, model: Masked) -> tuple[Tensor, Tensor]:
