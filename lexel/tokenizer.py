@@ -318,6 +318,13 @@ class Tokenizer(Pretrained):
         return checkpoint.fingerprint(table, self.state_dict())
 
     @property
+    def prefixes(self) -> int | None:
+        """How many ordered tokens, or levels of residual codes, an image has, where every prefix of them decodes."""
+        if self.autoencoder.prefixes is not None:
+            return self.autoencoder.prefixes
+        return self.quantizer.books if self.quantizer.prefixes else None
+
+    @property
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 

@@ -68,6 +68,11 @@ class Autoencoder(nn.Module):
         raise NotImplementedError
 
     @property
+    def prefixes(self) -> int | None:
+        """How many ordered tokens an image has of which the first ones decode alone; None where all are needed."""
+        return None
+
+    @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight, where the adaptive weight of the adversarial loss is taken."""
         raise NotImplementedError

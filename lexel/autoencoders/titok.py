@@ -4,7 +4,7 @@ Facts of sizes, names and conventions are those of bytedance/1d-tokenizer.
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from lexel.autoencoders.vision_transformer import Block, DividedSize, from_unit,
 from lexel.checkpoint import load_strict
 from lexel.config import Config
 from lexel.errors import UsageError
+from lexel.nested_dropout import Keep, NestedDropout
 
 
 class ProxyConfig(Config):
@@ -34,6 +35,14 @@ class TextConfig(Config):
     width: int = Field(default=768, ge=1)  # channels of its features
 
 
+class NestedConfig(Config):
+    """How many of the first tokens training keeps; see `NestedDropout`."""
+
+    keep: Keep = "uniform"
+    full: float = Field(default=0.0, ge=0, le=1)
+    least: int = Field(default=1, ge=1)
+
+
 class TiTokConfig(AutoencoderConfig):
     """The sizes of TiTok's encoder and decoder; the defaults are those of TiTok-B-64 in one stage."""
 
@@ -48,6 +57,9 @@ class TiTokConfig(AutoencoderConfig):
     text: TextConfig | None = None  # guides the decoder (TA-TiTok)
     # The first checkpoints read the encoder's (tokens, channels) numbers as (channels, tokens), without a transpose.
     scrambled: bool = False
+    # Nested dropout: training keeps the first tokens of an image only, so that every prefix of them decodes (FlexTok,
+    # https://arxiv.org/abs/2502.13967; One-D-Piece, https://arxiv.org/abs/2501.10064).
+    nested: NestedConfig | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "TiTokConfig":
@@ -57,6 +69,10 @@ class TiTokConfig(AutoencoderConfig):
             raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
         if (self.head == "codes") != (self.proxy is not None):
             raise ValueError("head = 'codes' and a table proxy go together: give both or neither")
+        if self.nested is not None and self.nested.least > self.tokens:
+            raise ValueError(f"nested.least = {self.nested.least} is more than tokens = {self.tokens}")
+        if self.nested is not None and self.scrambled:
+            raise ValueError("scrambled latents mix tokens, which nested dropout orders; leave one of them out")
         pixels = self.proxy.pixels if self.proxy is not None else None
         if pixels is not None and pixels.downsampling != self.patch:
             raise ValueError(
@@ -64,6 +80,10 @@ class TiTokConfig(AutoencoderConfig):
                 f"they must be equal"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        table = super().identity()
+        return {name: value for name, value in table.items() if name != "nested" or value is not None}
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -155,6 +175,10 @@ class TiTok(Autoencoder):
         return self.config.sides
 
     @property
+    def prefixes(self) -> int | None:
+        return None if self.config.nested is None else self.config.tokens
+
+    @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.last_layer
 
@@ -164,8 +188,12 @@ class TiTok(Autoencoder):
         return (self.config.tokens,)
 
     def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
-        if tuple(grid) != (self.config.tokens,):
-            raise UsageError(f"an image of this titok autoencoder has {self.config.tokens} tokens, got {tuple(grid)}")
+        tokens = self.config.tokens
+        if self.config.nested is not None and len(grid) == 1 and 1 <= grid[0] <= tokens:
+            return self.fixed_size
+        if tuple(grid) != (tokens,):
+            count = tokens if self.config.nested is None else f"1 to {tokens}"
+            raise UsageError(f"an image of this titok autoencoder has {count} tokens, got {tuple(grid)}")
         return self.fixed_size
 
 
@@ -205,6 +233,7 @@ class Decoder(nn.Module):
         self.positions = nn.Parameter(scaled(1 + self.grid[0] * self.grid[1], size.width))
         self.mask_token = nn.Parameter(scaled(1, size.width))
         self.token_positions = nn.Parameter(scaled(config.tokens, size.width))
+        self.nested = None if config.nested is None else FirstTokens(config.tokens, size.width, config.nested)
         self.text, self.text_length = None, 0
         if config.text is not None:
             self.text_length = config.text.length
@@ -228,6 +257,8 @@ class Decoder(nn.Module):
     def features(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         """The head's input, (B, width, h, w), from latents (B, width, tokens) and features of a text (B, L, C)."""
         batch, count = z.shape[0], self.grid[0] * self.grid[1]
+        if self.nested is not None:
+            z = self.nested(z)
         image = torch.cat([self.class_token, self.mask_token.expand(count, -1)]) + self.positions
         parts = [image.expand(batch, -1, -1), z.transpose(1, 2) + self.token_positions]
         if self.text is not None:
@@ -242,6 +273,29 @@ class Decoder(nn.Module):
             raise UsageError("the decoder takes no text; autoencoder.text is not set")
         x = self.transformer(torch.cat(parts, 1), slice(1, 1 + count))  # (B, h w, C)
         return x.transpose(1, 2).unflatten(2, self.grid)
+
+
+class FirstTokens(nn.Module):
+    """Keeps the first of an image's tokens (B, C, N); a learned vector stands for each that is left out.
+
+    In training their number is drawn; in evaluation all that are given are kept.
+    """
+
+    def __init__(self, tokens: int, width: int, config: NestedConfig) -> None:
+        super().__init__()
+        self.dropout = NestedDropout(tokens, config.keep, config.full, config.least)
+        self.left_out = nn.Parameter(scaled(width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        kept = torch.full((len(z),), z.shape[2], device=z.device)
+        if self.training:
+            kept = self.dropout.draw(len(z), z.device)
+        return self.cut(F.pad(z, (0, self.dropout.count - z.shape[2])), kept)
+
+    def cut(self, z: Tensor, kept: Tensor) -> Tensor:
+        """Tokens (B, C, N) of which the first `kept` (B,) stay."""
+        stays = torch.arange(z.shape[2], device=z.device) < kept[:, None]  # (B, N)
+        return torch.where(stays[:, None], z, self.left_out[:, None].to(z.dtype))
 
 
 class Transformer(nn.Module):

@@ -20,6 +20,7 @@ from lexel.cli.options import (
     names,
     number_or_numbers,
     pixels,
+    print_grid,
     print_table,
     progress,
     say,
@@ -62,6 +63,13 @@ def evaluate(
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write metrics, data, protocol and versions to this file.")
     ] = None,
+    prefixes: Annotated[
+        str | None,
+        typer.Option(
+            help="After nested dropout: also what the first 1,4,16 tokens or levels of an image are worth; "
+            "'powers': of two."
+        ),
+    ] = None,
     against: Annotated[
         Path | None, typer.Option(help="An earlier --json of the same protocol; prints the differences.")
     ] = None,
@@ -82,25 +90,25 @@ def evaluate(
     --part, with the sums of all parts there, prints the result.
     """
     from lexel.distributed import launched_rank
-    from lexel.evaluate import compare_results, evaluate_samples, evaluate_tokenizer, read_result, write_result
+    from lexel.evaluate import (
+        compare_results,
+        evaluate_prefixes,
+        evaluate_samples,
+        evaluate_tokenizer,
+        read_result,
+        write_result,
+    )
+    from lexel.evaluate.prefixes import plainly
     from lexel.evaluate.results import check_free
     from lexel.loading import load_tokenizer
     from lexel.parts import Part
     from lexel.public_sets import measure_on
 
-    if (source is None) == (samples is None):
-        raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
-    if (data if source else reference) is None:
-        raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
-    if source and (reference or tokenizer):
-        raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
-    if samples and (data or size or public_set):
-        raise UsageError(
-            "--data, --size and --public-set go with a tokenizer; samples have their size and need --reference alone"
-        )
+    _check_asked(source, data, samples, reference, tokenizer, size or public_set, prefixes and (samples or public_set))
     if json_ and against and json_.resolve() == against.resolve():
         raise UsageError(f"--json {json_} is the file of --against, which would be overwritten; give another file")
     check_free(json_)
+    counts = prefix_counts(prefixes)
     if part and (json_ or against):
         raise UsageError("a part has no result yet: give --json and --against to the command without --part")
     earlier = read_result(against) if against else None
@@ -123,7 +131,9 @@ def evaluate(
             side: Any = size if size == "native" else pixels(size)
             model = load_tokenizer(source, weights)
             options |= {"size": side, "progress": update}
-            if public_set:
+            if prefixes:
+                result = evaluate_prefixes(model, str(data), protocol, counts, **options)
+            elif public_set:
                 result = measure_on(model, public_set, str(data), protocol, **options)
             else:
                 result = evaluate_tokenizer(model, str(data), protocol, **options)
@@ -142,11 +152,51 @@ def evaluate(
     print_table(
         (name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items()
     )
+    if prefixes:
+        print()
+        print_grid(plainly(result), 14)
     if json_:
         write_result(json_, result)
     if earlier is not None:
         print(f"\nagainst {against}")
         print_table((name, part.difference) for name, part in compare_results(earlier, result).items())
+
+
+def _check_asked(
+    source: str | None,
+    data: str | None,
+    samples: str | None,
+    reference: str | None,
+    tokenizer: str | None,
+    sized: str | None,
+    prefixes: str | None,
+) -> None:
+    """Refuses options of tokenizers and of samples that do not go together."""
+    if (source is None) == (samples is None):
+        raise UsageError("give a tokenizer with --data DIR, or --samples with --reference")
+    if (data if source else reference) is None:
+        raise UsageError("a tokenizer needs --data DIR" if source else "--samples need --reference, the real images")
+    if source and (reference or tokenizer):
+        raise UsageError("--reference and --tokenizer go with --samples; a tokenizer is measured against --data")
+    if samples and (data or sized):
+        raise UsageError(
+            "--data, --size and --public-set go with a tokenizer; samples have their size and need --reference alone"
+        )
+    if prefixes:
+        raise UsageError("--prefixes are a tokenizer's, measured on --data without --public-set")
+
+
+def prefix_counts(text: str | None) -> list[int]:
+    """How many tokens or levels are kept; none for powers of two, which follow from the tokenizer.
+
+    Raises:
+        UsageError: the text is neither numbers nor 'powers'.
+    """
+    if text is None or text == "powers":
+        return []
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise UsageError(f"--prefixes takes numbers such as 1,4,16, or powers; got {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _with_interval(value: float | None, interval: "Mapping[str, Any] | None") -> str:

@@ -11,6 +11,7 @@ from lexel.evaluate.classifiers import PROBES, ProbeConfig
 from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan, Values
 from lexel.evaluate.metrics import METRICS
+from lexel.evaluate.prefixes import evaluate_prefixes
 from lexel.evaluate.probe import probe
 from lexel.evaluate.reconstructions import evaluate_tokenizer
 from lexel.evaluate.references import reference_statistics
@@ -35,6 +36,7 @@ __all__ = [
     "SamplePlan",
     "Values",
     "compare_results",
+    "evaluate_prefixes",
     "evaluate_samples",
     "evaluate_tokenizer",
     "measure",

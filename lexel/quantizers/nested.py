@@ -3,12 +3,13 @@
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
+from lexel.nested_dropout import KEEP, Keep, NestedDropout
 from lexel.quantizers import bounds
 from lexel.quantizers.base import GRADIENTS, Quantized, choose, full_precision
 from lexel.quantizers.residual import Residual
@@ -52,28 +53,21 @@ class Nested(Residual):
         base_options: Mapping[str, Any] | None = None,
         shared: bool = False,
         shrink: float = 1.0,
-        keep: Literal["uniform", "powers", "rounded"] = "uniform",
+        keep: Keep = "uniform",
         full: float = 0.0,
         least: int = 1,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, depth, base, base_options, shared, shrink)
         self.batch_dependent = True
         self.exact_in_training = False
-        self.full = bounds.number("full", full, 0, 1)
-        self.least = bounds.integer("least", least, 1, depth)
-        counts = range(least, depth + 1)
-        if choose("keep", keep, ("uniform", "powers", "rounded")) == "powers":
-            self.prefix_lengths = [count for count in counts if count == depth or count & (count - 1) == 0]
-        elif keep == "rounded":
-            self.prefix_lengths = [min(1 << (count - 1).bit_length(), depth) for count in counts]
-        else:
-            self.prefix_lengths = list(counts)
+        bounds.number("full", full, 0, 1)
+        bounds.integer("least", least, 1, depth)
+        self.dropout = NestedDropout(depth, choose("keep", keep, KEEP), full, least)
 
-    def draw(self, images: int, device: torch.device) -> Tensor:
-        """The number of levels kept for each image: int64 (images,)."""
-        choices = torch.tensor(self.prefix_lengths, device=device)
-        drawn = choices[torch.randint(len(self.prefix_lengths), (images,), device=device)]
-        return drawn.where(torch.rand(images, device=device) >= self.full, torch.full_like(drawn, self.books))
+    @property
+    def prefix_lengths(self) -> list[int]:
+        """The numbers of levels that training may keep, each as likely."""
+        return self.dropout.lengths
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         if not 1 <= indices.shape[1] <= self.books:
@@ -86,7 +80,7 @@ class Nested(Residual):
             return super().forward(z)
         results = self.levels_of(z)
         indices = torch.stack([result.indices for result in results], 1)
-        kept = self.draw(len(z), z.device).view(-1, *[1] * (z.dim() - 1))  # (B, 1, *1)
+        kept = self.dropout.draw(len(z), z.device).view(-1, *[1] * (z.dim() - 1))  # (B, 1, *1)
         skips = self.gradient in GRADIENTS  # the decoder's gradient reaches no code
         own = self.codes_of_levels(indices) if skips else [r.z_q * self.shrink**q for q, r in enumerate(results)]
         z_q = torch.stack([part.where(q < kept, torch.zeros_like(part)) for q, part in enumerate(own)]).sum(0)

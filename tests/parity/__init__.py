@@ -71,7 +71,6 @@ NOT_COMPARED: dict[str, dict[str, str]] = {
     "DiT": {"f../one_step/t_index": "steps that are given"},
     "FlexTok parts": {
         "trunk/": "no autoencoder of Lexel has FlexTok's transformer",
-        "nested_dropout/": "1-D tokens left out become a learned token there; nested levels are left out of a sum here",
         "sincos_posemb": "its axes are crosswise; no autoencoder of Lexel has it",
         "fsq/.*/bound": "the value before rounding, which FSQ keeps to itself",
         "rf_noise/.*": "float64 copies of what float32 drew",

@@ -1,7 +1,7 @@
 """What Lexel has of FlexTok: FSQ, how many tokens are kept, times of a flow, guidance, the way to the data.
 
-Its time runs from data (0) to noise (1), ours the other way. The trunk, the token that stands for those left out and
-the table of positions are not compared: no autoencoder of Lexel has them.
+Its time runs from data (0) to noise (1), ours the other way. The trunk and the table of positions are not
+compared: no autoencoder of Lexel has them.
 """
 
 import re
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lexel import quantizers
+from lexel.autoencoders.titok import FirstTokens, NestedConfig
 from lexel.generators.flow.diffusion import time_features
 from lexel.generators.flow.guidance import ProjectedGuidance
 from lexel.generators.flow.network import TimeEmbedding
@@ -41,6 +42,7 @@ def check(fixture: Fixture) -> None:
         for name, frequencies in fixture.content["nested_dropout"].items():
             if name.startswith("sampled_keep_k_frequencies_N"):
                 kept(run, frequencies, int(name.rsplit("N", 1)[1]))
+        first_tokens(run, fixture.content["nested_dropout"])
 
 
 def fsq(run: Run) -> None:
@@ -133,6 +135,15 @@ def times(run: Run) -> None:
     features = time_features(time, config["frequency_embedding_size"], float(config["max_period"]))
     run.close("t_freq", features)
     run.close("emb", embedding.mlp(features))
+
+
+def first_tokens(run: Run, content: dict) -> None:
+    """Samples of as many tokens, each with a number that stays."""
+    x = torch.cat([run.cast(each) for each in content["x"]]).transpose(1, 2)  # (B, C, N)
+    part = FirstTokens(x.shape[2], x.shape[1], NestedConfig()).to(run.dtype)
+    part.load_state_dict({"left_out": content["state_dict"]["dropout_mask_token"].flatten()})
+    found = part.cut(x, torch.tensor(content["keep_k"])).transpose(1, 2)
+    run.close("nested_dropout", found, content["out"])
 
 
 def kept(run: Run, frequencies: dict, depth: int) -> None:
