@@ -107,6 +107,7 @@ DRAWN = {  # what pages draw of a snapshot: its type, and how many axes it may h
     "codes": ("F32", (2,)),
     "histogram": ("I64", (1,)),
     "indices": ("I64", (2, 3, 4)),
+    "prefixes": ("F32", (2,)),
 }
 ALIKE = {"reconstructions": "originals", "codes": "latents"}  # of one shape but for the number of rows
 

@@ -11,11 +11,15 @@ from typer.testing import CliRunner
 
 from lexel.autoencoders import parse
 from lexel.cli import app
+from lexel.config import check
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_prefixes, evaluate_tokenizer
 from lexel.evaluate.prefixes import Prefix
 from lexel.nested_dropout import NestedDropout
+from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train import train as train_with_report
+from lexel.train.recipes import TokenizerRecipe
 
 TITOK = {"nested": {"keep": "uniform"}, "tokens": 5, "size": [16, 16]}
 
@@ -138,3 +142,18 @@ def test_the_command_prints_a_row_for_every_prefix_and_writes_them(photos, tmp_p
     assert all(f"{row['metrics']['psnr']:,.5g}" in done.output for row in rows)
     with pytest.raises(UsageError, match="takes numbers such as 1,4,16, or powers; got 'all'"):
         CliRunner().invoke(app, [str(word) for word in [*words, "--prefixes", "all"]], catch_exceptions=False)
+
+
+@pytest.mark.usefixtures("undrawn_charts")
+def test_a_run_keeps_and_shows_what_prefixes_are_worth(photos, tmp_path):
+    table = tokenizer("titok", **TITOK).config.model_dump(mode="json")
+    train = {"steps": 1, "batch_size": 2, "lr": 1e-3, "weights": {"l2": 1.0}}
+    data = {"source": str(photos), "validation": str(photos), "size": 16}
+    recipe = check({"model": table, "data": data, "train": train}, TokenizerRecipe, "nested")
+    trained = train_with_report(recipe, tmp_path / "run")
+    bits, psnr = RunFolder.read(tmp_path / "run").contents().last["prefixes"]
+    assert bits.tolist() == [4, 8, 16, 20]
+    result = evaluate_prefixes(trained.average, photos, size=16, metrics=["psnr"], cache=False)
+    expected = [row["metrics"]["psnr"] for row in result["prefixes"]]  # of rounded pictures
+    assert psnr.tolist() == pytest.approx(expected, abs=0.02)
+    assert "Rate against quality" in (tmp_path / "run" / "report.html").read_text()

@@ -86,8 +86,7 @@ def evaluate_prefixes(
         if settings.get(name) is not None:
             raise UsageError(f"prefixes are measured one after the other, whole; leave {name} out")
     most = tokenizer.prefixes
-    if most is not None and not counts:
-        counts = [count for count in range(1, most + 1) if count == most or count & (count - 1) == 0]
+    counts = counts or powers_of_two(most)
     shortened = [Prefix(tokenizer, count) for count in dict.fromkeys(counts)] or [Prefix(tokenizer, 1)]
     tokenizer.to(runtime(settings.get("device", "auto")).device)
     whole = evaluate_tokenizer(tokenizer, source, protocol, **settings)
@@ -96,6 +95,11 @@ def evaluate_prefixes(
         result = whole if prefix.count == most else evaluate_tokenizer(prefix, source, protocol, **settings)
         rows.append({"kept": prefix.count, **{name: result[name] for name in KEPT}})
     return {**whole, "prefixes": rows}
+
+
+def powers_of_two(most: int | None) -> list[int]:
+    """1, 2, 4, ... and `most`; nothing of nothing."""
+    return [count for count in range(1, (most or 0) + 1) if count == most or count & (count - 1) == 0]
 
 
 def plainly(result: dict[str, Any]) -> list[list[str]]:

@@ -56,7 +56,14 @@ Lines = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
 
 
 def line_chart(
-    lines: Lines, caption: str, log: bool = False, percent: bool = False, *, behind: Lines | None = None
+    lines: Lines,
+    caption: str,
+    log: bool = False,
+    percent: bool = False,
+    *,
+    behind: Lines | None = None,
+    over: str = "step",
+    points: bool = False,
 ) -> Figure:
     """Curves over steps; several lines get a legend. Empty where no line has a point.
 
@@ -66,6 +73,8 @@ def line_chart(
         log: whether the values' axis is logarithmic.
         percent: whether values are shares of 1.
         behind: curves of the same names to compare with, pale and dashed.
+        over: what the values are over, if not steps.
+        points: whether each point is marked, however many there are.
     """
     lines = {name: line for name, line in lines.items() if line[0].size}
     if not lines:
@@ -74,7 +83,9 @@ def line_chart(
         canvas = Canvas(figsize=(4.6, 2.4))
         axes = canvas.subplots()
         for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
-            axes.plot(steps, values, color=colour, label=name, linewidth=1.8, marker="o" if len(steps) < 3 else None)
+            axes.plot(
+                steps, values, color=colour, label=name, linewidth=1.8, marker="o" if points or len(steps) < 3 else None
+            )
             if behind and name in behind:
                 axes.plot(*behind[name], color=colour, alpha=0.45, linewidth=1.4, linestyle="--", zorder=1)
         if log:
@@ -82,7 +93,7 @@ def line_chart(
         if percent:
             axes.set_ylim(0, 1.02)
             axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
-        axes.set_xlabel("step")
+        axes.set_xlabel(over)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
         return Figure(_svg(canvas), caption)

@@ -66,6 +66,11 @@ def tokenizer_sections(run: Run, reference: ReferenceCurves | None = None) -> li
         sections.append(Section("The codebook", figures=codebook_figures(run, reference)))
     if "indices" in run.last:
         sections.append(Section("Token maps", figures=map_figures(run.last)))
+    if "prefixes" in run.last:
+        line = {"PSNR": (run.last["prefixes"][0], run.last["prefixes"][-1])}
+        caption = "PSNR in dB of the first held-out images, from the first of their tokens"
+        chart = line_chart(line, caption, over="bits of an image", points=True)
+        sections.append(Section("Rate against quality", figures=[chart]))
     sections.append(Section("Evaluations", figures=loss_curves(run.evaluations)))
     sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
     sections.append(Section("Timing", figures=timing_figures(run.train)))

@@ -18,6 +18,7 @@ from lexel.evaluate.metrics.latents import Latents
 from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.pixels import L1, PSNR
 from lexel.evaluate.metrics.usage import Usage
+from lexel.evaluate.prefixes import Prefix, powers_of_two
 from lexel.evaluate.reconstructions import describe, reconstruct
 from lexel.evaluate.sources import Source
 from lexel.losses import LPIPS
@@ -120,8 +121,22 @@ def validate(
             "code_norm": float(codes.norm(dim=1).mean()),
         }
         snapshot |= {"indices": passed.tokens, "histogram": histogram.counts.sum(0), "codes": _sample(codes)}
+    if tokenizer.prefixes is not None:
+        with runtime.autocast():
+            snapshot["prefixes"] = worth_of_prefixes(tokenizer, shown, passed.tokens)
     plain = {name: tensor.cpu().contiguous() for name, tensor in snapshot.items()}
     return ValidationResult(values, plain, visited.unreadable)
+
+
+def worth_of_prefixes(tokenizer: Tokenizer, images: Tensor, tokens: Tensor) -> Tensor:
+    """Bits of the first of an image's tokens, and the mean PSNR of images decoded from these: float32 (2, prefixes)."""
+    bits, found = [], []
+    for count in powers_of_two(tokenizer.prefixes):
+        prefix = Prefix(tokenizer, count)
+        error = ((prefix.decode(tokens[:, :count]) - images) / 2).square().flatten(1).mean(1)
+        bits.append(prefix.token_spec(*images.shape[2:]).bits)
+        found.append(float((-10 * error.clamp_min(1e-10).log10()).mean()))
+    return torch.tensor([bits, found], dtype=torch.float32)
 
 
 class SpacedImages(Source):
