@@ -88,7 +88,7 @@ def dense_index_backpropagation(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor,
 def dense() -> Iterator[None]:
     """Inside, quantizers search and differentiate with dense tensors, which a CUDA graph can hold."""
     with contextlib.ExitStack() as stack:
-        for module in ("base", "projected", "ema"):
+        for module in ("base", "projected", "ema", "ibq_affine"):
             stack.enter_context(mock.patch(f"lexel.quantizers.{module}.nearest", dense_nearest))
         stack.enter_context(mock.patch.object(oracle, "index_backpropagation", dense_index_backpropagation))
         kernel = "lexel.kernels.index_backpropagation.choose_implementation"

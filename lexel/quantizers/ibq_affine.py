@@ -117,9 +117,9 @@ class IBQAffine(Affine):
         """
         places = z[0, 0].numel()
         count = min(places, max(1, round((1 - self.identity) * places)))
-        spread = [place * places // count for place in range(count)]
-        order = spread + sorted({*range(places)} - {*spread})
-        shifted = (torch.tensor(order, device=z.device) + step) % places
+        place = torch.arange(places, device=z.device)
+        spread = (place * count % places < count).int()  # `count` ones, as evenly spread as can be
+        shifted = (spread.argsort(descending=True, stable=True) + step) % places
         rows = shifted + places * torch.arange(len(z), device=z.device)[:, None]
         return rows[:, :count].flatten(), rows[:, count:].flatten()
 
