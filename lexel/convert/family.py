@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lexel.config import check
 from lexel.convert.files import Published
-from lexel.convert.names import Picked, Renamed, Rule, apply_overrides, pick_weights, rename, require
+from lexel.convert.names import Entry, Picked, Renamed, Rule, apply_overrides, pick_weights, rename, require
 from lexel.generators import Generator
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -27,8 +27,7 @@ class Request(NamedTuple):
         return self.published.source
 
 
-@dataclass
-class Conversion:
+class Conversion(NamedTuple):
     """The result of a conversion. `origins` and `left_out` account for every tensor of the checkpoint."""
 
     family: str
@@ -74,6 +73,33 @@ def convert_tokenizer(request: Request, layout: Layout) -> Conversion:
         renamed.origins,
         {**picked.left_out, **renamed.left_out},
         picked.weights,
+    )
+
+
+def with_tokenizer(conversion: Conversion, inside: Mapping[str, Entry], layout: Layout, request: Request) -> Conversion:
+    """The conversion of a generator with the tokenizer that its file brings along.
+
+    Args:
+        conversion: of the generator, to which the tokenizer is attached.
+        inside: the tokenizer's tensors under their own names; without any, nothing changes.
+        layout: of the tokenizer.
+        request: whose overrides of the tokenizer begin with "tokenizer.".
+    """
+    if not inside or not isinstance(conversion.model, Generator):
+        return conversion
+    names = {name: entry.tensor for name, entry in inside.items()}
+    renamed = rename(inside, layout.rules(names), layout.left_out, request.source, layout.family)
+    own = {
+        name.removeprefix("tokenizer."): value
+        for name, value in request.overrides.items()
+        if name.startswith("tokenizer.")
+    }
+    tokenizer = build_tokenizer(renamed, layout, request._replace(overrides=own))
+    tokenizer.provenance = {"source": request.published.name, "family": layout.family}
+    conversion.model.attach(tokenizer)
+    origins = {f"tokenizer.{name}": origin for name, origin in renamed.origins.items()}
+    return conversion._replace(
+        origins=conversion.origins | origins, left_out=conversion.left_out | renamed.left_out, tokenizer=tokenizer
     )
 
 

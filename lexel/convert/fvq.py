@@ -75,9 +75,8 @@ def _convert_modulated(request: Request) -> Conversion:
         BAKED_LAYOUT,
     )
     reason = "the bridge, a constant: its codebook is imported"
-    conversion.left_out |= {name: reason for name in tensors if name.startswith(BRIDGE)}
-    conversion.family = "fvq"
-    return conversion
+    bridge = {name: reason for name in tensors if name.startswith(BRIDGE)}
+    return conversion._replace(family="fvq", left_out=conversion.left_out | bridge)
 
 
 def modulated_codebook(tensors: Mapping[str, Tensor], source: str) -> Tensor:

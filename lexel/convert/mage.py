@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from lexel.config import check
 from lexel.convert import maskgit_vqgan
-from lexel.convert.family import Conversion, Family, Request, build_tokenizer
+from lexel.convert.family import Conversion, Family, Request, with_tokenizer
 from lexel.convert.masked import ENDS, Entries, block_rules, cut, heads, join, section
 from lexel.convert.names import AVERAGES, Rule, apply_overrides, as_entries, count, rename
 from lexel.errors import UsageError
@@ -79,20 +79,7 @@ def convert(request: Request) -> Conversion:
         .replace("upsample.", "upsample_"): entry
         for name, entry in as_entries(published, TOKENIZER).items()
     }
-    if inside:
-        layout = maskgit_vqgan.LAYOUT
-        names = {name: entry.tensor for name, entry in inside.items()}
-        stage = rename(inside, layout.rules(names), layout.left_out, source, layout.family)
-        others = {
-            name.removeprefix("tokenizer."): value for name, value in request.overrides.items() if name not in own
-        }
-        tokenizer = build_tokenizer(stage, layout, request._replace(overrides=others))
-        tokenizer.provenance = {"source": request.published.name, "family": layout.family}
-        generator.attach(tokenizer)
-        conversion.origins |= {f"tokenizer.{name}": origin for name, origin in stage.origins.items()}
-        conversion.left_out |= stage.left_out
-        conversion.tokenizer = tokenizer
-    return conversion
+    return with_tokenizer(conversion, inside, maskgit_vqgan.LAYOUT, request)
 
 
 def _prepare(entries: Entries) -> None:

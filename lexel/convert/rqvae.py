@@ -67,8 +67,7 @@ def convert(request: Request) -> Conversion:
         config,
     )
     conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
-    conversion.origins = {ours: name for ours, name in conversion.origins.items() if name not in steps}
-    return conversion
+    return conversion._replace(origins={ours: name for ours, name in conversion.origins.items() if name not in steps})
 
 
 def fits(names: Mapping[str, Tensor]) -> bool:

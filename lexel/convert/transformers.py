@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lexel.config import check
 from lexel.convert import ibq, open_magvit2
-from lexel.convert.family import Conversion, Family, Layout, Names, Request, build_tokenizer
+from lexel.convert.family import Conversion, Family, Layout, Names, Request, with_tokenizer
 from lexel.convert.names import AVERAGES, Entry, Renamed, Rule, apply_overrides, as_entries, count, rename, require
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig
@@ -120,20 +120,9 @@ def convert(request: Request, layout: GeneratorLayout) -> Conversion:
     options = {name: value for name, value in request.overrides.items() if not name.startswith("tokenizer.")}
     generator = build_generator(renamed, layout, request, options)
     conversion = Conversion(layout.family, generator, renamed.origins, renamed.left_out)
-    inside = as_entries(tensors, TOKENIZER)
-    if inside and layout.tokenizer is not None:
-        names = {name: entry.tensor for name, entry in inside.items()}
-        stage = rename(inside, layout.tokenizer.rules(names), layout.tokenizer.left_out, request.source, layout.family)
-        its_options = {
-            name.removeprefix("tokenizer."): value for name, value in request.overrides.items() if name not in options
-        }
-        tokenizer = build_tokenizer(stage, layout.tokenizer, request._replace(overrides=its_options))
-        tokenizer.provenance = {"source": request.published.name, "family": layout.tokenizer.family}
-        generator.attach(tokenizer)
-        conversion.origins |= {f"tokenizer.{name}": published for name, published in stage.origins.items()}
-        conversion.left_out |= stage.left_out
-        conversion.tokenizer = tokenizer
-    return conversion
+    if layout.tokenizer is None:
+        return conversion
+    return with_tokenizer(conversion, as_entries(tensors, TOKENIZER), layout.tokenizer, request)
 
 
 def _outside(tensors: Names) -> dict[str, Tensor]:
