@@ -17,7 +17,6 @@ BENCHMARKS = {
     "evaluate": "10,000 pictures evaluated: time and memory",
     "protocols": "the published protocols on the same pictures and the same tokenizer",
     "faults": "faults injected into training, encoding and reading: what survived",
-    "tiles": "pictures in overlapping tiles beside whole ones: codes, seams, memory",
     "soak": "a long training: memory, open files and threads that do not grow",
     "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
     "lines": "lines of code by feature at two commits",

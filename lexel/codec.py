@@ -30,7 +30,6 @@ from lexel.parts import Part
 from lexel.provenance import public_name
 from lexel.runtime import ProgressCallback, Runtime
 from lexel.text_encoder import TextEncoder, caption_features
-from lexel.tiles import Tiles
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
@@ -66,13 +65,8 @@ class Codec:
             their edge, and cropped back.
         batch_size: pictures at a time; whole ones come one by one.
         workers: processes that read pictures.
-        native_pixels: whole pictures with more pixels are left out and named; by default NATIVE_PIXELS, or all that
-            can be read where they are taken in tiles.
+        native_pixels: whole pictures with more pixels are left out and named.
         pixel_limit: files with more pixels are not decoded, and named.
-        tiles: in which whole pictures go through the networks.
-
-    Raises:
-        UsageError: the transform's size does not fit the tokenizer, or a batch of it not the memory.
     """
 
     def __init__(
@@ -82,9 +76,8 @@ class Codec:
         transform: Transform | None,
         batch_size: int = 16,
         workers: int = 0,
-        native_pixels: int | None = None,
+        native_pixels: int = NATIVE_PIXELS,
         pixel_limit: int = PIXEL_LIMIT,
-        tiles: Tiles | None = None,
     ) -> None:
         if transform is not None:
             tokenizer.grid(transform.size, transform.size)  # raises where the size does not fit
@@ -94,8 +87,7 @@ class Codec:
         self.transform = transform
         self.batch_size = batch_size
         self.workers = workers
-        self.native_pixels = native_pixels or (pixel_limit if tiles else NATIVE_PIXELS)
-        self.tiles = tiles
+        self.native_pixels = native_pixels
         self.pixel_limit = pixel_limit
 
     def open(self, source: str | Path | ImageSet, split: str | None = None) -> ImageSet:
@@ -114,20 +106,8 @@ class Codec:
         """Images (B, 3, H, W) of any size through the vocabulary and back, clamped to [-1, 1]."""
         height, width = images.shape[-2:]
         with self.runtime.autocast(), torch.no_grad():
-            tokens = self._encoded(images)
-            grid = self.tokenizer.grid(*self.tokenizer.fitting_size(height, width))
-            return crop_back(self.tokenizer.decode(tokens, grid=grid, tiles=self.tiles), height, width)
-
-    def _encoded(self, images: Tensor) -> Tensor:
-        """The tokens of images (B, C, H, W) of any size, padded to one that fits."""
-        if self.tiles is None:  # else only one tile at a time is on the device
-            images = images.to(self.runtime.device)
-        return self.tokenizer.encode(self.tokenizer.pad(images), self.tiles)
-
-    def _check_whole(self, height: int, width: int) -> None:
-        """Refuses a picture of a size that does not fit in memory."""
-        fitting = self.tokenizer.fitting_size(height, width)
-        check_memory(self.tokenizer, self.runtime, *(self.tiles.window(*fitting) if self.tiles else fitting), 1)
+            padded = self.tokenizer.pad(images.to(self.runtime.device))
+            return crop_back(self.tokenizer.decode(self.tokenizer.encode(padded)), height, width)
 
     def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
         """Every readable picture of a set beside its reconstruction; the others are noted in `unreadable`."""
@@ -141,7 +121,7 @@ class Codec:
                 continue
             if self.transform is None:
                 try:
-                    self._check_whole(height, width)
+                    check_memory(self.tokenizer, self.runtime, *self.tokenizer.fitting_size(height, width), 1)
                 except UsageError as error:
                     unreadable[images.names[int(batch.numbers[0])]] = str(error)
                     continue
@@ -220,9 +200,9 @@ class Codec:
 
         def indices(images: Tensor) -> Tensor:
             if whole:
-                self._check_whole(*images.shape[-2:])
+                check_memory(tokenizer, self.runtime, *tokenizer.fitting_size(*images.shape[-2:]), 1)
             with self.runtime.autocast():
-                return self._encoded(images).cpu()
+                return tokenizer.encode(tokenizer.pad(images.to(self.runtime.device))).cpu()
 
         def layout(height: int, width: int) -> TokenSpec:
             return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
@@ -254,7 +234,6 @@ class Codec:
             captions=features,
             layout=layout if whole else None,
             most_pixels=self.native_pixels if whole else None,
-            tiles=self.tiles if whole else None,
             progress=progress,
         )
         if tokens is not None and not len(tokens):
@@ -285,7 +264,7 @@ class Codec:
         sizes = tokens.sizes[batch.numbers.numpy()]
         grid = self.tokenizer.grid(*self.tokenizer.fitting_size(*sizes[0].tolist()))
         with self.runtime.autocast():
-            images = self.tokenizer.decode(batch.indices.to(self.runtime.device), grid=grid, tiles=self.tiles)
+            images = self.tokenizer.decode(batch.indices.to(self.runtime.device), grid=grid)
         pairs = zip(images, sizes.tolist(), strict=True)
         return [to_uint8(crop_back(image[None], *size))[0] for image, size in pairs]
 

@@ -20,7 +20,6 @@ from lexel.quantizers import Continuous, Levels, Quantized
 from lexel.quantizers.base import straight_through
 from lexel.quantizers.levels import build_levels
 from lexel.quantizers.living import Recoded
-from lexel.tiles import Tiles
 from lexel.token_spec import TokenSpec
 
 
@@ -216,25 +215,17 @@ class Tokenizer(Pretrained):
         return Reconstruction(self._decoded(z, text), quantized._replace(losses=losses))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, tiles: Tiles | None = None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """The index of every latent: int64 (B, *grid), or (B, Q, *grid) for quantizers with Q books.
 
         A continuous tokenizer gives the latents (B, D, *grid) that `decode` takes.
 
-        Args:
-            images: (B, C, H, W) in [-1, 1].
-            tiles: for images too large for the network at once, which may then lie on another device.
-
         Raises:
-            UsageError: images are not float (B, C, H, W) of a size that `grid` takes, or clearly not in [-1, 1]; tiles
-                do not fit the tokenizer.
+            UsageError: images are not float (B, C, H, W) of a size that `grid` takes, or clearly not in [-1, 1].
         """
         self._check_range(images)
         with self._evaluating():
-            if tiles is None:
-                return self.tokens(self.latents(images))
-            device = next(self.encoder.parameters()).device
-            return self.tokens(tiles.latents(lambda tile: self.latents(tile.to(device)), images, self._tiled()))
+            return self.tokens(self.latents(images))
 
     def tokens(self, z: Tensor) -> Tensor:
         """The indices of latents (B, D, *grid); for a continuous tokenizer the latents that its decoder takes."""
@@ -256,26 +247,19 @@ class Tokenizer(Pretrained):
             return Passed(self.decode_codes(z_q).clamp(-1, 1), tokens, z, z_q)
 
     @torch.no_grad()
-    def decode(
-        self,
-        indices: Tensor,
-        text: Tensor | None = None,
-        grid: tuple[int, ...] | None = None,
-        tiles: Tiles | None = None,
-    ) -> Tensor:
+    def decode(self, indices: Tensor, text: Tensor | None = None, grid: tuple[int, ...] | None = None) -> Tensor:
         """Images (B, C, H, W) clamped to [-1, 1] from indices (B, *grid), or (B, Q, *grid) for Q books.
 
         Args:
             indices: of the codes; latents (B, D, *grid) for a continuous tokenizer.
             text: features of a text (B, L, C) where the decoder is guided by one.
             grid: of the latents, where tokens of several scales (B, T) are not those of a square image.
-            tiles: for images too large for the network at once.
 
         Raises:
-            UsageError: indices are not integers of such a shape in [0, codebook_size); tiles do not fit the tokenizer.
+            UsageError: indices are not integers of such a shape in [0, codebook_size).
         """
         if self.continuous:
-            return self._decode_latents(indices, text, tiles)
+            return self._decode_latents(indices, text)
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
         grid = self._grid_of(indices, grid)
@@ -286,23 +270,9 @@ class Tokenizer(Pretrained):
                 wrong = low if low < 0 else high
                 raise UsageError(f"indices must be in [0, {self.codebook_size}), got {wrong}")
         with self._evaluating():
-            return self._images(self.quantizer.indices_to_codes(indices, grid), text, tiles)
+            return self.decode_codes(self.quantizer.indices_to_codes(indices, grid), text).clamp(-1, 1)
 
-    def _images(self, z_q: Tensor, text: Tensor | None, tiles: Tiles | None) -> Tensor:
-        """Images (B, C, H, W), clamped to [-1, 1]."""
-        if tiles is None:
-            return self.decode_codes(z_q, text).clamp(-1, 1)
-        return tiles.images(lambda tile: self.decode_codes(tile, text), z_q, self._tiled()).clamp_(-1, 1)
-
-    def _tiled(self) -> int:
-        """The factor of a tokenizer that can work in tiles."""
-        factor = self.downsampling
-        if factor is None or self.autoencoder.axes != 2 or self.autoencoder.fixed_size or self.autoencoder.shares:
-            kind = self.config.autoencoder.kind
-            raise UsageError(f"a {kind} autoencoder takes images whole: tiles need one grid of latents, of any size")
-        return factor
-
-    def _decode_latents(self, latents: Tensor, text: Tensor | None, tiles: Tiles | None) -> Tensor:
+    def _decode_latents(self, latents: Tensor, text: Tensor | None) -> Tensor:
         axes, dim = self.autoencoder.axes, self.quantizer.codebook_dim
         if not latents.dtype.is_floating_point or latents.dim() != 2 + axes or latents.shape[1] != dim:
             grid = "h, w" if axes == 2 else "N"
@@ -312,7 +282,7 @@ class Tokenizer(Pretrained):
             )
         self.autoencoder.image_size(tuple(latents.shape[2:]))
         with self._evaluating():
-            return self._images(latents, text, tiles)
+            return self.decode_codes(latents, text).clamp(-1, 1)
 
     def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`.

@@ -12,7 +12,7 @@ import lexel
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
     {"errors", "config", "checkpoint", "distributed", "registry", "runtime", "spacing", "token_spec", "run_folder"}
-    | {"nested_dropout", "tiles"}
+    | {"nested_dropout"}
     | {"model_folder", "run_log", "same_recipe"}
     | {"arrays", "regular", "provenance", "parts", "place", "machine", "shards", "engines"},
     {"kernels", "networks", "conditions"},

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lexel.cli.options import (
+    NATIVE_PIXELS,
     PIXELS,
     BatchSize,
     DataArgument,
@@ -18,15 +19,12 @@ from lexel.cli.options import (
     RunArgument,
     Size,
     Split,
-    TileOverlap,
-    TileSize,
     TransformName,
     Weights,
     Workers,
     print_left_out,
     progress,
     say,
-    tiles_of,
     transform_of,
 )
 from lexel.errors import UsageError
@@ -44,9 +42,7 @@ def reconstruct(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Put the original to the left of each reconstruction.")
     ] = False,
-    max_pixels: MaxPixels = None,
-    tile: TileSize = None,
-    overlap: TileOverlap = None,
+    max_pixels: MaxPixels = NATIVE_PIXELS,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
     pixel_limit: PixelLimit = PIXELS,
@@ -59,11 +55,10 @@ def reconstruct(
     from lexel.loading import load_tokenizer
     from lexel.runtime import runtime
 
-    tiles = tiles_of(tile, overlap, size)
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
     codec = Codec(
-        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit, tiles
+        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
     )
     with progress("reconstruct") as update:
         done = codec.reconstruct(paths, out, side_by_side, update)
@@ -120,9 +115,7 @@ def encode(
         typer.Option("--engine-option", metavar="name=value", help="Of the engine: gpus_per_node=1, num_gpus=1, ..."),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
-    max_pixels: MaxPixels = None,
-    tile: TileSize = None,
-    overlap: TileOverlap = None,
+    max_pixels: MaxPixels = NATIVE_PIXELS,
     captions: Annotated[
         Path | None,
         typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),
@@ -168,11 +161,10 @@ def encode(
     if words is not None and 0 < offset < len(words):
         raise UsageError(f"--offset {offset} is less than the {len(words)} ids of {text_vocabulary}; leave it out")
     chosen = Part.parse(part) if part else None
-    tiles = tiles_of(tile, overlap, size)
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
     codec = Codec(
-        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit, tiles
+        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
     )
     if captions and text_encoder:
         raise UsageError("give features of captions by --captions, or a --text-encoder that makes them")
@@ -269,8 +261,6 @@ def decode(
     source: RunArgument,
     tokens: Annotated[Path, typer.Argument(help="A token data set, as `lexel encode` writes it.")],
     out: Out,
-    tile: TileSize = None,
-    overlap: TileOverlap = None,
     batch_size: BatchSize = 32,
     weights: Weights = None,
     device: Device = "auto",
@@ -284,7 +274,7 @@ def decode(
 
     where = runtime(device, precision)
     found = TokenSet.open(tokens)
-    codec = Codec(load_tokenizer(source, weights), where, None, batch_size, tiles=tiles_of(tile, overlap))
+    codec = Codec(load_tokenizer(source, weights), where, None, batch_size)
     with progress("decode") as update:
         done = codec.decode(found, out, update)
     print(f"{done.written:,} pictures in {out}")

@@ -13,7 +13,6 @@ from lexel.errors import UsageError
 
 if TYPE_CHECKING:
     from lexel.data import Transform
-    from lexel.tiles import Tiles
     from lexel.tokenizer import Tokenizer
 
 LOG_SECONDS = 30.0  # between the lines of a training's progress in a log file
@@ -36,6 +35,7 @@ TransformName = Annotated[
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
+NATIVE_PIXELS = 2**22  # lexel.codec.NATIVE_PIXELS, likewise
 PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
 RunArgument = Annotated[
@@ -43,27 +43,7 @@ RunArgument = Annotated[
 ]
 SOURCES = "a folder, tar:..., openmoji, photos, ... (lexel list sources)"
 DataArgument = Annotated[str, typer.Argument(metavar="DIR", help=f"Images: {SOURCES}.")]
-MaxPixels = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="With --size native: images with more pixels are skipped. Default: 4,194,304; with --tile --pixel-limit.",
-    ),
-]
-TileSize = Annotated[
-    int | None,
-    typer.Option(
-        "--tile", min=1, help="Take whole images in overlapping tiles of this side in pixels: memory stays flat."
-    ),
-]
-TileOverlap = Annotated[
-    int | None,
-    typer.Option(
-        "--overlap",
-        min=0,
-        help="With --tile: pixels that a tile reaches beyond its part. Default: what the network sees, or an eighth.",
-    ),
-]
+MaxPixels = Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")]
 TrainingPrecision = Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 PartOption = Annotated[
@@ -85,17 +65,6 @@ def transform_of(tokenizer: "Tokenizer", size: str | None, name: str | None) -> 
     from lexel.loading import own_transform
 
     return None if size == "native" else own_transform(tokenizer, pixels(size), name)
-
-
-def tiles_of(tile: int | None, overlap: int | None, size: str | None = "native") -> "Tiles | None":
-    """The tiles for `--tile` and `--overlap`."""
-    from lexel.tiles import Tiles
-
-    if overlap is not None and tile is None:
-        raise UsageError("--overlap is of the tiles that --tile SIDE asks for")
-    if tile is not None and size != "native":
-        raise UsageError("--tile is for whole images; give --size native")
-    return None if tile is None else Tiles(tile, overlap)
 
 
 def pixels(size: str | None) -> int | None:

@@ -39,7 +39,6 @@ from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
 from lexel.runtime import ProgressCallback
-from lexel.tiles import Tiles
 from lexel.token_spec import TokenSpec
 
 AT_ONCE = 256  # captions whose features are written together
@@ -72,7 +71,6 @@ def write_tokens(
     captions: Captions | None = None,
     layout: Layout | None = None,
     most_pixels: int | None = None,
-    tiles: Tiles | None = None,
     progress: ProgressCallback | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
@@ -103,7 +101,6 @@ def write_tokens(
         layout: height and width of an image to how its tokens lie, where there is no transform; a size that does not
             fit raises UsageError, and that image is left out.
         most_pixels: images with more are left out, where there is no transform.
-        tiles: in which `encode` works, which may change what it gives.
         progress: called with (pictures done, pictures of this process).
 
     Returns:
@@ -125,7 +122,7 @@ def write_tokens(
     if grid is None and crops != 1:
         raise UsageError(f"images in their own sizes are not cropped: crops must be 1, got {crops}")
     if grid is None:
-        batch_size, how = 1, f"whole {most_pixels}" + (f", {tiles}" if tiles else "")
+        batch_size, how = 1, f"whole {most_pixels}"
     else:
         assert transform is not None
         how = f"{type(transform).__name__} {transform.size}"
