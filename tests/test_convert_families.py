@@ -26,10 +26,11 @@ from published_layouts import (
 from torch import Tensor
 
 import lexel
-from lexel.convert import FAMILIES, convert, recognise
+from lexel.convert import FAMILIES, convert, recognise, vit
 from lexel.convert.family import Conversion, Request
 from lexel.convert.files import Published
 from lexel.errors import UsageError
+from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 SMALL = {"width": 32, "multipliers": [1, 2], "blocks": 1}
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -538,3 +539,21 @@ def test_a_vqmodel_with_other_norms_is_refused(tmp_path):
     diffusers.VQModel(norm_type="spatial", block_out_channels=(32,)).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="has norm_type = 'spatial'; only 'group' can be imported"):
         lexel.load(tmp_path)
+
+
+def test_heads_of_a_vit_are_those_of_the_configuration_beside_it_else_of_64_channels():
+    sides = {"encoder": {"width": 16, "depth": 1, "heads": 4}, "decoder": {"width": 16, "depth": 1, "heads": 4}}
+    with torch.device("meta"):
+        made = Tokenizer(
+            TokenizerConfig.model_validate(
+                {
+                    "autoencoder": {"kind": "vit", "patch": 4, "head_width": 32, **sides},
+                    "quantizer": {"kind": "cosine", "codebook_size": 8, "codebook_dim": 4},
+                }
+            )
+        )
+    for published, heads in (({"encoder": {"heads": 4}, "decoder": {"heads": 4}}, 4), ({}, 2)):
+        for options in (published, {"model": {"params": published}}):
+            found = vit.config(made.state_dict(), "file", options)["autoencoder"]
+            assert (found["encoder"]["heads"], found["decoder"]["heads"]) == (heads, heads)
+            assert found["head_width"] == 128 // heads

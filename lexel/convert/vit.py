@@ -1,6 +1,6 @@
 """ViT-VQGAN as thuanz123/enhancing-transformers publishes it, https://arxiv.org/abs/2110.04627."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,14 +36,25 @@ NEEDED = ["quantizer.weight", "encoder.patches.weight", "decoder.pixels.weight"]
 SIDES = ("encoder", "decoder")
 
 
-def config(tensors: Names, source: str) -> dict[str, Any]:
-    """Sizes as shapes tell them; a head has the published 64 channels, which an override changes."""
+def published_heads(options: Mapping[str, Any], side: str) -> int | None:
+    """The heads of one side that a published configuration names; None where there is none."""
+    model = options.get("model")
+    params = model.get("params") if isinstance(model, Mapping) else None
+    part = (params if isinstance(params, Mapping) else options).get(side)
+    heads = part.get("heads") if isinstance(part, Mapping) else None
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
+def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes as shapes tell them; heads as a configuration says, else of the published 64 channels."""
     require(tensors, [f"{side}.blocks.0.{part}.weight" for side in SIDES for part in ("qkv", "fc1")], source)
     size, dim = tensors["quantizer.weight"].shape
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for side in SIDES:
         hidden, width = tensors[f"{side}.blocks.0.fc1.weight"].shape
-        heads = tensors[f"{side}.blocks.0.qkv.weight"].shape[0] // 3 // 64
+        inner = tensors[f"{side}.blocks.0.qkv.weight"].shape[0] // 3
+        heads = published_heads(options, side) or inner // 64
+        sizes["head_width"] = inner // max(heads, 1)
         depth = count(tensors, rf"{side}\.blocks\.(\d+)\..*")
         sizes[side] = {"width": width, "depth": depth, "heads": heads, "mlp": hidden}
     patches = tensors["encoder.patches.weight"]
@@ -51,9 +62,6 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
         "autoencoder": {"kind": "vit", "patch": patches.shape[2], "channels": patches.shape[1], **sizes},
         "quantizer": {"kind": "cosine", "codebook_size": size, "codebook_dim": dim, "raw_gradient": True},
     }
-
-
-LAYOUT = Layout("vit_vqgan", lambda _: RULES, LEFT_OUT, [], NEEDED, config)
 
 
 def convert(request: Request) -> Conversion:
@@ -64,7 +72,11 @@ def convert(request: Request) -> Conversion:
     for name in ("pre_quant.weight", "post_quant.weight"):
         if name in tensors:
             tensors[name] = tensors[name][:, :, None, None]
-    return convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), LAYOUT)
+    options = request.published.config
+    layout = Layout(
+        "vit_vqgan", lambda _: RULES, LEFT_OUT, [], NEEDED, lambda names, source: config(names, source, options)
+    )
+    return convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
 
 
 def check_positions(name: str, table: Tensor, source: str) -> None:
