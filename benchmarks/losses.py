@@ -27,6 +27,7 @@ from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.recipes import TokenizerRecipe
 
 TABLE = Path(__file__).with_name("losses.toml")
+FIGURES = Path(__file__).with_suffix(".json")  # the rows of docs/losses.md
 JUDGE = "efficientnet_lite2"  # the teacher of these rows is efficientnet_lite0
 
 
@@ -111,3 +112,14 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         inner = isinstance(value, dict) and isinstance(base.get(name), dict) and name != "weights"
         result[name] = merged(base[name], value) if inner else value
     return {name: dict(value) if isinstance(value, dict) else value for name, value in result.items()}
+
+
+def section(figures: dict[str, Any]) -> list[str]:
+    """The table of docs/losses.md, with what each row adds to the recipe."""
+    lines = ["| row | PSNR, dB | LPIPS (VGG) | Fréchet, Lite2 | codes in use | probe | bits per token |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for key, row in figures["rows"].items():
+        values = [f"{row['psnr']:.2f}", f"{row['lpips_vgg']:.3f}", f"{row[f'fd_{JUDGE}']:.0f}", f"{row['usage']:.0%}"]
+        values += [f"{row['probe']['accuracy']:.1%}", f"{row['bits_per_token']:.2f}"]
+        lines.append(f"| `{key.rsplit('-', 1)[0]}` | " + " | ".join(values) + " |")
+    return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, many, million, results, shown, soak, study
+from benchmarks import faults, losses, many, million, results, shown, soak, study
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -51,6 +51,11 @@ def test_the_studys_tables_are_those_of_its_figures():
     for section, lines in study.tables(json.loads(study.FIGURES.read_text(encoding="utf-8"))).items():
         table = page.split(f"<!-- {section} -->\n")[1].split(f"<!-- end of {section} -->")[0]
         assert table == "\n".join(lines) + "\n", f"python -m benchmarks study writes {section}"
+
+
+def test_the_table_of_losses_is_that_of_its_figures():
+    page = (study.PAGE.parents[1] / "losses.md").read_text(encoding="utf-8")
+    assert "\n".join(losses.section(json.loads(losses.FIGURES.read_text(encoding="utf-8")))) + "\n\n" in page
 
 
 def test_a_seed_that_is_added_to_a_row_stands_in_its_place_and_only_once():
