@@ -120,6 +120,14 @@ def test_links_lead_to_files_and_headings_that_exist(page):
             assert anchor in anchors(other), f"{target} in {name(page)}"
 
 
+def test_the_reference_renders_every_module_with_a_table_and_what_loads_a_model():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
+    rendered = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    assert {module for module, _, _ in TABLES.values()} | {"lexel.loading", "lexel.tokenizer"} <= rendered
+    for module in rendered:
+        import_module(module)
+
+
 def test_every_quantizer_has_a_snippet():
     shown = " ".join(text for kind, _, text in blocks(DOCS / "quantizers.md") if kind == "python")
     assert [kind for kind, entry in QUANTIZERS.items() if f"{entry.__name__}(" not in shown] == []
