@@ -2,40 +2,40 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+import torch.nn.functional as F
 from torch import Tensor
 
-from lexel.checkpoint import atomic
 from lexel.data import (
     PIXEL_LIMIT,
     ImageSet,
     Transform,
+    UnreadableImage,
     crop_back,
     first_reason,
     open_images,
     ordered_batches,
-    to_display,
+    to_images,
     to_uint8,
 )
+from lexel.data.depth import to_depth
 from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
+from lexel.png_files import Strips, check_targets, write_pngs
 from lexel.provenance import public_name
 from lexel.runtime import ProgressCallback, Runtime
 from lexel.text_encoder import TextEncoder, caption_features
+from lexel.tiling import Read, Tiled
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
 NATIVE_PIXELS = 2**22  # the largest picture taken whole by default: attention grows with the square of the pixels
-
-WRITTEN_BY = ("Software", "Lexel")  # in the PNG files written here, which may be replaced
 
 SHARD = 4096  # pictures in a file of a token set: what an interruption can cost
 
@@ -65,8 +65,14 @@ class Codec:
             their edge, and cropped back.
         batch_size: pictures at a time; whole ones come one by one.
         workers: processes that read pictures.
-        native_pixels: whole pictures with more pixels are left out and named.
+        native_pixels: whole pictures with more pixels are left out and named; by default NATIVE_PIXELS, and no limit
+            of their own where there are tiles.
         pixel_limit: files with more pixels are not decoded, and named.
+        tile, overlap: larger pictures go through the tokenizer in tiles; see `Tiled`.
+
+    Attributes:
+        seam: what the tiles change, measured on a window of the first picture that needs several, in words; None if
+            none did, or tiles equal the whole.
     """
 
     def __init__(
@@ -76,19 +82,26 @@ class Codec:
         transform: Transform | None,
         batch_size: int = 16,
         workers: int = 0,
-        native_pixels: int = NATIVE_PIXELS,
+        native_pixels: int | None = None,
         pixel_limit: int = PIXEL_LIMIT,
+        tile: int | None = None,
+        overlap: int | None = None,
     ) -> None:
+        if tile is None and overlap is not None:
+            raise UsageError("an overlap is of tiles; give the tile's side too")
+        self.tiled = None if tile is None else Tiled(tokenizer, tile, overlap)
         if transform is not None:
             tokenizer.grid(transform.size, transform.size)  # raises where the size does not fit
-            check_memory(tokenizer, runtime, transform.size, transform.size, batch_size)
+            side = transform.size if tile is None else min(tile, transform.size)
+            check_memory(tokenizer, runtime, side, side, batch_size)
         self.tokenizer = tokenizer.to(runtime.device).eval()
         self.runtime = runtime
         self.transform = transform
         self.batch_size = batch_size
         self.workers = workers
-        self.native_pixels = native_pixels
+        self.native_pixels = native_pixels or (NATIVE_PIXELS if tile is None else pixel_limit)
         self.pixel_limit = pixel_limit
+        self.seam: str | None = None
 
     def open(self, source: str | Path | ImageSet, split: str | None = None) -> ImageSet:
         """The images of a source, with the channels that the tokenizer takes."""
@@ -107,7 +120,78 @@ class Codec:
         height, width = images.shape[-2:]
         with self.runtime.autocast(), torch.no_grad():
             padded = self.tokenizer.pad(images.to(self.runtime.device))
-            return crop_back(self.tokenizer.decode(self.tokenizer.encode(padded)), height, width)
+            model = self.tokenizer if self.tiled is None else self.tiled
+            self._measure_seam(padded, "the first batch")
+            return crop_back(model.decode(model.encode(padded)), height, width)
+
+    def _measure_seam(self, images: Tensor, name: str) -> None:
+        """Sets `seam` by the first images (B, C, H, W) that have one, on a window that holds one each way."""
+        tiled = self.tiled
+        if tiled is None or self.seam or max(images.shape[-2:]) <= tiled.tile or tiled.exact:
+            return
+        side = 2 * tiled.tile - tiled.overlap
+        window = images[:1, :, :side, :side].to(self.runtime.device)
+        height, width = window.shape[-2:]
+        try:
+            check_memory(self.tokenizer, self.runtime, height, width, 1)
+        except UsageError:
+            self.seam = f"seams were not measured: a window of {width:,} x {height:,} pixels does not fit in memory"
+            return
+        seam = tiled.seam(window)
+        self.seam = (
+            f"measured on {width:,} x {height:,} pixels of {name}: {100 * seam.tokens:.2f} % of the tokens differ from "
+            f"the whole picture's, the reconstruction by {seam.overlap:.2f} of 255 levels where tiles overlap and "
+            f"{seam.interior:.2f} elsewhere"
+        )
+
+    def _tokens_of(self, pixels: np.ndarray, name: str = "the first picture") -> Tensor:
+        """The tokens of a picture (1, H, W, C), which may lie in a file; a tile is read at a time."""
+        height, width = pixels.shape[1:3]
+        fitting = self.tokenizer.fitting_size(height, width)
+        read = _reader(pixels, self.runtime.device)
+        tile = max(fitting) if self.tiled is None else self.tiled.tile
+        check_memory(self.tokenizer, self.runtime, min(tile, fitting[0]), min(tile, fitting[1]), 1)
+        with self.runtime.autocast():
+            if self.tiled is None or max(fitting) <= tile:
+                return self.tokenizer.encode(read(0, fitting[0], 0, fitting[1])).cpu()
+            side = 2 * tile - self.tiled.overlap
+            self._measure_seam(read(0, min(side, fitting[0]), 0, min(side, fitting[1])), name)
+            return self.tiled.encode_from(read, *fitting).cpu()
+
+    def _strips(self, indices: Tensor, height: int, width: int, beside: np.ndarray | None = None) -> Strips:
+        """The picture of tokens, tile by tile, without what was padded; to the right of `beside`, pixels (H, W, C)."""
+        assert self.tiled is not None
+        grid, tiled = self.tokenizer.grid(*self.tokenizer.fitting_size(height, width)), self.tiled
+
+        def rows() -> Iterator[np.ndarray]:
+            done = 0
+            with self.runtime.autocast():
+                for strip in tiled.decode_rows(indices.to(self.runtime.device), grid):
+                    made = to_uint8(crop_back(strip, height - done, width))[0]
+                    yield made if beside is None else np.concatenate([beside[done : done + len(made)], made], 1)
+                    done += len(made)
+                    if done == height:
+                        return
+
+        return Strips(height, width if beside is None else 2 * width, rows())
+
+    def _tiled_pictures(
+        self, images: ImageSet, unreadable: dict[str, str], side_by_side: bool
+    ) -> Iterator[tuple[str, Strips]]:
+        """The reconstruction of every readable picture of a set, in its own size, tile by tile."""
+        for number, name in enumerate(images.names):
+            try:
+                pixels = images.read(number)
+                height, width = pixels.shape[:2]
+                if height * width > self.native_pixels:
+                    raise UsageError(f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole")
+                indices = self._tokens_of(pixels[None], name)
+            except UnreadableImage as error:
+                unreadable[name] = error.reason
+            except UsageError as error:
+                unreadable[name] = str(error)
+            else:
+                yield name, self._strips(indices, height, width, to_depth(pixels, 8) if side_by_side else None)
 
     def pairs(self, images: ImageSet, unreadable: dict[str, str]) -> Iterator[Pair]:
         """Every readable picture of a set beside its reconstruction; the others are noted in `unreadable`."""
@@ -150,11 +234,15 @@ class Codec:
         """
         sets = [self.open(source) for source in sources]
         unreadable: dict[str, str] = {}
-        pairs = (pair for images in sets for pair in self.pairs(images, unreadable))
-        pictures = (
-            (name, np.concatenate([original, reconstruction], axis=1) if side_by_side else reconstruction)
-            for name, original, reconstruction in pairs
-        )
+        pictures: Iterable[tuple[str, np.ndarray | Strips]]
+        if self.tiled is not None and self.transform is None:
+            pictures = (one for images in sets for one in self._tiled_pictures(images, unreadable, side_by_side))
+        else:
+            pairs = (pair for images in sets for pair in self.pairs(images, unreadable))
+            pictures = (
+                (name, np.concatenate([original, reconstruction], axis=1) if side_by_side else reconstruction)
+                for name, original, reconstruction in pairs
+            )
         check_targets((name for images in sets for name in images.names), out)
         written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
         if not written:
@@ -199,10 +287,10 @@ class Codec:
         spec = None if side is None else tokenizer.token_spec(side, side)
 
         def indices(images: Tensor) -> Tensor:
-            if whole:
-                check_memory(tokenizer, self.runtime, *tokenizer.fitting_size(*images.shape[-2:]), 1)
+            model = tokenizer if self.tiled is None else self.tiled
+            self._measure_seam(images, "the first batch")
             with self.runtime.autocast():
-                return tokenizer.encode(tokenizer.pad(images.to(self.runtime.device))).cpu()
+                return model.encode(images.to(self.runtime.device)).cpu()
 
         def layout(height: int, width: int) -> TokenSpec:
             return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
@@ -232,7 +320,9 @@ class Codec:
             processes=part.parts * processes,
             provenance={"source": public_name(named), "split": split, "size": side or "native", **origin},
             captions=features,
+            tiles=None if self.tiled is None else (self.tiled.tile, self.tiled.overlap),
             layout=layout if whole else None,
+            whole=self._tokens_of if whole else None,
             most_pixels=self.native_pixels if whole else None,
             progress=progress,
         )
@@ -247,7 +337,7 @@ class Codec:
             UsageError: the tokens are another tokenizer's.
         """
         tokens.require(self.tokenizer.fingerprint())
-        pictures = (
+        pictures: Iterable[tuple[str, np.ndarray | Strips]] = (
             (tokens.names[int(number)], picture)
             for batch in tokens.ordered_batches(self.batch_size)
             for number, picture in zip(batch.numbers, self._pictures_of(tokens, batch), strict=True)
@@ -257,8 +347,15 @@ class Codec:
         check_targets(tokens.names, out)
         return CodecResult(write_pngs(pictures, out, len(tokens), progress), {})
 
-    def _pictures_of(self, tokens: TokenSet, batch: TokenBatch) -> list[np.ndarray]:
+    def _pictures_of(self, tokens: TokenSet, batch: TokenBatch) -> Sequence[np.ndarray | Strips]:
         """The pictures of a batch, uint8 (H, W, 3); without what was padded, where they have their own sizes."""
+        if self.tiled is not None:
+            if tokens.sizes is None:
+                one = self.tokenizer.image_size(self.tokenizer.grid_of(batch.indices, None))
+                own = [one] * len(batch.indices)
+            else:
+                own = [(int(height), int(width)) for height, width in tokens.sizes[batch.numbers.numpy()]]
+            return [self._strips(batch.indices[row : row + 1], *size) for row, size in enumerate(own)]
         if tokens.sizes is None:
             return list(self.pictures(batch.indices))
         sizes = tokens.sizes[batch.numbers.numpy()]
@@ -274,70 +371,12 @@ class Codec:
             return to_uint8(self.tokenizer.decode(indices.to(self.runtime.device)))
 
 
-def check_targets(names: Iterable[str], out: str | Path) -> None:
-    """Checks that pictures of these names can be written as PNG files to a folder, before any is.
+def _reader(pixels: np.ndarray, device: torch.device) -> Read:
+    """Reads parts of a picture (1, H, W, C) as images in [-1, 1]; beyond its edges they are repeated."""
+    height, width = pixels.shape[1:3]
 
-    Raises:
-        UsageError: a name leads out of the folder, or a file of another origin has it.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give a folder to write to")
-    taken: set[str] = set()
-    for name in names:
-        taken.add(_target(name, taken))
-    if out.is_dir():
-        for target in sorted(taken):
-            _check_overwrite(out / target)
+    def read(top: int, bottom: int, left: int, right: int) -> Tensor:
+        part = to_images(pixels[:, top : min(bottom, height), left : min(right, width)]).to(device)
+        return F.pad(part, (0, max(0, right - width), 0, max(0, bottom - height)), mode="replicate")
 
-
-def _target(name: str, taken: set[str]) -> str:
-    """The file for a picture, by its name and the files that are taken."""
-    plain = PurePosixPath(name)
-    if plain.is_absolute() or ".." in plain.parts or not plain.name or "\0" in name:
-        raise UsageError(f"the name {name!r} leads out of the folder to write to")
-    plain = plain.with_suffix("")
-    number, target = 1, f"{plain}.png"
-    while target in taken:
-        number += 1
-        target = f"{plain}-{number}.png"
-    return target
-
-
-def _check_overwrite(path: Path) -> None:
-    """Refuses to write over a file that `write_pngs` did not write."""
-    if not path.exists():
-        return
-    try:
-        with Image.open(path) as image:
-            ours = image.info.get(WRITTEN_BY[0]) == WRITTEN_BY[1]
-    except (OSError, ValueError, SyntaxError):
-        ours = False
-    if not ours:
-        raise UsageError(f"{path} exists and was not written by Lexel; it would be overwritten: give another folder")
-
-
-def write_pngs(
-    pictures: Iterable[tuple[str, np.ndarray]], out: str | Path, total: int, progress: ProgressCallback | None = None
-) -> int:
-    """Writes named pictures, uint8 (H, W, C), as PNG files under a folder; returns how many.
-
-    Names may have folders in them; two that would share a file get numbers. Files that were not written here before
-    are never replaced, be they the originals or others.
-
-    Raises:
-        UsageError: a name leads out of the folder, or a file of another origin has it.
-    """
-    out = Path(out)
-    note = PngInfo()
-    note.add_text(*WRITTEN_BY)
-    taken: set[str] = set()
-    for name, picture in pictures:
-        target = _target(name, taken)
-        taken.add(target)
-        _check_overwrite(out / target)
-        with atomic(out / target) as path:
-            Image.fromarray(to_display(picture)).save(path, pnginfo=note)
-        if progress:
-            progress(len(taken), total)
-    return len(taken)
+    return read

@@ -198,7 +198,7 @@ class Tokenizer(Pretrained):
             text: features of a text (B, L, C) where the decoder is guided by one.
             perturb: codes for the decoder instead of those that were chosen; loss terms are those of the chosen ones.
         """
-        self._check_images(images)
+        self._check_shape(images)
         if self.autoencoder.routes:
             features, gates = self.autoencoder.routed(images.to(self._dtype))
             latents = self._projected(features)
@@ -223,8 +223,8 @@ class Tokenizer(Pretrained):
         Raises:
             UsageError: images are not float (B, C, H, W) of a size that `grid` takes, or clearly not in [-1, 1].
         """
-        self._check_range(images)
-        with self._evaluating():
+        self.check_images(images)
+        with self.evaluating():
             return self.tokens(self.latents(images))
 
     def tokens(self, z: Tensor) -> Tensor:
@@ -239,8 +239,8 @@ class Tokenizer(Pretrained):
         Raises:
             UsageError: as `encode`.
         """
-        self._check_range(images)
-        with self._evaluating():
+        self.check_images(images)
+        with self.evaluating():
             z = self.latents(images)
             tokens = self.tokens(z)
             z_q = tokens if self.continuous else self.quantizer.indices_to_codes(tokens, tuple(z.shape[2:]))
@@ -258,21 +258,32 @@ class Tokenizer(Pretrained):
         Raises:
             UsageError: indices are not integers of such a shape in [0, codebook_size).
         """
+        codes = self.codes(indices, grid)
+        with self.evaluating():
+            return self.decode_codes(codes, text).clamp(-1, 1)
+
+    @torch.no_grad()
+    def codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
+        """What the decoder gets for indices as `decode` takes them: the codes (B, D, *grid) that they name.
+
+        Raises:
+            UsageError: as `decode`.
+        """
         if self.continuous:
-            return self._decode_latents(indices, text)
+            return self._latents_to_decode(indices)
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise UsageError(f"indices must be integers, got {indices.dtype}")
-        grid = self._grid_of(indices, grid)
+        grid = self.grid_of(indices, grid)
         indices = indices.long()
         if indices.numel():
             low, high = (int(bound) for bound in indices.aminmax())
             if low < 0 or high >= self.codebook_size:
                 wrong = low if low < 0 else high
                 raise UsageError(f"indices must be in [0, {self.codebook_size}), got {wrong}")
-        with self._evaluating():
-            return self.decode_codes(self.quantizer.indices_to_codes(indices, grid), text).clamp(-1, 1)
+        with self.evaluating():
+            return self.quantizer.indices_to_codes(indices, grid)
 
-    def _decode_latents(self, latents: Tensor, text: Tensor | None) -> Tensor:
+    def _latents_to_decode(self, latents: Tensor) -> Tensor:
         axes, dim = self.autoencoder.axes, self.quantizer.codebook_dim
         if not latents.dtype.is_floating_point or latents.dim() != 2 + axes or latents.shape[1] != dim:
             grid = "h, w" if axes == 2 else "N"
@@ -281,8 +292,7 @@ class Tokenizer(Pretrained):
                 f"got {latents.dtype} {tuple(latents.shape)}"
             )
         self.autoencoder.image_size(tuple(latents.shape[2:]))
-        with self._evaluating():
-            return self.decode_codes(latents, text).clamp(-1, 1)
+        return latents
 
     def save_pretrained(self, folder: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
         """Writes `config.json` and `model.safetensors`.
@@ -328,13 +338,14 @@ class Tokenizer(Pretrained):
     def _dtype(self) -> torch.dtype:
         return next(self.encoder.parameters()).dtype
 
-    def _check_range(self, images: Tensor) -> None:
-        self._check_images(images)
+    def check_images(self, images: Tensor) -> None:
+        """Refuses what `encode` does."""
+        self._check_shape(images)
         largest = images.abs().max().item() if images.numel() else 0.0
         if not largest <= self.LARGEST:  # NaN included
             raise UsageError(f"images must be in [-1, 1], got values up to {largest:g}; bytes become x / 127.5 - 1")
 
-    def _check_images(self, images: Tensor) -> None:
+    def _check_shape(self, images: Tensor) -> None:
         channels = self.channels
         if images.dim() != 4 or images.shape[1] != channels or not images.shape[2] or not images.shape[3]:
             raise UsageError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
@@ -348,7 +359,7 @@ class Tokenizer(Pretrained):
                 f"images must be floating-point in [-1, 1], got {images.dtype}; bytes become x / 127.5 - 1"
             )
 
-    def _grid_of(self, indices: Tensor, grid: tuple[int, ...] | None) -> tuple[int, ...]:
+    def grid_of(self, indices: Tensor, grid: tuple[int, ...] | None) -> tuple[int, ...]:
         """The grid of latents that indices belong to; refuses indices whose shape no image has."""
         axes, books = self.autoencoder.axes, self.quantizer.books
         example = self.quantizer.index_shape((2,) * axes)
@@ -367,7 +378,7 @@ class Tokenizer(Pretrained):
         return grid
 
     @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Evaluation mode for a while, whatever mode each part was in."""
         training = [module for module in self.modules() if module.training]
         self.eval()

@@ -9,12 +9,13 @@ from PIL import Image
 
 from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
-from lexel.codec import Codec, write_pngs
+from lexel.codec import Codec
 from lexel.data import TRANSFORMS
 from lexel.data.tokens import TokenSet, merge_tokens
 from lexel.data.tokens.format import sealed
 from lexel.errors import UsageError
 from lexel.parts import Part
+from lexel.png_files import write_pngs
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"tokenizer", "autoencoder", "text_encoder"},
     {"generators"},
     {"convert"},
-    {"loading", "memory"},
+    {"loading", "memory", "tiling", "png_files"},
     {"evaluate", "export", "diffusers_model", "codec", "samples", "bank"},
     {"report", "sample_parts"},
     {"train"},

@@ -6,23 +6,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lexel.cli.options import (
-    NATIVE_PIXELS,
     PIXELS,
     BatchSize,
     DataArgument,
     Device,
     MaxPixels,
     Out,
+    Overlap,
     PartOption,
     PixelLimit,
     Precision,
     RunArgument,
     Size,
     Split,
+    Tile,
     TransformName,
     Weights,
     Workers,
     print_left_out,
+    print_seams,
     progress,
     say,
     transform_of,
@@ -42,7 +44,9 @@ def reconstruct(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="Put the original to the left of each reconstruction.")
     ] = False,
-    max_pixels: MaxPixels = NATIVE_PIXELS,
+    max_pixels: MaxPixels = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
     batch_size: BatchSize = 16,
     workers: Workers = 0,
     pixel_limit: PixelLimit = PIXELS,
@@ -57,11 +61,11 @@ def reconstruct(
 
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
-    codec = Codec(
-        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
-    )
+    shown = transform_of(tokenizer, size, transform)
+    codec = Codec(tokenizer, where, shown, batch_size, workers, max_pixels, pixel_limit, tile, overlap)
     with progress("reconstruct") as update:
         done = codec.reconstruct(paths, out, side_by_side, update)
+    print_seams(codec)
     print(f"{done.written:,} reconstructions in {out}")
     print_left_out(done.unreadable)
 
@@ -115,7 +119,9 @@ def encode(
         typer.Option("--engine-option", metavar="name=value", help="Of the engine: gpus_per_node=1, num_gpus=1, ..."),
     ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file: what a stopped command loses.")] = 4096,
-    max_pixels: MaxPixels = NATIVE_PIXELS,
+    max_pixels: MaxPixels = None,
+    tile: Tile = None,
+    overlap: Overlap = None,
     captions: Annotated[
         Path | None,
         typer.Option(help="Features of a caption for each picture (.npy or .npz), kept beside the tokens."),
@@ -163,9 +169,8 @@ def encode(
     chosen = Part.parse(part) if part else None
     where = runtime(device, precision)
     tokenizer = load_tokenizer(source, weights)
-    codec = Codec(
-        tokenizer, where, transform_of(tokenizer, size, transform), batch_size, workers, max_pixels, pixel_limit
-    )
+    shown = transform_of(tokenizer, size, transform)
+    codec = Codec(tokenizer, where, shown, batch_size, workers, max_pixels, pixel_limit, tile, overlap)
     if captions and text_encoder:
         raise UsageError("give features of captions by --captions, or a --text-encoder that makes them")
     features: Any = captions
@@ -173,6 +178,7 @@ def encode(
         features = TextEncoder(text_encoder, caption_length, where)
     with progress("encode") as update:
         tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, features)
+    print_seams(codec)
     if tokens is None:  # other processes are still at their shards; the last one prints
         if chosen:
             print(f"part {chosen} is in {out}; parts in folders of their own are put together by `lexel merge`")
@@ -261,6 +267,8 @@ def decode(
     source: RunArgument,
     tokens: Annotated[Path, typer.Argument(help="A token data set, as `lexel encode` writes it.")],
     out: Out,
+    tile: Tile = None,
+    overlap: Overlap = None,
     batch_size: BatchSize = 32,
     weights: Weights = None,
     device: Device = "auto",
@@ -274,7 +282,7 @@ def decode(
 
     where = runtime(device, precision)
     found = TokenSet.open(tokens)
-    codec = Codec(load_tokenizer(source, weights), where, None, batch_size)
+    codec = Codec(load_tokenizer(source, weights), where, None, batch_size, tile=tile, overlap=overlap)
     with progress("decode") as update:
         done = codec.decode(found, out, update)
     print(f"{done.written:,} pictures in {out}")

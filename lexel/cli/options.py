@@ -12,6 +12,7 @@ import typer
 from lexel.errors import UsageError
 
 if TYPE_CHECKING:
+    from lexel.codec import Codec
     from lexel.data import Transform
     from lexel.tokenizer import Tokenizer
 
@@ -35,15 +36,29 @@ TransformName = Annotated[
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
 Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
-NATIVE_PIXELS = 2**22  # lexel.codec.NATIVE_PIXELS, likewise
 PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
+MaxPixels = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="With --size native: images with more pixels are skipped. Default: 4194304; no limit with --tile."
+    ),
+]
+Tile = Annotated[
+    int | None,
+    typer.Option(min=1, help="Larger images go through the tokenizer in tiles of this side, in pixels, blended."),
+]
+Overlap = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="With --tile: pixels that tiles share. Default: what makes them equal the whole, or a quarter."
+    ),
+]
 RunArgument = Annotated[
     str, typer.Argument(metavar="RUN", help="A run, a model folder, a published checkpoint or a hub id.")
 ]
 SOURCES = "a folder, tar:..., openmoji, photos, ... (lexel list sources)"
 DataArgument = Annotated[str, typer.Argument(metavar="DIR", help=f"Images: {SOURCES}.")]
-MaxPixels = Annotated[int, typer.Option(min=1, help="With --size native: images with more pixels are skipped.")]
 TrainingPrecision = Annotated[str | None, typer.Option(help="float32, bf16 or fp16. Default: the recipe's.")]
 Out = Annotated[Path, typer.Option(help="Output folder.")]
 PartOption = Annotated[
@@ -65,6 +80,12 @@ def transform_of(tokenizer: "Tokenizer", size: str | None, name: str | None) -> 
     from lexel.loading import own_transform
 
     return None if size == "native" else own_transform(tokenizer, pixels(size), name)
+
+
+def print_seams(codec: "Codec") -> None:
+    """Says whether tiles give what whole images give, and what their seams were measured to cost."""
+    if codec.tiled is not None and (codec.seam or codec.tiled.exact):
+        say(f"lexel: {codec.tiled.told()}{'; ' + codec.seam if codec.seam else ''}")
 
 
 def pixels(size: str | None) -> int | None:

@@ -378,11 +378,13 @@ def read_squares(
             continue
         arrays += [picture if transform is None else transform(picture, one) for one in generators(number)]
         readable.append(number)
+    if len(arrays) == 1:  # not copied: it may lie in a file and be larger than memory
+        return Pictures(arrays[0][None], readable, unreadable)
     return Pictures(np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8), readable, unreadable)
 
 
 def _as_batch(pictures: Pictures, images: ImageSet, device: str | torch.device | None) -> Batch:
-    pixels = torch.from_numpy(pictures.arrays)
+    pixels = torch.from_numpy(np.require(pictures.arrays, requirements=["C", "W"]))
     numbers = torch.tensor(pictures.numbers)
     labels = None
     if images.labels is not None:

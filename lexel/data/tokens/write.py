@@ -70,7 +70,9 @@ def write_tokens(
     provenance: dict[str, Any] | None = None,
     captions: Captions | None = None,
     layout: Layout | None = None,
+    whole: Callable[[np.ndarray], Tensor] | None = None,
     most_pixels: int | None = None,
+    tiles: tuple[int, int] | None = None,
     progress: ProgressCallback | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
@@ -100,7 +102,10 @@ def write_tokens(
         captions: features of a caption for each image, kept as float16 beside the tokens.
         layout: height and width of an image to how its tokens lie, where there is no transform; a size that does not
             fit raises UsageError, and that image is left out.
+        whole: pixels (1, H, W, C), which may lie in a file, to indices, where there is no transform; by default
+            `encode` of the images.
         most_pixels: images with more are left out, where there is no transform.
+        tiles: side and overlap of the tiles in which `encode` and `whole` take images, for they change the tokens.
         progress: called with (pictures done, pictures of this process).
 
     Returns:
@@ -126,6 +131,8 @@ def write_tokens(
     else:
         assert transform is not None
         how = f"{type(transform).__name__} {transform.size}"
+    if tiles is not None:
+        how += f", tiles of {tiles[0]} that overlap by {tiles[1]}"
     plan: dict[str, Any] = {
         "format": FORMAT,
         "version": OWN_GRIDS if grid is None else VERSION,
@@ -154,7 +161,8 @@ def write_tokens(
         shard: range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
         for shard in shards[rank::processes]
     }
-    shaped = None if layout is None else _Whole(layout, most_pixels)
+    take = whole or (lambda pixels: encode(to_images(pixels)))
+    shaped = None if layout is None else _Whole(layout, most_pixels, take)
     done, total = 0, sum(len(numbers) for numbers in mine.values())
 
     def read(count: int) -> None:
@@ -269,7 +277,7 @@ def _write_shard(
                 unreadable[images.names[pictures.numbers[0]]] = reason
                 read(1)
                 continue
-            encoded.append(_checked(encode, to_images(pictures.arrays), spec.shape, plan).ravel())
+            encoded.append(_checked(whole.encode(pictures.arrays), (1, *spec.shape), plan).ravel())
             layouts.append(spec)
             sizes.append((height, width))
         elif pictures.numbers:
@@ -333,17 +341,16 @@ def _encode(
     """Tokens (count, crops, *grid) of squares (count * crops, size, size, 3), never more than batch_size at once."""
     parts = []
     for first in range(0, len(squares), batch_size):
-        parts.append(_checked(encode, to_images(squares[first : first + batch_size]), plan["grid"], plan))
+        images = to_images(squares[first : first + batch_size])
+        parts.append(_checked(encode(images), (len(images), *plan["grid"]), plan))
     return np.concatenate(parts).reshape(count, plan["crops"], *plan["grid"])
 
 
-def _checked(
-    encode: Callable[[Tensor], Tensor], images: Tensor, grid: Sequence[int], plan: dict[str, Any]
-) -> np.ndarray:
-    """The indices (B, *grid) of images, of the shape and in the range that were announced."""
-    indices = encode(images).cpu().numpy()
-    if indices.shape != (len(images), *grid):
-        raise UsageError(f"the tokenizer gave indices {indices.shape} for a grid of {tuple(grid)}")
+def _checked(tokens: Tensor, shape: tuple[int, ...], plan: dict[str, Any]) -> np.ndarray:
+    """Indices (B, *grid), of the shape and in the range that were announced."""
+    indices = tokens.cpu().numpy()
+    if indices.shape != shape:
+        raise UsageError(f"the tokenizer gave indices {indices.shape} for a grid of {shape[1:]}")
     if indices.min() < 0 or indices.max() >= plan["codebook_size"]:
         raise UsageError(
             f"the tokenizer gave indices from {indices.min()} to {indices.max()} for {plan['codebook_size']} codes"
@@ -356,6 +363,7 @@ class _Whole(NamedTuple):
 
     layout: Layout
     most_pixels: int | None
+    encode: Callable[[np.ndarray], Tensor]  # pixels (1, H, W, C) to indices
 
     def layout_of(self, height: int, width: int) -> tuple[str, TokenSpec | None]:
         """The layout of an image's tokens; or None, and why it has none."""
