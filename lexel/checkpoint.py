@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.regular import check_regular, expanded, open_regular
 
 CONFIG = "config.json"
@@ -289,12 +289,6 @@ def _number_class(dtype: torch.dtype) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def some(names: list[str], shown: int = 3) -> str:
-    """The first names of a list and how many more there are."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def save_state(path: str | Path, state: Mapping[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The error for mistakes the user can fix."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UsageError(ValueError):
@@ -13,3 +13,9 @@ class UsageError(ValueError):
 def unknown(what: str, given: object, choices: Iterable[str]) -> UsageError:
     """The error for a name that is not in a table, with the names that are."""
     return UsageError(f"unknown {what} {given!r}; choose from {', '.join(sorted(choices))}")
+
+
+def some(names: Sequence[str], shown: int = 3, separator: str = ", ") -> str:
+    """The first names of a list and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return separator.join(names[:shown]) + more

@@ -7,7 +7,7 @@ from typing import Any
 
 from lexel import config
 from lexel.config import Config, flatten
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 
 # Options that change where a run stands or what it writes, never what it learns; a resumed run may change them.
 OPERATIONAL = {
@@ -69,9 +69,8 @@ def check_same_recipe(before: Mapping[str, Any], recipe: Config, folder: Path, b
     if not differing:
         return
     hint = "a run may grow but not shrink; " if LENGTHS & set(differing) else ""
-    changes = ", ".join(f"{name} = {old.get(name)!r}, the recipe now says {new.get(name)!r}" for name in differing[:5])
-    more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+    changes = [f"{name} = {old.get(name)!r}, the recipe now says {new.get(name)!r}" for name in differing]
     raise UsageError(
-        f"{folder} holds a run with {changes}{more}; "
+        f"{folder} holds a run with {some(changes, 5)}; "
         f"{hint}use the recipe of the run ({folder / 'recipe.toml'}) or another folder"
     )

@@ -31,7 +31,7 @@ from lexel.convert import (
     vqvae2,
 )
 from lexel.convert.family import Conversion, Family, Request
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 
 GROUP = "lexel.families"  # entry points of other packages
 
@@ -131,7 +131,7 @@ def recognise(published: files.Published) -> Family:
     if not fitting:
         raise UsageError(
             f"{published.source} fits no known family (its first tensors are "
-            f"{checkpoint.some(sorted(published.tensors))}); families are {', '.join(known)}"
+            f"{some(sorted(published.tensors))}); families are {', '.join(known)}"
         )
     if len(fitting) > 1:
         names = ", ".join(sorted(family.name for family in fitting))

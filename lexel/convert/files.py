@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lexel import checkpoint
 from lexel.convert import torchscript
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.provenance import public_name
 from lexel.regular import expanded
 
@@ -216,10 +216,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     shards = sorted(set(table.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise UsageError(f"{index} lacks {checkpoint.some(missing)}; the checkpoint is half-downloaded")
+        raise UsageError(f"{index} lacks {some(missing)}; the checkpoint is half-downloaded")
     tensors: dict[str, Tensor] = {}
     for name in shards:
         tensors.update(checkpoint.read_safetensors(index.parent / name))
     if tensors.keys() != table.keys():
-        raise UsageError(f"{index} does not match its shards: {checkpoint.some(sorted(tensors.keys() ^ table.keys()))}")
+        raise UsageError(f"{index} does not match its shards: {some(sorted(tensors.keys() ^ table.keys()))}")
     return tensors

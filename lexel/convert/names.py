@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lexel.checkpoint import some
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError, some, unknown
 
 Rule = tuple[str, str | Callable[[re.Match[str]], str]]  # a whole published name, and ours (a template or a function)
 AVERAGED = "model_ema."  # the prefix of averaged weights, whose names have lost their dots

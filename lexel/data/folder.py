@@ -10,7 +10,7 @@ from warnings import warn
 from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
 from lexel.data.images import FileImages, ImageSet
 from lexel.data.listing import Names, find_images, holds_images, is_folder
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 
 # How a folder may call its parts; the first of each row is the name used here.
 SPLITS = {
@@ -18,6 +18,7 @@ SPLITS = {
     "validation": ("validation", "val", "valid", "dev"),
     "test": ("test", "testing"),
 }
+SHOWN = 5  # names in a message, before the rest is only counted
 SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
 
 
@@ -91,7 +92,7 @@ def part_of_names(source: str, names: Names, split: str | None) -> Part:
         numbers = [number for number, name in enumerate(names) if name.startswith(inside)]
         if found.others:
             warn(
-                f"{source} has the splits {', '.join(found.splits.values())}; left out: {_some(found.others)}",
+                f"{source} has the splits {', '.join(found.splits.values())}; left out: {some(found.others, SHOWN)}",
                 stacklevel=4,
             )
     chosen = names.take(numbers) if inside else names
@@ -131,9 +132,9 @@ def open_folder(
         beside += [name for name in names if "/" not in name]
         names = Names([name for name in names if name.startswith(inside)])
     if beside:
-        warn(f"{top} has the splits {', '.join(found.splits.values())}; left out: {_some(beside)}", stacklevel=4)
+        warn(f"{top} has the splits {', '.join(found.splits.values())}; left out: {some(beside, SHOWN)}", stacklevel=4)
     if left_out:
-        reasons = _some([f"{name} ({why})" for name, why in left_out.items()])
+        reasons = some([f"{name} ({why})" for name, why in left_out.items()], SHOWN)
         warn(f"left out {len(left_out):,} entries of {folder}: {reasons}", stacklevel=4)
     if not names:
         raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
@@ -152,7 +153,7 @@ def _why_no_split(folder: Path, split: str, found: Layout) -> str:
     name = next((name for name in SPLITS[split] if (folder / name).is_dir()), None)
     if name is None:
         return f"it has no subfolder called {' or '.join(SPLITS[split])}"
-    return f"{name} is a class beside {_some(found.others)}; give {folder / name} for that folder alone"
+    return f"{name} is a class beside {some(found.others, SHOWN)}; give {folder / name} for that folder alone"
 
 
 def classes_of_names(
@@ -183,22 +184,17 @@ def classes_of_names(
         if classes:
             warn(
                 f"no classes are used: {len(strays):,} of {len(names):,} images of {folder} lie beside the folders "
-                f"{_some(classes)}, not in them: {_some(strays)}",
+                f"{some(classes, SHOWN)}, not in them: {some(strays, SHOWN)}",
                 stacklevel=5,
             )
         return None, []
     called = [name for name in classes if name in SPLIT_NAMES]
     if level == 0 and called:
-        others = _some([name for name in classes if name not in SPLIT_NAMES])
+        others = some([name for name in classes if name not in SPLIT_NAMES], SHOWN)
         warn(
-            f"{_some(called)} is a class of {folder}, not a split, since it lies beside {others}; give "
+            f"{some(called, SHOWN)} is a class of {folder}, not a split, since it lies beside {others}; give "
             f"{folder}/{called[0]} for that folder alone",
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}
     return list(map(numbers.__getitem__, parents)), classes
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

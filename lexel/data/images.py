@@ -14,7 +14,7 @@ import numpy as np
 from lexel.data.depth import to_channels, to_depth
 from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, in_words
 from lexel.data.listing import Names
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.regular import open_regular
 
 
@@ -146,9 +146,8 @@ def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted({own[label] for label in set(labels)} - numbers.keys())
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         known = ", ".join(list(classes)[:10]) + (", ..." if len(classes) > 10 else "")
-        raise UsageError(f"unknown class {', '.join(map(repr, unknown[:3]))}{more}; the classes are {known}")
+        raise UsageError(f"unknown class {some([*map(repr, unknown)])}; the classes are {known}")
     table = [numbers.get(name, -1) for name in own]
     return [table[label] for label in labels]
 

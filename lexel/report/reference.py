@@ -9,7 +9,7 @@ from typing import Any
 import lexel
 from lexel.checkpoint import atomic, read_json
 from lexel.config import flatten
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.provenance import without_folders
 from lexel.run_folder import RunFolder
 from lexel.run_log import is_number
@@ -43,8 +43,7 @@ class ReferenceCurves:
     def caption(self, settings: Mapping[str, Any]) -> str:
         """The caption of a page's reference curves: the run they are of, and where its recipe differs."""
         different = self.differences(settings)
-        more = f" and {len(different) - SHOWN} more" if len(different) > SHOWN else ""
-        note = f", with {'; '.join(different[:SHOWN])}{more}" if different else ""
+        note = f", with {some(different, SHOWN, '; ')}" if different else ""
         return f"Dashed, behind: a healthy run of the recipe {self.recipe}{note}."
 
 

@@ -138,16 +138,12 @@ class Diffusion:
             return believed.mean
         return believed.mean + (believed.log_variance / 2).exp() * noise * temperature
 
-    def ddim_step(
-        self, output: Tensor, noised: Tensor, step: int, noise: Tensor | None = None, eta: float = 0
-    ) -> Tensor:
-        """One step of DDIM; `eta` 0 is deterministic and needs no noise."""
+    def ddim_step(self, output: Tensor, noised: Tensor, step: int) -> Tensor:
+        """One deterministic step of DDIM (eta 0)."""
         steps = torch.full((len(noised),), step, device=noised.device)
         believed = self.posterior(output, noised, steps)
-        before, now = float(self.before[step]), float(self.cumulative[step])
-        deviation = eta * math.sqrt((1 - before) / (1 - now)) * math.sqrt(1 - now / before)
-        mean = believed.clean * math.sqrt(before) + math.sqrt(1 - before - deviation**2) * believed.noise
-        return mean if noise is None or step == 0 else mean + deviation * noise
+        before = float(self.before[step])
+        return believed.clean * math.sqrt(before) + math.sqrt(1 - before) * believed.noise
 
 
 def _at(values: Tensor, step: Tensor, like: Tensor) -> Tensor:
