@@ -216,7 +216,7 @@ class Tiled:
         overlapped = torch.zeros(height, width, dtype=torch.bool, device=difference.device)
         for axis, pixels in enumerate((height, width)):
             times = torch.zeros(pixels, dtype=torch.int64)
-            for first, end in self._tiles(pixels // self.factor):
+            for first, end in self.tiles(pixels // self.factor):
                 times[first * self.factor : end * self.factor] += 1
             shared = (times > 1).to(overlapped.device)
             overlapped |= shared[:, None] if axis == 0 else shared
@@ -231,7 +231,7 @@ class Tiled:
         """Whether each latent is quantized by itself, so that its neighbours need not be there."""
         return self.tokenizer.quantizer.token_grids((2, 2)) == ((2, 2),)
 
-    def _tiles(self, cells: int) -> list[tuple[int, int]]:
+    def tiles(self, cells: int) -> list[tuple[int, int]]:
         """First and end of the tiles along an axis of so many cells: of one size, overlapping as evenly as may be."""
         tile, overlap = self.tile // self.factor, self.overlap // self.factor
         if cells <= tile:
@@ -269,7 +269,7 @@ class Tiled:
         self, make: Callable[..., Tensor], rows: int, columns: int, reach: Reach | None, unit: int
     ) -> Iterator[Tensor]:
         """Strips of what `make` gives for cells (top, bottom, left, right), tiles blended, from top to bottom."""
-        down, across = self._tiles(rows), self._tiles(columns)
+        down, across = self.tiles(rows), self.tiles(columns)
         if len(down) == len(across) == 1:
             with self.tokenizer.evaluating():
                 yield make(0, rows, 0, columns)

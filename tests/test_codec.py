@@ -11,8 +11,9 @@ from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
 from lexel.codec import Codec
 from lexel.data import TRANSFORMS
-from lexel.data.tokens import TokenSet, merge_tokens
+from lexel.data.tokens import TokenSet, export_parquet, export_sequences, export_webdataset, merge_tokens
 from lexel.data.tokens.format import sealed
+from lexel.data.tokens.sequences import SequenceFormat, SequenceSet
 from lexel.errors import UsageError
 from lexel.parts import Part
 from lexel.png_files import write_pngs
@@ -156,6 +157,43 @@ def test_grids_of_their_own_come_in_buckets_and_are_refused_where_one_is_needed(
             needs_one()
     with pytest.raises(UsageError, match="holds tokens made in another way"):
         codec(tokenizer).encode(folder, tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("quantizer", ["ibq", "residual"])
+def test_tokens_of_whole_pictures_are_exported_and_read_back_exactly(folder, tmp_path, quantizer):
+    codes = {"kind": quantizer, "codebook_size": 16, "codebook_dim": 4}
+    model = Tokenizer(TokenizerConfig(autoencoder=TINY.autoencoder, quantizer=codes)).eval()
+    tokens = codec(model, None).encode(folder, tmp_path / "tokens")
+    own = [tokens.tokens([number])[0].numpy() for number in range(len(tokens))]
+
+    for name, options in enumerate(({}, {"rows": False, "ends": False}, {"sides": 20, "offset": 300})):
+        export_sequences(tokens, tmp_path / f"sequences{name}", **options)
+        again = SequenceSet(tmp_path / f"sequences{name}")
+        assert all(np.array_equal(again.indices(number), one) for number, one in enumerate(own))
+        assert again.format.sides == options.get("sides", 16)  # of the largest, 16 x 9
+        assert [again.format_of(number).grid for number in range(4)] == [one.shape for one in own]
+        assert again.sizes == [[9, 13], [16, 8], [31, 17], [8, 8]]
+    with pytest.raises(UsageError, match="sides = 9 must be 0 or at least the rows and columns"):
+        export_sequences(tokens, tmp_path / "few", sides=9)
+
+    pq = pytest.importorskip("pyarrow.parquet")
+    (file,) = export_parquet(tokens, tmp_path / "parquet", sequences=again.format)
+    table = pq.read_table(file).to_pylist()
+    assert [[row["height"], row["width"]] for row in table] == again.sizes
+    for number, row in enumerate(table):
+        assert np.array_equal(np.array(row["indices"]).reshape(row["grid"]), own[number])
+        assert row["sequence"] == again[number].tolist()
+    form = SequenceFormat(own[0].shape, 16)
+    with pytest.raises(UsageError, match="must say them: give sides"):
+        export_parquet(tokens, tmp_path / "none", sequences=form)
+
+    webdataset = pytest.importorskip("webdataset")
+    (file,) = export_webdataset(tokens, tmp_path / "tars", sequences=again.format)
+    samples = list(webdataset.WebDataset(str(file), shardshuffle=False).decode())
+    for number, sample in enumerate(samples):
+        assert np.array_equal(sample["indices.npy"][0], own[number])
+        assert np.array_equal(sample["sequence.npy"][0], again[number])
+        assert [sample["json"]["height"], sample["json"]["width"]] == again.sizes[number]
 
 
 def test_a_shard_whose_grids_do_not_fit_its_tokens_is_named(tokenizer, folder, tmp_path):

@@ -20,6 +20,7 @@ from lexel.data.tokens import (
     write_tokens,
 )
 from lexel.errors import UsageError
+from lexel.token_spec import TokenSpec
 
 FOREIGN = os.fsdecode(b"caf\xe9.png")  # a name that is no UTF-8
 
@@ -33,6 +34,19 @@ def tokens(tmp_path: Path) -> TokenSet:
     encode = lambda images: ((images[:, 0, ::2, ::2] + 1) * 127.5).round().long()  # noqa: E731
     options = {"grid": (2, 2), "codebook_size": 256, "fingerprint": "abc", "shard_size": 3, "crops": 2}
     return write_tokens(tmp_path / "t", images, TRANSFORMS["published"](4), encode, **options)
+
+
+@pytest.fixture
+def own_sizes(tmp_path: Path) -> TokenSet:
+    """Three images in their own sizes, with captions."""
+    array = np.random.default_rng(0).integers(0, 256, (1, 4, 6, 3), np.uint8)
+    images = ArrayImages(array, ["a.png", "b.png", "c.png"])
+    images.read = lambda number: array[0, : 2 + number, : 6 - 2 * number]
+    images.captions = ["one", "two", "three"]
+    encode = lambda images: ((images[:, 0] + 1) * 127.5).round().long()  # noqa: E731
+    layout = lambda height, width: TokenSpec(((height, width),), 256)  # noqa: E731
+    options = {"grid": None, "codebook_size": 256, "fingerprint": "abc", "shard_size": 2, "layout": layout}
+    return write_tokens(tmp_path / "o", images, None, encode, **options)
 
 
 def test_the_convention_is_the_one_that_is_written_down():
@@ -104,10 +118,25 @@ def test_a_set_is_exported_with_captions_and_read_back_exactly(tokens, tmp_path)
         export_sequences(tokens, tmp_path / "s")
 
 
+def test_images_in_their_own_sizes_say_them_after_their_captions(own_sizes, tmp_path):
+    words = lambda text: list(text.encode())  # noqa: E731
+    for ends in (True, False):
+        sequences = export_sequences(own_sizes, tmp_path / f"{ends}", offset=300, text_ids=words, ends=ends)
+        for number, sides in enumerate([(2, 6), (3, 4), (4, 2)]):
+            ids = sequences[number].tolist()
+            caption = words(own_sizes.captions[number])
+            assert ids[: len(caption)] == caption
+            first = len(caption) + ends
+            assert tuple(ids[first : first + 2]) == (558 + sides[0], 558 + 6 + sides[1])  # 300 + 256 + 2 is the end
+            assert np.array_equal(sequences.indices(number), own_sizes.tokens([number])[0].numpy())
+            assert sequences.format_of(number).grid == sides
+
+
 @pytest.mark.parametrize("name", ["sequences.json", "tokens.index.npy", "tokens.bin"])
 @counts
-def test_damaged_sequences_are_refused_in_one_line(tokens, tmp_path, name, count):
-    export_sequences(tokens, tmp_path / "s")
+@pytest.mark.parametrize("layout", ["tokens", "own_sizes"])
+def test_damaged_sequences_are_refused_in_one_line(request, tmp_path, name, layout, count):
+    export_sequences(request.getfixturevalue(layout), tmp_path / "s")
 
     def read(path: Path) -> list:
         sequences = SequenceSet(path.parent)

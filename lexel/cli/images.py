@@ -104,7 +104,9 @@ def encode(
     sides: Annotated[
         int,
         typer.Option(
-            min=0, help="With --sequences: rows and columns before the codes, of grids up to this side; 0: none."
+            min=0,
+            help="With --sequences: rows and columns before the codes, of grids up to this side; 0: none, and with "
+            "--size native the largest of any picture.",
         ),
     ] = 0,
     part: PartOption = None,
@@ -157,10 +159,6 @@ def encode(
         if part:
             raise UsageError("--part is one of the parts that --engine runs; give --parts N alone")
         run_parts(context, engine, parts, dict(parse_override(text) for text in engine_option or ()), out)
-    if size == "native" and (parquet or sequences):
-        raise UsageError(
-            "--parquet and --sequences need one grid for all images; give --size in pixels, or --webdataset"
-        )
     if text_vocabulary and not sequences:
         raise UsageError("--text-vocabulary is for --sequences DIR")
     words = TextVocabulary(text_vocabulary) if text_vocabulary else None

@@ -5,11 +5,11 @@ id `offset + c`; of several codes a place (residual and product quantizers, grid
 together and code q is `offset + q * codebook_size + c`. Three ids follow the codes: the separator that ends a row,
 begin, end. Ids below `offset` are those of a text vocabulary, whose ids of a caption may precede `begin`. With `sides`
 two more ids follow `begin`, the rows and the columns of the grid, so that one model learns images of several sizes:
-`caption, begin, rows, columns, row, separator, ..., end`.
+`caption, begin, rows, columns, row, separator, ..., end`. So have all sequences of images in their own sizes.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ from lexel.errors import UsageError
 from lexel.regular import open_regular
 
 FORMAT, VERSION = "lexel sequences", 1
+OWN_GRIDS = 2  # the version in which each sequence says its grid
 DATA, INDEX, FACTS = "tokens.bin", "tokens.index.npy", "sequences.json"
 
 TextIds = Callable[[str], Sequence[int]]
@@ -59,6 +60,18 @@ class SequenceFormat:
             raise UsageError(
                 f"sides = {self.sides} must be 0 or at least the rows and columns of the grid, got {self.grid}"
             )
+
+    def of_grid(self, grid: Sequence[int]) -> "SequenceFormat":
+        """The same vocabulary for another grid.
+
+        Raises:
+            UsageError: there are no `sides` by which sequences would differ, or the grid is larger than they are.
+        """
+        if not self.sides:
+            raise UsageError(
+                "sequences of images in their own sizes must say them: give sides, the most rows or columns"
+            )
+        return replace(self, grid=tuple(grid))
 
     @property
     def books(self) -> int:
@@ -97,7 +110,7 @@ class SequenceFormat:
             UsageError: it does not say.
         """
         body = np.asarray(ids, np.int64)
-        first = np.flatnonzero(body == self.begin)[:1] + 1 if self.ends else np.zeros(1, np.int64)
+        first = np.flatnonzero(body == self.begin)[:1] + 1 if self.ends else np.flatnonzero(body > self.end)[:1]
         for at in first.tolist():
             rows, columns = (body[at : at + 2] - self.end).tolist() if len(body) > at + 1 else (0, 0)
             if 1 <= rows <= self.sides < columns <= 2 * self.sides:
@@ -175,7 +188,11 @@ class _Facts(Description):
 
     format: str
     version: int
-    grid: Annotated[list[Positive], Field(min_length=1, max_length=3)]
+    grid: Annotated[list[Positive], Field(min_length=1, max_length=3)] | None  # None: each sequence says its own
+    books: Positive | None = None  # codes a place, where there is no grid
+    sizes: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] | None = (
+        None  # height and width of each image before padding, likewise
+    )
     codebook_size: Positive
     offset: Count
     rows: bool
@@ -200,6 +217,8 @@ class _Facts(Description):
     def _one_text_an_image(self) -> "_Facts":
         if self.texts is not None and len(self.texts) != self.images:
             raise ValueError(f"there are {len(self.texts)} texts for {self.images} images")
+        if self.grid is None and (not self.sides or self.sizes is None or len(self.sizes) != self.images):
+            raise ValueError(f"without a grid there must be sides, and a size for each of {self.images} images")
         return self
 
 
@@ -207,7 +226,10 @@ class SequenceSet:
     """Sequences in a folder, mapped into memory.
 
     Attributes:
-        format: how ids and indices belong together.
+        format: how ids and indices belong together; where images have grids of their own, of the largest there may be
+            (`format_of` has that of a sequence).
+        own_grids: whether they have.
+        sizes: height and width of each image before it was padded to its grid; None with one grid.
         ids: all sequences, one after the other: uint16 or uint32.
         names, labels, classes: of the images; sequence s is version s % crops of image s // crops.
         captions: one per image, or None; `text_ids` of the export made the ids before `begin` of them.
@@ -223,17 +245,19 @@ class SequenceSet:
         if not (folder / FACTS).is_file():
             raise UsageError(f"{folder} holds no sequences: it has no {FACTS}")
         facts = checked(folder / FACTS, checkpoint.read_json(folder / FACTS), _Facts)
-        if facts.format != FORMAT or facts.version != VERSION:
-            raise UsageError(f"{folder / FACTS} does not describe sequences of version {VERSION}")
-        grid = tuple(facts.grid)
+        self.own_grids = facts.grid is None
+        if facts.format != FORMAT or facts.version != (OWN_GRIDS if self.own_grids else VERSION):
+            raise UsageError(f"{folder / FACTS} does not describe sequences of version {VERSION} or {OWN_GRIDS}")
+        grid = largest(facts.books, facts.sides) if facts.grid is None else tuple(facts.grid)
         self.format = SequenceFormat(grid, facts.codebook_size, facts.offset, facts.rows, facts.ends, facts.sides)
         self.names, self.labels, self.classes, self.crops = facts.names, facts.labels, facts.classes, facts.crops
-        self.captions = facts.texts
+        self.captions, self.sizes = facts.texts, facts.sizes
         self._index = read_array(folder / INDEX, f"{facts.images * facts.crops + 1}", np.int64)
         size = (folder / DATA).stat().st_size if (folder / DATA).is_file() else 0
         steps = np.diff(self._index)
+        least = self.format.of_grid((*grid[:-2], 1, 1)) if self.own_grids else self.format
         whole = facts.ids == self._index[-1] and size == facts.ids * self.format.dtype.itemsize
-        if not whole or self._index[0] != 0 or (steps < self.format.length).any():
+        if not whole or self._index[0] != 0 or (steps < least.length).any():
             raise UsageError(f"{folder} is damaged: {DATA} or {INDEX} are not as {FACTS} says; export it again")
         with open_regular(folder / DATA):  # refuses anything but a file
             self.ids = np.memmap(folder / DATA, self.format.dtype, "r") if size else np.empty(0, self.format.dtype)
@@ -246,9 +270,32 @@ class SequenceSet:
         number = range(len(self))[number]
         return self.ids[self._index[number] : self._index[number + 1]]
 
+    def format_of(self, number: int) -> SequenceFormat:
+        """How ids and indices of a sequence belong together, by the rows and columns that it says it has.
+
+        Raises:
+            UsageError: it does not say them.
+        """
+        if not self.own_grids:
+            return self.format
+        return self.format.of_grid((*self.format.grid[:-2], *self.format.size_of(self[number])))
+
     def indices(self, number: int) -> np.ndarray:
         """The indices (*grid) of a sequence's image."""
-        return self.format.indices(self[number])
+        return self.format_of(number).indices(self[number])
+
+
+def largest(books: int | None, sides: int) -> tuple[int, ...]:
+    """The grid of the most rows and columns that ids of `sides` can say."""
+    return (sides, sides) if books is None else (books, sides, sides)
+
+
+def own_grids(tokens: TokenSet) -> list[tuple[int, ...]]:
+    """The grids (rows, columns) of images in their own sizes; none where all have one, or no rows and columns."""
+    if not tokens.own_grids:
+        return []
+    specs = list(tokens.buckets())
+    return [spec.grids[0] for spec in specs] if all(len(s.grids) == 1 and len(s.grids[0]) == 2 for s in specs) else []
 
 
 def export_sequences(
@@ -265,14 +312,21 @@ def export_sequences(
     Args:
         tokens: the set; each version of an image is a sequence.
         folder: new.
-        offset, rows, ends, sides: see `SequenceFormat`.
+        offset, rows, ends, sides: see `SequenceFormat`. Images in their own sizes always have `sides`, by default the
+            most rows or columns of any.
         text_ids: makes ids below `offset` of a caption; the set must have captions.
 
     Raises:
         UsageError: the folder is not empty, or a caption's ids are not below `offset`.
     """
     folder = new_folder(folder)
-    form = SequenceFormat(tokens.grid, tokens.codebook_size, offset, rows, ends, sides)
+    grids = own_grids(tokens)
+    sides = sides or max((side for grid in grids for side in grid), default=0)
+    grid = largest(tokens.books, sides) if grids else tokens.grid
+    form = SequenceFormat(grid, tokens.codebook_size, offset, rows, ends, sides)
+    if grids:
+        for grid in grids:
+            form.of_grid((*form.grid[:-2], *grid))  # raises where sides are too few
     if text_ids is not None and tokens.captions is None:
         raise UsageError(f"the tokens in {tokens.folder} have no captions")
     index = [0]
@@ -284,19 +338,22 @@ def export_sequences(
                 if caption.size and (caption.min() < 0 or caption.max() >= offset):
                     most = caption.max()
                     raise UsageError(f"ids of a caption must lie in [0, {offset}), got up to {most}; raise offset")
-            sequences = form.ids(tokens.tokens([number] * tokens.crops, np.arange(tokens.crops)).numpy())
+            indices = tokens.tokens([number] * tokens.crops, np.arange(tokens.crops)).numpy()
+            sequences = (form.of_grid(indices.shape[1:]) if grids else form).ids(indices)
             for sequence in sequences:
                 file.write(np.concatenate([caption, sequence]).astype(form.dtype).tobytes())
                 index.append(index[-1] + len(caption) + len(sequence))
     with atomic_write(folder / INDEX) as file:
         np.save(file, np.array(index, np.int64))
     facts = {
-        "format": FORMAT, "version": VERSION, "grid": list(form.grid), "codebook_size": form.codebook_size,
+        "format": FORMAT, "version": OWN_GRIDS if grids else VERSION, "grid": None if grids else list(form.grid),
+        "codebook_size": form.codebook_size,
         "offset": offset, "rows": rows, "ends": ends, "dtype": form.dtype.name, "separator": form.separator,
         "begin": form.begin, "end": form.end, "vocabulary_size": form.vocabulary_size, "crops": tokens.crops,
         "images": len(tokens), "ids": index[-1], "captions": text_ids is not None, "fingerprint": tokens.fingerprint,
         "names": list(tokens.names), "labels": None if tokens.labels is None else tokens.labels.tolist(),
         "classes": tokens.classes, **({"sides": sides} if sides else {}),
+        **({"books": tokens.books, "sizes": tokens.sizes.tolist()} if grids and tokens.sizes is not None else {}),
         **({} if tokens.captions is None else {"texts": list(tokens.captions)}),
     }  # fmt: skip
     with atomic_write(folder / FACTS) as file:
