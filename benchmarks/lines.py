@@ -43,7 +43,7 @@ FEATURES = [
         "losses, networks",
         "losses/* networks/*",
         "losses/__init__ losses/adversarial losses/base losses/discriminator losses/lecam losses/perceptual "
-        "losses/precision losses/reconstruction losses/table networks/__init__ networks/alexnet "
+        "losses/reconstruction losses/table networks/__init__ networks/alexnet "
         "networks/efficientnet_lite networks/features networks/frozen networks/inception networks/re* networks/vgg16 "
         "networks/weights",
     ),

@@ -69,6 +69,11 @@ def runtime(device: str = "auto", precision: str = "float32") -> Runtime:
     return Runtime(found, PRECISIONS[precision])
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 @contextmanager
 def exact_float32(device_type: str) -> Iterator[None]:
     """True float32 for what runs inside: no autocast, and no TF32, which CUDA's convolutions otherwise use."""

@@ -20,6 +20,7 @@ from lexel.quantizers import Continuous, Levels, Quantized
 from lexel.quantizers.base import straight_through
 from lexel.quantizers.levels import build_levels
 from lexel.quantizers.living import Recoded
+from lexel.runtime import at_least_float32
 from lexel.token_spec import TokenSpec
 
 
@@ -167,7 +168,7 @@ class Tokenizer(Pretrained):
         # Neighbouring codes differ by little: autocast must not round what decides between them.
         with torch.autocast(z.device.type, enabled=False):
             z = self.to_codes(z.to(self._dtype))
-        return z.to(torch.promote_types(z.dtype, torch.float32))
+        return at_least_float32(z)
 
     def _codes_of_level(self, level: int, z: Tensor) -> Tensor:
         """The codes of one level's latents (B, D, *grid), for the finer levels; nothing is learned of them here."""
@@ -186,7 +187,7 @@ class Tokenizer(Pretrained):
 
     def _decoded(self, z: Tensor, text: Tensor | None) -> Tensor:
         images = self.decoder(z) if text is None else self.decoder(z, text.to(self._dtype))
-        return images.to(torch.promote_types(images.dtype, torch.float32))
+        return at_least_float32(images)
 
     def forward(
         self, images: Tensor, text: Tensor | None = None, perturb: Callable[[Codes], Tensor] | None = None

@@ -23,7 +23,7 @@ from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkC
 from lexel.generators.pretrained import WithTokenizer
 from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
-from lexel.runtime import ProgressCallback
+from lexel.runtime import ProgressCallback, at_least_float32
 from lexel.token_spec import TokenSpec
 
 SETTINGS = {"cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "min_p"}  # that all families take
@@ -359,7 +359,7 @@ class Generator(WithTokenizer):
 
 def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy (B, T) in nats of tokens (B, T) under logits (B, T, V), in at least float32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, 1)
+    wide = at_least_float32(logits).flatten(0, 1)
     return F.cross_entropy(wide, tokens.flatten(), reduction="none", label_smoothing=label_smoothing).view(tokens.shape)
 
 

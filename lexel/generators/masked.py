@@ -22,6 +22,7 @@ from lexel.generators.bidirectional import NETWORKS, Bidirectional
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import chosen_layers
 from lexel.generators.sampling import filter_logits, guide, sample_index
+from lexel.runtime import at_least_float32
 
 # The share of tokens that is masked still, after the share r in (0, 1] of the steps; in training r is uniform. The
 # first argument is `math` for a number and `torch` for a tensor.
@@ -281,7 +282,7 @@ class Masked(Generator):
         condition = batch.condition if null is None else torch.cat([batch.condition, null])
         with torch.autocast(tokens.device.type, batch.dtype, enabled=batch.dtype in (torch.bfloat16, torch.float16)):
             logits = cast(Tensor, self.transformer(tokens if null is None else tokens.repeat(2, 1), condition))
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(logits)
         count = len(batch.tokens)
         return logits if null is None else guide(logits[:count], logits[count:], scale)
 

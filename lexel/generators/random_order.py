@@ -19,6 +19,7 @@ from lexel.generators.batch import SampleBatch
 from lexel.generators.bidirectional import FeedForward
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork, chosen_layers
+from lexel.runtime import at_least_float32
 
 EPSILON = 1e-6  # of every norm
 
@@ -274,7 +275,7 @@ class RandomOrder(Generator):
             for block, (keys, values) in zip(network.blocks, caches, strict=True):
                 x = block(x, vector, (keys[:, :, :end], values[:, :, :end]))
             logits = network.finish(x[:, -1:], vector[:, -1:])[:, 0]
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = at_least_float32(logits)
             here = orders[:, place : place + 1]
             found = batch.draw(logits, place, random.gather(1, here.to(random.device))[:, 0])
             chosen = torch.where(free.gather(1, here), found[:, None], tokens.gather(1, here))

@@ -30,6 +30,7 @@ from lexel.kernels.inputs import (
 from lexel.kernels.oracle import EPS
 from lexel.kernels.scores import minus_squares
 from lexel.kernels.search import near_codes
+from lexel.runtime import at_least_float32
 
 NAME = "sharded index backpropagation"
 
@@ -140,7 +141,7 @@ class _Share(NamedTuple):
 
 
 def _wide_enough(rows: Tensor) -> Tensor:
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return at_least_float32(rows)
 
 
 def _gathered(rows: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lexel.distributed import all_sum, processes
 from lexel.errors import unknown
-from lexel.losses.precision import at_least_float32
+from lexel.runtime import at_least_float32
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:

@@ -9,9 +9,8 @@ from torch.nn import functional as F
 
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
-from lexel.losses.precision import at_least_float32
 from lexel.networks.backbones import Backbone, backbone, check_size
-from lexel.runtime import without_autocast
+from lexel.runtime import at_least_float32, without_autocast
 
 Projector = Literal["identity", "linear", "mlp", "convolutions"]
 

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.losses.base import Loss, LossInputs
-from lexel.losses.precision import at_least_float32
 from lexel.networks.backbones import backbone, check_size
-from lexel.runtime import without_autocast
+from lexel.runtime import at_least_float32, without_autocast
 
 
 class GramLoss(Loss):

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexel.distributed import all_sum
-from lexel.losses.precision import at_least_float32
+from lexel.runtime import at_least_float32
 
 
 class LeCAM(nn.Module):

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lexel.errors import UsageError, unknown
-from lexel.losses.precision import at_least_float32
 from lexel.networks import weights as pretrained
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.frozen import frozen_with
 from lexel.networks.vgg16 import VGG16
-from lexel.runtime import on_meta
+from lexel.runtime import at_least_float32, on_meta
 
 NETWORKS: dict[str, type[VGG16] | type[AlexNet]] = {"vgg": VGG16, "alex": AlexNet}
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from lexel.losses.base import Loss, LossInputs
 from lexel.losses.perceptual import LPIPS
-from lexel.losses.precision import at_least_float32
 from lexel.networks.dists import DISTS
+from lexel.runtime import at_least_float32
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from lexel.errors import UsageError, unknown
 from lexel.kernels import SIMILARITIES, Similarity, nearest, sharded
 from lexel.quantizers import bounds
 from lexel.quantizers.living import LivingCodebook
+from lexel.runtime import at_least_float32
 
 
 class Quantized(NamedTuple):
@@ -45,7 +46,7 @@ def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
         if z.numel() == 0:  # before any statistics move
             raise UsageError(f"an empty batch cannot be quantized, got latents {tuple(z.shape)}")
         with torch.autocast(z.device.type, enabled=False):
-            return method(self, z.to(torch.promote_types(z.dtype, torch.float32)), *rest)
+            return method(self, at_least_float32(z), *rest)
 
     return run
 

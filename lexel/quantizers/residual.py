@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lexel.quantizers import bounds
 from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, full_precision
 from lexel.quantizers.stacked import Stacked, mean_terms
+from lexel.runtime import at_least_float32
 
 
 class Residual(Stacked):
@@ -107,7 +108,7 @@ class Residual(Stacked):
             (B, Q, *grid, K), in float32 at least: as many numbers as latents times codes times levels.
         """
         bounds.temperature("temperature", temperature)
-        targets, left = [], z.to(torch.promote_types(z.dtype, torch.float32))
+        targets, left = [], at_least_float32(z)
         with torch.no_grad():
             for q, level in enumerate(self):
                 rows = (left / self.shrink**q).movedim(1, -1)

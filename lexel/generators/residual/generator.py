@@ -15,6 +15,7 @@ from lexel.generators.batch import SampleBatch
 from lexel.generators.config import NetworkConfig
 from lexel.generators.network import ConditionedNetwork, chosen_layers
 from lexel.generators.residual.network import Cache, Classifier, ResidualTransformer
+from lexel.runtime import at_least_float32
 from lexel.token_spec import TokenSpec
 
 
@@ -153,9 +154,7 @@ class ResidualGenerator(Generator):
     def _predicted(self, tokens: Tensor, condition: Tensor) -> tuple[Predicted, Tensor | None]:
         codes = self._codes(tokens)
         logits, words = self.transformer(codes, self._vectors(codes), condition.to(codes.device))
-        logits = (
-            logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2).flatten(1, 2)
-        )  # (B, D T, K)
+        logits = at_least_float32(logits).transpose(1, 2).flatten(1, 2)  # (B, D T, K)
         return Predicted((logits,), cross_entropy(logits, codes.transpose(1, 2).flatten(1))), words
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
