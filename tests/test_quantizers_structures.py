@@ -172,12 +172,12 @@ def test_prefixes_get_better_with_every_level():
 
 def test_how_many_levels_are_kept_follows_the_options():
     device = torch.device("cpu")
-    assert set(Nested(16, 4, depth=6).draw(500, device).tolist()) == {1, 2, 3, 4, 5, 6}
-    assert set(Nested(16, 4, depth=6, keep="powers").draw(500, device).tolist()) == {1, 2, 4, 6}
+    assert set(Nested(16, 4, depth=6).dropout.draw(500, device).tolist()) == {1, 2, 3, 4, 5, 6}
+    assert set(Nested(16, 4, depth=6, keep="powers").dropout.draw(500, device).tolist()) == {1, 2, 4, 6}
     assert sorted(Nested(16, 4, depth=6, keep="rounded").prefix_lengths) == [1, 2, 4, 4, 6, 6]  # 1 to 6, rounded up
-    assert set(Nested(16, 4, depth=6, least=4).draw(500, device).tolist()) == {4, 5, 6}
-    assert set(Nested(16, 4, depth=6, full=1.0).draw(500, device).tolist()) == {6}
-    share = (Nested(16, 4, depth=2, full=0.5).draw(4000, device) == 2).float().mean().item()
+    assert set(Nested(16, 4, depth=6, least=4).dropout.draw(500, device).tolist()) == {4, 5, 6}
+    assert set(Nested(16, 4, depth=6, full=1.0).dropout.draw(500, device).tolist()) == {6}
+    share = (Nested(16, 4, depth=2, full=0.5).dropout.draw(4000, device) == 2).float().mean().item()
     assert share == pytest.approx(0.75, abs=0.03)
     with pytest.raises(UsageError, match="least must be at most 4, got 5"):
         Nested(16, 4, least=5)
