@@ -144,17 +144,20 @@ class Codec:
             f"{seam.interior:.2f} elsewhere"
         )
 
+    def _check_whole(self, height: int, width: int) -> None:
+        """Refuses a whole picture of a size that fits the tokenizer, or the tiles of it, where memory lacks."""
+        tile = max(height, width) if self.tiled is None else self.tiled.tile
+        check_memory(self.tokenizer, self.runtime, min(tile, height), min(tile, width), 1)
+
     def _tokens_of(self, pixels: np.ndarray, name: str = "the first picture") -> Tensor:
         """The tokens of a picture (1, H, W, C), which may lie in a file; a tile is read at a time."""
         height, width = pixels.shape[1:3]
         fitting = self.tokenizer.fitting_size(height, width)
         read = _reader(pixels, self.runtime.device)
-        tile = max(fitting) if self.tiled is None else self.tiled.tile
-        check_memory(self.tokenizer, self.runtime, min(tile, fitting[0]), min(tile, fitting[1]), 1)
         with self.runtime.autocast():
-            if self.tiled is None or max(fitting) <= tile:
+            if self.tiled is None or max(fitting) <= self.tiled.tile:
                 return self.tokenizer.encode(read(0, fitting[0], 0, fitting[1])).cpu()
-            side = 2 * tile - self.tiled.overlap
+            side = 2 * self.tiled.tile - self.tiled.overlap
             self._measure_seam(read(0, min(side, fitting[0]), 0, min(side, fitting[1])), name)
             return self.tiled.encode_from(read, *fitting).cpu()
 
@@ -185,6 +188,7 @@ class Codec:
                 height, width = pixels.shape[:2]
                 if height * width > self.native_pixels:
                     raise UsageError(f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole")
+                self._check_whole(*self.tokenizer.fitting_size(height, width))
                 indices = self._tokens_of(pixels[None], name)
             except UnreadableImage as error:
                 unreadable[name] = error.reason
@@ -205,7 +209,7 @@ class Codec:
                 continue
             if self.transform is None:
                 try:
-                    check_memory(self.tokenizer, self.runtime, *self.tokenizer.fitting_size(height, width), 1)
+                    self._check_whole(*self.tokenizer.fitting_size(height, width))
                 except UsageError as error:
                     unreadable[images.names[int(batch.numbers[0])]] = str(error)
                     continue
@@ -293,7 +297,9 @@ class Codec:
                 return model.encode(images.to(self.runtime.device)).cpu()
 
         def layout(height: int, width: int) -> TokenSpec:
-            return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
+            fitting = tokenizer.fitting_size(height, width)
+            self._check_whole(*fitting)
+            return tokenizer.token_spec(*fitting)
 
         images = self.open(source, split)
         named = "an image set" if isinstance(source, ImageSet) else source

@@ -1,6 +1,7 @@
 """Engines that run commands elsewhere: each part once and whole, whatever they lose on the way."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def test_a_missing_package_is_named(monkeypatch):
 @pytest.fixture
 def model(tmp_path) -> Path:
     for number in range(10):
-        picture = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+        picture = np.random.default_rng(number).integers(0, 256, (8, 8 + number % 3, 3), np.uint8)
         (tmp_path / "pictures").mkdir(exist_ok=True)
         Image.fromarray(picture).save(tmp_path / "pictures" / f"{number}.png")
     small = {"width": 4, "multipliers": [1, 2], "residual_blocks": 1, "attention_levels": [], "middle_attention": False}
@@ -75,30 +76,54 @@ def model(tmp_path) -> Path:
     return tmp_path
 
 
-def encode(folder: Path, out: str, *more: str) -> str:
-    arguments = ["encode", str(folder / "model"), str(folder / "pictures"), "--out", str(folder / out), "--size", "8"]
-    result = CliRunner().invoke(app, [*arguments, "--shard-size", "2", "--device", "cpu", *more])
+def arguments(folder: Path, out: str, size: str) -> list[str]:
+    command = ["encode", str(folder / "model"), str(folder / "pictures"), "--out", str(folder / out), "--size", size]
+    return [*command, "--shard-size", "2", "--device", "cpu"]
+
+
+def encode(folder: Path, out: str, size: str, *more: str) -> str:
+    result = CliRunner().invoke(app, [*arguments(folder, out, size), *more])
     assert result.exit_code == 0, (result.output, result.exception)
     return result.output
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", AVAILABLE)
-def test_parts_by_an_engine_of_which_one_is_killed_give_the_bytes_of_one_process(model, monkeypatch, engine):
-    if AVAILABLE[engine]:
-        pytest.importorskip(AVAILABLE[engine])
-    encode(model, "one")
-    # The first process that begins part 2 is killed, on whichever machine it is.
-    (model / "sitecustomize.py").write_text(
+def kill_one(folder: Path, condition: str, monkeypatch) -> None:
+    """The first process for which this holds is killed as it begins, on whichever machine it is."""
+    (folder / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
-        f"mark = {str(model / 'killed')!r}\n"
-        "if '2/3' in getattr(sys, 'orig_argv', []) and not os.path.exists(mark):\n"
+        f"mark = {str(folder / 'killed')!r}\n"
+        f"if {condition} and not os.path.exists(mark):\n"
         "    open(mark, 'w').close()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(model), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, size", [*((engine, "8") for engine in AVAILABLE), ("local", "native")])
+def test_parts_by_an_engine_of_which_one_is_killed_give_the_bytes_of_one_process(model, monkeypatch, engine, size):
+    if AVAILABLE[engine]:
+        pytest.importorskip(AVAILABLE[engine])
+    encode(model, "one", size)
+    kill_one(model, "'2/3' in getattr(sys, 'orig_argv', [])", monkeypatch)
     options = [text for pair in OPTIONS.get(engine, {}).items() for text in ("--engine-option", "{}={}".format(*pair))]
-    output = encode(model, "parts", "--parts", "3", "--engine", engine, *options)
+    output = encode(model, "parts", size, "--parts", "3", "--engine", engine, *options)
     assert (model / "killed").exists()
     assert "10 pictures as" in output
     assert contents(model / "parts") == contents(model / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["8", "native"])
+def test_processes_of_torchrun_of_which_one_is_killed_give_the_bytes_of_one(model, monkeypatch, size):
+    encode(model, "one", size)
+    kill_one(model, "os.environ.get('RANK') == '1'", monkeypatch)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    subprocess.run(
+        [sys.executable, *launcher, "-m", "lexel", *arguments(model, "shared", size)],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    assert (model / "killed").exists()
+    assert contents(model / "shared") == contents(model / "one")

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -107,6 +109,12 @@ class ShardDescription(Description):
     layout: list[Count] | None = None  # which of them each image has
     sizes: list[Annotated[list[Positive], Field(min_length=2, max_length=2)]] | None = None  # (h, w) before padding
 
+    @property
+    def cells(self) -> int:
+        """Cells of all images with grids of their own, whatever their number."""
+        cells = [sum(math.prod(grid) for grid in grids) for grids in self.layouts or ()]
+        return sum(cells[number] * count for number, count in Counter(self.layout or ()).items())
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         own = (self.layouts, self.layout, self.sizes)
@@ -165,6 +173,8 @@ def read_shard_description(path: Path, manifest: Manifest) -> ShardDescription:
         raise UsageError(f"{path} is damaged: {INDEX} says labelled = {manifest.labelled}, and it has other labels")
     if (shard.layouts is None) != (manifest.grid is not None):
         raise UsageError(f"{path} is damaged: {INDEX} and it differ in whether images have grids of their own")
+    if (tokens := shard.cells * (manifest.books or 1)) > shard.bytes:
+        raise UsageError(f"{path} is damaged: grids of {tokens:,} tokens are not in {shard.bytes:,} bytes")
     if (shard.caption_features is None) != (manifest.caption_features is None):
         raise UsageError(f"{path} is damaged: {INDEX} and it differ in whether there are features of captions")
     most = max(shard.labels, default=-1) if shard.labels is not None else -1
