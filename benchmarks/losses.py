@@ -70,7 +70,7 @@ def measure(table: dict[str, Any], name: str, arguments: argparse.Namespace) -> 
     if not train(check(recipe, TokenizerRecipe, name), folder / "tokenizer", device="cpu").finished:
         raise SystemExit(f"{name} was stopped; the same command goes on")
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
-    validation = RunFolder.read(folder / "tokenizer").lines("validation")[-1]
+    validation = RunFolder.read(folder / "tokenizer").last_lines("validation")[-1]
     result = evaluate_tokenizer(
         tokenizer,
         arguments.data,
@@ -93,7 +93,7 @@ def measure(table: dict[str, Any], name: str, arguments: argparse.Namespace) -> 
     data = {"tokens": str(folder / "train"), "validation": str(folder / "validation")}
     learned = {"generator": generator, "data": data, "train": table["generator_train"] | {"seed": arguments.seed}}
     train(check(learned, GeneratorRecipe, name), folder / "generator", device="cpu")
-    bits = RunFolder.read(folder / "generator").lines("validation")[-1]
+    bits = RunFolder.read(folder / "generator").last_lines("validation")[-1]
     kept = {key: value for key, value in result["metrics"].items() if value is not None}
     return {
         **kept,

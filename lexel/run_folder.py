@@ -25,7 +25,7 @@ from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.regular import expanded
-from lexel.run_log import Run, Snapshot, Thinned, is_number, last_metrics, read_metrics
+from lexel.run_log import Run, Snapshot, Snapshots, Thinned, is_number, last_metrics, read_metrics
 from lexel.same_recipe import check_same_recipe
 
 NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
@@ -120,7 +120,7 @@ class RunFolder:
         for line in read_metrics(self.metrics):
             kinds.get(line["kind"], evaluations).append(line)
         train, validation = (each.lines for each in kinds.values())
-        snapshots = {step: Snapshot(self.snapshot_path(step)) for step in self.snapshot_steps()}
+        snapshots = Snapshots(self.snapshot_steps(), self.snapshot_path)
         return Run(
             name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations.lines, snapshots
         )
@@ -307,9 +307,9 @@ class RunFolder:
         with self._stop_when_full(step), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def lines(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, of one kind or of all."""
-        return [line for line in read_metrics(self.metrics) if kind in (None, line["kind"])]
+    def lines(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, of one kind or of all, one by one."""
+        return (line for line in read_metrics(self.metrics) if kind in (None, line["kind"]))
 
     def last_lines(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
         """The newest lines of a kind, oldest first, without reading the whole log."""

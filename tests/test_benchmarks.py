@@ -1,6 +1,7 @@
 """Benchmarks: one command for all of them, one way to keep their figures."""
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -13,10 +14,12 @@ from benchmarks import faults, losses, many, million, results, shown, soak, stud
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
+from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import seed_step
 from lexel.train.processes import Processes
-from lexel.train.tokenizer import Learner, TokenizerRecipe
+from lexel.train.session import Session
+from lexel.train.tokenizer import Learner, TokenizerRecipe, train_tokenizer
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -105,6 +108,17 @@ def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path, steps):
     assert soaked.grows == []
     leaky = soaked._replace(after=soaked.after._replace(files=soaked.before.files + 1))
     assert leaky.grows == ["files"]
+
+
+def test_nothing_of_a_training_lives_on_when_the_run_goes_on(tmp_path):
+    pictures, alive = faults.draw_pictures(tmp_path), []
+    for steps in (1, 2, 3, 4):
+        plan = faults.recipe(pictures, steps, validate_every=1, save_every=1)
+        train_tokenizer(plan, tmp_path / "run", device="cpu")
+        gc.collect()
+        kinds = (torch.Tensor, torch.nn.Module, torch.optim.Optimizer, Session, RunFolder)
+        alive.append(sum(isinstance(each, kinds) for each in gc.get_objects()))
+    assert alive[1] == alive[2] == alive[3]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from lexel import report
+from lexel import report, run_log
 from lexel.errors import UsageError
 from lexel.report.reference import FOLDER, LARGEST, settings_of, thinned
 from lexel.run_folder import RunFolder
@@ -116,6 +117,18 @@ def test_a_snapshot_is_read_when_it_is_looked_at(run):
     (run / "snapshots" / "00000030.safetensors").write_bytes(b"damaged")
     assert later.last["histogram"].sum() == 48  # the newest; the damaged one is not opened
     assert {"originals", "codes"} <= {*later.last}
+
+
+def test_a_page_reads_a_few_snapshots_however_many_a_run_kept(run, monkeypatch):
+    for step in range(61, 300):
+        shutil.copy(run / "snapshots" / "00000060.safetensors", run / "snapshots" / f"{step:08d}.safetensors")
+    opened, safe_open = [], run_log.safe_open
+    monkeypatch.setattr(
+        run_log, "safe_open", lambda path, **how: opened.append(int(path.stem)) or safe_open(path, **how)
+    )
+    report.write_report(run)
+    assert len(set(opened)) <= 8
+    assert max(opened) == 299
 
 
 # Reference curves

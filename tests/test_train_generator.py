@@ -352,7 +352,7 @@ def test_a_wrong_evaluation_ends_a_generators_training_before_it_begins(pictured
     listed = {"data": str(tmp_path / "images"), "every": 2, "metrics": ["frechet"], "network": "random", **change}
     with pytest.raises(UsageError, match=message):
         train_generator(recipe(tmp_path, shape, data, evaluations=[listed]), tmp_path / "run", device="cpu")
-    assert not RunFolder(tmp_path / "run", writes=False).lines("train")
+    assert not RunFolder(tmp_path / "run", writes=False).last_lines("train")
 
 
 def test_samples_need_a_tokenizer_to_be_measured(tokens):

@@ -118,7 +118,7 @@ def test_processes_agree_on_the_best_validation_however_slow_the_log_is(pictures
     (tmp_path / "recipe.toml").write_text(dump(chosen))
     said = run_together(SLOW, [tmp_path / "recipe.toml", tmp_path / "run"])
     assert said == ["3 True the disk of rank 1 is gone\n"] * 2
-    lines = RunFolder(tmp_path / "run", writes=False).lines("validation")
+    lines = [*RunFolder(tmp_path / "run", writes=False).lines("validation")]
     assert [line["step"] for line in lines] == [1, 2, 3]
 
 
@@ -332,7 +332,7 @@ def test_continuous_latents_train_and_validate_without_codes(pictures, tmp_path,
 
     (tmp_path / "recipe.toml").write_text(dump(recipe(pictures, kind)))
     assert train(load_recipe(tmp_path / "recipe.toml"), tmp_path / "run", device="cpu").finished
-    last = RunFolder(tmp_path / "run", writes=False).lines("validation")[-1]
+    last = RunFolder(tmp_path / "run", writes=False).last_lines("validation")[-1]
     assert {"psnr", "l1", "latent_norm"} <= last.keys()
     assert not {"usage", "perplexity", "quantization_error", "gradient_ratio"} & last.keys()
     assert (tmp_path / "run" / "report.html").is_file()  # written by train(), not by the command alone

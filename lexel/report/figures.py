@@ -103,12 +103,10 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
     """Codes sorted by how often they are used: a healthy codebook is flat, a collapsed one falls to zero."""
     if not histograms:
         return Figure("")
-    chosen = dict(list(histograms.items())[:: max(1, len(histograms) // 4)])
-    chosen |= dict(list(histograms.items())[-1:])
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6, 2.4))
         axes = canvas.subplots()
-        for colour, (name, histogram) in zip(_colours(len(chosen)), chosen.items(), strict=True):
+        for colour, (name, histogram) in zip(_colours(len(histograms)), histograms.items(), strict=True):
             counts = np.sort(histogram.ravel())[::-1] / max(1, histogram.sum())
             share = np.linspace(0, 1, len(counts))
             axes.plot(share, np.maximum(counts * len(counts), 1e-3), color=colour, label=name, linewidth=1.6)

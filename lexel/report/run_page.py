@@ -144,7 +144,9 @@ def loss_curves(rows: Rows, reference: Rows = ()) -> list[Figure]:
 def codebook_figures(run: Run, reference: ReferenceCurves | None = None) -> list[Figure]:
     """Usage over time, the histogram of codes, and the gradient that reaches the encoder."""
     rows, behind = run.validation, reference.validation if reference else ()
-    histograms = {f"step {step:,}": part["histogram"] for step, part in run.snapshots.items() if "histogram" in part}
+    steps = sorted(run.snapshots)  # thousands in a long run, each a file: a few are drawn, the last among them
+    chosen = {step: run.snapshots[step] for step in [*steps[:: max(1, len(steps) // 4)], *steps[-1:]]}
+    histograms = {f"step {step:,}": part["histogram"] for step, part in chosen.items() if "histogram" in part}
     perplexities = "perplexity of the codes, and of the softmax over codes"
     gradients = "gradient at the encoder against the decoder's: size and direction"
     norms = "norms of codes and latents, quantization error"
