@@ -15,10 +15,11 @@ from lexel.cli import app
 from lexel.data import TRANSFORMS, ArrayImages
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
-from lexel.evaluate import classifiers, probe
+from lexel.evaluate import classifiers, feature_files, labelled, probe
 from lexel.evaluate.classifiers import ProbeConfig, Table
 from lexel.generators import Generator, GeneratorConfig, RandomOrder
 from lexel.generators.config import network_config
+from lexel.parts import Part
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 COUNT, CLASSES, CODES = 120, 3, 15
@@ -243,6 +244,90 @@ def test_images_without_classes_and_with_one_class_are_refused(tmp_path, tokeniz
     (tmp_path / "one" / "tokens.json").rename(tmp_path / "one" / "unfinished.json")
     with pytest.raises(UsageError, match="is not finished"):
         probe(tmp_path / "one")
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def without_time(result: dict) -> dict:
+    return {name: value for name, value in result.items() if name != "seconds"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_parts_of_hidden_states_give_the_result_of_one_process_bit_for_bit(tokens, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "FILE_BYTES", 1)  # a batch a file
+    generator, seen = generator_of("masked", tokenizer, hidden=48), []
+    hidden = type(generator).hidden
+    monkeypatch.setattr(
+        type(generator), "hidden", lambda self, rows, *rest: seen.append(len(rows)) or hidden(self, rows, *rest)
+    )
+    options = {"generator": generator, "batch_size": 16, "validation": 0.25}
+
+    def made(**more) -> tuple[dict, int]:
+        seen.clear()
+        return without_time(probe(tokens, **options, **more)), sum(seen) - 2  # one of each set tells the shape
+
+    plain, count = made()
+    alone, count = made(resume=tmp_path / "one")
+    assert (alone, count) == (plain, COUNT)
+    parts = [made(resume=tmp_path / "parts", part=Part(number, 3)) for number in (3, 1)]
+    assert [result["images"] for result, _ in parts] == [
+        count for _, count in parts
+    ]  # each once; the second is missing
+    again, count = made(resume=tmp_path / "parts", part=Part(1, 3))
+    assert (again, count) == (parts[1][0], 0)  # a part that is run again makes nothing again
+    merged, count = made(resume=tmp_path / "parts")
+    assert merged == alone
+    assert count == COUNT - sum(count for _, count in parts)
+    assert files(tmp_path / "parts") == files(tmp_path / "one")
+    assert made(resume=tmp_path / "parts", kind="attentive", epochs=1)[1] == 0  # another classifier, the same states
+
+
+def test_parts_of_images_give_the_result_of_one_process_bit_for_bit(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "KEPT_TOGETHER", 4)
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 128 * (1 + number % 2), (8, 8, 3), dtype=np.uint8)).save(path)
+    (tmp_path / "pictures" / "a" / "broken.png").write_bytes(b"no picture")
+    seen, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, images: seen.append(len(images)) or encode(self, images))
+    options = {"tokenizer": tokenizer, "size": 8, "batch_size": 4, "validation": 0.4}
+
+    def made(**more) -> dict:
+        return without_time(probe(tmp_path / "pictures", **options, **more))
+
+    plain = made()
+    assert made(resume=tmp_path / "one") == plain
+    seen.clear()
+    images = [made(resume=tmp_path / "parts", part=Part(number, 2))["images"] for number in (2, 1)]
+    assert sum(images) == 25  # the broken one with them
+    assert made(resume=tmp_path / "parts") == plain
+    assert sum(seen) == 24
+    assert "1 images could not be read; a/broken.png" in plain["warnings"][0]
+    assert files(tmp_path / "parts") == files(tmp_path / "one")
+
+
+def test_a_probe_in_parts_says_in_one_line_what_it_cannot_do(tokens, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "FILE_BYTES", 1)
+    generator, part = generator_of("masked", tokenizer, hidden=48), Part(1, 2)
+    with pytest.raises(UsageError, match="part 1/2 needs a folder for what it makes: --resume DIR"):
+        probe(tokens, generator=generator, part=part)
+    with pytest.raises(UsageError, match="features 'codes' of tokens are looked up, not made"):
+        probe(tokens, tokenizer=tokenizer, resume=tmp_path, part=part)
+    with pytest.raises(UsageError, match="make those first, by `lexel encode --part`"):
+        probe(tmp_path, generator=generator, resume=tmp_path, part=part)
+    probe(tokens, generator=generator, resume=tmp_path / "states", part=part)
+    with pytest.raises(UsageError, match="holds features of other images or settings"):
+        probe(tokens, generator=generator, layers=1, resume=tmp_path / "states", part=part)
+    npy = tmp_path / "states" / "training-hidden" / "features-000000000.npy"
+    npy.write_bytes(npy.read_bytes()[:-1] + b"!")
+    with pytest.raises(UsageError, match="does not match its checksum"):
+        probe(tokens, generator=generator, resume=tmp_path / "states")
 
 
 def test_the_command_classifies_pictures_and_writes_the_result(tmp_path, tokenizer):

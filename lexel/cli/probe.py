@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from lexel.cli.options import PIXELS, BatchSize, Device, PixelLimit, Precision, Workers, print_table, progress, say
+from lexel.cli.options import (
+    PIXELS,
+    BatchSize,
+    Device,
+    PartOption,
+    PixelLimit,
+    Precision,
+    Workers,
+    print_table,
+    progress,
+    say,
+)
+from lexel.errors import UsageError
 
 
 def probe(
@@ -37,19 +49,31 @@ def probe(
     json_: Annotated[
         Path | None, typer.Option("--json", help="Write metrics, settings, data and versions to this file.")
     ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Folder for tokens of images and hidden states of tokens; the same command again goes on."),
+    ] = None,
+    part: PartOption = None,
     batch_size: BatchSize = 64,
     workers: Workers = 0,
     pixel_limit: PixelLimit = PIXELS,
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:
-    """Classifies images by their tokens: codes' vectors, learned embeddings, or a generator's hidden states."""
+    """Classifies images by their tokens: codes' vectors, learned embeddings, or a generator's hidden states.
+
+    With --part I/N only a share of the tokens of images, or of a generator's hidden states of tokens, is made and kept
+    in the folder of --resume. The same command without --part makes what is missing, fits and prints.
+    """
     from lexel.config import parse_override
     from lexel.evaluate import probe as run
     from lexel.evaluate import write_result
     from lexel.evaluate.results import check_free
     from lexel.loading import load_generator, load_tokenizer
+    from lexel.parts import Part
 
+    if part and json_:
+        raise UsageError("a part has no result yet: give --json to the command without --part")
     check_free(json_)
     with progress("probe") as update:
         result = run(
@@ -66,11 +90,16 @@ def probe(
             batch_size=batch_size,
             device=device,
             precision=precision,
+            resume=resume,
+            part=Part.parse(part) if part else None,
             progress=lambda stage, done, total: update(done, total, stage=stage),
             **{"seed": seed, **dict(parse_override(text) for text in set_ or ())},
         )
     for warning in result["warnings"]:
         say(f"lexel: {warning}")
+    if part:
+        print(f"part {part}: {result['images']:,} images; the same command without --part gives the result")
+        return
     print_table((name, "-" if value is None else f"{100 * value:.2f} %") for name, value in result["metrics"].items())
     if json_:
         write_result(json_, result)

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +18,16 @@ from torch import Tensor
 
 from lexel import __version__
 from lexel.config import check
-from lexel.data import PIXEL_LIMIT, ImageSet, first_reason, ordered_batches
-from lexel.data.config import HELD_OUT, DataConfig, open_data
+from lexel.data import PIXEL_LIMIT
 from lexel.data.images import digest
-from lexel.data.tokens import INDEX, TokenSet
-from lexel.data.tokens.format import MANIFEST_PARTIAL
+from lexel.data.tokens import TokenSet
 from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
+from lexel.evaluate.feature_files import FeatureFiles
+from lexel.evaluate.labelled import Labelled, StageCallback, holds_tokens, images_as_tokens, token_sets
 from lexel.generators import Generator
-from lexel.loading import own_transform
-from lexel.provenance import public_name
-from lexel.regular import expanded
+from lexel.parts import Part
 from lexel.runtime import ProgressCallback, Runtime, runtime
-from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
 
 FEATURES = {
@@ -38,21 +35,7 @@ FEATURES = {
     "embeddings": "The indices alone: the probe learns a vector for each code.",
     "hidden": "A generator's hidden states of the tokens, under its null condition.",
 }
-StageCallback = Callable[[str, int, int | None], None]  # called with (stage, done, total)
-
-
-class Labelled(NamedTuple):
-    """Tokens of images and the classes of the images."""
-
-    read: Callable[[np.ndarray], Tensor]  # numbers to int64 (B, *grid), or to latents (B, D, *grid)
-    labels: Tensor  # int64 (N,)
-    classes: list[str]
-    spec: TokenSpec
-    made_by: str  # the tokenizer's fingerprint
-    about: dict[str, Any]  # source, images, fingerprint
-
-    def __len__(self) -> int:
-        return len(self.labels)
+HIDDEN = "training-hidden", "validation-hidden"  # the folders of hidden states that are kept
 
 
 def probe(
@@ -71,6 +54,8 @@ def probe(
     device: str = "auto",
     precision: str = "float32",
     progress: StageCallback | None = None,
+    resume: str | Path | None = None,
+    part: Part | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Fits a classifier to the tokens of labelled images and counts how often it is right on others.
@@ -90,44 +75,49 @@ def probe(
         batch_size: images that pass through tokenizer and generator together.
         device, precision: of tokenizer and generator; the probe is fitted on the CPU in float32 and above.
         progress: called with (stage, done, total).
+        resume: a folder for what takes long: the tokens of images, a generator's hidden states of tokens. The same call
+            goes on there; other classifiers can be fitted to what it holds.
+        part: make only this share of it; the same call without a part, with the same folder, makes what is missing,
+            and gives the result, bit for bit that of a single call with a folder.
         settings: of `ProbeConfig`: seed, pool, penalty, epochs, width, ...
 
     Returns:
         A result as plain data: `metrics` has `accuracy`, `top5_accuracy` (None for five classes or fewer),
         `majority_accuracy` (of always naming the class that is the most frequent in training) and
-        `training_accuracy`, shares of images in [0, 1].
+        `training_accuracy`, shares of images in [0, 1]. Of a part `images` alone: how many it has.
 
     Raises:
         UsageError: there are no labels, or fewer than two classes; models and tokens do not belong together; an
             option is unknown or reaches nothing.
     """
     started = time.monotonic()
-    if kind not in PROBES:
-        raise unknown("probe", kind, PROBES)
-    features = features or ("hidden" if generator else "codes" if tokenizer else "embeddings")
-    if features not in FEATURES:
-        raise unknown("features", features, FEATURES)
-    if (features == "hidden") != (generator is not None):
-        raise UsageError(f"features {features!r} {'need' if features == 'hidden' else 'use no'} generator")
-    if layers is not None and features != "hidden":
-        raise UsageError(f"layers are a generator's; features {features!r} have none")
+    features = _features(kind, features, tokenizer, generator, layers)
+    if part is not None and resume is None:
+        raise UsageError(f"part {part} needs a folder for what it makes: --resume DIR, the same for all parts")
     config = check(settings, ProbeConfig, "the probe's options")
+    folder = None if resume is None else Path(resume)
     where = runtime(device, precision)
     warnings: list[str] = []
     report = progress or (lambda stage, done, total: None)
 
-    if isinstance(source, TokenSet) or _holds_tokens(source):
+    if isinstance(source, TokenSet) or holds_tokens(source):
         if size is not None:
             raise UsageError("size is of images; tokens have theirs")
-        training, measured = _token_sets(source, validation)
+        if folder is not None and features != "hidden":
+            raise UsageError(f"features {features!r} of tokens are looked up, not made: leave --resume and --part out")
+        training, measured = token_sets(source, validation)
     else:
         if tokenizer is None and generator is not None:
             tokenizer = generator.tokenizer
         if tokenizer is None:
             raise UsageError(f"{source} holds no tokens; for images give the tokenizer that makes their tokens")
-        training, measured = _images(
-            str(source), validation, tokenizer, size, workers, pixel_limit, batch_size, where, report, warnings
-        )
+        if part is not None and features == "hidden":
+            raise UsageError("parts of hidden states are of tokens: make those first, by `lexel encode --part`")
+        settled = tokenizer, size, workers, pixel_limit, batch_size, where, report, warnings
+        found = images_as_tokens(str(source), validation, *settled, resume=folder, part=part)
+        if isinstance(found, int):
+            return _of_part(part, found, warnings)
+        training, measured = found
     present = sorted(set(training.labels.tolist()))
     if len(present) < 2:
         raise UsageError(f"a probe needs images of at least two classes to learn from; {source} has {len(present)}")
@@ -136,9 +126,23 @@ def probe(
     vocabulary = training.spec.codebook_size * (training.spec.books or 1) if features == "embeddings" else None
     making: ProgressCallback = lambda done, total: report("features", done, total)  # noqa: E731
     learning: ProgressCallback = lambda done, total: report("training", done, total)  # noqa: E731
+    makers: list[Callable[[np.ndarray], Tensor]] = [
+        lambda numbers, read=data.read: make(read(numbers))  # type: ignore[misc]
+        for data in (training, measured)
+    ]
+    if folder is not None and generator is not None:
+        made_of = [generator.fingerprint(), layers, precision, batch_size]
+        files = [
+            FeatureFiles(folder / name, maker, len(data), batch_size, digest([*made_of, data.made_by, data.about]))
+            for name, maker, data in zip(HIDDEN, makers, (training, measured), strict=True)
+        ]
+        images = sum(one.write(part or Part(1, 1), making) for one in files)
+        if part is not None:
+            return _of_part(part, images, warnings)
+        makers = [*files]
     tables = [
-        Table(lambda numbers, read=part.read: make(read(numbers)), len(part), batch_size, vocabulary, making)  # type: ignore[misc]
-        for part in (training, measured)
+        Table(maker, len(data), batch_size, vocabulary, making)
+        for maker, data in zip(makers, (training, measured), strict=True)
     ]
     classes = len(training.classes)
     fitted = fit(kind, tables[0], training.labels, classes, config, learning)
@@ -173,6 +177,26 @@ def probe(
         "precision": precision,
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def _of_part(part: Part | None, images: int, warnings: list[str]) -> dict[str, Any]:
+    return {"kind": "probe", "part": str(part), "images": images, "warnings": warnings}
+
+
+def _features(
+    kind: str, features: str | None, tokenizer: Tokenizer | None, generator: Generator | None, layers: int | None
+) -> str:
+    """The features that are meant; refuses options that do not go together."""
+    if kind not in PROBES:
+        raise unknown("probe", kind, PROBES)
+    features = features or ("hidden" if generator else "codes" if tokenizer else "embeddings")
+    if features not in FEATURES:
+        raise unknown("features", features, FEATURES)
+    if (features == "hidden") != (generator is not None):
+        raise UsageError(f"features {features!r} {'need' if features == 'hidden' else 'use no'} generator")
+    if layers is not None and features != "hidden":
+        raise UsageError(f"layers are a generator's; features {features!r} have none")
+    return features
 
 
 def _accuracy(fitted: Probe, table: Table, labels: Tensor) -> tuple[float, float]:
@@ -252,101 +276,3 @@ def _maker(
 def _rows(codes: Tensor) -> Tensor:
     """Vectors (B, D, *grid) as rows, float32 (B, T, D), on the CPU."""
     return codes.flatten(2).transpose(1, 2).float().cpu()
-
-
-# ------------------------------------------------------------------------------------------------------------- tokens
-
-
-def _holds_tokens(source: str | Path) -> bool:
-    """Whether a folder holds tokens, be their writing finished or not."""
-    return any((expanded(source) / name).is_file() for name in (INDEX, MANIFEST_PARTIAL))
-
-
-def _token_sets(
-    source: str | Path | TokenSet, validation: str | Path | TokenSet | float | None
-) -> tuple[Labelled, Labelled]:
-    """Tokens to learn from and tokens to measure on, with one numbering of classes."""
-    tokens = source if isinstance(source, TokenSet) else TokenSet.open(source)
-    _require_labels(tokens.labels, str(tokens.folder))
-    if validation is None or isinstance(validation, float):
-        training, measured = tokens.hold_out(HELD_OUT if validation is None else validation)
-        return _of_set(training), _of_set(measured)
-    measured = validation if isinstance(validation, TokenSet) else TokenSet.open(validation)
-    _require_labels(measured.labels, str(measured.folder))
-    measured.require(tokens.fingerprint)
-    if measured.token_spec != tokens.token_spec:
-        raise UsageError(f"{measured.folder} has grids {measured.grid}, {tokens.folder} {tokens.grid}")
-    if not len(measured):
-        raise UsageError(f"{measured.folder} holds no images")
-    return _of_set(tokens), _of_set(measured.with_classes(tokens.classes))
-
-
-def _of_set(tokens: TokenSet) -> Labelled:
-    assert tokens.labels is not None
-    listed = [tokens.fingerprint, list(tokens.names), tokens.labels.tolist(), tokens.histogram().tolist()]
-    about = {"source": public_name(tokens.folder), "images": len(tokens), "fingerprint": digest(listed)}
-    labels = torch.from_numpy(tokens.labels)
-    return Labelled(tokens.tokens, labels, list(tokens.classes), tokens.token_spec, tokens.fingerprint, about)
-
-
-def _require_labels(labels: Any, source: str) -> None:
-    if labels is None:
-        raise UsageError(f"the images of {source} have no classes; a folder with a subfolder for each class has")
-
-
-def _images(
-    source: str,
-    validation: Any,
-    tokenizer: Tokenizer,
-    size: int | None,
-    workers: int,
-    pixel_limit: int,
-    batch_size: int,
-    where: Runtime,
-    report: StageCallback,
-    warnings: list[str],
-) -> tuple[Labelled, Labelled]:
-    """The tokens of images to learn from and to measure on, kept in memory."""
-    transform = own_transform(tokenizer, size)
-    spec = tokenizer.token_spec(transform.size, transform.size)
-    table = {
-        "source": source,
-        "validation": validation,
-        "size": transform.size,
-        "workers": workers,
-        "memory": 0.0,
-        "pixel_limit": pixel_limit,
-        "channels": tokenizer.channels,
-    }
-    sets = open_data(check(table, DataConfig, "the images"))
-    for images in sets:
-        _require_labels(images.labels, source if images is sets[0] else str(validation or source))
-    tokenizer.to(where.device).eval()
-    made_by = tokenizer.fingerprint()
-
-    def encoded(images: ImageSet, name: str) -> Labelled:
-        assert images.labels is not None
-        batches = ordered_batches(images, transform, batch_size, workers=workers)
-        parts, numbers = [], []
-        for batch in batches:
-            with where.autocast(), torch.no_grad():
-                pictures = batch.images.to(where.device)
-                indices = tokenizer.encode(pictures)
-            parts.append(indices.cpu())
-            numbers += batch.numbers.tolist()
-            report("encoding", len(numbers), len(images))
-        if batches.unreadable:
-            first, reason = next(iter(batches.unreadable.items()))
-            warnings.append(f"{len(batches.unreadable)} images could not be read; {first}: {reason}")
-        if not numbers:
-            raise UsageError(
-                f"none of the {len(images)} images of {name} can be read; {first_reason(batches.unreadable)}"
-            )
-        tokens = torch.cat(parts)
-        labels = torch.tensor([images.labels[number] for number in numbers])
-        about = {"source": public_name(name), "images": len(numbers), "fingerprint": images.fingerprint()}
-        read = lambda chosen: tokens[torch.from_numpy(chosen)]  # noqa: E731
-        return Labelled(read, labels, list(images.classes), spec, made_by, about)
-
-    training, measured = sets
-    return encoded(training, source), encoded(measured.with_classes(training.classes), str(validation or source))
