@@ -1,6 +1,5 @@
 """Folders of pictures through a tokenizer: reconstructions, token sets, and pictures from token sets."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from lexel.data import (
 )
 from lexel.data.depth import to_depth
 from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
+from lexel.distributed import launched
 from lexel.errors import UsageError
 from lexel.memory import check_memory
 from lexel.parts import Part
@@ -306,7 +306,7 @@ class Codec:
         features = caption_features(captions, images, str(named))
         origin = {"text_encoder": captions.name} if isinstance(captions, TextEncoder) else {}
         part = part or Part(1, 1)
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, processes = launched()
         tokens = write_tokens(
             out,
             images,

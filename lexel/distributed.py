@@ -24,9 +24,14 @@ def rank() -> int:
     return dist.get_rank() if processes() > 1 else 0
 
 
+def launched() -> tuple[int, int]:
+    """The rank and the number of processes that a launcher gave (RANK, WORLD_SIZE); 0 and 1 without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def launched_rank() -> int:
     """The rank that a launcher gave this process, known before it joins a process group; 0 without a launcher."""
-    return rank() if processes() > 1 else int(os.environ.get("RANK", "0"))
+    return rank() if processes() > 1 else launched()[0]
 
 
 def barrier() -> None:
@@ -125,11 +130,11 @@ def join(device: str) -> str:
 
     The backend is gloo: what is exchanged is small and lies in memory, whatever the device.
     """
-    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if dist.is_available() and not dist.is_initialized() and launched()[1] > 1:
         join_after_restart("gloo")
-    if dist.is_available() and not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("gloo")
-        leave_at_exit()
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")
+            leave_at_exit()
     local = os.environ.get("LOCAL_RANK")
     return f"cuda:{local}" if device == "auto" and local is not None and torch.cuda.is_available() else device
 
@@ -160,7 +165,7 @@ def join_after_restart(backend: str) -> None:
         return
     from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, count = launched()
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), count, is_master=False)
     meeting = PrefixStore(f"lexel/restart-{restarts}", store)
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=count)

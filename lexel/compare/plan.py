@@ -1,12 +1,12 @@
 """The runs of a comparison: a recipe with every quantizer, codebook size, code dimension and seed."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lexel import quantizers as table
 from lexel.config import Config, check, read
-from lexel.errors import UsageError
+from lexel.errors import UsageError, unknown
 from lexel.train.objective import image_terms
 from lexel.train.tokenizer import TokenizerRecipe
 
@@ -52,10 +52,12 @@ def expand(
         if label in known:
             raise UsageError(f"the variant {label!r} has a quantizer's name; choose another, such as '{label}_2'")
         if variant.kind not in known:
-            raise UsageError(f"variant {label!r}: unknown kind {variant.kind!r}; choose from {_names(known)}")
+            raise UsageError(
+                f"variant {label!r}: unknown kind {variant.kind!r}; choose from {', '.join(sorted(known))}"
+            )
     for label in quantizers:
         if label not in known and label not in variants:
-            raise UsageError(f"unknown quantizer {label!r}; choose from {_names([*known, *variants])}")
+            raise unknown("quantizer", label, [*known, *variants])
     for what, values in (("quantizers", quantizers), ("seeds", seeds)):
         if not values or len(set(values)) < len(values):
             raise UsageError(f"{what} must be given, each once; got {list(values) or 'none'}")
@@ -107,7 +109,3 @@ def read_variants(path: str | Path) -> dict[str, Variant]:
 def as_table(recipe: Config) -> dict[str, Any]:
     """The recipe as JSON stores it."""
     return recipe.model_dump(mode="json", exclude_none=True)
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lexel.config import Config, flatten
-from lexel.distributed import broadcast, gather, join_after_restart, leave_at_exit
+from lexel.distributed import broadcast, gather, join_after_restart, launched, leave_at_exit
 from lexel.errors import UsageError
 from lexel.runtime import Runtime, runtime
 
@@ -47,9 +47,9 @@ class Processes:
         from accelerate.state import is_initialized  # type: ignore[import-untyped]
         from accelerate.tracking import filter_trackers  # type: ignore[import-untyped]
 
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        on_cpu = device == "cpu" or (device == "auto" and launched and not torch.cuda.is_available())
-        if launched:
+        several = launched()[1] > 1
+        on_cpu = device == "cpu" or (device == "auto" and several and not torch.cuda.is_available())
+        if several:
             if not on_cpu and torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             join_after_restart("gloo" if on_cpu else "nccl")
@@ -61,7 +61,7 @@ class Processes:
             log_with=list(trackers) or None,
             project_dir=str(folder) if folder else None,
         )
-        if fresh and launched:
+        if fresh and several:
             leave_at_exit()
         if trackers and len(filter_trackers(list(trackers), str(folder))) != len(trackers):
             raise UsageError(f"a tracker of {', '.join(trackers)} is not installed; try pip install 'lexel[trackers]'")

@@ -13,7 +13,7 @@ from lexel import registry
 from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
-from lexel.errors import UsageError
+from lexel.errors import UsageError, unknown
 from lexel.losses import DISCRIMINATOR_LOSSES, DISCRIMINATORS, GENERATOR_LOSSES, discriminator, perturbation
 from lexel.quantizers import QUANTIZERS
 from lexel.runtime import without_weights
@@ -150,7 +150,7 @@ class DiscriminatorConfig(Config):
         }
         for name, table in tables.items():
             if getattr(self, name) not in table:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(sorted(table))}")
+                raise unknown(name, getattr(self, name), table)
         refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
         refuse_unused(self, ("adaptive_over",), self.adaptive, "adaptive")
         network = registry.lookup(DISCRIMINATORS, self.kind, "discriminator", discriminator.GROUP)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from lexel.errors import UsageError
+from lexel.errors import UsageError, unknown
 from lexel.generators.config import NetworkConfig
 
 LARGEST_PLAIN_HEAD = 2**18  # from this vocabulary on, `head = "auto"` is factorised
@@ -70,7 +70,7 @@ class NextTokenConfig(NetworkConfig):
         if self.network == "gpt" and self.head == "factorised":
             raise UsageError('network = "gpt" predicts a token at once; leave head out')
         if self.head not in ("auto", "plain", "factorised"):
-            raise UsageError(f"unknown head {self.head!r}; choose from auto, factorised, plain")
+            raise unknown("head", self.head, ("auto", "factorised", "plain"))
         vocabularies = self.vocabularies
         if self.factorised and (
             len(vocabularies) != 2 or min(vocabularies) < 2 or math.prod(vocabularies) != self.codebook_size
