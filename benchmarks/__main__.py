@@ -8,6 +8,7 @@ BENCHMARKS = {
     "gpu": "everything that only a GPU can tell, in parts",
     "results": "RESULTS.md, written again from the figures that are kept",
     "quantizers": "time and memory of forward + backward, and of encoding, beside the peers",
+    "clusters": "approximate search in clusters of codes: time and misses beside the exact search",
     "step": "a whole training step of a small tokenizer, IBQ beside plain VQ",
     "generator": "decoding steps of a generator beside the published way",
     "losses": "the same small training with other losses, judged by a network that was no teacher",

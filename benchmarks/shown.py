@@ -16,9 +16,9 @@ from lexel.data import TRANSFORMS, ordered_batches
 from lexel.data.config import open_data
 from lexel.data.images import ImageSet
 from lexel.kernels import nearest
+from lexel.kernels.clustering import kmeans
 from lexel.loading import load_tokenizer
 from lexel.quantizers.base import as_vectors
-from lexel.quantizers.clustering import kmeans
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer
 from lexel.train import load_recipe

@@ -16,6 +16,7 @@ from torch import Tensor
 import lexel.quantizers
 from lexel.checkpoint import load_strict
 from lexel.errors import UsageError
+from lexel.kernels.clustering import kmeans, pick_rows
 from lexel.quantizers import (
     BSQ,
     EMA,
@@ -42,7 +43,6 @@ from lexel.quantizers import (
     save_bank,
 )
 from lexel.quantizers.base import as_vectors, rotate, straight_through, weighted_sum
-from lexel.quantizers.clustering import kmeans, pick_rows
 from lexel.quantizers.fsq import choose_levels
 from lexel.quantizers.soft import soft_assign
 from lexel.runtime import without_weights

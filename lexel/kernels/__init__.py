@@ -1,5 +1,6 @@
 """Nearest-code search and index backpropagation, without a tensor of N x K."""
 
+from lexel.kernels.cluster_index import ClusterIndex
 from lexel.kernels.index_backpropagation import index_backpropagation
 from lexel.kernels.inputs import (
     IMPLEMENTATIONS,
@@ -16,6 +17,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "PRODUCTS",
     "SIMILARITIES",
+    "ClusterIndex",
     "Implementation",
     "Products",
     "Similarity",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lexel.distributed import all_rows, all_sum
 from lexel.kernels import nearest
+from lexel.kernels.clustering import kmeans
 from lexel.quantizers import bounds
 from lexel.quantizers.base import (
     GRADIENTS,
@@ -23,7 +24,6 @@ from lexel.quantizers.base import (
     full_precision,
     lookup,
 )
-from lexel.quantizers.clustering import kmeans
 from lexel.quantizers.living import Recoded
 from lexel.quantizers.running import Recall, recomputing, statistics_move
 

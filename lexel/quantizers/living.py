@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lexel.distributed import all_rows, all_sum
 from lexel.errors import UsageError
 from lexel.kernels import Similarity, nearest
+from lexel.kernels.clustering import pick_rows
 from lexel.quantizers import bounds
-from lexel.quantizers.clustering import pick_rows
 from lexel.quantizers.running import statistics_move
 
 DECAY = 0.99  # of the average number of latents a batch that choose a code
