@@ -196,3 +196,19 @@ def test_one_latent_has_no_variance_for_the_magvit2_decoder():
     decoder = build(MagvitConfig(**SMALL)).decoder
     with pytest.raises(UsageError, match="at least two latents"):
         decoder(torch.zeros(1, 6, 1, 1))
+
+
+def test_a_titok_starts_as_published_or_wide():
+    side = {"width": 64, "depth": 1, "heads": 4}
+    parts = {"positions": (0.125, 1.0), "tokens": (0.125, 1.0), "class_token": (0.125, 1.0)}
+    parts |= {"transformer.blocks.0.qkv.weight": (0.088, 0.088), "transformer.blocks.0.fc1.weight": (0.02, 0.079)}
+    parts |= {"patches.weight": (0.02, 0.134)}
+    for number, start in enumerate(("published", "wide")):
+        torch.manual_seed(0)
+        config = parse({"kind": "titok", "size": 32, "patch": 4, "encoder": side, "decoder": side, "start": start})
+        network = build(config)
+        for name, deviations in parts.items():
+            found = network.encoder.get_parameter(name).std().item()
+            assert found == pytest.approx(deviations[number], rel=0.2), (start, name)
+        assert network.decoder.head.conv_out.bias.tolist() == [0.5] * 3  # grey
+        assert "start" not in config.identity()

@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.autoencoders.base import Autoencoder, AutoencoderConfig
+from lexel.autoencoders.first_tokens import FirstTokens, NestedConfig
 from lexel.autoencoders.maskgit import Decoder as PixelDecoder
 from lexel.autoencoders.maskgit import MaskGITConfig
 from lexel.autoencoders.vision_transformer import Block, DividedSize, from_unit, to_unit
 from lexel.checkpoint import load_strict
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.nested_dropout import Keep, NestedDropout
 
 
 class ProxyConfig(Config):
@@ -33,14 +33,6 @@ class TextConfig(Config):
 
     length: int = Field(default=77, ge=1)  # positions of a text
     width: int = Field(default=768, ge=1)  # channels of its features
-
-
-class NestedConfig(Config):
-    """How many of the first tokens training keeps; see `NestedDropout`."""
-
-    keep: Keep = "uniform"
-    full: float = Field(default=0.0, ge=0, le=1)
-    least: int = Field(default=1, ge=1)
 
 
 class TiTokConfig(AutoencoderConfig):
@@ -60,6 +52,9 @@ class TiTokConfig(AutoencoderConfig):
     # Nested dropout: training keeps the first tokens of an image only, so that every prefix of them decodes (FlexTok,
     # https://arxiv.org/abs/2502.13967; One-D-Piece, https://arxiv.org/abs/2501.10064).
     nested: NestedConfig | None = None
+    # Of the weights. "wide", which is not published, is Xavier's for all linear layers and patches, and a deviation of
+    # 1 for positions and learned tokens (docs/studies/log.md).
+    start: Literal["published", "wide"] = "published"
 
     @model_validator(mode="after")
     def _consistent(self) -> "TiTokConfig":
@@ -83,7 +78,8 @@ class TiTokConfig(AutoencoderConfig):
 
     def identity(self) -> dict[str, Any]:
         table = super().identity()
-        return {name: value for name, value in table.items() if name != "nested" or value is not None}
+        absent = {"start", "nested"} if self.nested is None else {"start"}  # weights are the same however they started
+        return {name: value for name, value in table.items() if name not in absent}
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -210,7 +206,7 @@ class Encoder(nn.Module):
         self.tokens = nn.Parameter(scaled(config.tokens, size.width))
         self.token_positions = nn.Parameter(scaled(config.tokens, size.width))
         self.transformer = Transformer(size)
-        initialise(self)
+        STARTS[config.start](self)
 
     def forward(self, images: Tensor) -> Tensor:
         patches = self.patches(to_unit(images)).flatten(2).transpose(1, 2)  # (B, h w, C)
@@ -242,7 +238,7 @@ class Decoder(nn.Module):
         self.transformer = Transformer(size)
         self.head: PixelHead | CodeHead
         self.head = PixelHead(config) if config.proxy is None else CodeHead(size.width, config.proxy)
-        initialise(self)
+        STARTS[config.start](self)
         if isinstance(self.head, PixelHead):  # pictures start grey; the published ones start black
             nn.init.dirac_(self.head.conv_out.weight)
             nn.init.constant_(self.head.conv_out.get_parameter("bias"), 0.5)
@@ -273,29 +269,6 @@ class Decoder(nn.Module):
             raise UsageError("the decoder takes no text; autoencoder.text is not set")
         x = self.transformer(torch.cat(parts, 1), slice(1, 1 + count))  # (B, h w, C)
         return x.transpose(1, 2).unflatten(2, self.grid)
-
-
-class FirstTokens(nn.Module):
-    """Keeps the first of an image's tokens (B, C, N); a learned vector stands for each that is left out.
-
-    In training their number is drawn; in evaluation all that are given are kept.
-    """
-
-    def __init__(self, tokens: int, width: int, config: NestedConfig) -> None:
-        super().__init__()
-        self.dropout = NestedDropout(tokens, config.keep, config.full, config.least)
-        self.left_out = nn.Parameter(scaled(width))
-
-    def forward(self, z: Tensor) -> Tensor:
-        kept = torch.full((len(z),), z.shape[2], device=z.device)
-        if self.training:
-            kept = self.dropout.draw(len(z), z.device)
-        return self.cut(F.pad(z, (0, self.dropout.count - z.shape[2])), kept)
-
-    def cut(self, z: Tensor, kept: Tensor) -> Tensor:
-        """Tokens (B, C, N) of which the first `kept` (B,) stay."""
-        stays = torch.arange(z.shape[2], device=z.device) < kept[:, None]  # (B, N)
-        return torch.where(stays[:, None], z, self.left_out[:, None].to(z.dtype))
 
 
 class Transformer(nn.Module):
@@ -387,3 +360,19 @@ def initialise(module: nn.Module) -> None:
         initialise(part)
     if isinstance(module, Block):
         nn.init.xavier_uniform_(module.qkv.weight)
+
+
+def start_wide(side: nn.Module) -> None:
+    """As published, then Xavier for every linear layer and the patches, and positions and tokens of deviation 1."""
+    initialise(side)
+    for name, part in side.named_modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+        elif name == "patches":
+            nn.init.xavier_uniform_(part.get_parameter("weight").flatten(1))
+    for name, parameter in side.named_parameters(recurse=False):
+        if name.endswith(("positions", "tokens", "token")):
+            nn.init.normal_(parameter)
+
+
+STARTS: dict[str, Callable[[nn.Module], None]] = {"published": initialise, "wide": start_wide}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lexel import quantizers
-from lexel.autoencoders.titok import FirstTokens, NestedConfig
+from lexel.autoencoders.first_tokens import FirstTokens, NestedConfig
 from lexel.generators.flow.diffusion import time_features
 from lexel.generators.flow.guidance import ProjectedGuidance
 from lexel.generators.flow.network import TimeEmbedding
