@@ -19,7 +19,7 @@ from lexel.data.mixture import open_mixture
 from lexel.data.options import OpenOptions
 from lexel.data.parquet import open_parquet
 from lexel.data.tar import open_tar
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.registry import lookup
 from lexel.regular import expanded
 from lexel.runtime import ProgressCallback
@@ -111,7 +111,7 @@ def open_images(
         UsageError: there is no such thing, no picture in it, or a package is missing.
     """
     if split is not None and split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+        raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
     if channels < 1 or depth not in (8, 16):
         raise UsageError(f"images have 1 or more channels of 8 or 16 bits, got {channels} of {depth}")
     return _opened(source, OpenOptions(split, size, channels, depth, pixel_limit, progress, max_unreadable))
