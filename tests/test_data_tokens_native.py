@@ -159,6 +159,16 @@ def test_usage_counts_each_picture_once_with_all_its_tokens(whole):
     assert (limited.unseen.pictures, seen[-1]) == (3, (3, 3))
 
 
+def test_images_of_one_grid_are_counted_together(whole):
+    order = whole.by_grid(range(len(whole)))
+    pieces = [piece.tolist() for piece in whole.alike(order, 100)]
+    assert sorted(order.tolist()) == list(range(len(whole)))
+    assert len(pieces) == len(whole.buckets())
+    assert all(piece == sorted(piece) for piece in pieces)
+    assert [len(piece) for piece in whole.alike(order, 1)] == [1] * len(whole)
+    assert list(whole.alike([], 4)) == []
+
+
 def test_a_pruned_codebook_decodes_remapped_tokens_to_the_same_files(whole, tokenizer, tmp_path):
     kept = used_codes(tokenizer, [whole])
     assert 2 < len(kept) < K

@@ -122,7 +122,7 @@ def usage_of_tokens(tokens: TokenSet, options: Options) -> CodeUsage:
     if not numbers:
         raise UsageError(f"{tokens.folder} holds no tokens")
     done = 0
-    for chosen in tokens.alike(list(numbers), AT_ONCE):
+    for chosen in tokens.alike(tokens.by_grid(numbers), AT_ONCE):
         versions = [tokens.tokens(chosen, crop) for crop in range(tokens.crops)]
         # Versions side by side, after the books: (B, books, crops, ...).
         counts.add(torch.stack(versions, 1 if tokens.books is None else 2), torch.from_numpy(chosen))

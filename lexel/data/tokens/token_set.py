@@ -1,5 +1,6 @@
 """Token sets: the indices of many images, mapped into memory, read by number or in batches."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -195,9 +196,15 @@ class TokenSet:
         """These numbers in their order, in pieces of at most so many whose images have one grid."""
         numbers = np.asarray(numbers, np.int64)
         which = self._layouts.which(self._rows[numbers])
-        for run in np.split(numbers, np.flatnonzero(np.diff(which)) + 1):
-            for first in range(0, len(run), at_most):
-                yield run[first : first + at_most]
+        edges = np.concatenate([[0], np.flatnonzero(np.diff(which)) + 1, [len(numbers)]])
+        for begin, end in itertools.pairwise(edges):
+            for first in range(begin, end, at_most):
+                yield numbers[first : min(first + at_most, end)]
+
+    def by_grid(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """These numbers ordered by their images' grids, for `alike` to make few pieces of them."""
+        numbers = np.asarray(numbers, np.int64)
+        return numbers[np.argsort(self._layouts.which(self._rows[numbers]), kind="stable")]
 
     def require(self, fingerprint: str) -> None:
         """Refuses to be read by another tokenizer than the one that made these tokens.
@@ -294,7 +301,7 @@ class TokenSet:
         """Counts of each code over all versions: int64 (codebook_size,)."""
         counts = torch.zeros(self.codebook_size, dtype=torch.int64)
         for crop in range(self.crops):
-            for numbers in self.alike(np.arange(len(self)), 4096):
+            for numbers in self.alike(self.by_grid(range(len(self))), 4096):
                 counts += torch.bincount(self.tokens(numbers, crop).flatten(), minlength=self.codebook_size)
         return counts
 
