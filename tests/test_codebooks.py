@@ -15,7 +15,7 @@ from lexel import codec, load
 from lexel.autoencoders import VQGANConfig
 from lexel.bank import make_bank
 from lexel.cli import main
-from lexel.cli.options import NATIVE_PIXELS, PIXELS
+from lexel.cli.options import PIXELS, MaxPixels
 from lexel.codebooks import grow, prune, split_codes, usage, used_codes, write_pruned
 from lexel.codec import Codec
 from lexel.data import PIXEL_LIMIT, open_images, to_images
@@ -346,7 +346,8 @@ def test_a_tokenizer_of_grey_pictures_is_evaluated_on_grey_pictures(pictures):
 
 
 def test_the_command_lines_limits_on_pixels_are_the_librarys():
-    assert (PIXELS, NATIVE_PIXELS) == (PIXEL_LIMIT, codec.NATIVE_PIXELS)
+    assert PIXELS == PIXEL_LIMIT
+    assert f"Default: {codec.NATIVE_PIXELS}" in MaxPixels.__metadata__[0].help
 
 
 @pytest.mark.parametrize("command", ["evaluate", "usage", "prune", "grow", "bank", "encode", "reconstruct", "probe"])
