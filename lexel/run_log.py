@@ -13,6 +13,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 Line = dict[str, Any]
+SPEEDS = {  # of a line of training, and what they are of
+    "images_per_second": "training",
+    "data_images_per_second": "reading alone",
+    "step_images_per_second": "steps alone",
+}
 LARGEST = 4096  # lines of a kind that pages draw
 RECENT = 64  # of them all the newest, which the verdict on a codebook reads
 BLOCK = 64 * 1024  # bytes that are read from the end of a log

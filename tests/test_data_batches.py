@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import time
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from lexel.data import TRANSFORMS, ArrayImages, UnreadableImage, open_images, or
 from lexel.data.batches import Positions, permutation
 from lexel.data.config import DataConfig, open_data
 from lexel.data.images import CachedImages
+from lexel.data.pace import Pace
 from lexel.errors import UsageError
 
 
@@ -311,3 +313,32 @@ def test_jpegs_may_be_decoded_smaller_where_the_transform_shows_the_whole_side(t
     assert 0 < np.abs(a - b).max() <= 12
     with pytest.raises(ValueError, match="jpeg_scaling does not go with the transform 'published'; it goes with adm"):
         DataConfig(**section | {"transform": "published"}, jpeg_scaling=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slow_reading_is_told_from_slow_training(workers):
+    images = numbered(4)
+    images.__class__ = SlowImages
+    batches = training_batches(images, TRANSFORMS["published"](8), 2, seed=0, workers=workers)
+    begun = time.perf_counter()
+    take(batches, 6)
+    speeds = batches.pace.speeds(time.perf_counter() - begun)
+    assert speeds["data_images_per_second"] < 50 * max(1, workers)  # 20 ms an image
+    assert speeds["step_images_per_second"] > 2 * 50 * max(1, workers)  # nothing but reading is done here
+
+
+class SlowImages(ArrayImages):
+    def read(self, number: int) -> np.ndarray:
+        time.sleep(0.02)
+        return super().read(number)
+
+
+def test_the_speeds_of_reading_and_training_are_those_of_all_processes():
+    pace = Pace(workers=4)
+    for _ in range(10):
+        pace.add(images=8, reading=2.0, waiting=0.1)
+    assert pace.speeds(elapsed=5.0, processes=3) == {
+        "data_images_per_second": 3 * 80 * 4 / 20,  # four read at a time
+        "step_images_per_second": 3 * 80 / 4,  # a second of the five was waited
+    }
+    assert Pace(0).speeds(elapsed=0.0) == {}

@@ -24,6 +24,7 @@ from lexel.loading import load_tokenizer
 from lexel.losses import reconstruction
 from lexel.quantizers import save_bank
 from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.run_log import SPEEDS
 from lexel.tokenizer import Tokenizer
 from lexel.train import tokenizer as training
 from lexel.train.optimization import WeightAverage, frozen
@@ -33,7 +34,7 @@ from lexel.train.session import Session
 from lexel.train.tokenizer import Learner, TokenizerRecipe, train_tokenizer
 
 STEPS = 8
-TIMES = {"seconds", "images_per_second"}
+TIMES = {"seconds", *SPEEDS}
 PARTS = ["model", "average", "optimizer", "scaler", "means"]
 ADVERSARY = ["discriminator", "lecam", "discriminator_optimizer", "discriminator_scaler"]
 
@@ -332,6 +333,14 @@ def test_a_finished_run_is_left_as_it_is(pictures, straight):
     assert again.finished
     assert again.step == STEPS
     assert before == ((straight / "metrics.jsonl").read_bytes(), (straight / "model.safetensors").read_bytes())
+
+
+def test_the_log_has_the_speed_of_reading_of_the_steps_and_of_both(straight):
+    lines = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "train":
+            assert line["data_images_per_second"] > line["images_per_second"] > 0
+            assert line["step_images_per_second"] > line["images_per_second"]
 
 
 def test_a_validation_tells_how_many_tokens_its_usage_stands_on(straight):

@@ -26,7 +26,7 @@ from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
 from lexel.generators.next_token.network import build
 from lexel.loading import load_generator
 from lexel.run_folder import RunFolder, TrainingStopped
-from lexel.run_log import read_metrics
+from lexel.run_log import SPEEDS, read_metrics
 from lexel.runtime import runtime
 from lexel.samples import write_samples
 from lexel.spacing import evenly_spaced
@@ -208,7 +208,7 @@ def test_resuming_changes_nothing(tokens, tmp_path, steps):
     resumed = train_generator(recipe(tokens), tmp_path / "resumed", device="cpu")
     same(straight.model, resumed.model)
     lines = [[*read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("straight", "resumed")]
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", *SPEEDS)
     last = [{name: value for name, value in each[-2].items() if name not in timed} for each in lines]
     assert last[0] == last[1]
 

@@ -8,6 +8,7 @@ train; a run that starts again at step s gets the batches that the first run wou
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from lexel.data.arrays import to_images
 from lexel.data.files import UnreadableImage
 from lexel.data.images import ImageSet
+from lexel.data.pace import Pace
 from lexel.data.transforms import Transform
 from lexel.errors import UsageError
 
@@ -163,7 +165,10 @@ def training_batches(
 
 
 class TrainingBatches(Iterator[Batch]):
-    """The iterator of `training_batches`. `unreadable` holds the reasons of the pictures replaced so far, by name."""
+    """The iterator of `training_batches`. `unreadable` holds the reasons of the pictures replaced so far, by name.
+
+    `pace` counts how long reading took, and how long its user waited.
+    """
 
     def __init__(
         self, images: ImageSet, transform: Transform, loading: Loading, seed: int, first_step: int = 0
@@ -179,10 +184,13 @@ class TrainingBatches(Iterator[Batch]):
         self.images, self.loading = images, loading
         self.unreadable: dict[str, str] = {}
         steps = _TrainingSteps(images, transform, loading, seed)
+        self.pace = Pace(loading.workers)
         self._read = look_up(steps, CountingSampler(first_step), loading.workers, loading.prefetch)
 
     def __next__(self) -> Batch:
+        begun = time.perf_counter()
         pictures = next(self._read)
+        self.pace.add(len(pictures.numbers), pictures.seconds, time.perf_counter() - begun)
         if pictures.unreadable:
             self.unreadable.update(pictures.unreadable)
             self.loading.check_unreadable(self.unreadable, self.images)
@@ -245,6 +253,7 @@ class Pictures(NamedTuple):
     arrays: np.ndarray  # uint8 or uint16 (B, H, W, C)
     numbers: list[int]
     unreadable: dict[str, str]  # the reasons, by name
+    seconds: float = 0.0  # that reading took
 
 
 @dataclass
@@ -261,7 +270,7 @@ class _TrainingSteps:
         self.positions = Positions(len(self.images), self.seed)
 
     def __getitem__(self, step: int) -> Pictures:
-        loading = self.loading
+        begun, loading = time.perf_counter(), self.loading
         micro_batch = loading.batch_size // loading.micro_batches
         share = micro_batch // loading.processes
         first = step * loading.batch_size + loading.rank * share
@@ -273,7 +282,7 @@ class _TrainingSteps:
             unreadable.update(failed)
             arrays.append(self.transform(picture, crop_generator(self.seed, epoch, number)))
             numbers.append(number)
-        return Pictures(np.stack(arrays), numbers, unreadable)
+        return Pictures(np.stack(arrays), numbers, unreadable, time.perf_counter() - begun)
 
     def _readable(self, number: int) -> tuple[np.ndarray, int, dict[str, str]]:
         """The picture with this number or the next one that can be read, and the ones that cannot."""

@@ -12,13 +12,13 @@ from lexel.config import flatten
 from lexel.errors import UsageError, some
 from lexel.provenance import without_folders
 from lexel.run_folder import RunFolder
-from lexel.run_log import is_number
+from lexel.run_log import SPEEDS, is_number
 from lexel.same_recipe import OPERATIONAL, PATHS
 
 FOLDER = Path(__file__).parent / "curves"  # those of Lexel's own recipes
 POINTS = 40  # of a curve, at most
 LARGEST = 32 * 1024  # bytes of a file, at most
-TIMING = {"kind", "seconds", "images_per_second"}  # of a machine, not of a recipe
+TIMING = {"kind", "seconds", *SPEEDS}  # of a machine, not of a recipe
 SHOWN = 4  # differences from the reference's recipe that a caption names
 
 

@@ -12,7 +12,7 @@ from lexel.report.figures import Figure, Rows, code_histogram, code_map, latent_
 from lexel.report.page import Section, write_page
 from lexel.report.reference import ReferenceCurves, reference_for, settings_of
 from lexel.run_folder import RunFolder
-from lexel.run_log import Run
+from lexel.run_log import SPEEDS, Run
 
 
 def write_report(folder: str | Path) -> Path:
@@ -123,7 +123,7 @@ CHARTS: dict[str, tuple[str, ...]] = {
     "gradient norms": ("gradient_norm", "discriminator_gradient_norm"),
     "learning rate": ("lr",),
 }
-NO_CURVES = {"step", "seconds", "images_per_second", "adversarial_weight", "bits_per_token"}
+NO_CURVES = {"step", "seconds", *SPEEDS, "adversarial_weight", "bits_per_token"}
 
 
 def chart_of(rows: Rows, names: Sequence[str], caption: str, reference: Rows, **options: Any) -> Figure:
@@ -169,6 +169,7 @@ def map_figures(snapshot: Mapping[str, NDArray[Any]]) -> list[Figure]:
 
 
 def timing_figures(rows: Rows) -> list[Figure]:
-    """Pictures per second over time."""
-    points = series(rows, "images_per_second")
-    return [line_chart({"images per second": points}, "images per second")] if points[0].size else []
+    """Images a second over time: trained on, and where images are read, of reading and of training alone."""
+    lines = {label: series(rows, name) for name, label in SPEEDS.items()}
+    found = {label: points for label, points in lines.items() if points[0].size}
+    return [line_chart(found, "images per second")] if found else []

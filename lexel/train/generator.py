@@ -358,6 +358,7 @@ def train_generator(
             lr, decay = config.lr * step.lr_factor, config.decay(step.number, step.steps)
             generator.anneal(step.number / step.steps)
             losses = learner.step(next(batches), lr, decay)
+            session.pace = source.pace
             session.log(step, losses, {"lr": lr})
             if step.validates:
                 session.validated(step, validate(learner, source, session.micro_batch, config.validation_images))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lexel import shards
+from lexel.data.pace import Pace
 from lexel.distributed import gather
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
@@ -193,6 +194,7 @@ class Session:
         self._writing: tuple[int, dict[str, Any], shards.Writing] | None = None
         self._first_bad: Tensor | None = None  # for each guarded number the first step at which it was not finite
         self._shown: dict[str, float] = {}
+        self.pace: Pace | None = None  # of the images that are read, for the log: which of the two waits
         self._begun = time.perf_counter()
 
     def _shared_state(self) -> dict[str, Any] | None:
@@ -273,7 +275,8 @@ class Session:
         if logs:
             means = self._learner.means.pop()
             self._shown = dict(zip(means, self.processes.reduce(list(means.values())), strict=True))
-            self._write(step, "train", {**self._shown, **(extra or {}), "images_per_second": speed})
+            apart = {} if self.pace is None else self.pace.speeds(elapsed, self.processes.count)
+            self._write(step, "train", {**self._shown, **(extra or {}), "images_per_second": speed, **apart})
         if self._progress is not None and self.processes.is_main:
             left = (step.steps - step.done) * elapsed / (step.done - self.first)
             self._progress(Progress(step.done, step.steps, speed, left, self._shown))

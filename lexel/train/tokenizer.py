@@ -272,6 +272,7 @@ def train_tokenizer(
             max_unreadable=data.max_unreadable,
             micro_batches=config.accumulation,
         )
+        session.pace = batches.pace
         start = math.inf if learner.adversary is None else learner.adversary.config.start
         unreadable: dict[str, str] = {}
         measuring = while_training(config.evaluations, processes, session.micro_batch, data)

@@ -10,6 +10,7 @@ from lexel.conditions import Condition
 from lexel.data import Batch, ImageSet, training_batches
 from lexel.data.captions import Captions, stored
 from lexel.data.config import open_data
+from lexel.data.pace import Pace
 from lexel.data.tokens import TokenBatch, TokenSet
 from lexel.errors import UsageError
 from lexel.generators import NetworkConfig
@@ -41,6 +42,7 @@ class TokenSource:
         self.training: TokenSet | None = None
         self.histogram_bits: float | None = None
         self.unreadable: dict[str, str] = {}
+        self.pace: Pace | None = None  # of reading images
         self._validation_classes: Tensor | None = None  # the training set's number of each class of the validation set
         if data.tokens is not None:
             self._open_tokens(data, recipe.generator)
@@ -114,6 +116,7 @@ class TokenSource:
             on_error=self.on_error,
             max_unreadable=self.max_unreadable,
         )
+        self.pace = batches.pace
         for batch in batches:
             self.unreadable.update(batches.unreadable)
             yield self._encoded(batch, self.captions)
