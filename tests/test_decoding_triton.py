@@ -1,8 +1,9 @@
-"""The kernels of a decode step against the plain block: by Triton's interpreter, on the device with -m gpu."""
+"""The kernels of a decode step against the plain block, on the device with -m gpu.
+
+`test_kernels_triton.py` runs this file under Triton's interpreter.
+"""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,14 +18,6 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 on_device = pytest.mark.skipif(False, reason="") if INTERPRETED else pytest.mark.gpu
 
 pytest.importorskip("triton")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the process that this test starts")
-def test_the_kernels_of_a_decode_step_pass_their_tests_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @on_device

@@ -84,19 +84,26 @@ class Visitor:
         return self.page
 
 
+@pytest.fixture(scope="module")
+def gone(browser) -> dict[str, list[Visitor]]:
+    """Visitors of each size whose window another test may use: the studio keeps nothing in a browser but the address."""
+    return {size: [] for size in SIZES}
+
+
 @pytest.fixture
-def visit(browser, address):
+def visit(browser, address, gone):
     visitors = []
 
     def arrive(size="desk"):
-        visitors.append(Visitor(browser, address, size))
-        return visitors[-1]
+        visitors.append((size, gone[size].pop() if gone[size] else Visitor(browser, address, size)))
+        return visitors[-1][1]
 
     yield arrive
-    for visitor in visitors:
-        visitor.context.close()
-        assert visitor.faults == []
-        assert visitor.elsewhere == []
+    for size, visitor in visitors:
+        stored = visitor.page.evaluate("[localStorage.length, sessionStorage.length, document.cookie.length]")
+        visitor.page.goto("about:blank")
+        assert (visitor.faults, visitor.elsewhere, stored) == ([], [], [0, 0, 0])
+        gone[size].append(visitor)
 
 
 DONE = {  # a view, and what is there once it has done its work
