@@ -86,7 +86,7 @@ class Visitor:
 
 @pytest.fixture(scope="module")
 def gone(browser) -> dict[str, list[Visitor]]:
-    """Visitors of each size whose window another test may use: the studio keeps nothing in a browser but the address."""
+    """Visitors by size whose window another test may use: the studio keeps nothing in a browser but the address."""
     return {size: [] for size in SIZES}
 
 
