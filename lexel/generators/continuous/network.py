@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.generators.blocks import Block, call
-from lexel.generators.flow.network import TimeEmbedding
+from lexel.generators.flow.network import FinalLayer, TimeEmbedding
 
 
 class MaskedEncoderDecoder(nn.Module):
@@ -136,14 +136,8 @@ class ResidualBlock(nn.Module):
         return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))
 
 
-class RowOutput(nn.Module):
+class RowOutput(FinalLayer):
     """The last, modulated layer for rows (N, C)."""
-
-    def __init__(self, width: int, outputs: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(width, outputs)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, -1)

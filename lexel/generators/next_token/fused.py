@@ -51,6 +51,14 @@ class CacheWrite(NamedTuple):
     length: int  # slots that are looked at
     mask: Tensor | None  # (m, length) bool; None when all of them may be seen
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
+        """Writes keys and values (R, heads, m, head_dim) to the cache, and attends to it with q of the same shape."""
+        keys, values = cache
+        keys.index_copy_(2, self.slots, k)
+        values.index_copy_(2, self.slots, v)
+        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
+
 
 class FusedBlock:
     """One block of the transformer, its projections fused."""
@@ -88,11 +96,7 @@ class FusedBlock:
         if cache is None or write is None:
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            keys, values = cache
-            keys.index_copy_(2, write.slots, k)
-            values.index_copy_(2, write.slots, v)
-            keys, values = keys[:, :, : write.length], values[:, :, : write.length]
-            attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=write.mask)
+            attended = write.attend(q, k, v, cache)
         y = self.out(attended.transpose(1, 2).flatten(-2))
 
         x = x + y if modulation is None else torch.addcmul(x, modulation.gamma1, y)
@@ -138,11 +142,7 @@ class FusedGPTBlock:
         """x (R, m, C), which has its positions in it already."""
         qkv = self._apply("qkv", F.layer_norm(x, x.shape[-1:], *self.norms[0], EPSILON))
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)  # (R, heads, m, head_dim)
-        keys, values = cache
-        keys.index_copy_(2, write.slots, k)
-        values.index_copy_(2, write.slots, v)
-        keys, values = keys[:, :, : write.length], values[:, :, : write.length]
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=write.mask)
+        attended = write.attend(q, k, v, cache)
         x = x + self._apply("out", attended.transpose(1, 2).flatten(-2))
         y = F.layer_norm(x, x.shape[-1:], *self.norms[1], EPSILON)
         return x + self._apply("fc2", F.gelu(self._apply("fc1", y)))
