@@ -29,6 +29,13 @@ ARGUMENTS = {
     ("lexel.kernels", "index_backpropagation"): "z codebook temperature entropy_temperature implementation",
     ("lexel.quantizers", "IBQ"): "codebook_size codebook_dim",
     ("lexel.token_spec", "TokenSpec"): "grids codebook_size books",
+    # Earlier names, which scripts still call.
+    ("lexel.train.generator", "load_generator_run"): "folder",
+    ("lexel.place", "place"): "device",
+    ("lexel.autoencoder", "Attention.forward"): "x",
+    ("lexel.data.files", "read_image"): "path",
+    ("lexel.data.files", "UnreadableImage"): "",
+    ("lexel.data.config", "open_data"): "config",
 }
 
 

@@ -20,6 +20,7 @@ from lexel.data.tokens import TokenBatch
 from lexel.distributed import all_sum, barrier
 from lexel.errors import UsageError
 from lexel.generators import Generator, GeneratorConfig, TrainingLosses, family_of
+from lexel.loading import load_generator
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
 from lexel.train.evaluations import while_training
@@ -386,3 +387,8 @@ def show(generator: Generator, tokenizer: Tokenizer, seed: int) -> Tensor:
     """Samples for the report: one for each of the first classes, uint8 (SHOWN, H, W, 3)."""
     condition = generator.condition.shown(SHOWN)
     return torch.from_numpy(to_uint8(tokenizer.decode(generator.sample(condition, seed=seed))))
+
+
+def load_generator_run(folder: str | Path) -> Generator:
+    """The generator of a run folder or model folder; an earlier name of `lexel.load`, which scripts still call."""
+    return load_generator(folder)
