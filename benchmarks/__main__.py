@@ -20,6 +20,7 @@ BENCHMARKS = {
     "faults": "faults injected into training, encoding and reading: what survived",
     "soak": "a long training: memory, open files and threads that do not grow",
     "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
+    "names": "a million and ten million names: put together, ordered, checked, shared out",
     "tiles": "pictures in overlapping tiles beside whole ones: codes, seams, memory",
     "lines": "lines of code by feature at two commits",
     "fingerprint": "digests of the weights that the two tiny recipes end with",

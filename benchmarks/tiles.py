@@ -1,6 +1,7 @@
 """Pictures in overlapping tiles beside whole ones: what changes, what is seen where tiles meet, and the memory."""
 
 import argparse
+import ctypes
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,7 @@ def measured(tiled: Tiled, pictures: list[Tensor]) -> Row:
 
 def peak(model: Tokenizer | Tiled, images: Tensor) -> float:
     """MiB beyond the picture that encoding, and decoding strip by strip, hold at most."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier pictures left would hide what this one needs
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = resident("VmRSS")
     indices = model.encode(images)
@@ -92,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     print("\n".join(table([measured(Tiled(model, arguments.tile, overlap), pictures) for overlap in fitting])))
     for times in (1, 2, 4):
         large = pictures[0].repeat(1, 1, times, times)
-        held = [f"{peak(one, large):,.0f} MiB {how}" for one, how in ((model, "whole"), (tiled, "in tiles"))]
+        held = [f"{peak(one, large):,.0f} MiB {how}" for one, how in ((tiled, "in tiles"), (model, "whole"))]
         print(f"{large.shape[-1]} x {large.shape[-2]} pixels: {', '.join(held)}")
 
 
