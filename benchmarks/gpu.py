@@ -46,12 +46,14 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Runs each part in a process of its own, or the one part that this process is."""
+    """Runs each part in a process of its own, or the one part that this process is; fails where one failed."""
+    if not (torch.cuda.is_available() or arguments.tiny):
+        raise SystemExit("the gpu benchmark needs a CUDA device; --tiny runs a small one anywhere")
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.alone:
         _part(arguments.parts[0], arguments)
         return
-    begun = time.monotonic()
+    begun, failed = time.monotonic(), list[str]()
     for name in arguments.parts:
         left = arguments.seconds - (time.monotonic() - begun)
         if left < 20:
@@ -64,6 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
         except subprocess.TimeoutExpired:
             code = "stopped"  # what it had saved stays
         print(f"{name}: {code}, {time.monotonic() - started:.0f} s", flush=True)
+        failed += [name] if code else []
+    if failed:
+        raise SystemExit(f"not to the end: {', '.join(failed)}; what they had measured is saved")
 
 
 def _given(arguments: argparse.Namespace) -> list[str]:
@@ -77,8 +82,6 @@ def _given(arguments: argparse.Namespace) -> list[str]:
 def _part(name: str, arguments: argparse.Namespace) -> None:
     """Runs a part, which saves what it has found after every figure."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        raise SystemExit("the gpu benchmark needs a CUDA device; --tiny runs a small one anywhere")
     about = {
         "commit": arguments.commit or results.commit(),
         "machine": results.machine(device, torch.get_num_threads()),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, losses, many, million, results, shown, soak, study
+from benchmarks import faults, gpu, losses, many, million, results, shown, soak, study
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -27,6 +27,15 @@ def test_a_benchmark_declares_its_options_and_runs(name):
     module = importlib.import_module(f"benchmarks.{name}")
     module.options(argparse.ArgumentParser())
     assert callable(module.run)
+
+
+def test_the_gpu_benchmark_is_refused_once_and_writes_nothing_without_a_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    parser = argparse.ArgumentParser()
+    gpu.options(parser)
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu.run(parser.parse_args(["--out", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):

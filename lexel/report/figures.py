@@ -3,19 +3,21 @@
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure as Canvas
 from numpy.typing import NDArray
 from PIL import Image
 
 from lexel.data import to_display
 from lexel.samples import picture_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 COLOURS = ["#2f6fde", "#e07b39", "#1d8a55", "#8e5bd0", "#c0392b", "#00838f", "#8d6e00", "#5b6675"]
 STYLE: Any = {
@@ -79,8 +81,7 @@ def line_chart(
     lines = {name: line for name, line in lines.items() if line[0].size}
     if not lines:
         return Figure("")
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 2.4))
+    with _canvas(4.6, 2.4) as canvas:
         axes = canvas.subplots()
         for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
             axes.plot(
@@ -92,7 +93,7 @@ def line_chart(
             axes.set_yscale("log")
         if percent:
             axes.set_ylim(0, 1.02)
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+            _in_percent(axes.yaxis)
         axes.set_xlabel(over)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=9)
@@ -103,8 +104,7 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
     """Codes sorted by how often they are used: a healthy codebook is flat, a collapsed one falls to zero."""
     if not histograms:
         return Figure("")
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 2.4))
+    with _canvas(4.6, 2.4) as canvas:
         axes = canvas.subplots()
         for colour, (name, histogram) in zip(_colours(len(histograms)), histograms.items(), strict=True):
             counts = np.sort(histogram.ravel())[::-1] / max(1, histogram.sum())
@@ -114,7 +114,7 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
         axes.set_yscale("log")
         axes.set_xlabel("codes, the most used first")
         axes.set_ylabel("use against uniform")
-        axes.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0, decimals=0))
+        _in_percent(axes.xaxis)
         axes.legend(frameon=False, fontsize=9)
         return Figure(
             _svg(canvas), "how often each code is used on held-out pictures (dotted: all alike; floor: never)"
@@ -155,7 +155,9 @@ def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
         )
     # Golden-ratio steps spread neighbouring numbers over the colour circle.
     hue = (indices * 0.61803398875) % 1.0
-    colours = matplotlib.colors.hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.55), np.full_like(hue, 0.92)], axis=-1))
+    from matplotlib.colors import hsv_to_rgb
+
+    colours = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.55), np.full_like(hue, 0.92)], axis=-1))
     height, width = originals.shape[1:3]
     rows, columns = np.arange(height) * indices.shape[1] // height, np.arange(width) * indices.shape[2] // width
     maps = (colours * 255).round().astype(np.uint8)[:, rows][:, :, columns]
@@ -172,8 +174,7 @@ def latent_map(latents: NDArray[Any], codes: NDArray[Any]) -> Figure:
     directions = np.linalg.svd(both - centre, full_matrices=False)[2][:2]
     if len(directions) < 2:  # one-dimensional codes lie on a line
         directions = np.concatenate([directions, np.zeros_like(directions)])
-    with matplotlib.rc_context(STYLE):
-        canvas = Canvas(figsize=(4.6, 4.2))
+    with _canvas(4.6, 4.2) as canvas:
         axes = canvas.subplots()
         for points, colour, name in [(latents, COLOURS[1], "latents"), (codes, COLOURS[0], "codes")]:
             x, y = ((points - centre) @ directions.T).T
@@ -187,7 +188,23 @@ def _colours(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _svg(canvas: Canvas, dpi: int = 100) -> str:
+@contextmanager
+def _canvas(width: float, height: float) -> "Iterator[Canvas]":
+    """An empty drawing of so many inches, in the pages' style."""
+    import matplotlib  # late: most of what reads runs draws nothing
+    from matplotlib.figure import Figure as Canvas
+
+    with matplotlib.rc_context(STYLE):
+        yield Canvas(figsize=(width, height))
+
+
+def _in_percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _svg(canvas: "Canvas", dpi: int = 100) -> str:
     buffer = io.StringIO()
     canvas.savefig(buffer, format="svg", dpi=dpi, transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 import lexel
 from lexel.checkpoint import atomic
 from lexel.metrics.health import Finding
@@ -35,6 +33,8 @@ def write_page(
     sortable: bool = False,
 ) -> Path:
     """Writes one self-contained page; with `sortable`, tables sort by the heads of their columns."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=PackageLoader("lexel.report", "."),
         autoescape=True,
