@@ -89,6 +89,7 @@ def section(part: dict[str, Any]) -> list[str]:
         shape = " x ".join(f"{side:,}" for side in row["shape"])
         lines.append(
             f"| {shape} | {row['probes']} | {1000 * row['exact']:.0f} ms | {1000 * row['seconds']:.0f} ms | "
-            f"{row['exact'] / row['seconds']:.1f} | {row['missed'] * row['shape'][0]:.0f} of {row['shape'][0]:,} | {row['build']:.1f} s |"
+            f"{row['exact'] / row['seconds']:.1f} | {row['missed'] * row['shape'][0]:.0f} of {row['shape'][0]:,} | "
+            f"{row['build']:.1f} s |"
         )
     return lines
