@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_autoencoder_laws import images, tokenizer
+from test_train_autoencoders import four_pictures
 from typer.testing import CliRunner
 
 from lexel.autoencoders import parse
@@ -26,12 +27,7 @@ TITOK = {"nested": {"keep": "uniform"}, "tokens": 5, "size": [16, 16]}
 
 @pytest.fixture
 def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    values = torch.randint(0, 256, (4, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for number, picture in enumerate(values.numpy()):
-        Image.fromarray(picture).save(folder / f"{number}.png")
-    return folder
+    return four_pictures(tmp_path / "photos", 16, 16)
 
 
 def levels() -> Tokenizer:
@@ -142,6 +138,8 @@ def test_the_command_prints_a_row_for_every_prefix_and_writes_them(photos, tmp_p
     assert all(f"{row['metrics']['psnr']:,.5g}" in done.output for row in rows)
     with pytest.raises(UsageError, match="takes numbers such as 1,4,16, or powers; got 'all'"):
         CliRunner().invoke(app, [str(word) for word in [*words, "--prefixes", "all"]], catch_exceptions=False)
+    with pytest.raises(UsageError, match=r"takes numbers such as 1,4,16, or powers; got '9{80}'$"):
+        CliRunner().invoke(app, [str(word) for word in [*words, "--prefixes", "9" * 5000]], catch_exceptions=False)
 
 
 @pytest.mark.usefixtures("undrawn_charts")

@@ -17,6 +17,7 @@ from lexel.cli.options import (
     Split,
     Weights,
     Workers,
+    is_integer,
     names,
     number_or_numbers,
     pixels,
@@ -194,8 +195,8 @@ def prefix_counts(text: str | None) -> list[int]:
     """
     if text is None or text == "powers":
         return []
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise UsageError(f"--prefixes takes numbers such as 1,4,16, or powers; got {text!r}")
+    if not all(is_integer(part.strip()) for part in text.split(",")):
+        raise UsageError(f"--prefixes takes numbers such as 1,4,16, or powers; got {text[:80]!r}")
     return [int(part) for part in text.split(",")]
 
 

@@ -100,9 +100,14 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def is_integer(text: str) -> bool:
+    """Whether a text is a number without sign that an int64 holds."""
+    return text.isdecimal() and len(text) < 19
+
+
 def integers(text: str, option: str) -> list[int]:
     """The integers of a list with commas."""
-    if not all(name.isdecimal() and len(name) < 19 for name in names(text)):
+    if not all(map(is_integer, names(text))):
         raise UsageError(f"{option} {text[:80]!r} is no list of numbers; write them with commas: 1024,16384")
     return [int(name) for name in names(text)]
 
