@@ -145,9 +145,12 @@ class Codec:
         )
 
     def _check_whole(self, height: int, width: int) -> None:
-        """Refuses a whole picture of a size that fits the tokenizer, or the tiles of it, where memory lacks."""
-        tile = max(height, width) if self.tiled is None else self.tiled.tile
-        check_memory(self.tokenizer, self.runtime, min(tile, height), min(tile, width), 1)
+        """Refuses a whole picture, or the tiles of it, that has too many pixels or does not fit in memory."""
+        if height * width > self.native_pixels:
+            raise UsageError(f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole")
+        sides = self.tokenizer.fitting_size(height, width)
+        tile = max(sides) if self.tiled is None else self.tiled.tile
+        check_memory(self.tokenizer, self.runtime, min(tile, sides[0]), min(tile, sides[1]), 1)
 
     def _tokens_of(self, pixels: np.ndarray, name: str = "the first picture") -> Tensor:
         """The tokens of a picture (1, H, W, C), which may lie in a file; a tile is read at a time."""
@@ -186,9 +189,7 @@ class Codec:
             try:
                 pixels = images.read(number)
                 height, width = pixels.shape[:2]
-                if height * width > self.native_pixels:
-                    raise UsageError(f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole")
-                self._check_whole(*self.tokenizer.fitting_size(height, width))
+                self._check_whole(height, width)
                 indices = self._tokens_of(pixels[None], name)
             except UnreadableImage as error:
                 unreadable[name] = error.reason
@@ -202,14 +203,9 @@ class Codec:
         at_once = self.batch_size if self.transform else 1
         batches = ordered_batches(images, self.transform, at_once, workers=self.workers)
         for batch in batches:
-            height, width = batch.images.shape[-2:]
-            if self.transform is None and height * width > self.native_pixels:
-                name = images.names[int(batch.numbers[0])]
-                unreadable[name] = f"{width} x {height} is more than the {self.native_pixels:,} pixels taken whole"
-                continue
             if self.transform is None:
                 try:
-                    self._check_whole(*self.tokenizer.fitting_size(height, width))
+                    self._check_whole(*batch.images.shape[-2:])
                 except UsageError as error:
                     unreadable[images.names[int(batch.numbers[0])]] = str(error)
                     continue
@@ -297,9 +293,8 @@ class Codec:
                 return model.encode(images.to(self.runtime.device)).cpu()
 
         def layout(height: int, width: int) -> TokenSpec:
-            fitting = tokenizer.fitting_size(height, width)
-            self._check_whole(*fitting)
-            return tokenizer.token_spec(*fitting)
+            self._check_whole(height, width)
+            return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
 
         images = self.open(source, split)
         named = "an image set" if isinstance(source, ImageSet) else source

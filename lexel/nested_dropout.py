@@ -13,6 +13,11 @@ Keep = Literal["uniform", "powers", "rounded"]
 KEEP: tuple[Keep, ...] = ("uniform", "powers", "rounded")
 
 
+def powers_of_two(most: int | None, least: int = 1) -> list[int]:
+    """1, 2, 4, ... from `least` on, and `most`; nothing of nothing."""
+    return [count for count in range(least, (most or 0) + 1) if count == most or count & (count - 1) == 0]
+
+
 class NestedDropout:
     """How many of `count` ordered parts are kept, drawn for every image.
 
@@ -37,7 +42,7 @@ class NestedDropout:
         counts = range(least, count + 1)
         self.lengths = list(counts)  # as likely each
         if keep == "powers":
-            self.lengths = [length for length in counts if length == count or length & (length - 1) == 0]
+            self.lengths = powers_of_two(count, least)
         elif keep == "rounded":
             self.lengths = [min(1 << (length - 1).bit_length(), count) for length in counts]
 

@@ -56,14 +56,18 @@ def losses(run):
     return [line for line in lines if line["kind"] == "train"]
 
 
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
+def four_pictures(folder, height, width):
     folder.mkdir()
-    values = torch.randint(0, 256, (4, 20, 18, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (4, height, width, 3), generator=draw, dtype=torch.uint8)
     for number, picture in enumerate(values.numpy()):
         Image.fromarray(picture).save(folder / f"{number}.png")
     return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return four_pictures(tmp_path / "photos", 20, 18)
 
 
 @pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT, VQVAE, VQVAE2, DYNAMIC], ids=lambda table: table["kind"])

@@ -4,6 +4,7 @@ Random numbers belong to the process: two processes learn what one does that tak
 each with the random numbers of its process.
 """
 
+import functools
 import io
 import itertools
 from pathlib import Path
@@ -78,16 +79,21 @@ def autoencoder_in_halves(kind: str) -> Learner:
     return learner
 
 
-def test_an_autoencoders_training_goes_on_bit_for_bit_from_what_is_kept(kind):
-    straight, stopped = autoencoder_learner(kind, Processes("cpu")), autoencoder_learner(kind, Processes("cpu"))
-    for step in range(3):
-        autoencoder_step(straight, step)
-    for step in range(2):
-        autoencoder_step(stopped, step)
-    resumed = autoencoder_learner(kind, Processes("cpu"))
+def goes_on(new, step):
+    """Learners of three steps and of two; one that goes on from the second ends as the first, bit for bit."""
+    straight, stopped, resumed = (new(Processes("cpu")) for _ in range(3))
+    for number in range(3):
+        step(straight, number)
+    for number in range(2):
+        step(stopped, number)
     resumed.load_state_dict(reread(stopped.state_dict()), Path("checkpoint"))
-    autoencoder_step(resumed, 2)
+    step(resumed, 2)
     equal(straight.state_dict(), resumed.state_dict())
+    return straight, stopped
+
+
+def test_an_autoencoders_training_goes_on_bit_for_bit_from_what_is_kept(kind):
+    straight, stopped = goes_on(functools.partial(autoencoder_learner, kind), autoencoder_step)
     assert not torch.equal(straight.tokenizer.last_layer, stopped.tokenizer.last_layer)
 
 
@@ -125,15 +131,7 @@ def generator_in_halves(family: str) -> GeneratorLearner:
 
 
 def test_a_generators_training_goes_on_bit_for_bit_from_what_is_kept(family):
-    straight, stopped = generator_learner(family, Processes("cpu")), generator_learner(family, Processes("cpu"))
-    for step in range(3):
-        generator_step(straight, step)
-    for step in range(2):
-        generator_step(stopped, step)
-    resumed = generator_learner(family, Processes("cpu"))
-    resumed.load_state_dict(reread(stopped.state_dict()), Path("checkpoint"))
-    generator_step(resumed, 2)
-    equal(straight.state_dict(), resumed.state_dict())
+    goes_on(functools.partial(generator_learner, family), generator_step)
 
 
 def test_tokens_of_another_shape_are_refused_in_one_line(family):

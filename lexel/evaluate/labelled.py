@@ -14,6 +14,7 @@ from lexel.data.config import HELD_OUT, DataConfig, open_data
 from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet, write_tokens
 from lexel.data.tokens.format import MANIFEST_PARTIAL
+from lexel.data.tokens.write import shards_of
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.parts import Part
@@ -25,16 +26,15 @@ from lexel.tokenizer import Tokenizer
 
 StageCallback = Callable[[str, int, int | None], None]  # called with (stage, done, total)
 
-KEPT_TOGETHER = 1024  # images whose tokens are written together, about: what a stopped part loses
-
-
 Read = Callable[[np.ndarray], Tensor]  # numbers of images to their tokens
+
+KEPT_TOGETHER = 1024  # images whose tokens are written together, about: what a stopped part loses
 
 
 class Labelled(NamedTuple):
     """Tokens of images and the classes of the images."""
 
-    read: Callable[[np.ndarray], Tensor]  # numbers to int64 (B, *grid), or to latents (B, D, *grid)
+    read: Read  # int64 (B, *grid), or latents (B, D, *grid)
     labels: Tensor  # int64 (N,)
     classes: list[str]
     spec: TokenSpec
@@ -175,8 +175,7 @@ def images_as_tokens(
         count = 0
         for images, name in ((training, "training"), (measured, "validation")):
             stored(images, resume / name, part)
-            firsts = range((part.number - 1) * shard_size, len(images), part.parts * shard_size)
-            count += sum(min(shard_size, len(images) - first) for first in firsts)
+            count += sum(map(len, shards_of(len(images), shard_size, part.number - 1, part.parts).values()))
         return count
     return (
         encoded(training, source, folders[0]),

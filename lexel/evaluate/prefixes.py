@@ -10,6 +10,7 @@ from lexel.data import ImageSet
 from lexel.errors import UsageError
 from lexel.evaluate.reconstructions import evaluate_tokenizer
 from lexel.metrics import Protocol
+from lexel.nested_dropout import powers_of_two
 from lexel.runtime import runtime
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
@@ -95,11 +96,6 @@ def evaluate_prefixes(
         result = whole if prefix.count == most else evaluate_tokenizer(prefix, source, protocol, **settings)
         rows.append({"kept": prefix.count, **{name: result[name] for name in KEPT}})
     return {**whole, "prefixes": rows}
-
-
-def powers_of_two(most: int | None) -> list[int]:
-    """1, 2, 4, ... and `most`; nothing of nothing."""
-    return [count for count in range(1, (most or 0) + 1) if count == most or count & (count - 1) == 0]
 
 
 def plainly(result: dict[str, Any]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from lexel.kernels.clustering import kmeans
 from lexel.kernels.inputs import Similarity, as_scores, check_rows, check_similarity
 from lexel.kernels.scores import minus_squares
 from lexel.kernels.search import nearest
+from lexel.runtime import at_least_float32
 
 ROWS = 4096  # latents searched for together
 
@@ -47,13 +48,14 @@ class ClusterIndex:
             raise UsageError(f"probes must be in [1, {clusters}], got {probes}")
         self.codebook, self.similarity, self.probes = codebook.detach(), similarity, probes
         with torch.no_grad():
-            table = self.codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+            table = at_least_float32(self.codebook)
             _, keys, distance = as_scores(table[:1], table, similarity)
             self.centres, _ = kmeans(keys, clusters)
             members = nearest(keys, self.centres)
             self.order = members.argsort(stable=True)  # codes by cluster, ascending within each
             self.keys = keys[self.order]
             self.bias = minus_squares(self.keys).to(keys.dtype) if distance else None
+            self.centres_bias = minus_squares(self.centres).to(keys.dtype) if distance else None
             ends = torch.bincount(members, minlength=clusters).cumsum(0).tolist()
             self.places = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
@@ -74,8 +76,10 @@ class ClusterIndex:
         return (self.nearest(z) != nearest(z, self.codebook, self.similarity)).double().mean().item()
 
     def _search(self, queries: Tensor) -> Tensor:
-        offset = 0.0 if self.bias is None else -self.centres.square().sum(1)
-        probed = (queries @ self.centres.T + offset).topk(self.probes, 1).indices.flatten()
+        closeness = queries @ self.centres.T
+        if self.centres_bias is not None:
+            closeness += self.centres_bias
+        probed = closeness.topk(self.probes, 1).indices.flatten()
         best = queries.new_full((len(queries),), -torch.inf)
         found = torch.zeros_like(best, dtype=torch.int64)
         by_cluster = probed.argsort(stable=True)

@@ -144,6 +144,8 @@ def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
 
     Codes are (N, h, w), (N, Q, h, w) of which the first of each place is shown, or (N, T), laid out row by row.
     """
+    from matplotlib.colors import hsv_to_rgb
+
     if indices.ndim > 3:  # residual and product: the first code of each place
         indices = indices[:, 0]
     distinct = ", ".join(str(len(np.unique(grid))) for grid in indices)
@@ -155,8 +157,6 @@ def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
         )
     # Golden-ratio steps spread neighbouring numbers over the colour circle.
     hue = (indices * 0.61803398875) % 1.0
-    from matplotlib.colors import hsv_to_rgb
-
     colours = hsv_to_rgb(np.stack([hue, np.full_like(hue, 0.55), np.full_like(hue, 0.92)], axis=-1))
     height, width = originals.shape[1:3]
     rows, columns = np.arange(height) * indices.shape[1] // height, np.arange(width) * indices.shape[2] // width

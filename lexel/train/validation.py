@@ -18,12 +18,13 @@ from lexel.evaluate.metrics.latents import Latents
 from lexel.evaluate.metrics.lpips import LPIPSDistance
 from lexel.evaluate.metrics.pixels import L1, PSNR
 from lexel.evaluate.metrics.usage import Usage
-from lexel.evaluate.prefixes import Prefix, powers_of_two
+from lexel.evaluate.prefixes import Prefix
 from lexel.evaluate.reconstructions import describe, reconstruct
 from lexel.evaluate.sources import Source
 from lexel.losses import LPIPS
 from lexel.metrics.health import gradient_health
 from lexel.metrics.protocols import PROTOCOLS, PixelRule
+from lexel.nested_dropout import powers_of_two
 from lexel.spacing import evenly_spaced
 from lexel.tokenizer import Tokenizer
 from lexel.train.processes import Processes

@@ -104,7 +104,7 @@ def write_tokens(
             fit raises UsageError, and that image is left out.
         whole: pixels (1, H, W, C), which may lie in a file, to indices, where there is no transform; by default
             `encode` of the images.
-        most_pixels: images with more are left out, where there is no transform.
+        most_pixels: the largest image that `layout` takes: a set of another limit is another set.
         tiles: side and overlap of the tiles in which `encode` and `whole` take images, for they change the tokens.
         progress: called with (pictures done, pictures of this process).
 
@@ -157,12 +157,9 @@ def write_tokens(
     plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
     begin(folder, plan)
     shards = range(-(-len(images) // shard_size))
-    mine = {
-        shard: range(shard * shard_size, min((shard + 1) * shard_size, len(images)))
-        for shard in shards[rank::processes]
-    }
+    mine = shards_of(len(images), shard_size, rank, processes)
     take = whole or (lambda pixels: encode(to_images(pixels)))
-    shaped = None if layout is None else _Whole(layout, most_pixels, take)
+    shaped = None if layout is None else _Whole(layout, take)
     done, total = 0, sum(len(numbers) for numbers in mine.values())
 
     def read(count: int) -> None:
@@ -180,6 +177,12 @@ def write_tokens(
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
     return complete(folder, plan)
+
+
+def shards_of(images: int, shard_size: int, rank: int, processes: int) -> dict[int, range]:
+    """The shards that a process writes, each with the numbers of its images."""
+    shards = range(-(-images // shard_size))[rank::processes]
+    return {shard: range(shard * shard_size, min((shard + 1) * shard_size, images)) for shard in shards}
 
 
 def complete(folder: Path, plan: dict[str, Any]) -> TokenSet:
@@ -362,13 +365,10 @@ class _Whole(NamedTuple):
     """Encoding of images in their own sizes."""
 
     layout: Layout
-    most_pixels: int | None
     encode: Callable[[np.ndarray], Tensor]  # pixels (1, H, W, C) to indices
 
     def layout_of(self, height: int, width: int) -> tuple[str, TokenSpec | None]:
         """The layout of an image's tokens; or None, and why it has none."""
-        if self.most_pixels is not None and height * width > self.most_pixels:
-            return f"{width} x {height} is more than the {self.most_pixels:,} pixels taken whole", None
         try:
             return "", self.layout(height, width)
         except UsageError as error:
