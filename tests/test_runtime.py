@@ -39,7 +39,9 @@ def test_peak_memory_sees_what_was_freed_and_forgets_what_was_before():
         pytest.skip("this system does not tell a process's peak memory")
     cpu = torch.device("cpu")
     before = memory.read(cpu)
-    with mmap.mmap(-1, 2**27) as pages:  # not a tensor: it may get memory that an earlier test freed, which is no growth
+    with mmap.mmap(
+        -1, 2**27
+    ) as pages:  # not a tensor: it may get memory that an earlier test freed, which is no growth
         for _ in range(2**7):
             pages.write(bytes(2**20))
     peak = memory.read(cpu)

@@ -1,5 +1,8 @@
 """Pictures beyond memory in tiles: equal to the whole where the network's reach allows it, and measured where not."""
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_data_tokens import contents
 
 from lexel.autoencoders import AUTOENCODERS, VQVAEConfig
 from lexel.codec import Codec
@@ -194,15 +198,48 @@ def test_tokens_of_pictures_in_tiles_are_those_of_the_whole_and_decode_in_tiles(
         codec(model, tile=64, overlap=8).encode(folder, tmp_path / "tiles")
 
 
-def test_parts_in_tiles_merge_to_the_bytes_of_one_process(model, folder, tmp_path):
+def killed_at_tile(tile, model, folder, out, **options):
+    """Encodes in a process that is killed before one of its tiles; the signal that ended it, as a negative number."""
+
+    def work():
+        tiles, left, latents = codec(model, tile=48), iter(range(tile)), model.latents
+        assert tiles.tiled.exact  # the reach is measured before tiles are counted
+
+        def counted(images):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return latents(images)
+
+        model.latents = counted
+        tiles.encode(folder, out, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+@pytest.mark.parametrize(
+    ("tile", "apart"),
+    [(0, False), (7, True), (12, True)],
+    ids=["before the first, one folder", "amid a picture, a folder each", "in the next shard, a folder each"],
+)
+def test_parts_in_tiles_of_which_one_is_killed_and_run_again_give_the_bytes_of_one_process(
+    model, folder, tmp_path, tile, apart
+):
     codec(model, tile=48).encode(folder, tmp_path / "one", shard_size=1)
-    for number in (2, 1):
-        codec(model, tile=48).encode(folder, tmp_path / f"part-{number}", part=Part(number, 2), shard_size=1)
-    merge_tokens(tmp_path / "two", [tmp_path / "part-1", tmp_path / "part-2"])
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert [(tmp_path / "one" / name).read_bytes() for name in names] == [
-        (tmp_path / "two" / name).read_bytes() for name in names
-    ]
+    parts = {number: tmp_path / (f"part-{number}" if apart else "all") for number in (1, 2)}
+    options = {"part": Part(1, 2), "shard_size": 1}
+    assert killed_at_tile(tile, model, folder, parts[1], **options) == -signal.SIGKILL
+    whole = {path: path.stat().st_mtime_ns for path in parts[1].glob("shard-*.json")}
+    assert len(whole) == (tile == 12)
+    codec(model, tile=48).encode(folder, parts[2], part=Part(2, 2), shard_size=1)
+    with pytest.raises(UsageError, match="of 3 shards are in none of the parts"):
+        merge_tokens(tmp_path / "merged", set(parts.values()))
+    codec(model, tile=48).encode(folder, parts[1], **options)
+    assert {path: path.stat().st_mtime_ns for path in whole} == whole  # what was whole is not encoded again
+    merge_tokens(tmp_path / "merged", set(parts.values()))
+    assert contents(tmp_path / "merged") == contents(tmp_path / "one")
 
 
 def test_squares_larger_than_a_tile_go_in_tiles_too(model, folder, tmp_path):
