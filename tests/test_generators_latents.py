@@ -392,6 +392,23 @@ def test_a_perfect_prediction_of_noise_has_no_loss_but_that_of_its_variance():
     assert terms["variance"].abs().max() < 1e-9
 
 
+def test_the_variational_term_in_float32_is_that_of_float64():
+    clean, noise = torch.randn(2, 64, 4, 3, 3)
+    output = torch.cat([noise + 0.05 * torch.randn_like(noise), 2 * torch.randn_like(noise)], 1)
+    step, schedule = torch.arange(64) % 4, Diffusion(linear_betas())
+    terms = schedule.losses(lambda x, _: output, clean, step, noise)["variance"]
+    exact = schedule.losses(lambda x, _: output.double(), clean.double(), step, noise.double())["variance"]
+    assert (terms - exact).abs().max() < 1e-6 * exact.abs().max()
+
+
+def test_sampling_multiplies_the_steps_that_it_visits_anew():
+    steps = spaced_steps(1000, 6)
+    products = torch.cumprod(1 - cosine_betas(), 0)[steps]
+    spaced = Diffusion(cosine_betas()).respaced(steps)
+    published = torch.cumprod(1 - (1 - products / torch.cat([products.new_ones(1), products[:-1]])), 0)
+    assert torch.equal(spaced.cumulative, published)
+
+
 def test_ddim_with_perfect_predictions_returns_the_data():
     schedule = Diffusion(linear_betas()).respaced(spaced_steps(1000, 10))
     clean, noise = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)

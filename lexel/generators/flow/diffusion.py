@@ -74,11 +74,14 @@ class Diffusion:
 
     def __init__(self, betas: Tensor, kept: Sequence[int] | None = None) -> None:
         kept = range(len(betas)) if kept is None else kept
-        cumulative = torch.cumprod(1 - betas.double(), 0)[list(kept)]
-        before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
+        self.training_betas = betas.double()
+        products = torch.cumprod(1 - self.training_betas, 0)[list(kept)]
         self.steps = torch.tensor(list(kept))  # (S,): the original number of every step
-        self.betas = 1 - cumulative / before
-        self.cumulative, self.before = cumulative, before
+        self.betas = 1 - products / torch.cat([products.new_ones(1), products[:-1]])
+        # Multiplied anew, as published: the smallest products then differ in their ninth digit, and the division by
+        # their root at the first steps of sampling shows it.
+        self.cumulative = cumulative = torch.cumprod(1 - self.betas, 0)
+        self.before = before = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
         variance = self.betas * (1 - before) / (1 - cumulative)
         # The variance of the first step is zero: its logarithm is that of the second.
         first = variance[1:2] if len(variance) > 1 else self.betas[:1]
@@ -88,7 +91,7 @@ class Diffusion:
 
     def respaced(self, kept: Sequence[int]) -> "Diffusion":
         """The schedule that visits only the `kept` steps of this one, with the same cumulative products."""
-        return Diffusion(self.betas, kept)
+        return Diffusion(self.training_betas, kept)
 
     def noised(self, clean: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """Data (N, C, ...) after `step` (N,) steps of noise."""
@@ -121,12 +124,15 @@ class Diffusion:
         predicted, share = output.split(clean.shape[1], 1)
         error = _mean((predicted - noise).square())
         # The variance learns from the likelihood, the mean does not.
-        believed = self.posterior(torch.cat([predicted.detach(), share], 1), noised, step)
+        clean, noise, predicted, share = (_wide(x) for x in (clean, noise, predicted.detach(), share))
+        noised = self.noised(clean, step, noise)
+        believed = self.posterior(torch.cat([predicted, share], 1), noised, step)
         mean = _at(self.clean_part, step, clean) * clean + _at(self.noised_part, step, clean) * noised
         true = _at(self.log_variance, step, clean).expand_as(mean)
         divergence = _mean(_kl(mean, true, believed.mean, believed.log_variance)) / math.log(2)
         surprise = -_mean(_log_likelihood(clean, believed.mean, believed.log_variance / 2)) / math.log(2)
-        return {"noise": error, "variance": torch.where(step == 0, surprise, divergence)}
+        variance = torch.where(step == 0, surprise, divergence).to(error.dtype)
+        return {"noise": error, "variance": variance}
 
     def ancestral_step(
         self, output: Tensor, noised: Tensor, step: int, noise: Tensor, temperature: float = 1.0
@@ -149,6 +155,15 @@ class Diffusion:
 def _at(values: Tensor, step: Tensor, like: Tensor) -> Tensor:
     """The value of each item's step, to be multiplied with data (N, C, ...)."""
     return values.to(like.device)[step].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The values in float64, where the device has it.
+
+    The variational term subtracts neighbouring values of a distribution function and divides by variances down to
+    1e-5: in float32 a percent of it is rounding.
+    """
+    return values if values.device.type == "mps" else values.double()
 
 
 def _mean(values: Tensor) -> Tensor:
