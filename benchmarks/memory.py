@@ -8,13 +8,13 @@ import torch
 from benchmarks import peers
 
 
-def peak(name: str, rows: int, size: int, dim: int, device: str) -> float:
+def peak(name: str, rows: int, size: int, dim: int, device: str, checkout: Path | None = None) -> float:
     """MiB beyond the inputs at the peak of one pass in this process."""
     torch.set_num_threads(1)
     small = peers.Case(64, 64, dim, device)
-    peers.work(name, small)()  # libraries load their parts on first use
+    peers.work(name, small, checkout)()  # libraries load their parts on first use
     case = peers.Case(rows, size, dim, device)
-    job = peers.work(name, case)
+    job = peers.work(name, case, checkout)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -37,9 +37,10 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("shape", type=int, nargs=3, help="N, K, D")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peer", type=Path, help="a checkout of SEED-Voken")
     arguments = parser.parse_args()
     rows, size, dim = arguments.shape
-    print(peak(arguments.method, rows, size, dim, arguments.device))
+    print(peak(arguments.method, rows, size, dim, arguments.device, arguments.peer))
 
 
 if __name__ == "__main__":

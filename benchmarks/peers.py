@@ -1,7 +1,9 @@
 """The same forward and backward pass by other means: what the kernels are compared with."""
 
+import runpy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,28 @@ def library(size: int, dim: int, device: str) -> Forward:
     return forward
 
 
+def published(checkout: Path, codes: int, dim: int, device: str, entropy: bool) -> Forward:
+    """IndexPropagationQuantize of https://github.com/TencentARC/SEED-Voken as it is, from a checkout of it.
+
+    It takes grids (B, D, H, W): 16 x 16 tokens an image, as its recipes have, where that divides the rows.
+    """
+    path = checkout / "src/IBQ/modules/vqvae/quantize.py"
+    if not path.exists():
+        raise SystemExit(f"--peer names a checkout of SEED-Voken: {path} is not there")
+    module = runpy.run_path(str(path))["IndexPropagationQuantize"](
+        codes, dim, BETA, entropy, entropy_temperature=TAU
+    ).to(device)
+
+    def forward(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+        side = 16 if len(z) % 256 == 0 else 1
+        grid = z.view(-1, side, side, dim).permute(0, 3, 1, 2)
+        z_q, terms, _ = torch.func.functional_call(module, {"embedding.weight": codebook}, (grid,))
+        loss = terms[0] + 0.05 * terms[3] if entropy else terms
+        return z_q.permute(0, 2, 3, 1).reshape(z.shape), loss
+
+    return forward
+
+
 def products(z: Tensor, codebook: Tensor, count: int) -> None:
     """Matrix products alone, tile by tile into reused memory: one for encoding, five for index backpropagation."""
     tile = 1024
@@ -113,7 +137,10 @@ STEPS: dict[str, tuple[Forward, int]] = {
     "dense, entropy": (partial(dense, entropy=True), 10),
     "VQGAN lookup": (lookup, 4),
     "vector-quantize-pytorch": (lookup, 6),  # built by `work`
+    "published class": (partial(dense, entropy=False), 10),  # the same
+    "published class, entropy": (partial(dense, entropy=True), 17),
 }
+OF_CHECKOUT = [name for name in STEPS if name.startswith("published")]
 ENCODERS: dict[str, tuple[Callable[[Tensor, Tensor], object], int]] = {
     "encode: lexel dot": (partial(nearest, similarity="dot"), 0),
     "encode: lexel l2": (nearest, 0),
@@ -123,12 +150,15 @@ ENCODERS: dict[str, tuple[Callable[[Tensor, Tensor], object], int]] = {
 }
 
 
-def work(name: str, case: Case) -> Callable[[], None]:
-    """What to time for a method."""
+def work(name: str, case: Case, checkout: Path | None = None) -> Callable[[], None]:
+    """What to time for a method; those OF_CHECKOUT need one of SEED-Voken."""
     if name in ENCODERS:
         return partial(case.encode, ENCODERS[name][0])
+    size, dim = case.codebook.shape
+    if name in OF_CHECKOUT:
+        assert checkout is not None
+        return partial(case.step, published(checkout, size, dim, str(case.z.device), "entropy" in name))
     if name == "vector-quantize-pytorch":
-        size, dim = case.codebook.shape
         return partial(case.step, library(size, dim, str(case.z.device)))
     return partial(case.step, STEPS[name][0])
 

@@ -26,6 +26,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gigabytes", type=float, default=12.0, help="methods that would need more are left out")
     parser.add_argument("--repeats", type=int, help="rounds; by default 9 for small shapes down to 1 for the largest")
     parser.add_argument("--parts", nargs="*", default=["time", "memory"], choices=["time", "memory"])
+    parser.add_argument("--peer", type=Path, help="a checkout of SEED-Voken: its class is measured too")
     parser.add_argument("--out", type=Path, default=results.PAGE, help="figures go beside it as .json")
 
 
@@ -50,8 +51,8 @@ def run(arguments: argparse.Namespace) -> None:
 def times(rows: int, size: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds of each method: processor time on a CPU (threads added up), interleaved in one process."""
     case = peers.Case(rows, size, arguments.dim, arguments.device)
-    names = [name for name in TIMED if peers.gigabytes(name, rows, size) <= arguments.gigabytes]
-    jobs = {name: peers.work(name, case) for name in names}
+    names = [name for name in TIMED if can_run(name, rows, size, arguments)]
+    jobs = {name: peers.work(name, case, arguments.peer) for name in names}
     repeats = arguments.repeats or max(1, min(9, 2**28 // (rows * size)))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     if rows * size <= 2**26:  # warm-up; the large shapes take long enough not to need one
@@ -65,6 +66,12 @@ def times(rows: int, size: int, arguments: argparse.Namespace) -> dict[str, floa
     return {name: round(1000 * statistics.median(values), 1) for name, values in seconds.items()}
 
 
+def can_run(name: str, rows: int, size: int, arguments: argparse.Namespace) -> bool:
+    """Whether a method has the code and the memory that it needs."""
+    there = arguments.peer is not None or name not in peers.OF_CHECKOUT
+    return there and peers.gigabytes(name, rows, size) <= arguments.gigabytes
+
+
 def clock(device: str) -> float:
     if device == "cpu":
         return time.process_time()
@@ -76,10 +83,11 @@ def memories(rows: int, size: int, arguments: argparse.Namespace) -> dict[str, f
     """Peak memory beyond the inputs of one pass, the codebook's gradient included, each in a fresh process."""
     found = {}
     for name in WEIGHED:
-        if peers.gigabytes(name, rows, size) > arguments.gigabytes:
+        if not can_run(name, rows, size, arguments):
             continue
         shape = [str(number) for number in (rows, size, arguments.dim)]
         command = [sys.executable, "-m", "benchmarks.memory", name, *shape, "--device", arguments.device]
+        command += ["--peer", str(arguments.peer)] if arguments.peer else []
         found[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import faults, gpu, losses, many, million, results, shown, soak, study
+from benchmarks import faults, gpu, losses, many, million, quantizers, results, shown, soak, study
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -36,6 +36,16 @@ def test_the_gpu_benchmark_is_refused_once_and_writes_nothing_without_a_device(t
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         gpu.run(parser.parse_args(["--out", str(tmp_path / "out")]))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_published_class_is_measured_only_where_a_checkout_of_it_is_named(tmp_path):
+    parser = argparse.ArgumentParser()
+    quantizers.options(parser)
+    plain, named = parser.parse_args([]), parser.parse_args(["--peer", str(tmp_path)])
+    assert not quantizers.can_run("published class", 16, 64, plain)
+    assert quantizers.can_run("published class", 16, 64, named)
+    with pytest.raises(SystemExit, match="is not there"):
+        quantizers.times(16, 64, named)
 
 
 def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
