@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thorough import thorough
 
 from lexel.errors import UsageError
 
-# `def test_...(count, tmp_path)` with this mark runs 300 mutations, and 20,000 with `-m slow`.
-counts = pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+# `def test_...(count, tmp_path)` with this mark runs 100 mutations, 300 with `-m thorough`, and 20,000 with `-m slow`.
+counts = pytest.mark.parametrize("count", [100, *thorough(300), pytest.param(20_000, marks=pytest.mark.slow)])
 
 # What stands in a text where a number, a word or a value is expected.
 WORDS = (

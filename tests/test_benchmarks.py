@@ -129,6 +129,7 @@ def test_memory_files_and_threads_do_not_grow_over_a_training(tmp_path, steps):
     assert leaky.grows == ["files"]
 
 
+@pytest.mark.thorough
 def test_nothing_of_a_training_lives_on_when_the_run_goes_on(tmp_path):
     pictures, alive = faults.draw_pictures(tmp_path), []
     for steps in (1, 2, 3, 4):

@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 
 import pytest
+import skimage  # which imports its parts when they are used
 import torch
-from skimage import data
 from test_evaluate import QUICK, image_set
 from toys import Grey
 
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 def images() -> torch.Tensor:
-    return to_images(data.astronaut()[:128, 100:228][None].copy())
+    return to_images(skimage.data.astronaut()[:128, 100:228][None].copy())
 
 
 @needs_weights

@@ -5,13 +5,14 @@ metrics; here are those of the way from a file to a network.
 """
 
 import dataclasses
+import functools
 import io
 
 import numpy as np
 import pytest
+import skimage  # which imports its parts when they are used
 import torch
 from PIL import Image
-from skimage import data
 from torch import Tensor
 from torch.nn import functional as F
 from toys import Palette
@@ -24,15 +25,18 @@ from lexel.metrics.pixels import on_unit_scale
 from lexel.networks import FeatureNetwork, build
 from lexel.networks.resize import resize
 
-PHOTOS = {name: getattr(data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")}
+
+@functools.cache
+def photos() -> dict[str, np.ndarray]:
+    return {name: getattr(skimage.data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")}
 
 
 class Photos(ImageSet):
     def __init__(self) -> None:
-        super().__init__(list(PHOTOS))
+        super().__init__(list(photos()))
 
     def read(self, number: int) -> np.ndarray:
-        return PHOTOS[self.names[number]]
+        return photos()[self.names[number]]
 
 
 class Patches(ImageSet):
@@ -42,7 +46,7 @@ class Patches(ImageSet):
         super().__init__([str(number) for number in range(count)])
 
     def read(self, number: int) -> np.ndarray:
-        array = list(PHOTOS.values())[number % len(PHOTOS)]
+        array = list(photos().values())[number % len(photos())]
         generator = np.random.default_rng(number)
         top, left = (int(generator.integers(side - 95)) for side in array.shape[:2])
         return array[top : top + 96, left : left + 96]
@@ -93,7 +97,7 @@ def test_no_two_protocols_can_be_compared(by_protocol):
 def test_trap_the_crop_alone_moves_the_original(by_protocol):
     """How far the originals themselves lie apart, in grey levels, before any tokenizer has seen them."""
     squares = {
-        name: np.stack([TRANSFORMS[name](128)(photo, None) for photo in PHOTOS.values()]).astype(float)
+        name: np.stack([TRANSFORMS[name](128)(photo, None) for photo in photos().values()]).astype(float)
         for name in ("published", "adm", "titok")
     }
     gaps = {name: np.abs(squares[name] - squares["titok"]).mean() for name in ("published", "adm")}
@@ -105,14 +109,16 @@ def roughness(images: np.ndarray) -> float:
 
 
 def test_trap_native_crops_are_smoother_than_resized_pictures():
-    squares = {name: np.stack([TRANSFORMS[name](128)(p, None) for p in PHOTOS.values()]) for name in ("crop", "titok")}
+    squares = {
+        name: np.stack([TRANSFORMS[name](128)(p, None) for p in photos().values()]) for name in ("crop", "titok")
+    }
     assert roughness(squares["titok"]) / roughness(squares["crop"]) == pytest.approx(1.21, abs=0.02)
 
 
 def test_trap_a_reference_of_uncropped_pictures_moves_the_distance(extractor):
     samples = np.stack([TRANSFORMS["titok"](32)(Patches().read(number), None) for number in range(120)])
     stretched = np.stack(
-        [np.asarray(Image.fromarray(photo).resize((32, 32), Image.Resampling.BICUBIC)) for photo in PHOTOS.values()]
+        [np.asarray(Image.fromarray(photo).resize((32, 32), Image.Resampling.BICUBIC)) for photo in photos().values()]
         * 30
     )
     reference, wrong, made = (
@@ -141,7 +147,7 @@ def test_trap_rounding_before_the_network_moves_the_distance(extractor):
 
 
 def test_trap_tensorflows_resize_is_a_shift_of_the_half_pixel_one():
-    images = to_images(np.stack([photo[:256, :256] for photo in PHOTOS.values()]))
+    images = to_images(np.stack([photo[:256, :256] for photo in photos().values()]))
     gap = (resize(images, 299, "tf1") - resize(images, 299, "half_pixel")).abs().mean() * 127.5
     assert gap.item() == pytest.approx(0.7, abs=0.4)  # grey levels
     ramp = torch.linspace(-1, 1, 256).expand(1, 3, 256, 256)
@@ -150,7 +156,7 @@ def test_trap_tensorflows_resize_is_a_shift_of_the_half_pixel_one():
 
 
 def test_trap_antialiasing_is_nothing_going_up_and_much_going_down():
-    photos = to_images(np.stack([photo[:300, :300] for photo in PHOTOS.values()]))
+    photographs = to_images(np.stack([photo[:300, :300] for photo in photos().values()]))
 
     def gap(images: Tensor, side: int) -> float:
         plain, filtered = (
@@ -158,8 +164,8 @@ def test_trap_antialiasing_is_nothing_going_up_and_much_going_down():
         )
         return float((plain - filtered).abs().mean() * 127.5)
 
-    assert gap(photos, 400) < 1e-3
-    assert gap(photos, 100) > 3
+    assert gap(photographs, 400) < 1e-3
+    assert gap(photographs, 100) > 3
 
 
 def test_trap_saving_samples_as_jpeg_moves_the_distance(extractor):

@@ -260,6 +260,7 @@ def test_the_state_of_the_forward_pass_has_the_shapes_that_compilers_are_told(en
         assert (told.shape, told.dtype) == (found.shape, found.dtype), name
 
 
+@pytest.mark.thorough
 def test_a_compiled_step_has_no_graph_break():
     def step(z, codebook):
         z_q, indices, terms = index_backpropagation(z * 2, codebook)

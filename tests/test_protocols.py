@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+import skimage  # which imports its parts when they are used
 import torch
 from PIL import Image
-from skimage import data
 from torch import Tensor
 from toys import Grey, Palette
 
@@ -31,7 +31,7 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 def photos(count: int = 3, size: int = 64) -> np.ndarray:
-    array = data.astronaut()
+    array = skimage.data.astronaut()
     places = [(50 * n % 400, 60 * n % 420) for n in range(count)]
     return np.stack([array[top : top + size, left : left + size] for top, left in places])
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from thorough import thorough
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -294,7 +295,7 @@ def test_autocast_does_not_change_an_index(quantizer):
         assert torch.equal(quantizer.codebook, expected_codes)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, *thorough(False)])
 def test_any_precision_of_latents_meets_any_precision_of_weights(kind, training):
     for module, given in itertools.product(DTYPES, DTYPES):
         case = f"{given} latents, {module} weights"

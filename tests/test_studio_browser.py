@@ -19,7 +19,6 @@ from studio_models import make_models, make_results
 from lexel.studio import Library, codebook, make_app
 
 CHROMIUM = os.environ.get("LEXEL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium; install it, or name it in LEXEL_CHROMIUM"),
@@ -56,6 +55,7 @@ def address(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=CHROMIUM, args=ARGS.split())
         yield opened
@@ -167,7 +167,8 @@ def test_a_picture_above_the_limit_is_refused_before_it_is_sent(visit):
 def changed(page, count):
     page.locator("[data-changed]").wait_for(state="attached")
     shown = page.locator("[data-changed]")
-    playwright.expect(shown).to_have_attribute("data-changed", str(count), timeout=20_000)
+    expect = pytest.importorskip("playwright.sync_api").expect
+    expect(shown).to_have_attribute("data-changed", str(count), timeout=20_000)
 
 
 def test_tokens_are_painted_and_undone_by_keyboard_alone(visit):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from thorough import thorough
 
 from lexel import checkpoint, run_folder
 from lexel.checkpoint import load_state
@@ -131,7 +132,7 @@ def straight(pictures, tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ going on
 
 
-@pytest.mark.parametrize("step", [1, 4])  # before and after the discriminator began; it stops a step later
+@pytest.mark.parametrize("step", [4, *thorough(1)])  # after and before the discriminator began; it stops a step later
 def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(pictures, straight, tmp_path, step):
     first = train_tokenizer(recipe(pictures), tmp_path, device="cpu", progress=interrupted_at(step))
     assert not first.finished
@@ -144,7 +145,7 @@ def test_a_run_stopped_by_a_signal_goes_on_bit_for_bit(pictures, straight, tmp_p
         assert torch.equal(value, Tokenizer.from_pretrained(tmp_path).state_dict()[name])
 
 
-@pytest.mark.parametrize("kind", ["gumbel", "ema", "soft"])
+@pytest.mark.parametrize("kind", ["gumbel", *thorough("ema", "soft")])
 def test_random_annealed_and_counting_quantizers_go_on_bit_for_bit(pictures, tmp_path, kind):
     from lexel.quantizers import QUANTIZERS
 
@@ -182,7 +183,9 @@ def pairs(pictures, tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("part", [None, *PARTS, *ADVERSARY])
+@pytest.mark.parametrize(
+    "part", [None, "optimizer", "lecam", *thorough(*sorted({*PARTS, *ADVERSARY} - {"optimizer", "lecam"}))]
+)
 def test_forgetting_any_part_of_the_state_would_be_seen(pairs, tmp_path, part, monkeypatch):
     chosen, folder = pairs["fp16" if part is not None and "scaler" in part else "float32"]
     shutil.copytree(folder / "stopped", tmp_path / "resumed")
@@ -227,6 +230,7 @@ def environment(**more):
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), **more}
 
 
+@pytest.mark.thorough
 def test_a_killed_process_loses_nothing_that_was_saved(pictures, tmp_path):
     chosen = recipe(pictures, steps=400, save_every=1, log_every=1)
     path = write_recipe(chosen, tmp_path / "recipe.toml")

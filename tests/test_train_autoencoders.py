@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
+from thorough import thorough
 
 import lexel
 from lexel.autoencoders import AUTOENCODERS
@@ -70,7 +71,9 @@ def photos(tmp_path):
     return four_pictures(tmp_path / "photos", 20, 18)
 
 
-@pytest.mark.parametrize("autoencoder", [VIT, TITOK, MASKGIT, VQVAE, VQVAE2, DYNAMIC], ids=lambda table: table["kind"])
+@pytest.mark.parametrize(
+    "autoencoder", [VIT, TITOK, *thorough(MASKGIT, VQVAE, VQVAE2, DYNAMIC)], ids=lambda table: table["kind"]
+)
 def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
     run = tmp_path / "run"
     projections = AUTOENCODERS[autoencoder["kind"]].shares is None

@@ -174,6 +174,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(in_float64, tmp_p
     compare(tmp_path, QUICK[:2], [2])
 
 
+@pytest.mark.thorough
 def test_losses_that_learn_train_the_same_on_two_processes(in_float64, tmp_path):
     compare(tmp_path, [case("ibq", 2, train=ALIGNED)], [2])
 

@@ -11,6 +11,7 @@ import test_generators_latents
 import torch
 from PIL import Image
 from processes import run_together
+from thorough import thorough
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -184,7 +185,7 @@ PARTS = {"accumulation": 2, "clip": 1.0}
 
 @pytest.mark.parametrize(
     ("quantizer", "parts"),
-    [("vq", PARTS), *((name, {}) for name in ("ibq", "simvq", "fsq", "lfq", "none", "gaussian"))],
+    [("vq", PARTS), ("ibq", {}), *thorough(*((name, {}) for name in ("simvq", "fsq", "lfq", "none", "gaussian")))],
 )
 def test_a_step_waits_for_the_device_only_where_it_logs_validates_or_saves(pictures, tmp_path, quantizer, parts):
     chosen = recipe(pictures, quantizer, **parts)

@@ -16,11 +16,9 @@ from lexel.generators import GENERATORS
 from lexel.generators.config import GROUP
 from lexel.quantizers.registry import quantizer_class
 from lexel.registry import lookup
-from lexel.runtime import without_weights
-from lexel.tokenizer import Tokenizer
 from lexel.train.generator_recipe import GeneratorRecipe
 from lexel.train.objective import image_terms
-from lexel.train.recipes import TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe, outline
 
 OWN = Path(__file__).with_name("tables.toml")
 BASE, GENERATOR_BASE = "tables", "generator_tables"  # recipes of Lexel's
@@ -179,8 +177,7 @@ class TablesPlan:
 def layout(recipe: TokenizerRecipe, network: Mapping[str, Any], classes: int | None) -> dict[str, Any]:
     """The options of a family that follow from a tokenizer's tokens and the classes of its images."""
     fields = lookup(GENERATORS, str(network.get("kind")), "generator", GROUP).Config.model_fields
-    with without_weights():
-        tokenizer = Tokenizer(recipe.model)
+    tokenizer = outline(recipe.model)
     spec = tokenizer.token_spec(recipe.data.size, recipe.data.size)
     found: dict[str, Any] = {"codebook_size": spec.codebook_size, "codebook_dim": tokenizer.quantizer.codebook_dim}
     found |= {"channels": tokenizer.quantizer.codebook_dim, "books": spec.books}

@@ -14,7 +14,7 @@ from lexel.memory import UNQUESTIONED, FusedAttention, available_bytes, decodabl
 from lexel.runtime import Runtime, without_weights
 from lexel.tokenizer import Tokenizer
 from lexel.train.objective import Objective, feature_shapes
-from lexel.train.recipes import TokenizerRecipe
+from lexel.train.recipes import TokenizerRecipe, outline
 
 if TYPE_CHECKING:
     from lexel.train.generator_recipe import GeneratorRecipe
@@ -90,7 +90,7 @@ def networks_of(recipe: "TokenizerRecipe | GeneratorRecipe") -> dict[str, nn.Mod
     with without_weights():
         if not isinstance(recipe, TokenizerRecipe):
             return {"generator": recipe.network()}
-        networks["tokenizer"] = Tokenizer(recipe.model)
+        networks["tokenizer"] = outline(recipe.model)
         if recipe.train.discriminator is not None and recipe.train.weights.get("adversarial"):
             networks["discriminator"] = recipe.train.discriminator.build()
         losses = Objective(recipe.train, recipe.model, recipe.data.size).items()

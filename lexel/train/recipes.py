@@ -1,5 +1,6 @@
 """Training recipes: the typed sections that both kinds share, and those of a tokenizer's TOML file."""
 
+import functools
 import inspect
 import math
 import re
@@ -41,6 +42,17 @@ def buildable(build: Callable[[], Network]) -> Network:
             return build()
         except (RuntimeError, OverflowError, TypeError) as error:  # sizes that no tensor can have
             raise ValueError(f"the network cannot be built: {str(error).splitlines()[0]}") from None
+
+
+def outline(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer of a configuration on the meta device, to be looked at, not changed: the last one is kept."""
+    return _outline(config.model_dump_json())
+
+
+@functools.lru_cache(maxsize=1)  # a recipe is checked, resolved, weighed and planned: four times the same network
+def _outline(config: str) -> Tokenizer:
+    with without_weights():
+        return Tokenizer(TokenizerConfig.model_validate_json(config))
 
 
 # ---------------------------------------------------------------------------------------------- shared by both loops
@@ -241,7 +253,7 @@ class TokenizerRecipe(Config):
 
     @model_validator(mode="after")
     def _buildable(self) -> "TokenizerRecipe":
-        tokenizer = buildable(lambda: Tokenizer(self.model))
+        tokenizer = buildable(lambda: outline(self.model))
         try:
             tokenizer.grid(self.data.size, self.data.size)
         except UsageError as error:
@@ -276,8 +288,7 @@ class TokenizerRecipe(Config):
 
     def resolved(self) -> "TokenizerRecipe":
         """With the weight of every loss term written out."""
-        with without_weights():
-            weights = {**Tokenizer(self.model).loss_weights, **self.train.weights}
+        weights = {**outline(self.model).loss_weights, **self.train.weights}
         return self.model_copy(update={"train": self.train.model_copy(update={"weights": weights})})
 
 
