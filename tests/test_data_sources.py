@@ -18,7 +18,16 @@ import torch
 from fuzz import counts, survives
 from PIL import Image
 
-from lexel.data import SOURCES, TRANSFORMS, NoSplit, UnreadableImage, open_images, remote, training_batches
+from lexel.data import (
+    SOURCES,
+    TRANSFORMS,
+    NoSplit,
+    UnreadableImage,
+    open_images,
+    ordered_batches,
+    remote,
+    training_batches,
+)
 from lexel.data import tar as tar_module
 from lexel.data.array_files import read_idx
 from lexel.data.config import DataConfig, open_data
@@ -567,6 +576,34 @@ def test_a_table_of_the_datasets_library_is_read(tmp_path):
     assert np.array_equal(pickle.loads(pickle.dumps(images)).read(2), PIXELS[2])
     with pytest.raises(NoSplit):
         open_images(f"datasets:{tmp_path / 'd'}", "validation")
+
+
+@pytest.mark.filterwarnings("ignore:.*is read as a stream", "ignore:.*fork")
+def test_a_stream_of_the_datasets_library_is_the_same_images_with_any_workers(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"]), "text": datasets.Value("string")}
+    )
+    for shard in range(3):  # more files than workers: the library would give each worker its own
+        own = range(4 * shard, 4 * shard + 4)
+        rows = {
+            "img": [{"bytes": png(number), "path": None} for number in own],
+            "label": [LABELS[number] for number in own],
+            "text": [CAPTIONS[number] for number in own],
+        }
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / f"{shard}.parquet")
+    images = open_images(f"datasets:{tmp_path / 'd'}?streaming=true&window=5", "train")
+    assert (images.labels, images.classes, list(images.captions)) == (LABELS, ["x", "y", "z"], CAPTIONS)
+    for number in (7, 8, 2):
+        assert np.array_equal(images.read(number), PIXELS[number])
+    for workers in (0, 2):
+        batches = ordered_batches(images, None, 1, workers=workers)
+        assert [number for batch in batches for number in batch.numbers.tolist()] == list(range(COUNT))
+    steps = [
+        [batch.numbers.tolist() for batch in itertools.islice(made, 6)]
+        for made in (training_batches(images, TRANSFORMS["crop"](8), 4, 0, workers=workers) for workers in (0, 2))
+    ]
+    assert steps[0] == steps[1]
 
 
 def test_a_missing_library_is_named(monkeypatch):

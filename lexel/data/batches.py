@@ -91,11 +91,13 @@ class Positions:
     Args:
         count: pictures in the set.
         seed: the order.
+        window: neighbours that are shuffled among each other; all of them by default.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, window: int | None = None) -> None:
         self.count = count
         self.seed = seed
+        self.window = window
         self._epoch = -1
         self._order = np.empty(0, np.int64)
 
@@ -103,14 +105,19 @@ class Positions:
         """Epoch and picture number of a position."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch)
+            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch, self.window)
         return epoch, int(self._order[place])
 
 
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: int64 (count,). Made of raw random bits, so that no library's version can change it."""
+def permutation(count: int, seed: int, epoch: int, window: int | None = None) -> np.ndarray:
+    """The order of an epoch: int64 (count,). Made of raw random bits, so that no library's version can change it.
+
+    With a window only so many neighbours are shuffled among each other, one window after another.
+    """
     bits = np.random.Philox(key=_key(seed, epoch, purpose=0)).random_raw(count)
-    return np.argsort(bits, kind="stable")
+    if window is None:
+        return np.argsort(bits, kind="stable")
+    return np.lexsort((bits, np.arange(count) // window))
 
 
 def crop_generator(seed: int, epoch: int, number: int) -> np.random.Generator:
@@ -267,7 +274,7 @@ class _TrainingSteps:
     positions: Positions = field(init=False)
 
     def __post_init__(self) -> None:
-        self.positions = Positions(len(self.images), self.seed)
+        self.positions = Positions(len(self.images), self.seed, self.images.window)
 
     def __getitem__(self, step: int) -> Pictures:
         begun, loading = time.perf_counter(), self.loading

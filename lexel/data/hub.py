@@ -1,20 +1,18 @@
 """Image sets of the `datasets` library: a name on its hub, or a folder that `save_to_disk` wrote."""
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qsl
 
+from lexel.data.columns import Columns, encoded_image
 from lexel.data.files import Decoding, in_words
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import EncodedImages, ImageSet, digest
-from lexel.data.options import OpenOptions
-from lexel.data.parquet import CAPTION, LABEL
+from lexel.data.options import OpenOptions, parse_query
+from lexel.data.stream import open_stream
 from lexel.errors import UsageError
 from lexel.regular import expanded
 
-IMAGE = ("image", "img", "jpg", "png")
+KEYS = ("config", "revision", "split", "image", "label", "caption", "streaming", "count", "window")
 
 
 class HubImages(EncodedImages):
@@ -40,12 +38,7 @@ class HubImages(EncodedImages):
         self.table, self.column = table, column
 
     def open(self, number: int) -> IO[bytes]:
-        value = self.table[number][self.column]
-        if value.get("bytes") is not None:
-            return io.BytesIO(value["bytes"])
-        if value.get("path"):
-            return Path(value["path"]).open("rb")
-        raise OSError("the row has no image")
+        return encoded_image(self.table[number][self.column])
 
     def fingerprint(self) -> str:
         return digest(["datasets", self.table._fingerprint, len(self), self.column])
@@ -54,48 +47,50 @@ class HubImages(EncodedImages):
 def open_datasets(location: str, options: OpenOptions) -> ImageSet:
     """A data set of the `datasets` library: `datasets:NAME?config=C&split=train&image=img&label=y&caption=text`.
 
-    NAME is a folder that `save_to_disk` wrote, or what `load_dataset` takes. Only map-style data sets: a stream has no
-    pictures by number, and a run could not go on in the middle of it.
+    NAME is a folder that `save_to_disk` wrote, or what `load_dataset` takes. With `streaming=true` nothing is
+    downloaded first: see `open_stream`.
 
     Raises:
         NoSplit: the data set has no such split.
-        UsageError: it cannot be loaded, has no column of images, or the library is missing.
+        UsageError: it cannot be loaded, has no column of images, a key is unknown, or the library is missing.
     """
     try:
         import datasets  # type: ignore[import-not-found]
     except ImportError:
         raise UsageError("this source needs the datasets library: pip install datasets") from None
     name, _, query = location.partition("?")
-    wanted = dict(parse_qsl(query))
+    wanted = parse_query(f"datasets:{name}", query, KEYS)
+    streaming = wanted.pop("streaming", "false")
+    if streaming not in ("true", "false"):
+        raise UsageError(f"streaming must be true or false, got {streaming!r}")
+    for key in ("count", "window"):
+        if key in wanted and streaming == "false":
+            raise UsageError(f"{key} is of streams, and this is none; add streaming=true, or leave it out")
+    here = expanded(name).is_dir() and bool(list(expanded(name).glob("**/dataset_info.json")))
+    if here and streaming == "true":
+        raise UsageError(f"{name} lies on this disk and is read by number; leave streaming out")
     try:
-        if expanded(name).is_dir() and list(expanded(name).glob("**/dataset_info.json")):
+        if here:
             found = datasets.load_from_disk(str(expanded(name)))
         else:
-            found = datasets.load_dataset(name, wanted.get("config"))
+            version = {"revision": wanted["revision"]} if "revision" in wanted else {}
+            found = datasets.load_dataset(name, wanted.get("config"), streaming=streaming == "true", **version)
     except Exception as error:  # noqa: BLE001 - the library and the scripts it runs raise what they like
         raise UsageError(f"datasets cannot load {name!r}: {in_words(error)[:300]}") from None
     if isinstance(found, dict):
         found = _split(name, found, options.split, wanted.get("split"))
     elif options.split is not None:
         raise NoSplit(f"{name} has no split {options.split!r}: it is a single table")
-    columns = found.column_names
-    column = wanted.get("image") or next((one for one in IMAGE if one in columns), None)
-    if column is None or column not in columns:
-        raise UsageError(f"{name} has no column of images; its columns are {', '.join(columns)}: add ?image=COLUMN")
-    label = wanted.get("label") or next((one for one in LABEL if one in columns), None)
-    caption = wanted.get("caption") or next((one for one in CAPTION if one in columns), None)
-    classes = list(getattr(found.features[label], "names", None) or []) if label else []
-    labels = list(found[label]) if label else None
-    if labels is not None:
-        if not all(isinstance(value, int) and value >= 0 for value in labels):
-            raise UsageError(f"{name}: the column {label!r} must hold class numbers from 0 for every image")
-        classes = classes or [str(number) for number in range(max(labels, default=-1) + 1)]
+    undecoded = datasets.Image(decode=False)
+    if streaming == "true":
+        return open_stream(found, name, wanted, options, undecoded)
+    columns = Columns.find(name, found.column_names, wanted)
+    labels, classes = columns.labels(name, found.features, found[columns.label] if columns.label else ())
     digits = len(str(max(len(found) - 1, 0)))
     names = [f"{number:0{digits}d}" for number in range(len(found))]
-    table = found.cast_column(column, datasets.Image(decode=False))
-    images = HubImages(options.decoding, table, column, names, labels, classes)
-    if caption:
-        images.captions = list(found[caption])
+    table = found.cast_column(columns.image, undecoded)
+    images = HubImages(options.decoding, table, columns.image, names, labels, classes)
+    images.captions = columns.captions(name, found[columns.caption] if columns.caption else (), wanted)
     return images
 
 

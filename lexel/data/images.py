@@ -29,6 +29,7 @@ class ImageSet:
         captions: a text for each picture, or None.
         channels: of the arrays that `read` gives: 3 for RGB.
         depth: bits a channel: 8 (uint8) or 16 (uint16).
+        window: neighbours that a training shuffles, of a set that is read forwards; None for all others.
         left_out: what was found but does not belong to the set, and why: folders without rights, named pipes, damaged
             shards. Pictures that turn out to be unreadable are not in it.
     """
@@ -36,6 +37,7 @@ class ImageSet:
     channels: int = 3
     depth: int = 8
     captions: Sequence[str] | None = None
+    window: int | None = None
 
     def __init__(
         self,
@@ -286,7 +288,7 @@ class Wrapped(ImageSet):
         super().__init__(names, labels, images.classes, images.attribution)
         self.images = images
         self.captions = images.captions
-        self.channels, self.depth = images.channels, images.depth
+        self.channels, self.depth, self.window = images.channels, images.depth, images.window
         self.left_out = images.left_out
 
     def read(self, number: int) -> np.ndarray:

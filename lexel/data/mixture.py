@@ -57,6 +57,8 @@ class Mixture(ImageSet):
     """
 
     def __init__(self, sets: Sequence[ImageSet], weights: Sequence[float] | None = None) -> None:
+        if any(images.window is not None for images in sets):
+            raise UsageError("a stream is read forwards and cannot be mixed with others; write it to tar shards first")
         self.sets, self.weights = list(sets), None if weights is None else list(weights)
         sizes = [len(images) for images in sets]
         if weights is None:

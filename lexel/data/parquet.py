@@ -5,14 +5,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import parse_qsl
 
 import numpy as np
 
 from lexel.data.files import Decoding, in_words
 from lexel.data.folder import NoSplit
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
-from lexel.data.options import OpenOptions
+from lexel.data.options import OpenOptions, parse_query
 from lexel.data.shard_locations import expand
 from lexel.errors import UsageError
 from lexel.regular import open_regular
@@ -82,7 +81,7 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
     path, _, query = location.partition("?")
     if options.split is not None:
         raise NoSplit(f"{path} has no split {options.split!r}; give its files alone")
-    wanted = dict(parse_qsl(query))
+    wanted = parse_query(f"parquet:{path}", query, ("image", "label", "caption", "name"))
     files = expand(path, ".parquet")
     column = label = caption = name = ""
     classes: list[str] = []
