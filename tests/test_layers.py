@@ -118,6 +118,11 @@ def test_the_layers_name_every_module_and_are_those_of_the_documentation():
     assert [set(row.split(", ")) for row in rows] == LAYERS
 
 
+def test_no_file_is_longer_than_can_be_read_at_once():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {name: length for name, length in lengths.items() if length > 420} == {}
+
+
 def used_before_they_stand(path: Path) -> list[str]:
     """Constants that a file's functions use above the line where they are given, though they need no function of it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
