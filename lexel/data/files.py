@@ -22,11 +22,12 @@ from lexel.data.depth import (
     to_channels,
     to_depth,
 )
+from lexel.data.heic import heic_samples, heic_size, is_heic
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 
-# Found by their names, read by their contents: a PNG called .jpg is read as the PNG it is. HEIC cannot be read here,
-# but it must be named as unreadable, not overlooked: it is what many phones write.
+# Found by their names, read by their contents: a PNG called .jpg is read as the PNG it is. HEIC, which many phones
+# write, is among them where it cannot be read too, so that it is named and not overlooked.
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif"}
     | {".avif", ".heic", ".heif"}
@@ -80,7 +81,6 @@ OTHERS = (
     (b"PK\x03\x04", "it is a zip archive; unpack it"),
     (b"<", "it is HTML, SVG or XML, not a picture of pixels"),
 )
-HEIC = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
 
 
 class UnreadableImage(UsageError):
@@ -164,16 +164,16 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
         if start.startswith(PNG):
             file = io.BytesIO(without_metadata(start + file.read()))
         file.seek(0)
-        # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
-        with warnings.catch_warnings(action="ignore"), _open(file) as image:
-            width, height = image.size
-            if width * height > decoding.pixel_limit:
-                raise UnreadableImage(
-                    name,
-                    f"{width} x {height} pixels are more than the limit of {decoding.pixel_limit:,}; make it smaller, "
-                    "or raise the limit: data.pixel_limit in a recipe, --pixel-limit of a command",
-                )
-            return _pixels(image, file, decoding)
+        try:
+            # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
+            with warnings.catch_warnings(action="ignore"), _open(file) as image:
+                _check_size(*image.size, name, decoding)
+                return _pixels(image, file, decoding)
+        except UnidentifiedImageError:
+            if not is_heic(start):
+                raise
+            file.seek(0)
+            return _heic(file.read(), name, decoding)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -182,6 +182,23 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
         raise UnreadableImage(name, "there is not enough memory to decode it") from None
     except Exception as error:  # noqa: BLE001 - decoders raise what they like on damaged files, RuntimeError and SyntaxError too
         raise UnreadableImage(name, in_words(error)) from None
+
+
+def _check_size(width: int, height: int, name: str, decoding: Decoding) -> None:
+    if width * height > decoding.pixel_limit:
+        raise UnreadableImage(
+            name,
+            f"{width} x {height} pixels are more than the limit of {decoding.pixel_limit:,}; make it smaller, "
+            "or raise the limit: data.pixel_limit in a recipe, --pixel-limit of a command",
+        )
+
+
+def _heic(data: bytes, name: str, decoding: Decoding) -> np.ndarray:
+    _check_size(*heic_size(data), name, decoding)
+    samples = heic_samples(data, decoding.depth)
+    if decoding.depth == 8:  # as for other files of 8 bits
+        return _upright(_converted(Image.fromarray(samples, "RGBA"), decoding.channels, decoding.stored), 1)
+    return to_channels(samples[..., :3] if decoding.stored and decoding.channels != 4 else samples, decoding.channels)
 
 
 def _open(file: IO[bytes]) -> Image.Image:
@@ -304,8 +321,6 @@ def _why_unknown(start: bytes) -> str:
         return "the file is empty"
     if not start.strip(b"\0"):
         return "the file begins with zero bytes: it was not written to its end"
-    if start[4:8] == b"ftyp" and start[8:12] in HEIC:
-        return "HEIC is not supported; convert it to JPEG or PNG"
     for magic, place, kind in READ:
         if start[place:].startswith(magic):
             if kind == "AVIF" and "AVIF" not in FORMATS:
