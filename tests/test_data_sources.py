@@ -204,6 +204,14 @@ def test_the_index_is_made_once_and_checked_against_the_shards(tmp_path, monkeyp
     assert np.array_equal(first.read(0), PIXELS[0])
 
 
+def test_the_indexes_of_several_shards_are_made_at_the_same_time(tmp_path, monkeypatch):
+    source, index, told = as_tar(tmp_path), tar_module.index_shard, []
+    together = threading.Barrier(3, timeout=5)  # broken, an error, where they come one after the other
+    monkeypatch.setattr(tar_module, "index_shard", lambda path: together.wait() * 0 or index(path))
+    assert len(open_images(source, progress=lambda *now: told.append(now))) == COUNT
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
 @counts
 def test_a_damaged_index_is_made_again(tmp_path, count):
     source = as_tar(tmp_path)
