@@ -26,7 +26,7 @@ from published_layouts import (
 from torch import Tensor
 
 import lexel
-from lexel.convert import FAMILIES, convert, recognise, vit
+from lexel.convert import FAMILIES, convert, maskgit_vqgan, recognise, vit
 from lexel.convert.family import Conversion, Request
 from lexel.convert.files import Published
 from lexel.errors import UsageError
@@ -557,3 +557,14 @@ def test_heads_of_a_vit_are_those_of_the_configuration_beside_it_else_of_64_chan
             found = vit.config(made.state_dict(), "file", options)["autoencoder"]
             assert (found["encoder"]["heads"], found["decoder"]["heads"]) == (heads, heads)
             assert found["head_width"] == 128 // heads
+
+
+def test_maskgits_tokenizer_may_have_more_channels_in_its_first_level_than_before_it():
+    sizes = {"kind": "maskgit", "width": 32, "multipliers": [2, 1, 3], "residual_blocks": 1, "z_channels": 4}
+    table = {"autoencoder": sizes, "quantizer": {"kind": "vq", "codebook_size": 8, "codebook_dim": 4}}
+    with torch.device("meta"):
+        tensors = Tokenizer(TokenizerConfig.model_validate(table | {"projections": False})).state_dict()
+    found = maskgit_vqgan.config(tensors, "a file")["autoencoder"]
+    assert sizes.items() <= found.items()
+    alone = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
+    assert maskgit_vqgan.sizes(alone, "a file", "decoder")["multipliers"] == [2, 1, 3]

@@ -289,6 +289,16 @@ def test_the_blur_discriminator_has_its_published_size():
     assert sum(parameter.numel() for parameter in discriminator.parameters()) == 1_909_889  # "1.91M"
 
 
+@pytest.mark.parametrize("taps, weights", [(3, [1, 2, 1]), (5, [1, 4, 6, 4, 1])])
+def test_a_blur_may_have_three_or_five_binomial_taps(taps, weights):
+    impulse = torch.zeros(1, 1, 12, 12)
+    impulse[0, 0, 5:7, 5] = torch.tensor([1.0, 0.0])
+    halved = BlurDiscriminator(width=32, taps=taps)._halve(impulse)[0, 0]
+    reached = halved[halved > 0] * sum(weights) ** 2
+    assert {round(value) for value in reached.tolist()} <= {a * b for a in weights for b in weights}
+    assert halved.max() <= (max(weights) / sum(weights)) ** 2
+
+
 def test_the_blur_keeps_a_constant_and_weighs_1_3_3_1():
     discriminator = BlurDiscriminator(width=32)
     halved = discriminator._halve(torch.ones(1, 2, 9, 8))
@@ -308,7 +318,12 @@ def test_a_blur_discriminator_judges_each_image_by_itself():
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: PatchDiscriminator(layers=0), lambda: BlurDiscriminator(width=48), lambda: BlurDiscriminator(layers=0)],
+    [
+        lambda: PatchDiscriminator(layers=0),
+        lambda: BlurDiscriminator(width=48),
+        lambda: BlurDiscriminator(layers=0),
+        lambda: BlurDiscriminator(taps=6),
+    ],
 )
 def test_impossible_discriminators_are_refused(build):
     with pytest.raises(UsageError, match="discriminator needs"):

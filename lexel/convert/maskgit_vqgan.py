@@ -1,5 +1,6 @@
 """The tokenizer of MaskGIT, as bytedance/1d-tokenizer and MAGE use it, https://arxiv.org/abs/2202.04200."""
 
+import math
 from typing import Any
 
 from lexel.convert.family import Family, Layout, Names, convert_tokenizer
@@ -29,7 +30,9 @@ def sizes(tensors: Names, source: str, decoder: str = "decoder") -> dict[str, An
     needed = [f"{decoder}.levels.{level}.0.conv2.weight" for level in range(levels)]
     require(tensors, [*needed, f"{decoder}.conv_in.weight", f"{decoder}.conv_out.weight"], source)
     widths = [tensors[name].shape[0] for name in needed]
-    channels, width = tensors[f"{decoder}.conv_out.weight"].shape[:2]
+    channels = tensors[f"{decoder}.conv_out.weight"].shape[0]
+    first = tensors.get("encoder.conv_in.weight") if decoder == "decoder" else None
+    width = math.gcd(*widths) if first is None else first.shape[0]  # a decoder alone does not tell its unit
     residual, middle = (count(tensors, rf"{decoder}\.{part}\.(\d+)\..*") for part in (r"levels\.0", "middle"))
     return {
         "kind": "maskgit",

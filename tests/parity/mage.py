@@ -1,5 +1,6 @@
 """MAGE: its tokenizer, encoder, decoder, loss and sampler."""
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def check(fixture: Fixture) -> None:
         noise = run.content["inputs"]["mask_noise"]
         rates = torch.full((len(flat),), run.content["inputs"]["mask_rate"], dtype=torch.float64)
         ranks = noise.argsort(1).argsort(1)
-        dropped, masked = ranks < -(-count // 2), ranks < (count * rates).ceil()[:, None]
+        least = run.content["config"]["mask_ratio_min"]
+        dropped, masked = ranks < math.ceil(count * least), ranks < (count * rates).ceil()[:, None]
         run.same("token_drop_mask", torch.nn.functional.pad(dropped, (1, 0)))
         run.same("token_all_mask", torch.nn.functional.pad(masked, (1, 0)))
         hidden = flat.masked_fill(masked, model.mask)

@@ -38,7 +38,10 @@ def check(fixture: Fixture) -> None:
         run.close("spaced_log_variance", spaced.log_variance, numbers["spaced_posterior_log_variance_clipped"])
         run.close("spaced_coef1", spaced.clean_part, numbers["spaced_posterior_mean_coef1"])
         run.close("spaced_coef2", spaced.noised_part, numbers["spaced_posterior_mean_coef2"])
-        run.same("timesteps_of_100", torch.tensor(spaced_steps(STEPS, 100)), torch.tensor(numbers["timesteps_of_100"]))
+        for name, theirs in numbers.items():
+            if name.startswith("timesteps_of_"):
+                ours = spaced_steps(STEPS, int(name.removeprefix("timesteps_of_")))
+                run.same(name, torch.tensor(ours), torch.tensor(theirs))
         train_step(run, model, tokens, masked, labels, schedule)
         diffusion(run, head, schedule, spaced)
         with torch.no_grad():

@@ -21,7 +21,10 @@ def check(fixture: Fixture) -> None:
         run.close("quantizer_loss", loss)
         vectors = z.flatten(2).transpose(1, 2)
         distances = torch.cdist(vectors, model.quantizer.codebook.expand(len(z), -1, -1)).square()
-        run.close("soft_code_temp0p7", (-distances / 0.7).softmax(-1))
+        for name in run.expected:
+            if name.startswith("soft_code_temp"):
+                temperature = float(name.removeprefix("soft_code_temp").replace("p", "."))
+                run.close(name, (-distances / temperature).softmax(-1))
         images = (model.decode_codes(result.z_q) + 1) / 2
         run.close("rec", images)
         run.close("rec_from_codes_clamped", (model.decode(result.indices) + 1) / 2)

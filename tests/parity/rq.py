@@ -1,5 +1,7 @@
 """The residual quantizer of RQ-VAE: EMA codebooks, one shared by all depths or one each."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -58,6 +60,36 @@ def unfold(z: Tensor, like: Tensor) -> Tensor:
     return blocks.permute(0, 1, 3, 2, 4, 5).reshape(like.shape)
 
 
+def number(name: str, before: str) -> float:
+    """The number at the end of a name: 0.5 in `soft_codes_temp0p5`."""
+    return float(name.removeprefix(before).replace("p", "."))
+
+
+@contextmanager
+def published_restarts(run: Run, quantizer: Residual) -> Iterator[None]:
+    """Dead codes take the recorded vectors of the batch, tiled with the recorded noise where there are too few."""
+    draws, depth = list(run.content["random_draws"]), -1
+    each = len(draws) // quantizer.books
+
+    def begins(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+
+    def drawn(vectors: Tensor, count: int, generator: object) -> Tensor:
+        *noise, order = draws[depth * each : (depth + 1) * each]
+        if noise:
+            tiled = vectors.repeat(len(noise[0]) // len(vectors), 1)
+            vectors = tiled + run.cast(noise[0]) * 0.01 / tiled.shape[1] ** 0.5
+        counts = quantizer[depth].counts
+        return vectors[order[: len(counts)]][counts < 1]
+
+    hooks = [level.register_forward_pre_hook(begins) for level in quantizer.levels]
+    with patch.object(living, "pick_rows", drawn):
+        yield
+    for hook in hooks:
+        hook.remove()
+
+
 def compare(run: Run) -> None:
     config = run.content["config"]
     x = run["x"].requires_grad_()
@@ -73,25 +105,24 @@ def compare(run: Run) -> None:
     weights = torch.linspace(-1, 1, back.numel(), dtype=run.dtype).view_as(back)
     (gradient,) = torch.autograd.grad((back * weights).sum(), x)
     run.close("grad_weighted_x", gradient)
-    run.close("soft_codes_temp0p5", quantizer.soft_targets(z.detach(), 0.5).movedim(1, -2))
+    for name in run.expected:
+        if name.startswith("soft_codes_temp"):
+            run.close(name, quantizer.soft_targets(z.detach(), number(name, "soft_codes_temp")).movedim(1, -2))
     parts = [level.indices_to_codes(part) for level, part in zip(quantizer, indices.unbind(1), strict=True)]
     for theirs, total in zip(run.expected["cumulative_quants"], torch.stack(parts).cumsum(0), strict=True):
         run.close("cumulative_quants", total.movedim(1, -1), theirs)
     run.close("embed_code", unfold(quantizer.indices_to_codes(indices), x))
     by_depth = torch.stack([part.movedim(1, -1) for part in parts], -2)
     run.close("embed_code_with_depth", by_depth)
-    run.close("embed_partial_select1", unfold(parts[1], x))
-    run.close("embed_partial_add1", unfold(parts[0] + parts[1], x))
-
-    draws = iter(run.content["random_draws"])
-
-    def drawn(vectors: Tensor, count: int, generator: object) -> Tensor:
-        return vectors[next(draws)[: len(current.counts)]][current.counts < 1]
+    for name in run.expected:
+        if name.startswith("embed_partial_select"):
+            run.close(name, unfold(parts[int(number(name, "embed_partial_select"))], x))
+        if name.startswith("embed_partial_add"):
+            run.close(name, unfold(sum(parts[: int(number(name, "embed_partial_add")) + 1], torch.zeros(())), x))
 
     quantizer = published(config, run.content["state_dict"], run.dtype).train()
-    current = quantizer[0]
     step = run.expected["train_step"]
-    with patch.object(living, "pick_rows", drawn):
+    with published_restarts(run, quantizer):
         z_q, indices, losses = quantizer(fold(x.detach(), config))
     run.close("train_step z_q", unfold(z_q, x), step["z_q"])
     run.close("train_step commitment_loss", losses["commitment"], step["commitment_loss"])

@@ -166,7 +166,8 @@ def text_aware(fixture: Fixture) -> None:
         z_q = model.quantizer(model.latents(2 * x - 1)).z_q
         run.close("rec_train_step", (model.decode_codes(z_q, text) + 1) / 2)
         run.close("embedding_after", model.quantizer.get_parameter("weight"))
-        run.close("embed_prob_after", model.quantizer.get_buffer("use"))
+        if "embed_prob_after" in run.expected:
+            run.close("embed_prob_after", model.quantizer.get_buffer("use"))
 
 
 DISCRIMINATOR = {
@@ -185,7 +186,9 @@ def discriminator(fixture: Fixture) -> None:
 
     for run in fixture.runs():
         config, state = run.content["config"], run.content["state_dict"]
-        network: BlurDiscriminator = PooledBlurDiscriminator(config["num_stages"], config["hidden_channels"])
+        network: BlurDiscriminator = PooledBlurDiscriminator(
+            config["num_stages"], config["hidden_channels"], config["blur_kernel_size"]
+        )
         network.load_state_dict({ours(name): tensor for name, tensor in state.items() if not name.endswith("kernel")})
         network = network.to(run.dtype)
         real, fake = network(run["real"]), network(run["fake"])

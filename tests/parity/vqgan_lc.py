@@ -27,7 +27,7 @@ def projected(run: Run) -> None:
             "codebook_size": config["n_vision_words"],
             "codebook_dim": config["embed_dim"],
             "feature_dim": config["codebook_dim"],
-            "hidden": 256 if config["use_cblinear"] == 2 else None,
+            "hidden": len(state["codebook_projection.0.weight"]) if config["use_cblinear"] == 2 else None,
         },
     )
     names = {
@@ -77,9 +77,13 @@ def tokenizer(run: Run) -> None:
         "post_quant_conv.weight": "from_codes.weight",
         "codebook_projection.weight": "quantizer.projector.0.weight",
         "codebook_projection.bias": "quantizer.projector.0.bias",
+        "codebook_projection.0.weight": "quantizer.projector.0.weight",
+        "codebook_projection.2.weight": "quantizer.projector.2.weight",
     }
     run.close("total_l1_plus_0p1_q", distance + 0.1 * loss)
-    run.gradients(distance + 0.1 * loss, {theirs: model.get_parameter(ours) for theirs, ours in names.items()})
+    run.gradients(
+        distance + 0.1 * loss, {theirs: model.get_parameter(names[theirs]) for theirs in run.expected["grads"]}
+    )
 
 
 def averaged(run: Run) -> None:
