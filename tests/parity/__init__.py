@@ -78,9 +78,6 @@ NOT_COMPARED: dict[str, dict[str, str]] = {
     "FVQ VectorQuantizer": {"f32/grads/": "at a temperature of 0.01 they amplify the rounding of float32"},
     "MAR": {"f../one_step/t_index": "steps that are given"},
     "MaskGIT generator of TiTok": {"f../generate/.*/confidence": "kept inside a step; what it decides is compared"},
-    "RQ-VAE residual quantizer": {
-        "shared.*/codebooks": "the one codebook, repeated for every depth in the file",
-    },
     "TiTok one-stage": {"vae/f../kl": "of every position; the loss is their sum"},
     "VAR multi-scale residual quantizer": {
         ".*/embed_to_fhat_not_max_scale": "the published code calls this way of adding scales an experiment"

@@ -1,6 +1,7 @@
 """`python -m tests.parity FILE...`: one line a file; exit code 0 only if every comparison holds."""
 
 import sys
+from pickle import UnpicklingError
 
 import torch
 
@@ -18,7 +19,12 @@ def main(paths: list[str]) -> int:
     torch.set_num_threads(1)
     failed = False
     for path in paths:
-        fixture = Fixture.open(path)
+        try:
+            fixture = Fixture.open(path)
+        except (OSError, LookupError, RuntimeError, UnpicklingError) as error:
+            print(f"{path}: FAILED: not a fixture: {str(error).splitlines()[0]}")
+            failed = True
+            continue
         check = checker(fixture)
         if check is None:
             print(f"{fixture.path.name}: FAILED: no checker for the family {fixture.family!r}")

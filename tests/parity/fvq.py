@@ -45,7 +45,7 @@ def entropies(z: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 def check(fixture: Fixture) -> None:
     for run in fixture.runs():
         config = run.content["config"]
-        size, patch = config["QB_type"].removeprefix("QBridge-").split("/")
+        size, patch, _, depth = re.fullmatch(r"QBridge-(\w+)/(\d+)(-d(\d+))?", config["QB_type"]).groups()
         quantizer = build(
             "fvq",
             {
@@ -53,6 +53,7 @@ def check(fixture: Fixture) -> None:
                 "codebook_dim": config["e_dim"],
                 "width": WIDTHS[size],
                 "patch": int(patch),
+                "depth": int(depth or 2),
             },
         )
         state = {ours(name): squares(value) for name, value in run.content["state_dict"].items()}

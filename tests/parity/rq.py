@@ -31,7 +31,7 @@ def published(config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dty
             "base": "ema",
             "shared": config["shared_codebook"],
             "base_options": {
-                "decay": config["decay"],
+                "decay": config["decay"] if isinstance(config["decay"], float) else 0.99,
                 "order": "look_up_first",
                 "restart_below": 1.0 if config["restart_unused_codes"] else 0.0,
             },
@@ -42,6 +42,8 @@ def published(config: dict[str, Any], state: dict[str, Tensor], dtype: torch.dty
         level.weight.copy_(state[f"codebooks.{q}.weight"][:-1])  # the last row is padding
         level.counts.copy_(state[f"codebooks.{q}.cluster_size_ema"])
         level.sums.copy_(state[f"codebooks.{q}.embed_ema"])
+        if isinstance(config["decay"], list):
+            level.decay = config["decay"][q]
     return quantizer.to(dtype)
 
 
@@ -127,7 +129,7 @@ def compare(run: Run) -> None:
     run.close("train_step z_q", unfold(z_q, x), step["z_q"])
     run.close("train_step commitment_loss", losses["commitment"], step["commitment_loss"])
     run.same("train_step codes", indices.movedim(1, -1), step["codes"])
-    for q, level in enumerate(quantizer.levels):
+    for q, level in enumerate(quantizer):  # a shared book stands once for every depth
         after = step["state_after"]
         run.close("weight after", level.weight, after[f"codebooks.{q}.weight"][:-1])
         run.close("counts after", level.counts, after[f"codebooks.{q}.cluster_size_ema"])
