@@ -121,5 +121,6 @@ def section(figures: dict[str, Any]) -> list[str]:
     for key, row in figures["rows"].items():
         values = [f"{row['psnr']:.2f}", f"{row['lpips_vgg']:.3f}", f"{row[f'fd_{JUDGE}']:.0f}", f"{row['usage']:.0%}"]
         values += [f"{row['probe']['accuracy']:.1%}", f"{row['bits_per_token']:.2f}"]
-        lines.append(f"| `{key.rsplit('-', 1)[0]}` | " + " | ".join(values) + " |")
+        name, seed = key.rsplit("-", 1)
+        lines.append(f"| `{name}`{'' if seed == '0' else f', seed {seed}'} | " + " | ".join(values) + " |")
     return lines
