@@ -122,21 +122,21 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     parameters = count_parameters(networks)
     with without_weights():
         images = torch.empty(batch, recipe.data.channels, recipe.data.size, recipe.data.size)
-        z, kept = _kept(tokenizer, partial(encoded, tokenizer), images)
-        _, of_decoder = _kept(tokenizer, tokenizer.decoder, decodable(tokenizer, z))
+        z, kept = kept_for_backward(tokenizer, partial(encoded, tokenizer), images)
+        _, of_decoder = kept_for_backward(tokenizer, tokenizer.decoder, decodable(tokenizer, z))
     learned = sum(parameter.numel() for parameter in tokenizer.parameters())
     frozen = sum(count for name, count in parameters.items() if name.endswith("(frozen)"))
     kept += of_decoder
     with without_weights():
         if "discriminator" in networks:  # real and made, while the tokenizer's graph waits
-            kept += 2 * _kept(networks["discriminator"], networks["discriminator"], images)[1]
+            kept += 2 * kept_for_backward(networks["discriminator"], networks["discriminator"], images)[1]
         losses = {name: loss for name, loss in networks.items() if isinstance(loss, Loss)}
         wanted = tuple(feature for loss in losses.values() for feature in loss.features)
         shapes = feature_shapes(recipe.model, recipe.data.size, wanted)
         features = {name: torch.empty(batch, *shape).requires_grad_(True) for name, shape in shapes.items()}
         for loss in losses.values():
             inputs = LossInputs(images, images.clone().requires_grad_(True), features)
-            kept += _kept(loss, loss, inputs)[1]
+            kept += kept_for_backward(loss, loss, inputs)[1]
     memory = {
         "weights and optimizers": (sum(parameters.values()) - frozen) * LEARNED,
         "average of the weights": learned * 4,
@@ -156,7 +156,9 @@ def _generator(recipe: "GeneratorRecipe", processes: int) -> Plan:
         with without_weights():
             condition = network.condition.example(batch)
             try:
-                _, kept = _kept(network, lambda tokens: network.losses(tokens, condition), network.nothing(batch))
+                _, kept = kept_for_backward(
+                    network, lambda tokens: network.losses(tokens, condition), network.nothing(batch)
+                )
             except RuntimeError as error:
                 if "meta" not in str(error):  # a loss that looks at values cannot be run without them
                     raise
@@ -172,7 +174,7 @@ def _generator(recipe: "GeneratorRecipe", processes: int) -> Plan:
     return Plan(config.dump(recipe), {"generator": count}, {name: size for name, size in memory.items() if size}, batch)
 
 
-def _kept(module: nn.Module, call: Callable[[Any], Any], inputs: Any) -> tuple[Any, int]:
+def kept_for_backward(module: nn.Module, call: Callable[[Any], Any], inputs: Any) -> tuple[Any, int]:
     """The result of a call on the meta device, and the bytes that autograd keeps for its backward pass."""
     weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
