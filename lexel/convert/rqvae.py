@@ -51,6 +51,8 @@ def convert(request: Request) -> Conversion:
     def config(ours: Names, source: str) -> dict[str, Any]:
         size, dim = ours["quantizer.levels.0.weight"].shape
         base = {"decay": given.get("decay", 0.99), "order": "look_up_first"}
+        if given.get("restart_unused_codes"):
+            base["restart_below"] = 1.0
         quantizer = {"kind": "residual", "codebook_size": size, "codebook_dim": dim, "depth": depth, "shared": shared}
         return {
             "autoencoder": infer_autoencoder(ours, source),

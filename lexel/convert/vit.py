@@ -36,13 +36,26 @@ NEEDED = ["quantizer.weight", "encoder.patches.weight", "decoder.pixels.weight"]
 SIDES = ("encoder", "decoder")
 
 
-def published_heads(options: Mapping[str, Any], side: str) -> int | None:
-    """The heads of one side that a published configuration names; None where there is none."""
+def published_section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The options of `encoder`, `decoder` or `quantizer` in a published configuration; empty where there are none."""
     model = options.get("model")
     params = model.get("params") if isinstance(model, Mapping) else None
-    part = (params if isinstance(params, Mapping) else options).get(side)
-    heads = part.get("heads") if isinstance(part, Mapping) else None
+    part = (params if isinstance(params, Mapping) else options).get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def published_heads(options: Mapping[str, Any], side: str) -> int | None:
+    """The heads of one side that a published configuration names; None where there is none."""
+    heads = published_section(options, side).get("heads")
     return heads if isinstance(heads, int) and heads > 0 else None
+
+
+def quantizer_of(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Codes on the sphere as published, or as a configuration says otherwise."""
+    given = published_section(options, "quantizer")
+    if given.get("use_residual"):
+        raise UsageError(f"{source} quantizes what its codes leave again (use_residual), which is not supported")
+    return {"kind": "cosine", "raw_gradient": True} if given.get("use_norm", True) else {"kind": "vq"}
 
 
 def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +73,7 @@ def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str,
     patches = tensors["encoder.patches.weight"]
     return {
         "autoencoder": {"kind": "vit", "patch": patches.shape[2], "channels": patches.shape[1], **sizes},
-        "quantizer": {"kind": "cosine", "codebook_size": size, "codebook_dim": dim, "raw_gradient": True},
+        "quantizer": {**quantizer_of(options, source), "codebook_size": size, "codebook_dim": dim},
     }
 
 

@@ -29,7 +29,10 @@ def published(config: dict[str, Any], state: dict[str, torch.Tensor]) -> Multisc
         },
     )
     assert isinstance(quantizer, Multiscale)
-    quantizer.load_state_dict({ours(name): value for name, value in state.items() if name != "ema_vocab_hit_SV"})
+    tensors = {ours(name): value for name, value in state.items() if name != "ema_vocab_hit_SV"}
+    if not config["quant_resi"]:  # nothing is smoothed, and there are no tensors of it
+        tensors = {name: torch.zeros_like(value) for name, value in quantizer.state_dict().items()} | tensors
+    quantizer.load_state_dict(tensors)
     return quantizer
 
 

@@ -61,8 +61,10 @@ def variant(run: Run, z: Tensor, table: Tensor) -> None:
     options = {"codebook_size": size, "codebook_dim": dim}
     rows = z.movedim(-1, 1)
     if "temp_init" in part["config"]:
-        rows = torch.nn.functional.normalize(rows, dim=1)
-        result = gumbel(run, rows, torch.nn.functional.normalize(table), options, part["config"]["temp_init"])
+        codes = table
+        if part["config"].get("use_norm", True):
+            rows, codes = torch.nn.functional.normalize(rows, dim=1), torch.nn.functional.normalize(table)
+        result = gumbel(run, rows, codes, options, part["config"]["temp_init"])
         loss = result.losses["kl"]
     elif part["config"].get("use_residual"):
         result, loss = residual(run, rows, table, options)
@@ -83,15 +85,17 @@ def variant(run: Run, z: Tensor, table: Tensor) -> None:
 
 def residual(run: Run, rows: Tensor, table: Tensor, options: dict[str, int]) -> tuple[Quantized, Tensor]:
     """Losses that reach the codes by what they leave, too, and no latent: the published residual is not detached."""
-    depth = run.content["config"]["num_quantizers"]
-    level = build("cosine", options).to(run.dtype)
+    depth, on_sphere = run.content["config"]["num_quantizers"], run.content["config"].get("use_norm", True)
+    kind = "cosine" if on_sphere else "vq"
+    level = build(kind, options).to(run.dtype)
     left, losses, indices = rows.detach(), [], []
     for _ in range(depth):
         result = functional_call(level, {"weight": table}, (left,))
         losses.append(result.losses["codebook"] + run.content["beta"] * result.losses["commitment"])
         indices.append(result.indices)
-        left = left - torch.nn.functional.normalize(table)[result.indices].movedim(-1, 1)
-    whole = build("residual", options | {"depth": depth, "base": "cosine", "shared": True}).to(run.dtype)
+        codes = torch.nn.functional.normalize(table) if on_sphere else table
+        left = left - codes[result.indices].movedim(-1, 1)
+    whole = build("residual", options | {"depth": depth, "base": kind, "shared": True}).to(run.dtype)
     (name,) = (name for name, _ in whole.named_parameters() if name.endswith("weight"))
     found = functional_call(whole, {name: table}, (rows,))
     run.same("indices of levels", torch.stack(indices, -1), run.expected["indices"])
