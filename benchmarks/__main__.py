@@ -15,6 +15,7 @@ BENCHMARKS = {
     "many": "many small trainings at once on one GPU: the figures of docs/studies/which-quantizer.md",
     "study": "the tables of docs/studies/which-quantizer.md from its figures, to which results of `compare` are added",
     "shown": "how many codes held-out pictures can show, by a run's table and by the best tables for its latents",
+    "startup": "every command's start beside `import torch` alone: processor time",
     "evaluate": "10,000 pictures evaluated: time and memory",
     "protocols": "the published protocols on the same pictures and the same tokenizer",
     "faults": "faults injected into training, encoding and reading: what survived",

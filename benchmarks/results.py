@@ -20,6 +20,7 @@ SECTIONS = {
     "clusters": ("clusters", True),
     "step": ("step", True),
     "gpu": ("gpu_page", True),
+    "startup": ("startup", True),
     "faults": ("faults", True),
     "soak": ("soak", True),
     "million": ("million", True),
