@@ -1,7 +1,7 @@
 """What every command costs before its own work: processor seconds beside `import torch` alone.
 
-Each command runs in a process of its own, on a tiny model and two pictures or with an input that does not exist, so that
-it comes as far as its first work. Runs are interleaved and medians are compared, for other work disturbs all alike.
+Each command runs in a process of its own, on a tiny model and two pictures or with an input that does not exist, so
+that it comes as far as its first work. Runs are interleaved and medians are compared: other work disturbs all alike.
 """
 
 import argparse
@@ -61,18 +61,20 @@ def prepare(here: Path) -> None:
     import torch
     from PIL import Image
 
-    from lexel.autoencoders import VQGANConfig
+    from lexel.config import check
     from lexel.generators import Generator, GeneratorConfig
     from lexel.tokenizer import Tokenizer, TokenizerConfig
 
     torch.manual_seed(0)
     sizes = {"width": 8, "multipliers": [1, 1], "residual_blocks": 1, "attention_levels": [], "z_channels": 4}
     quantizer = {"kind": "ibq", "codebook_size": 16, "codebook_dim": 4}
-    config = TokenizerConfig(autoencoder=VQGANConfig(**sizes, groups=4), quantizer=quantizer)
-    Tokenizer(config).save_pretrained(here / "model", {"size": 8})
+    tokenizer = check({"autoencoder": {**sizes, "groups": 4}, "quantizer": quantizer}, TokenizerConfig, "the tokenizer")
+    Tokenizer(tokenizer).save_pretrained(here / "model", {"size": 8})
     layout = {"kind": "masked", "rows": 4, "columns": 4, "codebook_size": 16, "classes": 2}
-    transformer = {**layout, "width": 16, "layers": 1, "heads": 2}
-    Generator(GeneratorConfig(transformer=transformer)).save_pretrained(here / "generator")
+    generator = check(
+        {"transformer": {**layout, "width": 16, "layers": 1, "heads": 2}}, GeneratorConfig, "the generator"
+    )
+    Generator(generator).save_pretrained(here / "generator")
     (here / "pictures").mkdir()
     for number in range(2):
         noise = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
@@ -122,10 +124,10 @@ def section(figures: dict[str, Any]) -> list[str]:
     lines = [
         "## Start-up",
         "",
-        f"{figures['machine']}, commit {figures['commit']}, `python -m benchmarks startup`: processor seconds, medians of"
-        f" {figures['repeats']} interleaved runs. A tiny model and two pictures of 8 x 8, or an input that does not exist"
-        f" (`nothing`), so that a command comes as far as its first work. Bars: `--help` under {HELP_BAR} s, all others"
-        f" within {COMMAND_BAR} s of `import torch`.",
+        f"{figures['machine']}, commit {figures['commit']}, `python -m benchmarks startup`: processor seconds, medians"
+        f" of {figures['repeats']} interleaved runs. A tiny model and two pictures of 8 x 8, or an input that does not"
+        f" exist (`nothing`), so that a command comes as far as its first work. Bars: `--help` under {HELP_BAR} s, all"
+        f" others within {COMMAND_BAR} s of `import torch`.",
         "",
         "| command | seconds | beyond `import torch` | within its bar |",
         "|---|---|---|---|",
@@ -135,9 +137,8 @@ def section(figures: dict[str, Any]) -> list[str]:
             lines.append(f"| `{name}` | {taken:.2f} | | |")
             continue
         within = taken < HELP_BAR if name == "--help" else taken - torch <= COMMAND_BAR
-        lines.append(
-            f"| `lexel {name.replace('HERE/', '')}` | {taken:.2f} | {taken - torch:+.2f} | {'yes' if within else 'NO'} |"
-        )
+        line = name.replace("HERE/", "")
+        lines.append(f"| `lexel {line}` | {taken:.2f} | {taken - torch:+.2f} | {'yes' if within else 'no'} |")
     return lines
 
 

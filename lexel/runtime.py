@@ -88,9 +88,9 @@ def exact_float32(device_type: str) -> Iterator[None]:
 
 
 class _WithoutInitialisation(TorchFunctionMode):
-    """Leaves meta tensors as they are where they would be drawn at random or normalised."""
+    """Leaves meta tensors as they are where they would be drawn at random, scaled or normalised."""
 
-    FILLING = (Tensor.normal_, Tensor.uniform_, F.normalize)
+    FILLING = (Tensor.normal_, Tensor.uniform_, Tensor.mul_, Tensor.div_, F.normalize)
     MAKING = (torch.rand, torch.randn)
 
     def __torch_function__(

@@ -221,7 +221,7 @@ LINES = [
     ("usage HERE/b", BAR),
     ("prune HERE/model HERE/pictures --out HERE/p", BAR),
     ("grow HERE/nothing --to 32 --out HERE/g", NONE),
-    ("tables HERE/nothing", NONE),
+    ("tables HERE/nothing --out HERE/t", BAR),
     ("bank nothing HERE/pictures --out HERE/bank", NONE),
     ("studio HERE/nothing", {"starlette", "uvicorn"}),
     ("import HERE/nothing --out HERE/d", {"huggingface_hub"}),
@@ -231,7 +231,7 @@ LINES = [
     ("leaderboard HERE/nothing --out HERE/l", NONE),
     ("curves HERE/nothing --out HERE/c.json", NONE),
     ("compare tiny --quantizers nothing --out HERE/e", BAR),
-    ("demo --device nothing --out HERE/f", {*BAR, "accelerate"}),
+    ("demo --device nothing --out HERE/f", BAR),
     ("train tiny --out HERE/run --dry-run", {*COMPILER, "sympy"}),  # PyTorch decomposes group norm on the meta device
 ]
 UNUSED = [

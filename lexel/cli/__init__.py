@@ -1,6 +1,7 @@
 """The command line: parses, calls one function of the library, prints. Heavy imports wait for their command."""
 
 import functools
+import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -78,6 +79,7 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 def main() -> None:
     """The entry point. Exit code 0 on success, 2 with one line for what the user can fix, 130 when interrupted."""
     warnings.formatwarning = lambda message, *_: f"lexel: {message}\n"
+    gc.set_threshold(20_000, 20, 100)  # looking through all of PyTorch while it loads takes a tenth of a start
     try:
         app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UsageError as error:

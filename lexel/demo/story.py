@@ -63,9 +63,10 @@ def demo(
             default's.
 
     Raises:
+        UsageError: a device or a precision that is not there.
         TrainingStopped: a signal ended a training; what was learned is saved.
     """
-    out = Path(out)
+    out, place = Path(out), runtime(device, precision)
     folders = Folders(out / "vq", out / "tokenizer", out / "tokens/train", out / "tokens/validation", out / "generator")
     changes = [f"train.precision={precision}"]
     if steps is not None:
@@ -89,9 +90,7 @@ def demo(
             )
             for folder in (folders.vq, folders.tokenizer)
         ]  # fmt: skip
-        codec = Codec(
-            load_tokenizer(folders.tokenizer), runtime(device, precision), recipe.data.make_transform(), batch_size=64
-        )
+        codec = Codec(load_tokenizer(folders.tokenizer), place, recipe.data.make_transform(), batch_size=64)
         for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
             codec.encode(recipe.data.source, folder, split, progress=_counts(progress, "tokens"))
         _train_generator(folders, changes, device, _steps(progress, "generator"))
