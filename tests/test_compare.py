@@ -11,7 +11,7 @@ from PIL import Image
 
 from lexel.compare import Variant, compare, expand, halving, read_variants, summarise, table
 from lexel.compare import run as comparing
-from lexel.compare.halving import lengths, margin_and_noise, ranked, shortened
+from lexel.compare.halving import lengths, margin_and_noise, ranked, shortened, verdict
 from lexel.compare.summary import mean_and_deviation
 from lexel.config import check, load
 from lexel.errors import UsageError
@@ -261,6 +261,13 @@ def test_the_margin_is_taken_between_equal_seeds():
     assert margin == pytest.approx(0.9)
     assert noise == pytest.approx(0.1)
     assert margin_and_noise(row("a", 2.0), row("b", 1.0), "psnr") == (1.0, None)
+
+
+def test_two_seeds_need_a_lead_many_times_their_spread_and_three_a_smaller_one():
+    two = verdict(row("a", 20.0, 30.0), row("b", 19.0, 29.2), "psnr")
+    assert two == "take either: a is ahead of b by 0.9 (psnr), ± 1.3 at 95 % over 2 seeds; the cheaper one will do"
+    three = verdict(row("a", 20.0, 30.0, 25.0), row("b", 19.0, 29.2, 24.1), "psnr")
+    assert three == "take a: a is ahead of b by 0.9 (psnr), ± 0.25 at 95 % over 3 seeds"
 
 
 def test_a_halving_tells_who_was_dropped_when_and_goes_on_where_it_stopped(recipe, tmp_path, monkeypatch):

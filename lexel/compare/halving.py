@@ -22,6 +22,8 @@ from lexel.report import Section, write_page
 from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe
 
+# Student's t at 97.5 % for 1, 2, ... degrees of freedom: of two or three seeds, two standard deviations are not 95 %.
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 CRITERIA = {"psnr": 1, "ssim": 1, "lpips_vgg": -1}  # what decides, and its sign: 1 where more is better
 
 
@@ -175,6 +177,19 @@ def margin_and_noise(first: Mapping[str, Any], second: Mapping[str, Any], by: st
     return statistics.fmean(differences), noise
 
 
+def verdict(first: Mapping[str, Any], second: Mapping[str, Any], by: str) -> str:
+    """Which of the two best rows to take, in words: the first, where chance over seeds gives such a lead in 5 %."""
+    margin, noise = margin_and_noise(first, second, by)
+    lead = f"{first['quantizer']} is ahead of {second['quantizer']} by {margin:.3g} ({by})"
+    if noise is None:
+        return f"take {first['quantizer']}: {lead}, in one seed, so that it is not known what the lead is worth"
+    seeds = len(first[by]["values"])
+    bound = STUDENT[min(seeds - 1, len(STUDENT)) - 1] * noise
+    if margin > bound:
+        return f"take {first['quantizer']}: {lead}, ± {bound:.2g} at 95 % over {seeds} seeds"
+    return f"take either: {lead}, ± {bound:.2g} at 95 % over {seeds} seeds; the cheaper one will do"
+
+
 def _dropped(row: Mapping[str, Any], last: Mapping[str, Any], steps: int, by: str) -> Dropped:
     value, kept = mean_of(row, by), mean_of(last, by)
     behind = None if value is None or kept is None else CRITERIA[by] * (kept - value)
@@ -191,25 +206,18 @@ def _result(
 ) -> Halving:
     page = out / "halving.html"
     if not finished:
-        verdict = f"{len(rounds)} of {len(plan)} rounds are done"
-        return Halving(page, rounds, dropped, None, None, None, verdict, False)
+        words = f"{len(rounds)} of {len(plan)} rounds are done"
+        return Halving(page, rounds, dropped, None, None, None, words, False)
     first, second = rounds[-1][:2]
     winner = first["quantizer"]
     if mean_of(first, by) is None:
-        verdict = "no training of the last round came to its end: nothing can be recommended"
-        return Halving(page, rounds, dropped, None, None, None, verdict, True)
+        words = "no training of the last round came to its end: nothing can be recommended"
+        return Halving(page, rounds, dropped, None, None, None, words, True)
     if mean_of(second, by) is None:
-        verdict = f"take {winner}: {second['quantizer']} did not come to its end"
-        return Halving(page, rounds, dropped, winner, None, None, verdict, True)
+        words = f"take {winner}: {second['quantizer']} did not come to its end"
+        return Halving(page, rounds, dropped, winner, None, None, words, True)
     margin, noise = margin_and_noise(first, second, by)
-    lead = f"{winner} is ahead of {second['quantizer']} by {margin:.3g} ({by})"
-    if noise is None:
-        verdict = f"take {winner}: {lead}, in one seed, so that it is not known what the lead is worth"
-    elif margin > 2 * noise:
-        verdict = f"take {winner}: {lead}, and seeds move that by {noise:.2g}"
-    else:
-        verdict = f"take either: {lead}, no more than seeds do ({noise:.2g}); the cheaper one will do"
-    return Halving(page, rounds, dropped, winner, margin, noise, verdict, True)
+    return Halving(page, rounds, dropped, winner, margin, noise, verdict(first, second, by), True)
 
 
 def _write(out: Path, recipe: TokenizerRecipe, result: Halving, by: str, plan: Sequence[tuple[int, int]]) -> None:
