@@ -549,7 +549,7 @@ def test_the_recipes_of_dit_and_sit_become_their_other_sizes_by_four_options(rec
         assert sum(parameter.numel() for parameter in generator.parameters()) == parameters
 
 
-@pytest.mark.parametrize("kind", ["flow", "continuous", "next_scale", "residual"])
+@pytest.mark.parametrize("kind", ["flow", "continuous", "next_scale", "residual", "masked", "random_order"])
 def test_the_small_recipe_of_a_family_is_of_that_family(kind):
     assert load(RECIPES / f"generator_{kind}_small.toml", GeneratorRecipe).generator.kind == kind
 

@@ -40,6 +40,7 @@ PUBLISHED = {  # exact; the papers round to 107.05M, 108.88M, 110.98M, 173.90M
     "vqvae2_256": 1_388_867,
     "var_tokenizer": 108_948_355,
     "rqvae_16384": 104_402_051 - 16_385 * 256,  # the codes, counted there, are running means and no parameters
+    "dqvae": 48_098_437 - 1025 * 256,  # likewise
 }
 PAPER = {"ibq_1024": 89.60, "ibq_8192": 91.43, "ibq_16384": 93.53, "ibq_262144": 156.44}  # M, with three blocks
 
@@ -73,6 +74,41 @@ def test_every_recipe_says_how_to_run_it_and_what_to_expect(name):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_tokenizers_have_the_published_number_of_parameters(name):
     assert parameters(recipe(name)) == PUBLISHED[name]
+
+
+WIDTHS = {"s": (512, 8), "b": (768, 12), "l": (1024, 24)}
+ONE_STAGE = {  # encoder and decoder, tokens, numbers of a code or of a latent, TA-TiTok's text
+    ("bl", 128, 64, False): 390_179_988,
+    ("bl", 64, 64, False): 390_016_148,
+    ("sl", 256, 64, False): 330_260_884,
+    ("bl", 128, 16, False): 389_581_940,
+    ("bl", 64, 16, False): 389_418_100,
+    ("ll", 32, 16, False): 606_879_604,
+    ("bl", 128, 64, True): 391_046_292,
+    ("bl", 64, 64, True): 390_882_452,
+    ("bl", 32, 64, True): 390_800_532,
+    ("bl", 64, 16, True): 390_284_404,
+    ("bl", 32, 16, True): 390_202_484,
+    ("sl", 128, 16, True): 330_275_188,
+}
+
+
+@pytest.mark.parametrize("size", ONE_STAGE)
+def test_titok_in_one_stage_has_its_published_sizes(size):
+    sides, tokens, dim, text = size
+    codes = ["model.quantizer.codebook_size=8192"] if dim == 64 else []
+    changes = [
+        f'model.quantizer={{kind="{"vq" if codes else "gaussian"}",codebook_dim={dim}}}',
+        *codes,
+        f"model.autoencoder.tokens={tokens}",
+        "model.autoencoder.size=256",
+        "data.size=256",
+        "model.autoencoder.patch=16",
+        *(["model.autoencoder.text={}"] if text else []),
+    ]
+    for side, (width, depth) in zip(("encoder", "decoder"), (WIDTHS[side] for side in sides), strict=True):
+        changes.append(f"model.autoencoder.{side}={{width={width},depth={depth},heads={width // 64}}}")
+    assert parameters(recipe("titok_openmoji", *changes)) == ONE_STAGE[size]
 
 
 def test_the_aligned_recipe_has_the_size_of_emu35s_tokenizer():
