@@ -103,7 +103,7 @@ class Codec:
         self.pixel_limit = pixel_limit
         self.seam: str | None = None
 
-    def open(self, source: str | Path | ImageSet, split: str | None = None) -> ImageSet:
+    def open(self, source: str | Path | ImageSet, split: str | None = None, max_unreadable: float = 1.0) -> ImageSet:
         """The images of a source, with the channels that the tokenizer takes."""
         if isinstance(source, ImageSet):
             return source
@@ -113,6 +113,7 @@ class Codec:
             self.transform.size if self.transform else None,
             channels=self.tokenizer.channels,
             pixel_limit=self.pixel_limit,
+            max_unreadable=max_unreadable,
         )
 
     def through(self, images: Tensor) -> Tensor:
@@ -260,6 +261,7 @@ class Codec:
         part: Part | None = None,
         shard_size: int | None = None,
         captions: str | Path | TextEncoder | None = None,
+        max_unreadable: float = 1.0,
     ) -> TokenSet | None:
         """Turns the pictures of a folder or embedded set into a token set; the same call again goes on.
 
@@ -279,6 +281,10 @@ class Codec:
             captions: features of a caption for each picture: a file (see `CaptionFile`), or a text encoder for the
                 captions that the source has.
             shard_size: pictures in a file: what an interruption can cost, and the least that a part takes.
+            max_unreadable: the part of the source's shards, and of the pictures of this part, that may be unreadable.
+
+        Raises:
+            UsageError: more of them are, or none can be read, and what `write_tokens` raises.
         """
         tokenizer, whole = self.tokenizer, self.transform is None
         if tokenizer.continuous:
@@ -296,7 +302,7 @@ class Codec:
             self._check_whole(height, width)
             return tokenizer.token_spec(*tokenizer.fitting_size(height, width))
 
-        images = self.open(source, split)
+        images = self.open(source, split, max_unreadable)
         named = "an image set" if isinstance(source, ImageSet) else source
         features = caption_features(captions, images, str(named))
         origin = {"text_encoder": captions.name} if isinstance(captions, TextEncoder) else {}
@@ -325,6 +331,7 @@ class Codec:
             layout=layout if whole else None,
             whole=self._tokens_of if whole else None,
             most_pixels=self.native_pixels if whole else None,
+            max_unreadable=max_unreadable,
             progress=progress,
         )
         if tokens is not None and not len(tokens):

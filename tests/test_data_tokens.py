@@ -165,6 +165,28 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path):
     assert tokens.unreadable.keys() == {"0.png", "4.png", "5.png"}  # the last shard is empty
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_more_unreadable_pictures_than_are_allowed_end_the_work_which_may_go_on(tmp_path, processes):
+    (tmp_path / "images").mkdir()
+    for number in range(8):
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / "images" / f"{number}.png")
+    for number in (0, 4):
+        (tmp_path / "images" / f"{number}.png").write_bytes(b"")
+    images, options = open_images(tmp_path / "images"), {"shard_size": 2, "processes": processes}
+    allowed = 0.24 * processes  # of this process's pictures: 2 of 8, or 2 of 4
+    for _ in range(2):  # again: the shard that was written counts too
+        with pytest.raises(
+            UsageError, match=rf"2 of {8 // processes} images cannot be read, more than .*; the first, 0"
+        ):
+            write(tmp_path / "t", images, max_unreadable=allowed, **options)
+    assert not (tmp_path / "t" / "tokens.json").exists()
+    for rank in range(processes):
+        tokens = write(tmp_path / "t", images, max_unreadable=0.5, rank=rank, **options)
+    write(tmp_path / "whole", images, shard_size=2)
+    assert contents(tmp_path / "t") == contents(tmp_path / "whole")
+    assert tokens.unreadable.keys() == {"0.png", "4.png"}
+
+
 def test_another_tokenizer_is_refused(tmp_path):
     tokens = write(tmp_path / "t")
     tokens.require("abc")

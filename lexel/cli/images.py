@@ -135,6 +135,9 @@ def encode(
     batch_size: BatchSize = 32,
     workers: Workers = 0,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: Annotated[
+        float, typer.Option(min=0, max=1, help="The part of the images (0.01) that may be unreadable and left out.")
+    ] = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -175,7 +178,7 @@ def encode(
     if text_encoder:
         features = TextEncoder(text_encoder, caption_length, where)
     with progress("encode") as update:
-        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, features)
+        tokens = codec.encode(data, out, split, crops, seed, update, chosen, shard_size, features, max_unreadable)
     print_seams(codec)
     if tokens is None:  # other processes are still at their shards; the last one prints
         if chosen:

@@ -77,12 +77,17 @@ class Loading:
 
     def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
         """Raises UsageError once more images are unreadable than may be."""
-        if len(unreadable) > self.max_unreadable * len(images):
-            name, reason = next(iter(unreadable.items()))
-            raise UsageError(
-                f"{len(unreadable):,} of {len(images):,} images cannot be read, more than max_unreadable = "
-                f"{self.max_unreadable:g} allows; the first, {name}: {reason}"
-            )
+        check_unreadable(unreadable, len(images), self.max_unreadable)
+
+
+def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) -> None:
+    """Raises UsageError once more than a part of so many images is unreadable."""
+    if len(unreadable) > allowed * total:
+        name, reason = next(iter(unreadable.items()))
+        raise UsageError(
+            f"{len(unreadable):,} of {total:,} images cannot be read, more than max_unreadable = {allowed:g} allows; "
+            f"the first, {name}: {reason}"
+        )
 
 
 class Positions:

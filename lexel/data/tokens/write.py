@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, crop_generator, look_up, read_squares
+from lexel.data.batches import Pictures, check_unreadable, crop_generator, look_up, read_squares
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
 from lexel.data.tokens.format import (
@@ -26,11 +26,13 @@ from lexel.data.tokens.format import (
     MANIFEST_PARTIAL,
     OWN_GRIDS,
     VERSION,
+    Manifest,
     digest,
     digest_of_names,
     features_path,
     index_dtype,
     read_manifest,
+    read_shard_description,
     sealed,
     shard_path,
 )
@@ -73,6 +75,7 @@ def write_tokens(
     whole: Callable[[np.ndarray], Tensor] | None = None,
     most_pixels: int | None = None,
     tiles: tuple[int, int] | None = None,
+    max_unreadable: float = 1.0,
     progress: ProgressCallback | None = None,
 ) -> "TokenSet | None":
     """Encodes a set of images into a folder; the same call again goes on where it was stopped.
@@ -106,13 +109,16 @@ def write_tokens(
             `encode` of the images.
         most_pixels: the largest image that `layout` takes: a set of another limit is another set.
         tiles: side and overlap of the tiles in which `encode` and `whole` take images, for they change the tokens.
+        max_unreadable: the part of this process's pictures that may be unreadable before that is an error; what is
+            written until then stays.
         progress: called with (pictures done, pictures of this process).
 
     Returns:
         The set; None if other processes have not finished their shards.
 
     Raises:
-        UsageError: the folder holds something else, or `encode` gave other shapes or indices than announced.
+        UsageError: the folder holds something else, too many pictures are unreadable, or `encode` gave other shapes or
+            indices than announced.
     """
     folder = Path(folder)
     for name, value in (("codebook_size", codebook_size), ("crops", crops), ("shard_size", shard_size)):
@@ -155,12 +161,13 @@ def write_tokens(
         **({} if captions is None else {"caption_features": _layout(captions)}),
     }
     plan = json.loads(json.dumps(plan))  # as it will be read back: a tuple has become a list
-    begin(folder, plan)
+    manifest = begin(folder, plan)
     shards = range(-(-len(images) // shard_size))
     mine = shards_of(len(images), shard_size, rank, processes)
     take = whole or (lambda pixels: encode(to_images(pixels)))
     shaped = None if layout is None else _Whole(layout, take)
     done, total = 0, sum(len(numbers) for numbers in mine.values())
+    unreadable: dict[str, str] = {}
 
     def read(count: int) -> None:
         nonlocal done
@@ -171,9 +178,11 @@ def write_tokens(
     for shard, numbers in mine.items():
         if shard_path(folder, shard, ".json").is_file():  # written before an interruption
             read(len(numbers))
+            unreadable |= read_shard_description(shard_path(folder, shard, ".json"), manifest).unreadable
         else:
             versions = _Versions(images, transform, numbers, batch_size, crops, seed)
-            _write_shard(folder, shard, versions, encode, plan, workers, read, captions, shaped)
+            unreadable |= _write_shard(folder, shard, versions, encode, plan, workers, read, captions, shaped)
+        check_unreadable(unreadable, total, max_unreadable)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
     return complete(folder, plan)
@@ -208,21 +217,22 @@ def check_plan(
             )
 
 
-def begin(folder: Path, plan: dict[str, Any]) -> None:
-    """Makes the folder ours, or checks that it is ours already."""
+def begin(folder: Path, plan: dict[str, Any]) -> Manifest:
+    """Makes the folder ours, or checks that it is ours already; what it says of its tokens."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file; give a folder for the tokens")
     for name in (INDEX, MANIFEST_PARTIAL):
         if (folder / name).is_file():
-            _, found = read_manifest(folder / name)
+            manifest, found = read_manifest(folder / name)
             check_plan(found, plan, f"{folder} holds tokens made in another way")
-            return
+            return manifest
     # Another process may begin at this very moment: what it writes first is not foreign.
     ours = (".partial-", "shard-", MANIFEST_PARTIAL, INDEX)
     if folder.is_dir() and any(not path.name.startswith(ours) for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and holds no tokens; give a new folder")
     with atomic_write(folder / MANIFEST_PARTIAL) as file:
         file.write(sealed(plan, indent=2))
+    return read_manifest(folder / MANIFEST_PARTIAL)[0]
 
 
 def _unlike(first: Any, second: Any, there: str, here: str) -> str:
@@ -264,7 +274,8 @@ def _write_shard(
     read: Callable[[int], None],
     captions: Captions | None,
     whole: "_Whole | None",
-) -> None:
+) -> dict[str, str]:
+    """Writes a shard; the reasons of its unreadable pictures, by name."""
     images, batches = versions.images, -(-len(versions.numbers) // versions.batch_size)
     unreadable: dict[str, str] = {}
     readable: list[int] = []
@@ -301,6 +312,7 @@ def _write_shard(
         facts["caption_features"] = _write_features(features_path(folder, shard), captions, readable)
     with atomic_write(shard_path(folder, shard, ".json")) as file:
         file.write(sealed(facts))
+    return unreadable
 
 
 def write_indices(path: Path, indices: np.ndarray) -> dict[str, Any]:
