@@ -559,6 +559,13 @@ def test_heads_of_a_vit_are_those_of_the_configuration_beside_it_else_of_64_chan
             assert found["head_width"] == 128 // heads
 
 
+def test_codes_of_a_vit_are_on_the_sphere_unless_the_configuration_says_otherwise():
+    assert vit.quantizer_of({}, "file")["kind"] == "cosine"
+    assert vit.quantizer_of({"model": {"params": {"quantizer": {"use_norm": False}}}}, "file") == {"kind": "vq"}
+    with pytest.raises(UsageError, match="use_residual"):
+        vit.quantizer_of({"quantizer": {"use_residual": True, "num_quantizers": 4}}, "file")
+
+
 def test_maskgits_tokenizer_may_have_more_channels_in_its_first_level_than_before_it():
     sizes = {"kind": "maskgit", "width": 32, "multipliers": [2, 1, 3], "residual_blocks": 1, "z_channels": 4}
     table = {"autoencoder": sizes, "quantizer": {"kind": "vq", "codebook_size": 8, "codebook_dim": 4}}

@@ -1,5 +1,6 @@
 """A fixture of a published implementation, and what was compared with it."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,10 @@ from torch import Tensor, nn
 import lexel
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of the published tensor
+# Families with convolutions, whose float32 the published numbers themselves keep to 1e-3 only (families.md).
+CONVOLUTIONS = re.compile(
+    "MaskGIT-VQGAN|TiTok legacy, stage 2|TiTok stage-2|VAR tokenizer|RQ-VAE$|VQ-VAE-2|Emu3.5|VQGAN-LC|DQ-VAE|MAGE"
+)
 # What is given and not found, by its name in a file; under `f64` and `f32` everything is found.
 GIVEN = {"inputs", "state_dict", "config", "arch", "quantizer_state_dict", "vae_quantizer_state_dict", "embedding"}
 GIVEN |= {"z", "x", "t", "logits", "noise", "draws", "random_draws", "clean", "cond", "uncond", "gumbel_uniform"}
@@ -163,7 +168,9 @@ class Run:
         if ours.numel() != theirs.numel():
             self.fixture.faults.append(f"{name} is {tuple(ours.shape)}, published {tuple(theirs.shape)}")
             return
-        allowed = TOLERANCES[self.dtype] if tolerance is None or self.dtype == torch.float64 else tolerance
+        allowed = TOLERANCES[self.dtype]
+        if self.dtype == torch.float32:
+            allowed = tolerance or (1e-3 if CONVOLUTIONS.match(self.fixture.family) else allowed)
         error = distance(ours, theirs)
         exact = self.fixture.exact.get(theirs.untyped_storage().data_ptr())
         if self.dtype == torch.float32 and exact is not None and not error <= allowed:
