@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from benchmarks import results
 from benchmarks.fingerprint import digest, last_state
 from lexel.config import check
 from lexel.data import TRANSFORMS, open_images, ordered_batches, to_uint8
-from lexel.data.images import ArrayImages
+from lexel.data.images import ArrayImages, EncodedImages
 from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder
@@ -317,6 +318,23 @@ def failing_reads(place: Place, chance: random.Random) -> str:
     return TOLD if ended.how == "told" else _lost(ended)
 
 
+def slow_reads(place: Place, chance: random.Random) -> str:
+    """A disk or store that gives a file late, each by another time, to two processes that read."""
+    run = place.new() / "run"
+
+    def work() -> None:
+        read = EncodedImages.read
+
+        def late(images: EncodedImages, number: int) -> np.ndarray:
+            time.sleep(random.Random(time.monotonic_ns()).uniform(0, 0.2))
+            return read(images, number)
+
+        with patch.object(EncodedImages, "read", late):
+            train(place, run, workers=chance.choice([1, 2, 3]))
+
+    return same(place, run, apart(work))
+
+
 def full_disk(place: Place, chance: random.Random) -> str:
     """A disk on which files end after some bytes; then there is room again."""
     run = place.new() / "run"
@@ -440,6 +458,7 @@ FAULTS = {
     "damaged tokens": Fault(flipped_tokens, "a bit flipped in any file of a set", 200, 4),
     "damaged shard": Fault(flipped_tar, "a bit flipped in a tar of PNG files", 200, 4),
     "failing reads": Fault(failing_reads, "a picture cut off, empty, a dangling link, a pipe", 60, 4),
+    "slow reads": Fault(slow_reads, "each picture late by up to 0.2 s, 1 to 3 reading processes", 20, 1),
     "full disk": Fault(full_disk, "files end after some bytes; then there is room", 30, 1),
     "missing rights": Fault(missing_rights, "the run folder cannot be written; then it can", 20, 1),
     "jumping clock": Fault(jumping_clock, "by up to a year at every look", 20, 1),
