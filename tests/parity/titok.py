@@ -146,8 +146,10 @@ def single_stage(fixture: Fixture) -> None:
         run.close("kl_loss_unweighted", drawn.losses["kl"])
         images = (model.decode_codes(drawn.z_q) + 1) / 2
         run.close("rec", images)
-        total = (images - x).square().mean() + 1e-2 * drawn.losses["kl"]
-        run.close("total_with_kl_weight_1em2", total)
+        (name,) = (name for name in run.expected if name.startswith("total_with_kl_weight_"))
+        weight = float(name.removeprefix("total_with_kl_weight_").replace("m", "-"))
+        total = (images - x).square().mean() + weight * drawn.losses["kl"]
+        run.close(name, total)
         run.close("rec_from_mode", (model(2 * x - 1).images + 1) / 2)
         gradients(run, model, total)
 

@@ -80,10 +80,10 @@ def tokenizer(run: Run) -> None:
         "codebook_projection.0.weight": "quantizer.projector.0.weight",
         "codebook_projection.2.weight": "quantizer.projector.2.weight",
     }
-    run.close("total_l1_plus_0p1_q", distance + 0.1 * loss)
-    run.gradients(
-        distance + 0.1 * loss, {theirs: model.get_parameter(names[theirs]) for theirs in run.expected["grads"]}
-    )
+    (name,) = (name for name in run.expected if name.startswith("total_l1_plus_"))
+    total = distance + float(name.removeprefix("total_l1_plus_").removesuffix("_q").replace("p", ".")) * loss
+    run.close(name, total)
+    run.gradients(total, {theirs: model.get_parameter(names[theirs]) for theirs in run.expected["grads"]})
 
 
 def averaged(run: Run) -> None:
