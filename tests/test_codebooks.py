@@ -270,7 +270,20 @@ def test_codes_compared_by_direction_are_split_by_direction(similarity):
     chosen = (latents @ codes.T).argmax(1).bincount(minlength=2)
     assert 150 < int(chosen[0]) < 350
     assert float(codes[0] @ codes[1]) / 4 < math.cos(0.03)
-    torch.testing.assert_close(codes.norm(dim=1), torch.tensor([2.0, 2.0]))
+    torch.testing.assert_close(codes.norm(dim=1), torch.tensor([2.0, 2.0]), rtol=0.01, atol=0)
+
+
+def test_what_latents_do_not_see_of_a_code_stays_and_its_neighbour_keeps_its_latents():
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.cat([0.1 * torch.randn(300, generator=generator), 1.0 + 0.1 * torch.randn(200, generator=generator)])
+    latents = torch.stack([angles.cos(), angles.sin(), torch.zeros(500)], dim=1)
+    codes = torch.tensor([[2.0, 0.0, 7.0], [2 * math.cos(1.0), 2 * math.sin(1.0), 0.0]])
+    chosen = (latents @ codes.T).argmax(1)
+    grown, _ = split_codes(latents, chosen, codes, 3, "dot")
+    torch.testing.assert_close(grown[:, 2], torch.tensor([7.0, 0.0, 7.0]))
+    counts = (latents @ grown.T).argmax(1).bincount(minlength=3)
+    assert counts[1] == 200
+    assert 100 < counts[0] < 200
 
 
 def test_latents_that_are_alike_are_not_split():

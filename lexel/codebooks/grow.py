@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from lexel.codebooks.prune import origin
 from lexel.data import Transform, ordered_batches
@@ -135,7 +136,8 @@ def split_codes(latents: Tensor, indices: Tensor, codes: Tensor, size: int, simi
 
     A code's latents are cut by a plane through their mean, at right angles to the longest axis of their covariance;
     each half's mean is a code. Where codes are compared by direction ("dot", "cosine") the axis is at right angles to
-    the mean, and the halves' codes are as long as the one that was split.
+    the mean, and only the part of the code along the mean turns to those of the halves: what else a code holds, which
+    these latents do not see, is the decoder's, and a code that grew would win the latents of its neighbours.
 
     Args:
         latents: (N, D), as codes are compared with them.
@@ -165,8 +167,9 @@ def split_codes(latents: Tensor, indices: Tensor, codes: Tensor, size: int, simi
         rows = (place[indices] >= 0).nonzero().flatten()
         low, high, above = halves(latents[rows], place[indices[rows]], len(ready), similarity)
         if similarity in ("dot", "cosine"):
-            length = codes[ready].norm(dim=1, keepdim=True)
-            low, high = (length * half / half.norm(dim=1, keepdim=True).clamp_min(1e-30) for half in (low, high))
+            mean = normalize(cell_means(latents[rows], place[indices[rows]], len(ready)), dim=1)
+            along = (codes[ready] * mean).sum(1, keepdim=True)
+            low, high = (codes[ready] + along * (normalize(half, dim=1) - mean) for half in (low, high))
         sizes = torch.zeros(len(ready), dtype=torch.int64).index_add_(0, place[indices[rows]], above.long())
         split = (sizes > 0) & (sizes < counts[ready])
         spent[ready[~split]] = True
@@ -192,7 +195,7 @@ def halves(latents: Tensor, cell: Tensor, cells: int, similarity: Similarity) ->
     mean = cell_means(latents, cell, cells)
     centred = latents - mean[cell]
     if similarity in ("dot", "cosine"):  # what differs in length only cannot be told apart
-        unit = torch.nn.functional.normalize(mean, dim=1)[cell]
+        unit = normalize(mean, dim=1)[cell]
         centred = centred - (centred * unit).sum(1, keepdim=True) * unit
     side = (centred * longest_axis(centred, cell, cells)[cell]).sum(1) > 0
     half = cell_means(latents, 2 * cell + side, 2 * cells).view(cells, 2, -1)
@@ -207,10 +210,10 @@ def longest_axis(centred: Tensor, cell: Tensor, cells: int) -> Tensor:
     first = torch.full((cells,), len(cell)).scatter_reduce_(
         0, cell, torch.arange(len(cell)).masked_fill(far < farthest[cell], len(cell)), "amin"
     )
-    axis = torch.nn.functional.normalize(centred[first], dim=1)
+    axis = normalize(centred[first], dim=1)
     for _ in range(POWERS):
         along = (centred * axis[cell]).sum(1, keepdim=True)
-        axis = torch.nn.functional.normalize(torch.zeros_like(axis).index_add_(0, cell, along * centred), dim=1)
+        axis = normalize(torch.zeros_like(axis).index_add_(0, cell, along * centred), dim=1)
     return axis
 
 
