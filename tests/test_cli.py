@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from lexel import cli
 from lexel.cli.options import progress
+from lexel.data.batches import look_up
 
 FAST = [
     "--set",
@@ -513,6 +514,19 @@ def test_memory_that_is_not_there_is_told_in_one_line(capsys, monkeypatch):
     code, _, errors = lexel(capsys, "inspect", "tiny")
     assert code == 2
     assert errors == "lexel: out of memory; lower the batch size, the picture size, or use a half precision\n"
+
+
+class Killed:
+    def __getitem__(self, item):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_reads_images_is_told_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("lexel.inspection.inspect", lambda *_: next(look_up(Killed(), range(4), 1, 2)))
+    code, _, errors = lexel(capsys, "inspect", "tiny")
+    assert code == 2
+    assert errors.startswith("lexel: a process that reads images was killed, mostly for want of memory")
+    assert errors.count("\n") == 1
 
 
 def test_other_defects_keep_their_traceback(monkeypatch):

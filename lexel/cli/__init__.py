@@ -75,6 +75,8 @@ CommandLineError: Any = typer.BadParameter.__mro__[2]
 # How PyTorch's allocators say that memory is full where they have no error class for it.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
+KILLED_READER = "DataLoader worker"  # of what PyTorch raises, wherever the command is at that moment
+
 
 def main() -> None:
     """The entry point. Exit code 0 on success, 2 with one line for what the user can fix, 130 when interrupted."""
@@ -90,6 +92,11 @@ def main() -> None:
         say("lexel: interrupted")
         sys.exit(130)
     except (RuntimeError, MemoryError) as error:
+        if KILLED_READER in str(error):
+            _fail(
+                "a process that reads images was killed, mostly for want of memory (in a container of /dev/shm); give "
+                "the same command again, with fewer workers if it happens again"
+            )
         if not _out_of_memory(error):
             raise
         _fail("out of memory; lower the batch size, the picture size, or use a half precision")
