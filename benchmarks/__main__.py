@@ -22,6 +22,7 @@ BENCHMARKS = {
     "soak": "a long training: memory, open files and threads that do not grow",
     "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
     "names": "a million and ten million names: put together, ordered, checked, shared out",
+    "listing": "image files on a disk, listed and labelled beside walking the tree",
     "tiles": "pictures in overlapping tiles beside whole ones: codes, seams, memory",
     "arithmetic": "a training step of a tokenizer counted without weights: GFLOP and kept memory of each part",
     "lines": "lines of code by feature at two commits",

@@ -21,6 +21,7 @@ SECTIONS = {
     "step": ("step", True),
     "gpu": ("gpu_page", True),
     "startup": ("startup", True),
+    "listing": ("listing", True),
     "faults": ("faults", True),
     "soak": ("soak", True),
     "million": ("million", True),
