@@ -6,6 +6,7 @@ take turns. Linux only: memory is read from /proc.
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -64,6 +65,8 @@ def timed(what: str, tree: Path) -> dict[str, float]:
     from lexel.data.batches import Positions
     from lexel.data.folder import open_folder
 
+    gc.collect()
+    gc.freeze()  # else the first collection looks through all of PyTorch, a tenth of a second that is the imports'
     before, begun = resident("VmRSS"), time.process_time()
     taken: dict[str, float] = {}
     if what == "walk":
