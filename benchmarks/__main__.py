@@ -23,6 +23,7 @@ BENCHMARKS = {
     "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
     "names": "a million and ten million names: put together, ordered, checked, shared out",
     "listing": "image files on a disk, listed and labelled beside walking the tree",
+    "throughput": "20,000 JPEG files read, encoded and evaluated: images a second, memory",
     "tiles": "pictures in overlapping tiles beside whole ones: codes, seams, memory",
     "arithmetic": "a training step of a tokenizer counted without weights: GFLOP and kept memory of each part",
     "lines": "lines of code by feature at two commits",

@@ -112,10 +112,10 @@ def section(figures: dict[str, Any]) -> list[str]:
         "## Files listed",
         "",
         f"{figures['machine']}, commit {figures['commit']}, `python -m benchmarks listing`: files in folders of"
-        f" {IN_A_FOLDER:,}, each a class; processor seconds of one core, medians of {figures['repeats']} interleaved runs"
-        " in processes of their own, the kernel's caches filled. *Walked* is a bare recursion of `os.scandir` that keeps"
-        " nothing; *listed* is `open_folder`: names kept, sorted and labelled. *Gone on* is the order in the middle of"
-        " the second epoch. Bar: listed within 2 times the walk.",
+        f" {IN_A_FOLDER:,}, each a class; processor seconds of one core, medians of {figures['repeats']} runs that take"
+        " turns, each in a process of its own, the kernel's caches filled. *Walked* is a bare recursion of `os.scandir`"
+        " that keeps nothing; *listed* is `open_folder`: names kept, sorted and labelled. *Gone on* is the order in the"
+        " middle of the second epoch. Bar: listed within 2 times the walk.",
         "",
         "| files | walked | `os.walk` | listed and labelled | times the walk | MiB held | shuffled | gone on |",
         "|---|---|---|---|---|---|---|---|",

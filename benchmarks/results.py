@@ -22,6 +22,7 @@ SECTIONS = {
     "gpu": ("gpu_page", True),
     "startup": ("startup", True),
     "listing": ("listing", True),
+    "throughput": ("throughput", True),
     "faults": ("faults", True),
     "soak": ("soak", True),
     "million": ("million", True),

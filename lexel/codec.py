@@ -64,7 +64,7 @@ class Codec:
         transform: resizes and crops images; None takes them whole, padded to the tokenizer's factor by repeating
             their edge, and cropped back.
         batch_size: pictures at a time; whole ones come one by one.
-        workers: processes that read pictures.
+        workers: processes that read pictures; None for as many as pay.
         native_pixels: whole pictures with more pixels are left out and named; by default NATIVE_PIXELS, and no limit
             of their own where there are tiles.
         pixel_limit: files with more pixels are not decoded, and named.
@@ -81,7 +81,7 @@ class Codec:
         runtime: Runtime,
         transform: Transform | None,
         batch_size: int = 16,
-        workers: int = 0,
+        workers: int | None = 0,
         native_pixels: int | None = None,
         pixel_limit: int = PIXEL_LIMIT,
         tile: int | None = None,

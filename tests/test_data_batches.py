@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from lexel.data import TRANSFORMS, ArrayImages, UnreadableImage, open_images, ordered_batches, training_batches
-from lexel.data.batches import Positions, permutation
+from lexel.data.batches import Positions, default_workers, permutation
 from lexel.data.config import DataConfig, open_data
-from lexel.data.images import CachedImages
+from lexel.data.images import CachedImages, ImageSet
 from lexel.data.pace import Pace
 from lexel.errors import UsageError
 
@@ -342,3 +342,20 @@ def test_the_speeds_of_reading_and_training_are_those_of_all_processes():
         "step_images_per_second": 3 * 80 / 4,  # a second of the five was waited
     }
     assert Pace(0).speeds(elapsed=0.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "gpu", "processes", "expected"),
+    [(16, 4, False, 1, 8), (8, 6, False, 1, 2), (2, 2, False, 1, 1), (1, 1, False, 1, 0), (16, 16, True, 4, 3)],
+)
+def test_the_cores_that_a_network_leaves_read_many_images(monkeypatch, cores, threads, gpu, processes, expected):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores))
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("lexel.data.batches.launched", lambda: (0, processes))
+    many = ImageSet([str(number) for number in range(1_000)])
+    assert default_workers(many, CROP) == expected
+    assert default_workers(many, None) == 0, "in their own size they may be large"
+    assert default_workers(ImageSet(["one", "two"]), CROP) == 0, "few are read sooner than a process starts"
+    many.window = 100
+    assert default_workers(many, CROP) == 0, "every reader of a stream reads all of it"

@@ -48,7 +48,7 @@ def reconstruct(
     tile: Tile = None,
     overlap: Overlap = None,
     batch_size: BatchSize = 16,
-    workers: Workers = 0,
+    workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",
@@ -133,7 +133,7 @@ def encode(
     ] = None,
     caption_length: Annotated[int, typer.Option(min=1, help="With --text-encoder: tokens of a caption at most.")] = 77,
     batch_size: BatchSize = 32,
-    workers: Workers = 0,
+    workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
     max_unreadable: Annotated[
         float, typer.Option(min=0, max=1, help="The part of the images (0.01) that may be unreadable and left out.")

@@ -79,7 +79,7 @@ def evaluate(
     ] = None,
     part: PartOption = None,
     batch_size: BatchSize = 32,
-    workers: Workers = 0,
+    workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
     weights: Weights = None,
     device: Device = "auto",

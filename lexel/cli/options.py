@@ -35,7 +35,10 @@ TransformName = Annotated[
     str | None,
     typer.Option("--transform", help="How images are resized and cropped. Default: the tokenizer's own."),
 ]
-Workers = Annotated[int, typer.Option(min=0, max=1024, help="Worker processes that read images.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, max=1024, help="Worker processes that read images. Default: as many as pay."),
+]
 PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
 MaxPixels = Annotated[

@@ -55,7 +55,7 @@ def probe(
     ] = None,
     part: PartOption = None,
     batch_size: BatchSize = 64,
-    workers: Workers = 0,
+    workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
     device: Device = "auto",
     precision: Precision = "float32",

@@ -8,6 +8,7 @@ train; a run that starts again at step s gets the batches that the first run wou
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +25,13 @@ from lexel.data.files import UnreadableImage
 from lexel.data.images import ImageSet
 from lexel.data.pace import Pace
 from lexel.data.transforms import Transform
+from lexel.distributed import launched
 from lexel.errors import UsageError
 
 OnError = Literal["replace", "stop"]
+
+
+WORTH_WORKERS = 256  # images; starting a process takes as long as reading dozens
 
 
 class Batch(NamedTuple):
@@ -46,7 +51,7 @@ class Loading:
         rank, processes: this process, of how many; in training, processes times micro_batches must divide batch_size.
         micro_batches: parts in which a training takes a batch, one after the other. All processes share each of them,
             so that it holds the same images on any number of processes.
-        workers: processes that read pictures; 0 reads them here.
+        workers: processes that read pictures; 0 reads them here, None takes as many as pay (`default_workers`).
         on_error: "replace" puts another picture in the place of an unreadable one, or leaves it out where every picture
             comes once, and notes it in `.unreadable`; "stop" raises UnreadableImage.
         prefetch: batches that each worker reads ahead.
@@ -57,7 +62,7 @@ class Loading:
     batch_size: int
     rank: int = 0
     processes: int = 1
-    workers: int = 0
+    workers: int | None = 0
     on_error: OnError = "replace"
     prefetch: int = 2
     device: str | torch.device | None = None
@@ -72,8 +77,12 @@ class Loading:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.rank < self.processes:
             raise UsageError(f"rank must lie in [0, {self.processes}) for {self.processes} processes, got {self.rank}")
-        if self.workers < 0:
+        if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers cannot be negative, got {self.workers}")
+
+    def readers(self, images: ImageSet, transform: Transform | None) -> int:
+        """How many processes read: as many as pay where no number is given."""
+        return default_workers(images, transform) if self.workers is None else self.workers
 
     def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
         """Raises UsageError once more images are unreadable than may be."""
@@ -88,6 +97,20 @@ def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) 
             f"{len(unreadable):,} of {total:,} images cannot be read, more than max_unreadable = {allowed:g} allows; "
             f"the first, {name}: {reason}"
         )
+
+
+def default_workers(images: ImageSet, transform: Transform | None) -> int:
+    """Processes that read images beside a network, where nobody says how many; it changes no result.
+
+    On a machine with a GPU all cores but one, 8 at most; else the cores that PyTorch's threads leave, and one where
+    they leave none; processes of a launcher share them. 0 for few images, for those in their own size, which may be
+    large, and for a stream, which every reader would read whole.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if transform is None or images.window is not None or len(images) < WORTH_WORKERS or cores == 1:
+        return 0
+    busy = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    return min(8, max(1, cores // launched()[1] - busy))
 
 
 class Positions:
@@ -196,8 +219,9 @@ class TrainingBatches(Iterator[Batch]):
         self.images, self.loading = images, loading
         self.unreadable: dict[str, str] = {}
         steps = _TrainingSteps(images, transform, loading, seed)
-        self.pace = Pace(loading.workers)
-        self._read = look_up(steps, CountingSampler(first_step), loading.workers, loading.prefetch)
+        readers = loading.readers(images, transform)
+        self.pace = Pace(readers)
+        self._read = look_up(steps, CountingSampler(first_step), readers, loading.prefetch)
 
     def __next__(self) -> Batch:
         begun = time.perf_counter()
@@ -215,7 +239,7 @@ def ordered_batches(
     batch_size: int,
     rank: int = 0,
     processes: int = 1,
-    workers: int = 0,
+    workers: int | None = 0,
     **options: Any,
 ) -> "OrderedBatches":
     """Every readable picture once, in order, without random crops; iterate over it as often as you like.
@@ -241,7 +265,7 @@ class OrderedBatches:
             raise UsageError(
                 f"pictures in their own size come one by one: batch_size must be 1, got {loading.batch_size}"
             )
-        self.images, self.loading = images, loading
+        self.images, self.transform, self.loading = images, transform, loading
         self.unreadable: dict[str, str] = {}
         self._batches = _OrderedNumbers(images, transform, loading)
 
@@ -250,8 +274,8 @@ class OrderedBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = range(len(self._batches))
-        for pictures in look_up(self._batches, order, self.loading.workers, self.loading.prefetch):
+        order, readers = range(len(self._batches)), self.loading.readers(self.images, self.transform)
+        for pictures in look_up(self._batches, order, readers, self.loading.prefetch):
             if pictures.unreadable:
                 self.unreadable.update(pictures.unreadable)
                 self.loading.check_unreadable(self.unreadable, self.images)

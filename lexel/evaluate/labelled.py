@@ -87,7 +87,7 @@ def images_as_tokens(
     validation: Any,
     tokenizer: Tokenizer,
     size: int | None,
-    workers: int,
+    workers: int | None,
     pixel_limit: int,
     batch_size: int,
     where: Runtime,

@@ -30,7 +30,7 @@ class Options:
         limit: at most so many images.
         batch_size: images at a time.
         device, precision: where the tokenizer runs; features and metrics are always taken in float32 and above.
-        workers: processes that read images; 0 reads them here.
+        workers: processes that read images; 0 reads them here, None takes as many as pay (`default_workers`).
         pixel_limit: files of images with more pixels are unreadable.
         cache: keeps statistics of real images by the fingerprint of data, protocol and network, and finds them again.
         resume: a folder for the partial state; the same call goes on where the last one was stopped. Removed at the
@@ -45,7 +45,7 @@ class Options:
     batch_size: int = 32
     device: str = "auto"
     precision: str = "float32"
-    workers: int = 0
+    workers: int | None = 0
     pixel_limit: int = PIXEL_LIMIT
     cache: bool = True
     resume: str | Path | None = None

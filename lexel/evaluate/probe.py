@@ -48,7 +48,7 @@ def probe(
     kind: str = "linear",
     layers: int | None = None,
     size: int | None = None,
-    workers: int = 0,
+    workers: int | None = 0,
     pixel_limit: int = PIXEL_LIMIT,
     batch_size: int = 64,
     device: str = "auto",
@@ -70,7 +70,7 @@ def probe(
         kind: a key of PROBES: "linear" or "attentive".
         layers: hidden states after so many blocks; see `Generator.hidden`.
         size: pixels a side of images; the tokenizer's by default.
-        workers: processes that read images.
+        workers: processes that read images; None for as many as pay.
         pixel_limit: files of images with more pixels are unreadable.
         batch_size: images that pass through tokenizer and generator together.
         device, precision: of tokenizer and generator; the probe is fitted on the CPU in float32 and above.

@@ -66,7 +66,7 @@ class Pictures(Source):
         images: the set.
         protocol: how files are read, and in which precision bytes are divided.
         transform: makes squares.
-        workers: processes that read.
+        workers: processes that read; None for as many as pay.
         chosen: numbers of the images to take, ascending; all of them by default.
     """
 
@@ -75,7 +75,7 @@ class Pictures(Source):
         images: ImageSet,
         protocol: Protocol,
         transform: Transform | None,
-        workers: int = 0,
+        workers: int | None = 0,
         chosen: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def open_samples(
     tokenizer: ImageTokenizer | None,
     protocol: Protocol,
     where: Runtime,
-    workers: int,
+    workers: int | None,
     limit: int | None,
     pixel_limit: int = PIXEL_LIMIT,
 ) -> Source:

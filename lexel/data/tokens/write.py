@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, check_unreadable, crop_generator, look_up, read_squares
+from lexel.data.batches import Pictures, check_unreadable, crop_generator, default_workers, look_up, read_squares
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
 from lexel.data.tokens.format import (
@@ -68,7 +68,7 @@ def write_tokens(
     shard_size: int = 4096,
     rank: int = 0,
     processes: int = 1,
-    workers: int = 0,
+    workers: int | None = 0,
     provenance: dict[str, Any] | None = None,
     captions: Captions | None = None,
     layout: Layout | None = None,
@@ -100,7 +100,7 @@ def write_tokens(
         batch_size: pictures encoded together.
         shard_size: pictures in a shard; what an interruption can cost.
         rank, processes: this process, of how many.
-        workers: processes that read pictures; 0 reads them here.
+        workers: processes that read pictures; 0 reads them here, None takes as many as pay.
         provenance: anything more to keep, as JSON.
         captions: features of a caption for each image, kept as float16 beside the tokens.
         layout: height and width of an image to how its tokens lie, where there is no transform; a size that does not
@@ -175,13 +175,14 @@ def write_tokens(
         if progress is not None:
             progress(done, total)
 
+    readers = default_workers(images, transform) if workers is None else workers
     for shard, numbers in mine.items():
         if shard_path(folder, shard, ".json").is_file():  # written before an interruption
             read(len(numbers))
             unreadable |= read_shard_description(shard_path(folder, shard, ".json"), manifest).unreadable
         else:
             versions = _Versions(images, transform, numbers, batch_size, crops, seed)
-            unreadable |= _write_shard(folder, shard, versions, encode, plan, workers, read, captions, shaped)
+            unreadable |= _write_shard(folder, shard, versions, encode, plan, readers, read, captions, shaped)
         check_unreadable(unreadable, total, max_unreadable)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
         return None
