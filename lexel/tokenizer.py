@@ -80,8 +80,7 @@ class Tokenizer(Pretrained):
         self.to_codes: nn.Module = nn.Identity()
         self.from_codes: nn.Module = nn.Identity()
         if self.config.projections:
-            self.to_codes = network.projection(network.z_channels, before)
-            self.from_codes = network.projection(after, network.decoder_channels)
+            self.to_codes, self.from_codes = network.projections(before, after)
         elif (network.z_channels, network.decoder_channels) != (before, after):
             given = network.z_channels if network.z_channels != before else network.decoder_channels
             raise UsageError(f"without projections z_channels must be the codes' dimension {after}, got {given}")

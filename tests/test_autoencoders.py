@@ -14,6 +14,7 @@ from lexel.autoencoders.convolutional import Attention, DepthToSpace, Downsample
 from lexel.autoencoders.magvit2 import AdaptiveNorm
 from lexel.autoencoders.vqgan import haar, inverse_haar
 from lexel.errors import UsageError
+from lexel.tokenizer import Tokenizer, TokenizerConfig
 
 CONVOLUTIONAL = {"attention_levels": [], "middle_attention": False}
 SMALL = {"width": 8, "multipliers": [1, 2], "residual_blocks": 1, "groups": 4, "z_channels": 6}
@@ -212,3 +213,23 @@ def test_a_titok_starts_as_published_or_wide():
             assert found == pytest.approx(deviations[number], rel=0.2), (start, name)
         assert network.decoder.head.conv_out.bias.tolist() == [0.5] * 3  # grey
         assert "start" not in config.identity()
+
+
+def test_folded_latents_are_squares_of_rows_columns_and_then_channels():
+    codes = {"kind": "residual", "codebook_size": 16, "codebook_dim": 12, "depth": 2}
+    network = {**SMALL, **CONVOLUTIONAL, "fold": 2}
+    tokenizer = Tokenizer(TokenizerConfig.model_validate({"autoencoder": network, "quantizer": codes})).eval()
+    size = 4 * tokenizer.downsampling
+    images = torch.rand(2, 3, size, size + tokenizer.downsampling) * 2 - 1
+    result = tokenizer(images)
+    assert result.quantized.indices.shape == (2, 2, 4, 5)
+    assert torch.equal(
+        tokenizer.decode_codes(tokenizer.quantizer.indices_to_codes(tokenizer.encode(images))), result.images
+    )
+    plain = torch.nn.functional.conv2d(tokenizer.encoder(images), tokenizer.to_codes.weight, tokenizer.to_codes.bias)
+    folded = tokenizer.latents(images)
+    for row, column in ((0, 0), (0, 1), (1, 0)):
+        begin = 3 * (2 * row + column)
+        torch.testing.assert_close(folded[:, begin : begin + 3, 1, 2], plain[:, :, 2 + row, 4 + column])
+    with pytest.raises(UsageError, match="multiple of 4"):
+        Tokenizer(TokenizerConfig.model_validate({"autoencoder": network, "quantizer": {**codes, "codebook_dim": 6}}))

@@ -158,6 +158,14 @@ class Autoencoder(nn.Module):
         """
         return {}
 
+    def projections(self, before: int, after: int) -> tuple[nn.Module, nn.Module]:
+        """The layers from the encoder to latents of `before` numbers, and from codes of `after` numbers to the decoder.
+
+        Raises:
+            UsageError: latents cannot have so many numbers.
+        """
+        return self.projection(self.z_channels, before), self.projection(after, self.decoder_channels)
+
     def projection(self, channels_in: int, channels_out: int) -> nn.Module:
         """The layer between latents and codes, (B, channels_in, *grid) to (B, channels_out, *grid)."""
         layer = nn.Conv2d if self.axes == 2 else nn.Conv1d

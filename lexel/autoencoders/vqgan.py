@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.autoencoders.convolutional import (
@@ -21,6 +21,7 @@ from lexel.autoencoders.convolutional import (
     conv3x3,
     norm,
 )
+from lexel.errors import UsageError
 
 
 class VQGANConfig(ConvolutionalConfig):
@@ -31,6 +32,9 @@ class VQGANConfig(ConvolutionalConfig):
     middle_attention: bool = True  # attention between the two blocks in the middle
     patch: Literal[1, 2, 4, 8] = 1  # the image first becomes its Haar wavelets over squares of this side
     projection_kernel: Literal[1, 3] = 1  # side of the convolutions between latents and codes
+    fold: int = Field(
+        default=1, ge=1, le=16
+    )  # latents of a side that one code describes, as one longer latent (RQ-VAE)
     downsamplings: int | None = None  # how many levels halve the resolution; all but the last if not given
 
     @model_validator(mode="after")
@@ -44,11 +48,12 @@ class VQGANConfig(ConvolutionalConfig):
 
     def identity(self) -> dict[str, Any]:
         table = super().identity()
-        return {name: value for name, value in table.items() if name != "projection_kernel" or value != 1}
+        later = ("projection_kernel", "fold")
+        return {name: value for name, value in table.items() if name not in later or value != 1}
 
     @property
     def downsampling(self) -> int:
-        return self.patch * 2**self.halvings
+        return self.patch * 2**self.halvings * self.fold
 
     @property
     def halvings(self) -> int:
@@ -76,6 +81,48 @@ class VQGAN(Convolutional):
     def projection(self, channels_in: int, channels_out: int) -> nn.Module:
         kernel = self.config.projection_kernel
         return nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
+
+    def projections(self, before: int, after: int) -> tuple[nn.Module, nn.Module]:
+        fold = self.config.fold
+        if fold == 1:
+            return super().projections(before, after)
+        if before % fold**2 or after % fold**2:
+            raise UsageError(
+                f"fold = {fold} makes one latent of {fold**2}: the codes' dimension must be a multiple of {fold**2}, "
+                f"got {before if before % fold**2 else after}"
+            )
+        kernel = self.config.projection_kernel
+        return (
+            Folding(self.z_channels, before // fold**2, kernel, fold),
+            Unfolding(after // fold**2, self.decoder_channels, kernel, fold),
+        )
+
+
+class Folding(nn.Conv2d):
+    """A projection of latents (B, C, H, W), squares of which then are one: (B, fold^2 D, H / fold, W / fold)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, fold: int) -> None:
+        super().__init__(channels_in, channels_out, kernel, padding=kernel // 2)
+        self.fold = fold
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as in torch)
+        x = super().forward(input)
+        batch, channels, height, width = x.shape
+        x = x.view(batch, channels, height // self.fold, self.fold, width // self.fold, self.fold)
+        return x.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)  # rows, columns, then channels
+
+
+class Unfolding(nn.Conv2d):
+    """The way back of `Folding`, before a projection: (B, fold^2 D, h, w) to (B, C, fold h, fold w)."""
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, fold: int) -> None:
+        super().__init__(channels_in, channels_out, kernel, padding=kernel // 2)
+        self.fold = fold
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (as in torch)
+        height, width = input.shape[2:]
+        x = input.view(len(input), self.fold, self.fold, -1, height, width).permute(0, 3, 4, 1, 5, 2)
+        return super().forward(x.reshape(len(input), -1, height * self.fold, width * self.fold))
 
 
 class Encoder(nn.Module):

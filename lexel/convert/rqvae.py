@@ -39,10 +39,13 @@ def convert(request: Request) -> Conversion:
     tensors, given = dict(request.published.tensors), options(request.published.config)
     depth, shared = count(tensors, r"quantizer\.codebooks\.(\d+)\.weight"), is_shared(tensors, given)
     latents, codes = given.get("latent_shape"), given.get("code_shape")
-    if isinstance(latents, list) and isinstance(codes, list) and latents[:2] != codes[:2]:
-        raise UsageError(
-            f"{request.source} packs latents {latents} into codes {codes}; only grids of one size are supported"
-        )
+    fold = 1
+    if isinstance(latents, list) and isinstance(codes, list):
+        fold = latents[0] // codes[0]
+        if [size // fold for size in latents[:2]] != codes[:2]:
+            raise UsageError(
+                f"{request.source} packs latents {latents} into codes {codes}, which are no squares of them"
+            )
     steps = [f"quantizer.codebooks.{level}.steps" for level in range(1 if shared else depth)]
     for name in [name for name in tensors if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]:
         tensors[name] = tensors[name][:-1]
@@ -55,7 +58,7 @@ def convert(request: Request) -> Conversion:
             base["restart_below"] = 1.0
         quantizer = {"kind": "residual", "codebook_size": size, "codebook_dim": dim, "depth": depth, "shared": shared}
         return {
-            "autoencoder": infer_autoencoder(ours, source),
+            "autoencoder": {**infer_autoencoder(ours, source), **({"fold": fold} if fold > 1 else {})},
             "quantizer": {**quantizer, "base": "ema", "base_options": base},
         }
 

@@ -132,7 +132,8 @@ def sit(fixture: Fixture) -> None:
             for name, expected in run.expected.items():
                 if name.startswith("ode_"):
                     start = doubled(x0[:half])
-                    found = [start, *solve_ode(drift, start, len(expected), name.removeprefix("ode_"))]
+                    method = name.removeprefix("ode_").replace("heun2", "heun")
+                    found = [start, *solve_ode(drift, start, len(expected), method)]
                     run.close(name, torch.stack(found), expected)
             for name, draws in run.content["inputs"]["sde_noise"].items():
                 _, method, form, last = name.split("_")

@@ -3,6 +3,7 @@
 import torch
 
 from tests.parity.fixture import Fixture
+from tests.parity.rq import unfold
 
 NAMES = {
     "encoder.mid.attn_1.q.weight": "encoder.middle.attention.query.weight",
@@ -18,7 +19,7 @@ def check(fixture: Fixture) -> None:
         given = run.content["config"]["hparams"]
         model = run.load("rqvae")
         x = run["x"]
-        run.close("z_e", model.latents(x).movedim(1, -1))
+        run.close("z_e", unfold(model.latents(x), run.expected["z_e"]))
         result = model(x)
         indices = result.quantized.indices  # (B, depth, h, w)
         run.same("codes", indices.movedim(1, -1))
