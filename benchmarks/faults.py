@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -501,10 +501,17 @@ def run(arguments: argparse.Namespace) -> None:
 def inject(seed: int, quick: bool, only: list[str] | None = None, times: int | None = None) -> dict[str, Counter[str]]:
     """How often each fault was survived, told or lost."""
     torch.set_num_threads(1)
-    table: dict[str, Counter[str]] = {}
-    with quiet(), tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)  # others are to look into it, too
-        place = Place(Path(name))
+        return inject_into(Place(Path(name)), seed, quick, only, times)
+
+
+def inject_into(
+    place: Place, seed: int, quick: bool, only: Collection[str] | None = None, times: int | None = None
+) -> dict[str, Counter[str]]:
+    """As `inject`, beside work that is there."""
+    table: dict[str, Counter[str]] = {}
+    with quiet():
         for fault, kind in FAULTS.items():
             count = times or (kind.quick if quick else kind.times)
             if (only and fault not in only) or not count:

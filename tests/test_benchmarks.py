@@ -114,8 +114,19 @@ def test_nothing_is_lost_to_faults():
     assert {name: counts[faults.LOST] for name, counts in table.items() if counts[faults.LOST]} == {}
 
 
-def test_a_fault_that_changes_the_result_is_called_lost(tmp_path, monkeypatch):
-    place = faults.Place(tmp_path)
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return faults.Place(tmp_path_factory.mktemp("faults"))
+
+
+def test_damaged_files_and_a_killed_encoding_lose_nothing(place):
+    quick = ("kill -9, encoding", "damaged tokens", "damaged shard", "failing reads")  # the others each train twice
+    table = faults.inject_into(place, os.getpid(), True, quick, times=1)
+    assert set(table) == set(quick)
+    assert {name: counts[faults.LOST] for name, counts in table.items() if counts[faults.LOST]} == {}
+
+
+def test_a_fault_that_changes_the_result_is_called_lost(place, monkeypatch):
     monkeypatch.setattr(faults, "encode", lambda out, seconds=0.0: (out.mkdir(), (out / "tokens.json").write_text("")))
     table = faults.Counter(faults.killed_encoding(place, faults.random.Random(0)) for _ in range(1))
     assert table == {faults.LOST: 1}
