@@ -194,6 +194,7 @@ def test_what_a_stream_loses_is_said():
     [
         ("datasets:me/words?streaming=yes", "streaming must be true or false, got 'yes'"),
         ("datasets:me/words?streaming=true&count=0", "count must be a whole number from 1, got '0'"),
+        ("datasets:me/words?streaming=true&count=13", "has 12 images, fewer than count=13"),
         ("datasets:me/words?streaming=true&window=a", "window must be a whole number from 1, got 'a'"),
         ("datasets:me/words?window=9", "window is of streams, and this is none; add streaming=true"),
         ("datasets:me/words?streaming=true&image=picture", "no column 'picture'; its columns are img, label, text"),

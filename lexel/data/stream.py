@@ -179,6 +179,8 @@ def open_stream(
                     captions.append(row[columns.caption][0])
                 if options.progress is not None and number % EVERY == 0:
                     options.progress(number, max(number, count or told or 0))
+        if count is not None and number < count:
+            raise UsageError(f"the stream of {name} has {number:,} images, fewer than count={count}")
         count = number
     count = count or told or 0
     if count == 0:
