@@ -189,11 +189,13 @@ class Codec:
         for number, name in enumerate(images.names):
             try:
                 pixels = images.read(number)
-                height, width = pixels.shape[:2]
-                self._check_whole(height, width)
-                indices = self._tokens_of(pixels[None], name)
             except UnreadableImage as error:
                 unreadable[name] = error.reason
+                continue
+            height, width = pixels.shape[:2]
+            try:
+                self._check_whole(height, width)
+                indices = self._tokens_of(pixels[None], name)
             except UsageError as error:
                 unreadable[name] = str(error)
             else:

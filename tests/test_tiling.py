@@ -15,6 +15,7 @@ from test_data_tokens import contents
 from lexel.autoencoders import AUTOENCODERS, VQVAEConfig
 from lexel.codec import Codec
 from lexel.data import TRANSFORMS, read_image
+from lexel.data.images import EncodedImages
 from lexel.data.tokens import TokenSet, merge_tokens
 from lexel.errors import UsageError
 from lexel.memory import _Live
@@ -182,6 +183,15 @@ def test_pictures_in_tiles_are_those_of_the_whole_byte_for_byte(model, folder, t
     codec(model, tile=48).reconstruct([folder], tmp_path / "tiles", side_by_side=True)  # over those written here before
     beside = read(tmp_path / "tiles")["large.png"]
     assert np.array_equal(beside, np.concatenate([read_image(folder / "large.png"), whole["large.png"]], 1))
+
+
+def test_a_source_that_breaks_ends_the_work_and_is_no_unreadable_picture(model, folder, tmp_path, monkeypatch):
+    def broken(images, number):
+        raise UsageError("the stream of me/words broke after image 0: no network")
+
+    monkeypatch.setattr(EncodedImages, "read", broken)
+    with pytest.raises(UsageError, match=r"^the stream of me/words broke"):
+        codec(model, tile=48).reconstruct([folder], tmp_path / "out")
 
 
 def test_tokens_of_pictures_in_tiles_are_those_of_the_whole_and_decode_in_tiles(model, folder, tmp_path):
