@@ -184,6 +184,7 @@ def test_a_full_size_published_checkpoint_is_accounted_for_to_the_last_tensor(pa
         "groups": 32,
         "patch": 1,
         "projection_kernel": 1,
+        "fold": 1,
         "downsamplings": None,
     }
     assert config.quantizer == {"kind": "ibq", "codebook_size": 16384, "codebook_dim": 256}
