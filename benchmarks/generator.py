@@ -2,12 +2,13 @@
 
     python -m benchmarks generator [--size B] [--batches 1,8] [--rounds 5] [--device cpu] [--threads 2] [--clock wall]
     python -m benchmarks generator --generator RUN
+    python -m benchmarks generator --peer CHECKOUT [--size B] [--threads 1 --clock cpu]
 
 The plain way does what published code does: the class's modulation again for every token, attention over the whole
 static cache behind a mask, `softmax` and `torch.multinomial`. All ways sample with guidance, so a batch of b images is
 2 b rows. Weights are random; time does not depend on them. Ways take turns, and ratios are medians over rounds, so that
 a busy machine slows all of them alike; where it is too busy even for that, `--threads 1 --clock cpu` counts processor
-time alone.
+time alone. The last is LlamaGen's own sampler and transformers' Llama beside ours: see `benchmarks.samplers`.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import results
 from lexel.config import find_recipe, load
 from lexel.generators import Generator, GeneratorConfig
 from lexel.generators.next_token.blocks import apply_rope
@@ -31,6 +34,7 @@ from lexel.loading import load_generator
 from lexel.train.generator_recipe import GeneratorRecipe
 
 TOKENS = 256
+SCALE = 2.0  # of guidance
 POSITIONS = (16, 80, 144, 208, 250)  # where the decode step is timed: short and long caches
 
 # What a step must read at least, and how fast the device reads (bytes a second): the floor of batch 1.
@@ -100,12 +104,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _milliseconds(
+def milliseconds(
     step: Callable[[Tensor, int, float], Tensor], tokens: Tensor, position: int, clock: Callable[[], float]
 ) -> float:
+    """The time of one guided decode step."""
     _wait(tokens.device)
     begun = clock()
-    step(tokens, position, 2.0)
+    step(tokens, position, SCALE)
     _wait(tokens.device)
     return (clock() - begun) * 1e3
 
@@ -136,11 +141,11 @@ def speed(size: str, batches: list[int], rounds: int, device: torch.device, cloc
         ways |= {name: Fast(Decoder(model, *kind), labels, clock) for name, kind in kinds.items()}
         for way in ways.values():
             for position in POSITIONS:
-                way.step(tokens, position, 2.0)
+                way.step(tokens, position, SCALE)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             each = {
-                name: [_milliseconds(way.step, tokens, position, clock) for position in POSITIONS]
+                name: [milliseconds(way.step, tokens, position, clock) for position in POSITIONS]
                 for name, way in ways.items()
             }
             for name, way in ways.items():
@@ -202,6 +207,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--generator", help="a trained generator: measure what int8 and wavefronts cost instead")
+    parser.add_argument("--peer", type=Path, help="a checkout of LlamaGen: its sampler beside ours, on the CPU")
+    parser.add_argument("--out", type=Path, default=results.PAGE, help="with --peer: figures go beside it as .json")
     parser.add_argument("--images", type=int, default=64, help="with --generator")
     parser.add_argument("--threads", type=int, help="of PyTorch; its own choice by default")
     parser.add_argument("--clock", default="wall", choices=list(CLOCKS))
@@ -214,4 +221,9 @@ def run(arguments: argparse.Namespace) -> None:
         quality(arguments.generator, arguments.images)
         return
     batches = [int(batch) for batch in arguments.batches.split(",")]
+    if arguments.peer:
+        from benchmarks import samplers
+
+        samplers.run(arguments, batches, CLOCKS[arguments.clock])
+        return
     speed(arguments.size, batches, arguments.rounds, torch.device(arguments.device), CLOCKS[arguments.clock])

@@ -16,12 +16,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
 from torch import Tensor, nn
 
 from lexel.networks.vgg16 import VGG16
 
 TOKENIZER = "src/IBQ/models/ibqgan.py"  # in https://github.com/TencentARC/SEED-Voken
+GENERATOR = "src/IBQ/models/cond_transformer_llama.py"  # there too
+SAMPLER = "autoregressive/models/generate.py"  # in https://github.com/FoundationVision/LlamaGen
 
 
 class LightningModule(nn.Module):
@@ -29,14 +30,16 @@ class LightningModule(nn.Module):
 
     global_step = 0
     trainer = SimpleNamespace(profiler=SimpleNamespace(start=str, stop=str))
-    chosen: list[torch.optim.Optimizer]
+    chosen: Any  # optimizers: a list, or the only one
     logged: dict[str, Tensor]
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
+    def optimizers(self) -> Any:
         return self.chosen
 
     def manual_backward(self, loss: Tensor) -> None:
         loss.backward()
+
+    def log(self, *_: Any, **__: Any) -> None: ...
 
     def log_dict(self, values: dict[str, Tensor], **_: Any) -> None:
         self.logged = {**vars(self).get("logged", {}), **values}
@@ -63,6 +66,7 @@ def importing(checkout: Path, needed: str) -> Iterator[None]:
     """
     if not (checkout / needed).exists():
         raise SystemExit(f"--peer names a checkout of published code: {checkout / needed} is not there")
+    checkout = checkout.absolute()
     framework = {"LightningModule": LightningModule}
     models = _module("torchvision.models", vgg16=lambda pretrained: VGG16())  # its features are the published ones
     stand_ins = {
@@ -72,12 +76,17 @@ def importing(checkout: Path, needed: str) -> Iterator[None]:
         "torchvision": _module("torchvision", models=models),
         "torchvision.models": models,
     }
-    with (
-        mock.patch.dict(sys.modules, stand_ins),
-        mock.patch.object(sys, "path", [str(checkout), *sys.path]),
-        contextlib.redirect_stdout(io.StringIO()),  # it prints shapes
-    ):
-        yield
+    own = {entry.stem for entry in checkout.iterdir()}  # its packages: src, autoregressive, utils
+    before = dict(sys.modules)
+    sys.modules.update(stand_ins)
+    try:
+        with mock.patch.object(sys, "path", [str(checkout), *sys.path]), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        for name in sys.modules.keys() - before.keys():
+            if name in stand_ins or name.split(".")[0] in own:
+                del sys.modules[name]
+        sys.modules.update(before)
 
 
 def commit(checkout: Path) -> str:
@@ -153,5 +162,86 @@ def tokenizer_step(model: Any, images: Tensor) -> Callable[[], None]:
         model.training_step(batch, model.global_step)
         model.global_step += 1
         model.on_train_batch_end()
+
+    return step
+
+
+def generator(checkout: Path, size: str, classes: int, tokens: int) -> tuple[tuple[Any, Any], Any]:
+    """LlamaGen's modules (network, sampling), and its class-conditional network of a size ("B", ...) for sampling."""
+    with importing(checkout, SAMPLER):
+        modules = tuple(importlib.import_module(f"autoregressive.models.{name}") for name in ("gpt", "generate"))
+        model = modules[0].GPT_models[f"GPT-{size}"](
+            vocab_size=16384, block_size=tokens, num_classes=classes, cls_token_num=1, model_type="c2i"
+        )
+    return (modules[0], modules[1]), model.eval()
+
+
+class GivenTokens(nn.Module):
+    """Stands for the published tokenizer where tokens are given as if they were pictures (B, 1, h, w)."""
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
+        return tokens, None, (None, None, tokens.flatten())
+
+
+class Labels(nn.Module):
+    """Stands for the stage that hands class labels on."""
+
+    def encode(self, labels: Tensor) -> tuple[Tensor, None, tuple[None, None, Tensor]]:
+        return labels, None, (None, None, labels[:, None])
+
+
+def transformer(checkout: Path, network: Any, lr: float, weight_decay: float) -> Any:
+    """The published class-conditional generator in training, with its optimizer.
+
+    Args:
+        checkout: of SEED-Voken.
+        network: its shape, a `lexel.generators.NextTokenConfig`.
+        lr: the peak of its rate.
+        weight_decay: of its matrices.
+    """
+    options = {
+        "vocab_size": network.codebook_size,
+        "block_size": network.rows * network.columns,
+        "n_layer": network.layers,
+        "n_head": network.heads,
+        "n_embd": network.width,
+        "cond_dim": network.width,
+        "resid_dropout_p": network.dropout,
+        "ffn_dropout_p": network.dropout,
+        "token_drop": network.dropout,
+        "drop_path_rate": 0.0,
+        "alng": network.gamma_init,
+        "class_num": network.classes,
+    }
+    with importing(checkout, GENERATOR):
+        model = importlib.import_module("src.IBQ.models.cond_transformer_llama").Net2NetTransformer(
+            {"target": "src.IBQ.modules.transformer.llama.GPT", "params": options},
+            {"target": f"{__name__}.GivenTokens"},
+            {"target": f"{__name__}.Labels"},
+            cond_stage_key="class_label",
+            learning_rate=lr,
+            weight_decay=weight_decay,
+            wp=6,
+            wpe=0.1,
+        )
+    model.chosen = model.configure_optimizers()
+    # Amid its 300 epochs, where the rate is the peak's.
+    model.trainer = SimpleNamespace(global_step=20000, max_epochs=300, train_dataloader=range(1669))
+    return model.train()
+
+
+def as_batch(tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {"image": tokens, "class_label": labels}
+
+
+def transformer_step(model: Any, tokens: Tensor, labels: Tensor) -> Callable[[], None]:
+    """One published step on tokens (B, h, w), in its framework's order: the gradient is clipped at 1."""
+    batch = as_batch(tokens, labels)
+
+    def step() -> None:
+        model.chosen.zero_grad()
+        model.training_step(batch, 0).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        model.chosen.step()
 
     return step

@@ -19,6 +19,7 @@ SECTIONS = {
     "quantizers": ("quantizers", False),
     "clusters": ("clusters", True),
     "step": ("step", True),
+    "samplers": ("samplers", True),
     "gpu": ("gpu_page", True),
     "startup": ("startup", True),
     "listing": ("listing", True),

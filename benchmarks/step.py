@@ -1,7 +1,7 @@
 """A whole training step of a small tokenizer: what IBQ costs beside plain VQ, and ours beside the published code's.
 
     python -m benchmarks step [--sizes 16384 65536]
-    python -m benchmarks step --peer CHECKOUT
+    python -m benchmarks step --peer CHECKOUT [--of generator]
 
 The second needs a checkout of https://github.com/TencentARC/SEED-Voken. Both steps begin with the same weights, and
 their losses are compared before anything is timed.
@@ -47,6 +47,8 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 65536], help="codebook sizes, K")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--peer", type=Path, help="a checkout of SEED-Voken: our whole step beside the published one")
+    parser.add_argument("--of", choices=["tokenizer", "generator"], default="tokenizer", help="with --peer")
+    parser.add_argument("--set", nargs="*", default=[], help="with --of generator: options of its recipe")
     parser.add_argument("--weigh", choices=WAYS, help="with --peer: print the peak of one of them, of the first size")
     parser.add_argument("--out", type=Path, default=results.PAGE, help="figures go beside it as .json")
 
@@ -56,6 +58,15 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     if arguments.weigh:
         print(peak(arguments.weigh, arguments.peer, arguments.sizes[0]))
+        return
+    if arguments.of == "generator":
+        from benchmarks import generator_step
+
+        entry = generator_step.beside(arguments.peer, arguments.set, arguments.repeats)
+        figures = results.read(arguments.out)
+        figures.setdefault("step", {})["generator"] = entry
+        results.write(arguments.out, figures, "step", section(figures["step"]))
+        print(json.dumps(entry))
         return
     for size in arguments.sizes:
         figures = results.read(arguments.out)
@@ -88,7 +99,7 @@ def seconds(steps: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list
 
 def section(figures: dict[str, Any]) -> list[str]:
     """The lines of the page."""
-    sizes = {size: entry for size, entry in figures.items() if size != "published"}
+    sizes = {size: entry for size, entry in figures.items() if size.isdecimal()}
     lines = [
         f"`python -m benchmarks step`: seconds of a whole training step (autoencoder of width {WIDTH}, {SIDE} px,",
         f"batch {BATCH}, D = {DIM}, L1 and the quantizer's terms, Adam), one thread, medians.",
@@ -100,20 +111,30 @@ def section(figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {size} | " + " | ".join(f"{value:.2f}" for value in entry["s"].values()) + f" | {entry['commit']} |"
         )
-    if "published" not in figures:
-        return lines
-    lines += [
+    if "published" in figures:
+        lines += beside_section(figures["published"])
+    if "generator" in figures:
+        from benchmarks import generator_step
+
+        lines += generator_step.section(figures["generator"])
+    return lines
+
+
+def beside_section(figures: dict[str, Any]) -> list[str]:
+    """The lines of the table beside the published step."""
+    lines = [
         "",
         "`python -m benchmarks step --peer`: the same network with LPIPS (random weights), discriminator, LeCAM, both",
         "Adams and averages, beside the published step of https://github.com/TencentARC/SEED-Voken, run from a",
         "checkout with the same weights and images; the losses of the first step agree, or nothing is timed. Processor",
         "time of one thread, in turns, medians; in brackets the least and the most of the ratios of a round. *waits*:",
-        "reads of a tensor by the host, without Adam's of its count of steps; *operations*: ATen calls that compute, forward, backward and optimizers.",
+        "reads of a tensor by the host, without Adam's of its count of steps; *operations*: ATen calls that compute,",
+        "in forward, backward and optimizers.",
         "",
         "| K | way | s a step | times Lexel's | peak MiB | waits | operations | commit | CPU |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for size, entry in figures["published"].items():
+    for size, entry in figures.items():
         for way in WAYS:
             one = entry[way]
             ratio = "1" if way == WAYS[0] else "{:.2f} ({:.2f} to {:.2f})".format(*entry["ratios"])
@@ -131,7 +152,10 @@ def beside(checkout: Path, size: int, repeats: int) -> dict[str, Any]:
     """Our step and the published one from the same weights on the same images: time, memory, waits, operations."""
     model, learner = pair(checkout, size)
     images = pictures()
-    steps = {"Lexel": partial(learner.step, images, True, 1.0), "published": published.tokenizer_step(model, images)}
+    steps: dict[str, Callable[[], Any]] = {
+        "Lexel": partial(learner.step, images, True, 1.0),
+        "published": published.tokenizer_step(model, images),
+    }
     agree(model, steps)
     times = seconds(steps, repeats)
     ratios = sorted(theirs / ours for ours, theirs in zip(times["Lexel"], times["published"], strict=True))
@@ -250,6 +274,11 @@ def peak(way: str, checkout: Path, size: int) -> float:
         del learner
         step = published.tokenizer_step(model, images)
     step()
+    return peak_of(step)
+
+
+def peak_of(step: Callable[[], Any]) -> float:
+    """MiB that a step takes at its peak beyond what is there before it."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     step()

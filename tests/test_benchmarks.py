@@ -5,12 +5,26 @@ import gc
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import faults, gpu, losses, many, million, quantizers, results, shown, soak, study
+from benchmarks import (
+    faults,
+    gpu,
+    losses,
+    many,
+    million,
+    published,
+    quantizers,
+    results,
+    shown,
+    soak,
+    step,
+    study,
+)
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
@@ -46,6 +60,37 @@ def test_the_published_class_is_measured_only_where_a_checkout_of_it_is_named(tm
     assert quantizers.can_run("published class", 16, 64, named)
     with pytest.raises(SystemExit, match="is not there"):
         quantizers.times(16, 64, named)
+
+
+def test_published_code_is_imported_where_it_lies_and_leaves_no_name_behind(tmp_path):
+    (tmp_path / "unheard_of").mkdir()
+    (tmp_path / "unheard_of" / "model.py").write_text(
+        "import lightning\nfrom main import instantiate_from_config\n"
+        "class Model(lightning.LightningModule):\n    factor = 3\nprint('a shape')\n"
+    )
+    before = set(sys.modules)
+    with published.importing(tmp_path, "unheard_of/model.py"):
+        model = importlib.import_module("unheard_of.model").Model()
+    assert model.factor == 3
+    assert isinstance(model, published.LightningModule)
+    assert not {"unheard_of", "unheard_of.model", "lightning", "main", "torchvision"} & (set(sys.modules) - before)
+    with pytest.raises(SystemExit, match="is not there"), published.importing(tmp_path, "other.py"):
+        pass
+
+
+def test_operations_and_waits_of_a_step_are_counted_without_views_and_adams_own_count():
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = torch.optim.Adam([weight], fused=False, foreach=False)
+    weight.grad = torch.ones(4, 4)
+    with step.Counted() as counted:
+        (weight.detach().view(16)[2:] + 1).t()
+    assert (counted.operations, counted.waits) == (1, 0)
+    with step.Counted() as counted:
+        optimizer.step()
+    assert counted.waits == 0
+    with step.Counted() as counted:
+        float(weight.detach().sum())
+    assert counted.waits == 1
 
 
 def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
@@ -178,10 +223,10 @@ def test_a_training_among_many_takes_the_steps_of_the_training_loop(kind):
     processes = Processes("cpu", "float32", [], Path())
     learner = Learner(planned.recipe, Tokenizer(planned.recipe.model), processes)
     with many.dense():
-        for step in range(4):
+        for number in range(4):
             training.advance(1)
-            images = pictures[training.order[step]].float() / 127.5 - 1
-            learner.step(images, False, planned.recipe.train.schedule.factor(step, 4))
+            images = pictures[training.order[number]].float() / 127.5 - 1
+            learner.step(images, False, planned.recipe.train.schedule.factor(number, 4))
     average = [*learner.average.module.parameters()]
     for found, expected in zip(
         [*training.tokenizer.parameters(), *training.average],

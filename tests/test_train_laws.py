@@ -4,6 +4,7 @@ Random numbers belong to the process: two processes learn what one does that tak
 each with the random numbers of its process.
 """
 
+import copy
 import functools
 import io
 import itertools
@@ -132,6 +133,35 @@ def generator_in_halves(family: str) -> GeneratorLearner:
 
 def test_a_generators_training_goes_on_bit_for_bit_from_what_is_kept(family):
     goes_on(functools.partial(generator_learner, family), generator_step)
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_samples_between_steps_are_those_of_the_weights_at_the_moment(own_loop):
+    learner = generator_learner(next(iter(NETWORKS)), Processes("cpu"))
+    generator, tokens, labels = learner.generator, some_tokens(learner.generator, BATCH), torch.arange(BATCH)
+    before = generator.eval().sample(labels, seed=1)
+    generator.train()
+    if own_loop:  # a fused optimizer writes to weights without counting it
+        torch.stack(list(generator.losses(tokens, labels).values())).sum().backward()
+        torch.optim.AdamW(generator.parameters(), 0.5, fused=True).step()
+    else:
+        learner.step(TokenBatch(tokens, labels, labels), 0.5, 0.0)
+    after = generator.eval().sample(labels, seed=1)
+    assert torch.equal(after, copy.deepcopy(generator).sample(labels, seed=1))
+    assert not torch.equal(after, before)
+
+
+def test_a_run_begun_without_a_fused_optimizer_goes_on_without_it():
+    learner, older = (generator_learner(next(iter(NETWORKS)), Processes("cpu")) for _ in range(2))
+    assert learner.optimizer.param_groups[0]["fused"]
+    older.optimizer = torch.optim.AdamW(older.optimizer.param_groups, fused=False)
+    for group in older.optimizer.param_groups:
+        group["fused"] = False
+    generator_step(older, 0)
+    learner.load_state_dict(reread(older.state_dict()), Path("checkpoint"))
+    generator_step(older, 1)
+    generator_step(learner, 1)
+    equal(older.state_dict(), learner.state_dict())
 
 
 def test_tokens_of_another_shape_are_refused_in_one_line(family):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.losses import LeCAM, discriminator_loss, generator_loss
-from lexel.train.optimization import RunningMeans, optimizer_step, set_layout, set_learning_rate
+from lexel.train.optimization import RunningMeans, fused, optimizer_step, set_layout, set_learning_rate
 from lexel.train.processes import Processes
 from lexel.train.recipes import DiscriminatorConfig, TrainConfig
 
@@ -29,7 +29,7 @@ class Adversary:
             self.discriminator.parameters(),
             self.lr,
             (train.betas[0], train.betas[1]),
-            fused=device.type == "cuda" or None,
+            fused=fused(device, train.precision),
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.ddp_module = processes.parallel(self.discriminator)

@@ -29,6 +29,7 @@ from lexel.train.initialise import initialise_generator
 from lexel.train.optimization import (
     RunningMeans,
     WeightAverage,
+    fused,
     optimizer_step,
     seed_step,
     set_learning_rate,
@@ -73,7 +74,7 @@ class Learner:
             config.lr,
             (config.betas[0], config.betas[1]),
             weight_decay=config.weight_decay,
-            fused=device.type == "cuda",
+            fused=fused(device, config.precision),
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.means = RunningMeans()

@@ -35,6 +35,7 @@ from lexel.train.optimization import (
     RunningMeans,
     WeightAverage,
     frozen,
+    fused,
     optimizer_step,
     seed_step,
     set_layout,
@@ -82,7 +83,7 @@ class Learner:
         self.learning = [parameter for parameter in tokenizer.parameters() if parameter.requires_grad]
         self.learning += self.objective.parameters()
         self.optimizer = torch.optim.Adam(
-            self.learning, train.lr, (train.betas[0], train.betas[1]), fused=device.type == "cuda" or None
+            self.learning, train.lr, (train.betas[0], train.betas[1]), fused=fused(device, train.precision)
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=train.precision == "fp16")
         self.means = RunningMeans()

@@ -1,7 +1,7 @@
 """The next-token family: an autoregressive transformer over the tokens of an image, in raster order."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +57,12 @@ class NextToken(Generator):
     @classmethod
     def build(cls, config: NextTokenConfig) -> nn.Module:
         return Transformer(config)
+
+    def train(self, mode: bool = True) -> Self:
+        """Forgets the copies of the weights that sampling made: a fused optimizer moves weights and does not say so."""
+        if mode:
+            self._decoders.clear()
+        return super().train(mode)
 
     @property
     def sub_tokens(self) -> int:
