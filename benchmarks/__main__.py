@@ -17,6 +17,7 @@ BENCHMARKS = {
     "shown": "how many codes held-out pictures can show, by a run's table and by the best tables for its latents",
     "startup": "every command's start beside `import torch` alone: processor time",
     "evaluate": "10,000 pictures evaluated: time and memory",
+    "evaluation": "evaluation beside torchmetrics on the same files, metrics and network",
     "protocols": "the published protocols on the same pictures and the same tokenizer",
     "faults": "faults injected into training, encoding and reading: what survived",
     "soak": "a long training: memory, open files and threads that do not grow",

@@ -24,6 +24,7 @@ SECTIONS = {
     "startup": ("startup", True),
     "listing": ("listing", True),
     "throughput": ("throughput", True),
+    "evaluation": ("evaluation", True),
     "faults": ("faults", True),
     "soak": ("soak", True),
     "million": ("million", True),
