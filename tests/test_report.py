@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from lexel import report, run_log
 from lexel.errors import UsageError
-from lexel.report.reference import FOLDER, LARGEST, settings_of, thinned
+from lexel.report.reference import FOLDER, LARGEST, same_network, settings_of, thinned
 from lexel.run_folder import RunFolder
 from lexel.train import load_recipe
 
@@ -208,5 +208,12 @@ def test_every_reference_that_is_shipped_is_small_and_of_a_recipe_of_its_name():
         assert path.stat().st_size <= LARGEST
         curves = report.read_curves(path)
         shipped = settings_of(load_recipe(path.stem).model_dump(mode="json", exclude_none=True))
-        same = {name: value for name, value in shipped.items() if name.startswith(("model.", "generator."))}
-        assert {name: curves.settings.get(name) for name in same} == same
+        assert same_network(curves.settings, shipped), path.stem
+
+
+def test_an_option_that_came_later_has_its_default_in_older_references():
+    older = {"model.autoencoder.width": 96, "model.quantizer.kind": "vq"}
+    assert same_network(older, {**older, "model.autoencoder.fold": 1})
+    assert not same_network(older, {**older, "model.autoencoder.fold": 2})
+    assert not same_network(older, {**older, "model.autoencoder.kind": "of another package"})
+    assert not same_network(older, {"generator.kind": "masked"})

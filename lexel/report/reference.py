@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import lexel
+from lexel.autoencoders import AUTOENCODERS
 from lexel.checkpoint import atomic, read_json
 from lexel.config import flatten
 from lexel.errors import UsageError, some
+from lexel.generators import GENERATORS
 from lexel.provenance import without_folders
 from lexel.run_folder import RunFolder
 from lexel.run_log import SPEEDS, is_number
@@ -149,11 +151,37 @@ def reference_for(folder: str | Path) -> ReferenceCurves | None:
     if files.curves.is_file():
         return read_curves(files.curves)
     settings = settings_of(files.read_recipe())
-    part = "generator." if any(name.startswith("generator.") for name in settings) else "model."
-    network = {name: value for name, value in settings.items() if name.startswith(part)}
     near: list[tuple[int, str, ReferenceCurves]] = []
     for path in sorted(FOLDER.glob("*.json")):
         curves = read_curves(path)
-        if network and {name: value for name, value in curves.settings.items() if name.startswith(part)} == network:
+        if same_network(curves.settings, settings):
             near.append((len(curves.differences(settings)), path.stem, curves))
     return min(near)[2] if near and min(near)[0] <= 8 else None
+
+
+def same_network(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two recipes, as `settings_of` gives them, have the same network.
+
+    An option that one of them does not name came after it was written, and has its default there.
+    """
+    for part, kind, usual in (
+        ("generator.", "generator.kind", "next_token"),
+        ("model.", "model.autoencoder.kind", "vqgan"),
+    ):
+        network, other = (
+            {name: value for name, value in each.items() if name.startswith(part)} for each in (settings, others)
+        )
+        if network.get(kind, usual) != other.get(kind, usual) or bool(network) != bool(other):
+            return False
+        if not network:
+            continue
+        named = network.get(kind, usual)
+        fields = GENERATORS[named].Config if part == "generator." else AUTOENCODERS[named].config_class
+        prefix = kind.removesuffix("kind")
+        for name, field in fields.model_fields.items():
+            if not field.is_required() and field.default is not None:
+                network.setdefault(prefix + name, field.default)
+                other.setdefault(prefix + name, field.default)
+        if network != other:
+            return False
+    return True
