@@ -1,6 +1,7 @@
 """Image sets in folders and single files: classes by subfolders, splits by their names."""
 
 import bisect
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,20 +168,21 @@ def classes_of_names(
     def parent(name: str) -> str:
         return name.split("/", level + 1)[level] if name.count("/") > level else ""
 
+    runs: list[tuple[str, int]] = []  # a parent, and how many neighbours have it
     if ordered:
-        parents: list[str] = []
-        while len(parents) < len(names):
-            name = names[len(parents)]
-            last = len(parents) + 1
+        first = 0
+        while first < len(names):
+            name, last = names[first], first + 1
             if parent(name):  # behind a folder's names come those with a greater character than its slash
                 inside = "/".join(name.split("/", level + 1)[: level + 1])
                 last = bisect.bisect_left(names, f"{inside}{chr(ord('/') + 1)}", last)
-            parents += [parent(name)] * (last - len(parents))
+            runs.append((parent(name), last - first))
+            first = last
     else:
-        parents = [parent(name) for name in names]
-    classes = sorted(set(parents) - {""})
-    if "" in parents:
-        strays = [name for name, parent in zip(names, parents, strict=True) if not parent]
+        runs = [(parent(name), 1) for name in names]
+    classes = sorted({name for name, _ in runs} - {""})
+    if not all(name for name, _ in runs):
+        strays = [name for name in names if not parent(name)]
         if classes:
             warn(
                 f"no classes are used: {len(strays):,} of {len(names):,} images of {folder} lie beside the folders "
@@ -197,4 +199,4 @@ def classes_of_names(
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    return list(map(numbers.__getitem__, parents)), classes
+    return list(itertools.chain.from_iterable(itertools.repeat(numbers[name], count) for name, count in runs)), classes

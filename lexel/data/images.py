@@ -48,7 +48,7 @@ class ImageSet:
     ) -> None:
         self.names: Sequence[str] = names if isinstance(names, Names) else Names(names)
         kept: dict[int, int] = {}  # one object for each class, however many pictures it has
-        self.labels = None if labels is None else [kept.setdefault(label, label) for label in labels]
+        self.labels = None if labels is None else list(map(kept.setdefault, labels, labels))
         self.classes = list(classes)
         self.attribution = attribution
         self.left_out: dict[str, str] = {}
