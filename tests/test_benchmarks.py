@@ -108,7 +108,7 @@ def test_a_section_is_replaced_and_the_rest_of_the_page_stays(tmp_path):
 def test_the_published_figures_give_the_published_page():
     page = results.PAGE.read_text(encoding="utf-8")
     figures = results.read(results.PAGE)
-    for name, part in (("quantizers", figures), *((name, figures[name]) for name in ("step", "faults"))):
+    for name, part in (("quantizers", figures), *((name, figures[name]) for name in ("step", "samplers", "faults"))):
         lines = importlib.import_module(f"benchmarks.{name}").section(part)
         assert "\n".join(lines).strip() in page, name
 
