@@ -1,5 +1,6 @@
 """Trains and measures every run of a comparison, and writes its page after the last."""
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -133,7 +134,10 @@ def earlier_result(folder: Path, recipe: Config, asked: Any, form: type[Config] 
     if not path.is_file():
         return None
     result = read_finished(path, form)
-    if result["recipe"] != as_table(recipe) or result["asked"] != asked:
+    before = result["recipe"]
+    with contextlib.suppress(UsageError):  # options that came later have their defaults
+        before = as_table(check(before, type(recipe), str(path)))
+    if before != as_table(recipe) or result["asked"] != asked:
         raise UsageError(f"{folder} holds a result of another recipe or measurement; choose another folder")
     return result
 
