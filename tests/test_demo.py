@@ -16,6 +16,8 @@ def test_the_demo_tells_the_whole_story_and_goes_on_where_it_was_stopped(tmp_pat
         assert text in html, text
     assert Tokenizer.from_pretrained(tmp_path / "tokenizer").codebook_size == 1024
     assert dict.fromkeys(stages).keys() >= {"IBQ and VQ", "tokens", "generator", "drawing"}
+    assert [made.parts[0].name, made.parts[-1].name] == ["drawings", "page"]
+    assert all(part.seconds >= 0 for part in made.parts)
     again = []
     demo(tmp_path, steps=2, progress=lambda stage, done, total, note: again.append(stage))
     assert not {"IBQ and VQ", "generator"} & {*again}

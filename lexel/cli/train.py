@@ -45,6 +45,10 @@ def demo(
             out, steps, lambda stage, done, total, note: update(done, total, note, stage), device, precision
         )
     print_grid(result.table, 12)
+    print("\n   seconds  processor")
+    for name, seconds, processor in result.parts:
+        print(f"{seconds:>10.1f}{processor:>11.1f}  {name}")
+    print(f"{sum(part.seconds for part in result.parts):>10.1f}{sum(part.processor for part in result.parts):>11.1f}\n")
     print(f"open {result.page}, or try the models: lexel studio {out}")
 
 

@@ -1,5 +1,6 @@
 """Trains, measures and generates; `demo` is the order in which things happen."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,29 @@ class DemoResult(NamedTuple):
 
     page: Path
     table: list[list[str]]  # the first row is the head
+    parts: list["PartTime"]  # in order; those that were finished before take none
+
+
+class PartTime(NamedTuple):
+    """What a part of the demo took."""
+
+    name: str
+    seconds: float
+    processor: float  # seconds of this process; what runs beside it in another is not in it
+
+
+class Stopwatch:
+    """The times of parts that come one after the other."""
+
+    def __init__(self) -> None:
+        self.parts: list[PartTime] = []
+        self._last = time.perf_counter(), time.process_time()
+
+    def ended(self, name: str) -> None:
+        """A part is over, and the next begins."""
+        now = time.perf_counter(), time.process_time()
+        self.parts.append(PartTime(name, now[0] - self._last[0], now[1] - self._last[1]))
+        self._last = now
 
 
 class Folders(NamedTuple):
@@ -66,6 +90,7 @@ def demo(
         UsageError: a device or a precision that is not there.
         TrainingStopped: a signal ended a training; what was learned is saved.
     """
+    watch = Stopwatch()
     out, place = Path(out), runtime(device, precision)
     folders = Folders(out / "vq", out / "tokenizer", out / "tokens/train", out / "tokens/validation", out / "generator")
     changes = [f"train.precision={precision}"]
@@ -73,6 +98,7 @@ def demo(
         changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
     recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, changes)
     images = open_data(recipe.data, _counts(progress, "drawings"))  # rendered once, before two processes ask for them
+    watch.ended("drawings")
     with SecondCore() as beside, _one_thread():
         overrides = [word for change in changes for word in ("--set", change)]
         vq = beside.start(
@@ -80,8 +106,10 @@ def demo(
             "model.quantizer.kind=vq",
         )  # fmt: skip
         _train_tokenizer(recipe, folders.tokenizer, device, _steps(progress, "IBQ and VQ"))
+        watch.ended("training IBQ, VQ beside it")
         _report(progress, "waiting for VQ")
         vq.result()
+        watch.ended("waiting for VQ")
         measured = [
             beside.start(
                 "evaluate", str(folder), "--data", recipe.data.source, "--split", "validation", "--device", device,
@@ -93,12 +121,16 @@ def demo(
         codec = Codec(load_tokenizer(folders.tokenizer), place, recipe.data.make_transform(), batch_size=64)
         for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
             codec.encode(recipe.data.source, folder, split, progress=_counts(progress, "tokens"))
+        watch.ended("encoding")
         _train_generator(folders, changes, device, _steps(progress, "generator"))
+        watch.ended("training the generator, measuring beside it")
         _report(progress, "measuring")
         for result in measured:
             result.result()
+        watch.ended("waiting for the measures")
     generator = load_generator(folders.generator).to(codec.runtime.device)
     tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counts(progress, "drawing"))
+    watch.ended("drawing")
     results = {
         name: read_result(folder / "evaluation.json")
         for name, folder in (("VQ", folders.vq), ("IBQ", folders.tokenizer))
@@ -115,7 +147,9 @@ def demo(
         held_out=images[1],
         transform=recipe.data.make_transform(),
     )
-    return DemoResult(page.write(out, story), page.table(results, story.runs))
+    written, table = page.write(out, story), page.table(results, story.runs)
+    watch.ended("page")
+    return DemoResult(written, table, watch.parts)
 
 
 def _train_tokenizer(
