@@ -129,7 +129,7 @@ def beside_section(figures: dict[str, Any]) -> list[str]:
         "checkout with the same weights and images; the losses of the first step agree, or nothing is timed. Processor",
         "time of one thread, in turns, medians; in brackets the least and the most of the ratios of a round. *waits*:",
         "reads of a tensor by the host, without Adam's of its count of steps; *operations*: ATen calls that compute,",
-        "in forward, backward and optimizers.",
+        "in forward, backward and optimizers; *peak MiB*: beyond what the step before left, its gradients included.",
         "",
         "| K | way | s a step | times Lexel's | peak MiB | waits | operations | commit | CPU |",
         "|---|---|---|---|---|---|---|---|---|",
