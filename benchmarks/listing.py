@@ -62,8 +62,8 @@ def scan(path: str) -> int:
 
 def timed(what: str, tree: Path) -> dict[str, float]:
     """Seconds of one core and MiB of this process, which does nothing else."""
-    from lexel.data.batches import Positions
     from lexel.data.folder import open_folder
+    from lexel.data.order import Positions
 
     gc.collect()
     gc.freeze()  # else the first collection looks through all of PyTorch, a tenth of a second that is the imports'

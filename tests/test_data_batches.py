@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from lexel.data import TRANSFORMS, ArrayImages, UnreadableImage, open_images, ordered_batches, training_batches
-from lexel.data.batches import Positions, default_workers, permutation
+from lexel.data.batches import default_workers
 from lexel.data.config import DataConfig, open_data
 from lexel.data.images import CachedImages, ImageSet
+from lexel.data.order import Positions, permutation
 from lexel.data.pace import Pace
 from lexel.errors import UsageError
 

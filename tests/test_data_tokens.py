@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lexel.data import TRANSFORMS, ArrayImages, open_images
-from lexel.data.batches import crop_generator
+from lexel.data.order import crop_generator
 from lexel.data.tokens import TokenSet, export_parquet, export_webdataset, index_dtype, write_tokens
 from lexel.data.tokens import write as module
 from lexel.errors import UsageError

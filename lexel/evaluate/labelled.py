@@ -106,7 +106,6 @@ def images_as_tokens(
         "source": source,
         "validation": validation,
         "size": transform.size,
-        "workers": workers,
         "memory": 0.0,
         "pixel_limit": pixel_limit,
         "channels": tokenizer.channels,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lexel.arrays import ONLY, open_arrays, read_array
-from lexel.data.batches import Positions, crop_choices
 from lexel.data.images import hold_out_order, renumbered
 from lexel.data.listing import Names
+from lexel.data.order import Positions, crop_choices
 from lexel.data.tokens.format import (
     INDEX,
     MANIFEST_PARTIAL,

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, check_unreadable, crop_generator, default_workers, look_up, read_squares
+from lexel.data.batches import Pictures, check_unreadable, default_workers, look_up, read_squares
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
+from lexel.data.order import crop_generator
 from lexel.data.tokens.format import (
     FORMAT,
     INDEX,
