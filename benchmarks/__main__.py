@@ -40,7 +40,13 @@ def main() -> int:
         if name in sys.argv[1:2]:  # only the benchmark that is run is imported
             importlib.import_module(f"benchmarks.{name}").options(command)
     arguments = parser.parse_args()
-    importlib.import_module(f"benchmarks.{arguments.name}").run(arguments)
+    from lexel.errors import UsageError
+
+    try:
+        importlib.import_module(f"benchmarks.{arguments.name}").run(arguments)
+    except UsageError as error:
+        print(f"benchmarks {arguments.name}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -27,6 +27,7 @@ from lexel.codec import Codec
 from lexel.data import open_images
 from lexel.data.batches import default_workers, ordered_batches
 from lexel.data.images import ImageSet
+from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer
 from lexel.runtime import runtime
 from lexel.tokenizer import Tokenizer
@@ -56,7 +57,10 @@ def sources(photographs: Path | None) -> list[Image.Image]:
     with tarfile.open(photographs) as tar:
         files = [tar.extractfile(member) for member in tar if member.name.endswith((".png", ".jpg"))]
         opened = [Image.open(io.BytesIO(file.read())).convert("RGB") for file in files if file]
-    return [one for one in opened if one.width >= WIDTH and one.height >= HEIGHT]
+    large = [one for one in opened if one.width >= WIDTH and one.height >= HEIGHT]
+    if not large:
+        raise UsageError(f"{photographs} has no picture of {WIDTH} x {HEIGHT} or more among its {len(opened):,}")
+    return large
 
 
 def make(folder: Path, count: int, photographs: Path | None) -> None:
