@@ -198,8 +198,4 @@ def run(arguments: argparse.Namespace) -> None:
         "repeats": arguments.repeats,
         "work": work,
     }
-    print("\n".join(section(figures)))
-    if arguments.out:
-        kept = results.read(arguments.out)
-        kept["evaluation"] = figures
-        results.write(arguments.out, kept, "evaluation", section(figures))
+    results.show(arguments.out, "evaluation", figures, section(figures))

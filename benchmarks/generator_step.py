@@ -4,7 +4,6 @@ Both are IBQ's generator B with the same weights on the same tokens, which no to
 dropout their losses are compared before anything is timed.
 """
 
-import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import published, results
-from benchmarks.step import WAYS, Counted, peak_of, seconds
+from benchmarks import published
+from benchmarks.step import WAYS, compared, peak_of, row
 from lexel.convert import convert
 from lexel.data.tokens import TokenBatch
 from lexel.train import load_recipe
@@ -79,24 +78,10 @@ def beside(checkout: Path, overrides: list[str], repeats: int) -> dict[str, Any]
     data = batch_of(learner.generator.config.transformer.codebook_size)
     agree(model, learner, data)
     steps = steps_of(model, learner, data)
-    times = seconds(steps, repeats)
-    ratios = sorted(theirs / ours for ours, theirs in zip(times[WAYS[0]], times[WAYS[1]], strict=True))
-    entry: dict[str, Any] = {
-        "ratios": [round(each, 3) for each in (statistics.median(ratios), ratios[0], ratios[-1])],
-        "machine": results.machine("cpu", torch.get_num_threads()),
-        "parameters": sum(parameter.numel() for parameter in learner.generator.parameters()),
-    }
-    commits = {WAYS[0]: results.commit(), WAYS[1]: published.commit(checkout)}
+    entry = compared(steps, checkout, repeats)
+    entry["parameters"] = sum(parameter.numel() for parameter in learner.generator.parameters())
     for way, step in steps.items():
-        with Counted() as counted:
-            step()
-        entry[way] = {
-            "s": round(statistics.median(times[way]), 3),
-            "waits": counted.waits,
-            "operations": counted.operations,
-            "MiB": peak_of(step),
-            "commit": commits[way],
-        }
+        entry[way]["MiB"] = peak_of(step)
     return entry
 
 
@@ -111,11 +96,4 @@ def section(entry: dict[str, Any]) -> list[str]:
         "| way | s a step | times Lexel's | peak MiB | waits | operations | commit | CPU |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for way in WAYS:
-        one = entry[way]
-        ratio = "1" if way == WAYS[0] else "{:.2f} ({:.2f} to {:.2f})".format(*entry["ratios"])
-        lines.append(
-            f"| {way} | {one['s']:.2f} | {ratio} | {one['MiB']:.0f} | {one['waits']} | {one['operations']} | "
-            f"{one['commit']} | {entry['machine']} |"
-        )
-    return lines
+    return lines + [f"| {row(entry, way)}" for way in WAYS]

@@ -146,8 +146,4 @@ def run(arguments: argparse.Namespace) -> None:
         "repeats": arguments.repeats,
         "files": files,
     }
-    print("\n".join(section(figures)))
-    if arguments.out:
-        kept = results.read(arguments.out)
-        kept["listing"] = figures
-        results.write(arguments.out, kept, "listing", section(figures))
+    results.show(arguments.out, "listing", figures, section(figures))

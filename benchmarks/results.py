@@ -67,6 +67,13 @@ def write(page: Path, figures: dict[str, Any], section: str, lines: list[str]) -
     page.write_text(f"{head}{start}\n{body}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
+def show(page: Path | None, section: str, figures: dict[str, Any], lines: list[str]) -> None:
+    """Prints the lines of a section; with a page they are written to it, and the figures of the section kept."""
+    print("\n".join(lines))
+    if page is not None:
+        write(page, {**read(page), section: figures}, section, lines)
+
+
 def commit() -> str:
     """The short name of the commit that is measured."""
     return code() or ""

@@ -154,8 +154,4 @@ def run(arguments: argparse.Namespace) -> None:
         "repeats": arguments.repeats,
         "seconds": times,
     }
-    print("\n".join(section(figures)))
-    if arguments.out:
-        kept = results.read(arguments.out)
-        kept["startup"] = figures
-        results.write(arguments.out, kept, "startup", section(figures))
+    results.show(arguments.out, "startup", figures, section(figures))

@@ -135,13 +135,7 @@ def beside_section(figures: dict[str, Any]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for size, entry in figures.items():
-        for way in WAYS:
-            one = entry[way]
-            ratio = "1" if way == WAYS[0] else "{:.2f} ({:.2f} to {:.2f})".format(*entry["ratios"])
-            lines.append(
-                f"| {size} | {way} | {one['s']:.2f} | {ratio} | {one['MiB']:.0f} | {one['waits']} | "
-                f"{one['operations']} | {one['commit']} | {entry['machine']} |"
-            )
+        lines += [f"| {size} | {row(entry, way)}" for way in WAYS]
     return lines
 
 
@@ -157,28 +151,43 @@ def beside(checkout: Path, size: int, repeats: int) -> dict[str, Any]:
         "published": published.tokenizer_step(model, images),
     }
     agree(model, steps)
-    times = seconds(steps, repeats)
-    ratios = sorted(theirs / ours for ours, theirs in zip(times["Lexel"], times["published"], strict=True))
-    commits = {"Lexel": results.commit(), "published": published.commit(checkout)}
-    entry: dict[str, Any] = {
-        "ratios": [round(each, 3) for each in (statistics.median(ratios), ratios[0], ratios[-1])],
-        "machine": results.machine("cpu", torch.get_num_threads()),
-    }
-    for way, step in steps.items():
-        with Counted() as counted:
-            step()
-        entry[way] = {
-            "s": round(statistics.median(times[way]), 3),
-            "waits": counted.waits,
-            "operations": counted.operations,
-            "commit": commits[way],
-        }
-    del model, learner, steps, step
+    entry = compared(steps, checkout, repeats)
+    del model, learner, steps
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks", "step", "--peer", str(checkout)]
         command += ["--weigh", way, "--sizes", str(size)]
         entry[way]["MiB"] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return entry
+
+
+def compared(steps: dict[str, Callable[[], Any]], checkout: Path, repeats: int) -> dict[str, Any]:
+    """Seconds, waits and operations of both ways, and how many times ours the published step takes."""
+    times = seconds(steps, repeats)
+    ratios = sorted(theirs / ours for ours, theirs in zip(*(times[way] for way in WAYS), strict=True))
+    entry: dict[str, Any] = {
+        "ratios": [round(each, 3) for each in (statistics.median(ratios), ratios[0], ratios[-1])],
+        "machine": results.machine("cpu", torch.get_num_threads()),
+    }
+    for way, code in zip(WAYS, (results.commit(), published.commit(checkout)), strict=True):
+        with Counted() as counted:
+            steps[way]()
+        entry[way] = {
+            "s": round(statistics.median(times[way]), 3),
+            "waits": counted.waits,
+            "operations": counted.operations,
+            "commit": code,
+        }
+    return entry
+
+
+def row(entry: dict[str, Any], way: str) -> str:
+    """The cells of a way in a table, from its name to the CPU."""
+    one = entry[way]
+    ratio = "1" if way == WAYS[0] else "{:.2f} ({:.2f} to {:.2f})".format(*entry["ratios"])
+    return (
+        f"{way} | {one['s']:.2f} | {ratio} | {one['MiB']:.0f} | {one['waits']} | {one['operations']} | "
+        f"{one['commit']} | {entry['machine']} |"
+    )
 
 
 def pictures() -> Tensor:

@@ -169,11 +169,7 @@ def run(arguments: argparse.Namespace) -> None:
         make(folder, arguments.pictures, arguments.photographs)
         figures = measured(arguments, folder, Path(scratch))
     print(json.dumps(figures["rates"]))
-    print("\n".join(section(figures)))
-    if arguments.out:
-        kept = results.read(arguments.out)
-        kept["throughput"] = figures
-        results.write(arguments.out, kept, "throughput", section(figures))
+    results.show(arguments.out, "throughput", figures, section(figures))
 
 
 def measured(arguments: argparse.Namespace, folder: Path, scratch: Path) -> dict[str, Any]:

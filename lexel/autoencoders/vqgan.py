@@ -32,9 +32,7 @@ class VQGANConfig(ConvolutionalConfig):
     middle_attention: bool = True  # attention between the two blocks in the middle
     patch: Literal[1, 2, 4, 8] = 1  # the image first becomes its Haar wavelets over squares of this side
     projection_kernel: Literal[1, 3] = 1  # side of the convolutions between latents and codes
-    fold: int = Field(
-        default=1, ge=1, le=16
-    )  # latents of a side that one code describes, as one longer latent (RQ-VAE)
+    fold: int = Field(default=1, ge=1, le=16)  # side of a square of latents that one code describes (RQ-VAE)
     downsamplings: int | None = None  # how many levels halve the resolution; all but the last if not given
 
     @model_validator(mode="after")
