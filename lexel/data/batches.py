@@ -80,10 +80,6 @@ class Loading:
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers cannot be negative, got {self.workers}")
 
-    def readers(self, images: ImageSet, transform: Transform | None) -> int:
-        """How many processes read: as many as pay where no number is given."""
-        return default_workers(images, transform) if self.workers is None else self.workers
-
     def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
         """Raises UsageError once more images are unreadable than may be."""
         check_unreadable(unreadable, len(images), self.max_unreadable)
@@ -97,6 +93,11 @@ def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) 
             f"{len(unreadable):,} of {total:,} images cannot be read, more than max_unreadable = {allowed:g} allows; "
             f"the first, {name}: {reason}"
         )
+
+
+def reading_processes(workers: int | None, images: ImageSet, transform: Transform | None) -> int:
+    """How many processes read: `workers`, or as many as pay where that is None."""
+    return default_workers(images, transform) if workers is None else workers
 
 
 def default_workers(images: ImageSet, transform: Transform | None) -> int:
@@ -162,7 +163,7 @@ class TrainingBatches(Iterator[Batch]):
         self.images, self.loading = images, loading
         self.unreadable: dict[str, str] = {}
         steps = _TrainingSteps(images, transform, loading, seed)
-        readers = loading.readers(images, transform)
+        readers = reading_processes(loading.workers, images, transform)
         self.pace = Pace(readers)
         self._read = look_up(steps, CountingSampler(first_step), readers, loading.prefetch)
 
@@ -217,7 +218,8 @@ class OrderedBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        order, readers = range(len(self._batches)), self.loading.readers(self.images, self.transform)
+        order = range(len(self._batches))
+        readers = reading_processes(self.loading.workers, self.images, self.transform)
         for pictures in look_up(self._batches, order, readers, self.loading.prefetch):
             if pictures.unreadable:
                 self.unreadable.update(pictures.unreadable)

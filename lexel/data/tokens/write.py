@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, check_unreadable, default_workers, look_up, read_squares
+from lexel.data.batches import Pictures, check_unreadable, look_up, read_squares, reading_processes
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
 from lexel.data.order import crop_generator
@@ -176,7 +176,7 @@ def write_tokens(
         if progress is not None:
             progress(done, total)
 
-    readers = default_workers(images, transform) if workers is None else workers
+    readers = reading_processes(workers, images, transform)
     for shard, numbers in mine.items():
         if shard_path(folder, shard, ".json").is_file():  # written before an interruption
             read(len(numbers))
