@@ -14,6 +14,7 @@ BENCHMARKS = {
     "losses": "the same small training with other losses, judged by a network that was no teacher",
     "many": "many small trainings at once on one GPU: the figures of docs/studies/which-quantizer.md",
     "study": "the tables of docs/studies/which-quantizer.md from its figures, to which results of `compare` are added",
+    "hypotheses": "what might mend IBQ and is no part of Lexel, trained and measured as `compare` does a method",
     "shown": "how many codes held-out pictures can show, by a run's table and by the best tables for its latents",
     "startup": "every command's start beside `import torch` alone: processor time",
     "evaluate": "10,000 pictures evaluated: time and memory",

@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     faults,
     gpu,
+    hypotheses,
     losses,
     many,
     million,
@@ -28,6 +29,7 @@ from benchmarks import (
 from benchmarks.__main__ import BENCHMARKS
 from lexel.compare import expand
 from lexel.config import check
+from lexel.quantizers.ibq import IBQ
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer
 from lexel.train.optimization import seed_step
@@ -137,6 +139,48 @@ def test_a_seed_that_is_added_to_a_row_stands_in_its_place_and_only_once():
     assert rows == [
         {"quantizer": "vq", "seeds": [0, 1, 2], "runs": ["vq-0", "vq-1", "vq-2"], "psnr": expected}
     ]  # a number that one seed lacks is none of the row's
+
+
+def quantized_in_float64(quantizer):
+    """z_q, indices, the latents' and the codes' gradients, and the terms; with given weights and latents."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        quantizer.double().weight.copy_(torch.randn(64, 8, generator=generator, dtype=torch.float64))
+    z = torch.randn(2, 8, 4, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    z_q, indices, terms = quantizer(z)
+    picture = (z_q * torch.randn(z_q.shape, generator=generator, dtype=torch.float64)).sum()
+    (picture + quantizer.loss(terms)).backward()
+    return {"z_q": z_q, "indices": indices, "latents": z.grad, "codes": quantizer.weight.grad, **terms}
+
+
+def test_a_trial_with_its_options_left_alone_is_ibq():
+    torch.testing.assert_close(quantized_in_float64(hypotheses.Trial(64, 8)), quantized_in_float64(IBQ(64, 8)))
+
+
+def test_the_balance_makes_the_terms_gradient_as_long_as_the_pictures():
+    trial, z = hypotheses.Trial(64, 8, balance=0.5), torch.randn(2, 8, 4, 4)
+
+    def length(of):
+        latents = z.clone().requires_grad_()
+        return torch.autograd.grad(of(trial(latents)), latents)[0].norm().item()
+
+    for _ in range(2):
+        picture = length(lambda out: out.z_q.square().sum())
+        terms = length(lambda out: trial.loss(out.losses))
+    assert terms == pytest.approx(picture / 2, rel=1e-4)
+
+
+def test_a_queues_entropy_is_that_of_the_mean_of_its_batches_with_the_gradient_of_one():
+    trial = hypotheses.Trial(64, 8, batches=3)
+    rows = torch.randn(5, 64).softmax(1).requires_grad_()
+    for row in rows[:-1]:
+        trial._batch_entropy(row)
+    entropy = trial._batch_entropy(rows[-1])
+    mean = rows[2:].mean(0)
+    torch.testing.assert_close(entropy, -(mean * (mean + 1e-5).log()).sum())
+    (gradient,) = torch.autograd.grad(entropy, rows)
+    assert not gradient[:-1].any()
+    torch.testing.assert_close(gradient[-1], -((mean + 1e-5).log() + mean / (mean + 1e-5)).detach())
 
 
 def test_cells_of_equal_mass_hold_equally_many_rows_and_each_row_meets_one():
