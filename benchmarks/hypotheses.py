@@ -157,26 +157,26 @@ def line(ends: Sequence[float], progress: float) -> float:
 TRIALS = {"ibq_trial": Trial, "ibq_affine_trial": AffineTrial}
 
 ROWS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, float]]] = {
-    "trial": ("ibq_trial", {}, {}),
     "temperature_learned": ("ibq_trial", {"learned": True}, {}),
     "temperature_falls": ("ibq_trial", {"temperatures": (3.0, 0.3)}, {}),
-    "temperature_rises": ("ibq_trial", {"temperatures": (0.3, 3.0)}, {}),
     "identity_falls": ("ibq_trial", {"identities": (1.0, 0.0)}, {}),
-    "identity_rises": ("ibq_trial", {"identities": (0.0, 1.0)}, {}),
     "queue": ("ibq_trial", {"batches": 16}, {}),
     "balanced": ("ibq_trial", {"balance": 1.0}, {}),
     "balanced_tenth": ("ibq_trial", {"balance": 0.1}, {}),
-    "entropies_by_tokens": ("ibq_trial", {"scaled": "entropies by tokens"}, {}),
     "terms_by_tokens": ("ibq_trial", {"scaled": "terms by tokens"}, {}),
-    "entropies_by_codes": ("ibq_trial", {"scaled": "entropies by codes"}, {}),
-    "terms_fall": ("ibq_trial", {"terms": (1.0, 0.0)}, {}),
-    "tenth_identity": ("ibq_trial", {"identities": (1.0, 1.0)}, TENTH),
+    "entropies_by_tokens": ("ibq_trial", {"scaled": "entropies by tokens"}, {}),
     "tenth_identity_falls": ("ibq_trial", {"identities": (1.0, 0.0)}, TENTH),
-    "tenth_temperature_learned": ("ibq_trial", {"learned": True}, TENTH),
-    "tenth_temperature_falls": ("ibq_trial", {"temperatures": (3.0, 0.3)}, TENTH),
     "tenth_queue": ("ibq_trial", {"batches": 16}, TENTH),
     "affine_identity_falls": ("ibq_affine_trial", {"identities": (1.0, 0.0)}, {}),
     "affine_identity_rises": ("ibq_affine_trial", {"identities": (0.0, 1.0)}, {}),
+    "entropies_by_codes": ("ibq_trial", {"scaled": "entropies by codes"}, {}),
+    "terms_fall": ("ibq_trial", {"terms": (1.0, 0.0)}, {}),
+    "temperature_rises": ("ibq_trial", {"temperatures": (0.3, 3.0)}, {}),
+    "identity_rises": ("ibq_trial", {"identities": (0.0, 1.0)}, {}),
+    "tenth_temperature_learned": ("ibq_trial", {"learned": True}, TENTH),
+    "tenth_temperature_falls": ("ibq_trial", {"temperatures": (3.0, 0.3)}, TENTH),
+    "tenth_identity": ("ibq_trial", {"identities": (1.0, 1.0)}, TENTH),
+    "trial": ("ibq_trial", {}, {}),
 }
 
 
@@ -208,6 +208,7 @@ def run(arguments: argparse.Namespace) -> None:
         codebook_sizes=[int(size) for size in arguments.sizes.split(",") if size],
         seeds=[int(seed) for seed in arguments.seeds.split(",")],
         variants=variants,
+        metrics=["psnr", "lpips", "usage"],
         device="cpu",
     )
     print(result.page)
