@@ -329,7 +329,10 @@ class ErrorAsItem(Dataset[Any]):
 
 
 def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pictures]:
-    """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept."""
+    """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept.
+
+    The others are forks of this one, except where they need CUDA.
+    """
     loader: DataLoader[Any] = DataLoader(
         ErrorAsItem(table),
         batch_size=None,  # an item is a whole batch already
@@ -337,6 +340,7 @@ def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pic
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         collate_fn=_unchanged,
+        multiprocessing_context="spawn" if workers and table.images.decoded_on_gpu else None,
         generator=torch.Generator(),  # else a DataLoader draws from the global stream, and validation moves training
     )
     for item in loader:

@@ -1,6 +1,6 @@
 """The `data` section of a recipe: which pictures to learn from, which to measure on, how to resize and crop them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from warnings import warn
 
 from pydantic import Field, field_validator, model_validator
@@ -10,6 +10,7 @@ from lexel.data.batches import OnError
 from lexel.data.files import PIXEL_LIMIT
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import CachedImages, ImageSet
+from lexel.data.nvjpeg import nvjpeg_device
 from lexel.data.sources import open_images
 from lexel.data.transforms import TRANSFORMS, Transform
 from lexel.runtime import ProgressCallback
@@ -39,6 +40,8 @@ class DataConfig(Config):
     pixel_limit: Annotated[int, Field(ge=1)] = PIXEL_LIMIT  # pictures with more pixels are unreadable
     # JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where twice `size` is left: faster, not the same pixels.
     jpeg_scaling: bool = False
+    # "nvjpeg" decodes JPEGs on the GPU (torchcodec): not the same pixels, and not with jpeg_scaling.
+    jpeg_decoder: Literal["pillow", "nvjpeg"] = "pillow"
 
     @field_validator("transform")
     @classmethod
@@ -52,6 +55,8 @@ class DataConfig(Config):
         if self.jpeg_scaling and not TRANSFORMS[self.transform].shrinks:
             names = ", ".join(sorted(name for name, transform in TRANSFORMS.items() if transform.shrinks))
             raise ValueError(f"jpeg_scaling does not go with the transform {self.transform!r}; it goes with {names}")
+        if self.jpeg_scaling and self.jpeg_decoder != "pillow":
+            raise ValueError(f"jpeg_scaling is Pillow's and does not go with jpeg_decoder {self.jpeg_decoder!r}")
         return self
 
     def make_transform(self) -> Transform:
@@ -69,8 +74,14 @@ def open_data(config: DataConfig, progress: ProgressCallback | None = None) -> t
         progress: called with (done, total) while drawings are rendered for the first time.
 
     Raises:
-        UsageError: see `open_images`.
+        UsageError: see `open_images` and `nvjpeg_device`.
     """
+
+    decoding: dict[str, Any] = {}
+    if config.jpeg_scaling:
+        decoding["shorter_side"] = 2 * config.size
+    if config.jpeg_decoder == "nvjpeg":
+        decoding["jpeg_device"] = nvjpeg_device()
 
     def opened(source: str, split: str | None = None) -> ImageSet:
         images = open_images(
@@ -83,7 +94,7 @@ def open_data(config: DataConfig, progress: ProgressCallback | None = None) -> t
             pixel_limit=config.pixel_limit,
             max_unreadable=config.max_unreadable,
         )
-        return images.scaled_to(2 * config.size) if config.jpeg_scaling else images
+        return images.decoded_with(**decoding) if decoding else images
 
     def training_part() -> ImageSet:
         try:

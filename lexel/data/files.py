@@ -23,6 +23,7 @@ from lexel.data.depth import (
     to_depth,
 )
 from lexel.data.heic import heic_samples, heic_size, is_heic
+from lexel.data.nvjpeg import is_whole, nvjpeg_pixels
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 
@@ -111,6 +112,8 @@ class Decoding:
         shorter_side: pixels that suffice: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if neither side falls
             below it. Faster, and not the same pixels.
         stored: the pixels as they are stored, neither turned nor laid on white: what published loaders read.
+        jpeg_device: the GPU that decodes JPEG files, of `nvjpeg_device`; Pillow decodes those of four components and
+            those without an end. Not the same pixels.
     """
 
     channels: int = 3
@@ -118,6 +121,7 @@ class Decoding:
     pixel_limit: int = PIXEL_LIMIT
     shorter_side: int | None = None
     stored: bool = False
+    jpeg_device: str | None = None
 
 
 def read_image(
@@ -168,6 +172,10 @@ def decode_image(file: IO[bytes], name: str, decoding: Decoding = Decoding()) ->
             # Pillow warns of oddities in the metadata of pictures that it reads well: nothing a user could act on.
             with warnings.catch_warnings(action="ignore"), _open(file) as image:
                 _check_size(*image.size, name, decoding)
+                if decoding.jpeg_device is not None and image.format == "JPEG" and image.mode in ("L", "RGB"):
+                    file.seek(0)
+                    if is_whole(data := file.read()):
+                        return _nvjpeg(data, image, decoding.jpeg_device, decoding)
                 return _pixels(image, file, decoding)
         except UnidentifiedImageError:
             if not is_heic(start):
@@ -199,6 +207,14 @@ def _heic(data: bytes, name: str, decoding: Decoding) -> np.ndarray:
     if decoding.depth == 8:  # as for other files of 8 bits
         return _upright(_converted(Image.fromarray(samples, "RGBA"), decoding.channels, decoding.stored), 1)
     return to_channels(samples[..., :3] if decoding.stored and decoding.channels != 4 else samples, decoding.channels)
+
+
+def _nvjpeg(data: bytes, header: Image.Image, device: str, decoding: Decoding) -> np.ndarray:
+    pixels = nvjpeg_pixels(data, header.mode == "L", device)
+    if pixels.shape[1::-1] != header.size:
+        raise ValueError(f"nvJPEG gave an array of {pixels.shape} for {header.width} x {header.height} pixels")
+    image = _converted(Image.fromarray(pixels), decoding.channels, decoding.stored)
+    return to_depth(_upright(image, 1 if decoding.stored else _orientation(header)), decoding.depth)
 
 
 def _open(file: IO[bytes]) -> Image.Image:

@@ -82,14 +82,19 @@ class ImageSet:
 
         What published evaluations read. Sets that have no such choice are the same.
         """
-        return self
+        return self.decoded_with(stored=True)
 
-    def scaled_to(self, shorter_side: int) -> "ImageSet":
-        """The same pictures, JPEGs decoded at 1/2, 1/4 or 1/8 of their size where no side falls below `shorter_side`.
+    def decoded_with(self, **options: Any) -> "ImageSet":
+        """The same pictures, their files decoded with other options of `Decoding`.
 
-        Faster, and not the same pixels. Sets that have no such choice are the same.
+        Sets that decode no files are the same.
         """
         return self
+
+    @property
+    def decoded_on_gpu(self) -> bool:
+        """Whether reading needs CUDA, which a process forked from one that uses it cannot have."""
+        return False
 
     def subset(self, numbers: Sequence[int]) -> "ImageSet":
         """The pictures with these numbers, in this order."""
@@ -189,16 +194,14 @@ class EncodedImages(ImageSet):
         except OSError as error:
             raise UnreadableImage(self.names[number], in_words(error)) from None
 
-    def as_stored(self) -> "ImageSet":
-        return self._decoded_by(replace(self.decoding, stored=True))
-
-    def scaled_to(self, shorter_side: int) -> "ImageSet":
-        return self._decoded_by(replace(self.decoding, shorter_side=shorter_side))
-
-    def _decoded_by(self, decoding: Decoding) -> "EncodedImages":
+    def decoded_with(self, **options: Any) -> "ImageSet":
         other = copy.copy(self)
-        other.decoding = decoding
+        other.decoding = replace(self.decoding, **options)
         return other
+
+    @property
+    def decoded_on_gpu(self) -> bool:
+        return self.decoding.jpeg_device is not None
 
 
 class FileImages(EncodedImages):
@@ -294,11 +297,12 @@ class Wrapped(ImageSet):
     def read(self, number: int) -> np.ndarray:
         return self.images.read(number)
 
-    def as_stored(self) -> ImageSet:
-        return self._over(self.images.as_stored())
+    def decoded_with(self, **options: Any) -> ImageSet:
+        return self._over(self.images.decoded_with(**options))
 
-    def scaled_to(self, shorter_side: int) -> ImageSet:
-        return self._over(self.images.scaled_to(shorter_side))
+    @property
+    def decoded_on_gpu(self) -> bool:
+        return self.images.decoded_on_gpu
 
     def _over(self, images: ImageSet) -> ImageSet:
         """The same view of other pixels."""

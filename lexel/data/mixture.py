@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,11 +101,12 @@ class Mixture(ImageSet):
     def fingerprint(self) -> str:
         return digest(["mixture", self.weights, [images.fingerprint() for images in self.sets]])
 
-    def as_stored(self) -> ImageSet:
-        return Mixture([images.as_stored() for images in self.sets], self.weights)
+    def decoded_with(self, **options: Any) -> ImageSet:
+        return Mixture([images.decoded_with(**options) for images in self.sets], self.weights)
 
-    def scaled_to(self, shorter_side: int) -> ImageSet:
-        return Mixture([images.scaled_to(shorter_side) for images in self.sets], self.weights)
+    @property
+    def decoded_on_gpu(self) -> bool:
+        return any(images.decoded_on_gpu for images in self.sets)
 
     def hold_out(self, fraction: float) -> tuple[ImageSet, ImageSet]:
         """A part of every set, so that no picture shown twice is on both sides; the held-out ones are shown once."""
