@@ -31,6 +31,7 @@ def make_bank(
     features_per_image: int = 16,
     batch_size: int = 32,
     pixel_limit: int = PIXEL_LIMIT,
+    max_unreadable: float = 1.0,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> Tensor:
@@ -49,6 +50,7 @@ def make_bank(
         features_per_image: latents taken of each image.
         batch_size: images at a time.
         pixel_limit: files of images with more pixels are unreadable.
+        max_unreadable: the part of the images, or of their source's shards, that may be unreadable and left out.
         seed: of the positions and of the clustering.
         progress: called with (images done, images).
 
@@ -65,14 +67,16 @@ def make_bank(
         channels = encoder.channels
     else:
         transform, channels = TRANSFORMS["published"](size or NETWORK_SIZE), 3
-    images = open_images(data, split, transform.size, channels=channels, pixel_limit=pixel_limit)
+    images = open_images(
+        data, split, transform.size, channels=channels, pixel_limit=pixel_limit, max_unreadable=max_unreadable
+    )
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
     network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)
     if isinstance(encoder, Tokenizer):
         encoder.to(runtime.device).eval()
     features, labels, done = [], [], 0
-    batches = ordered_batches(images, transform, batch_size)
+    batches = ordered_batches(images, transform, batch_size, max_unreadable=max_unreadable)
     for batch in batches:
         pictures = batch.images.to(runtime.device)
         if network is not None:

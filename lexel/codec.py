@@ -23,6 +23,7 @@ from lexel.data import (
 )
 from lexel.data.depth import to_depth
 from lexel.data.tokens import TokenBatch, TokenSet, write_tokens
+from lexel.data.unreadable import check_unreadable
 from lexel.distributed import launched
 from lexel.errors import UsageError
 from lexel.memory import check_memory
@@ -205,6 +206,7 @@ class Codec:
         """Every readable picture of a set beside its reconstruction; the others are noted in `unreadable`."""
         at_once = self.batch_size if self.transform else 1
         batches = ordered_batches(images, self.transform, at_once, workers=self.workers)
+        batches.unreadable = unreadable  # as they are found
         for batch in batches:
             if self.transform is None:
                 try:
@@ -215,7 +217,6 @@ class Codec:
             originals, reconstructions = to_uint8(batch.images), to_uint8(self.through(batch.images))
             for number, original, reconstruction in zip(batch.numbers, originals, reconstructions, strict=True):
                 yield Pair(images.names[int(number)], original, reconstruction)
-        unreadable.update(batches.unreadable)
 
     def reconstruct(
         self,
@@ -223,6 +224,7 @@ class Codec:
         out: str | Path,
         side_by_side: bool = False,
         progress: ProgressCallback | None = None,
+        max_unreadable: float = 1.0,
     ) -> CodecResult:
         """Writes the reconstruction of every picture as PNG, under the picture's own name.
 
@@ -231,11 +233,15 @@ class Codec:
             out: the folder to write to.
             side_by_side: the original at the left of each.
             progress: called with (done, total).
+            max_unreadable: the part of the pictures, or of a source's shards, that may be unreadable and left out; what
+                was written before there were more stays.
 
         Raises:
-            UsageError: no picture can be used, or one would be written over a file of another origin.
+            UsageError: no picture can be used, more than `max_unreadable` cannot, or one would be written over a file
+                of another origin.
         """
-        sets = [self.open(source) for source in sources]
+        sets = [self.open(source, max_unreadable=max_unreadable) for source in sources]
+        total = sum(map(len, sets))
         unreadable: dict[str, str] = {}
         pictures: Iterable[tuple[str, np.ndarray | Strips]]
         if self.tiled is not None and self.transform is None:
@@ -247,7 +253,14 @@ class Codec:
                 for name, original, reconstruction in pairs
             )
         check_targets((name for images in sets for name in images.names), out)
-        written = write_pngs(pictures, out, sum(len(images) for images in sets), progress)
+
+        def within() -> Iterator[tuple[str, np.ndarray | Strips]]:
+            for picture in pictures:
+                check_unreadable(unreadable, total, max_unreadable)
+                yield picture
+            check_unreadable(unreadable, total, max_unreadable)
+
+        written = write_pngs(within(), out, total, progress)
         if not written:
             raise UsageError(f"none of the pictures can be used; {first_reason(unreadable)}")
         return CodecResult(written, unreadable)

@@ -308,7 +308,7 @@ def test_parts_of_images_give_the_result_of_one_process_bit_for_bit(tokenizer, t
     assert sum(images) == 25  # the broken one with them
     assert made(resume=tmp_path / "parts") == plain
     assert sum(seen) == 24
-    assert "1 images could not be read; a/broken.png" in plain["warnings"][0]
+    assert "1 images could not be read; the first, a/broken.png" in plain["warnings"][0]
     assert files(tmp_path / "parts") == files(tmp_path / "one")
 
 
@@ -337,6 +337,7 @@ def test_the_command_classifies_pictures_and_writes_the_result(tmp_path, tokeniz
         for number in range(12):
             array = np.full((8, 8, 3), grey + number, np.uint8)
             Image.fromarray(array).save(tmp_path / "pictures" / kind / f"{number}.png")
+    (tmp_path / "pictures" / "dark" / "bad.png").write_bytes(b"no picture")
     arguments = ["probe", tmp_path / "pictures", "--tokenizer", tmp_path / "tokenizer", "--size", 8]
     more = ["--validation", 0.25, "--set", "pool=all", "--json", tmp_path / "r.json"]
     done = CliRunner().invoke(app, [str(part) for part in [*arguments, *more]], catch_exceptions=False)
@@ -346,6 +347,8 @@ def test_the_command_classifies_pictures_and_writes_the_result(tmp_path, tokeniz
     assert result["probe"] == "linear"
     assert result["settings"]["pool"] == "all"
     assert result["data"]["training"]["source"] == "pictures"
-    assert result["data"]["validation"]["images"] == 6
+    sides = [result["data"][side] for side in ("training", "validation")]
+    assert [side["images"] + side["unreadable"]["count"] for side in sides] == [19, 6]
+    assert {name for side in sides for name in side["unreadable"]["reasons"]} == {"dark/bad.png"}
     assert result["tokenizer"] == tokenizer.fingerprint()
     assert str(tmp_path) not in (tmp_path / "r.json").read_text()

@@ -9,6 +9,7 @@ from lexel.cli.options import (
     PIXELS,
     BatchSize,
     Device,
+    MaxUnreadable,
     Out,
     PixelLimit,
     Precision,
@@ -41,6 +42,7 @@ def usage(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -55,7 +57,8 @@ def usage(
     check_free(json_)
     tokenizer = load_tokenizer(model, weights) if model else None
     with progress("usage") as update:
-        options = Options(limit, batch_size, device, precision, workers, pixel_limit, resume=resume, progress=update)
+        limits = limit, batch_size, device, precision, workers, pixel_limit, max_unreadable
+        options = Options(*limits, resume=resume, progress=update)
         found = measure(data, tokenizer, size=size, transform=transform, split=split, options=options)
     if launched_rank() != 0:
         return
@@ -81,6 +84,7 @@ def prune(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -94,7 +98,8 @@ def prune(
     model = load(source, weights=weights)
     sets = [TokenSet.open(folder) for folder in tokens or ()]
     with progress("usage") as update:
-        options = Options(limit, batch_size, device, precision, workers, pixel_limit, resume=resume, progress=update)
+        limits = limit, batch_size, device, precision, workers, pixel_limit, max_unreadable
+        options = Options(*limits, resume=resume, progress=update)
         kept = used_codes(model, sets, data, size=size, transform=transform, split=split, options=options)
     with progress("re-map", "shards") as update:
         pruned = write_pruned(model, kept, out, sets, update)
@@ -115,6 +120,7 @@ def grow(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -128,7 +134,8 @@ def grow(
     images = data or training_images(source)
     tokenizer = load_tokenizer(source, weights)
     with progress("latents") as update:
-        options = Options(limit, batch_size, device, precision, workers, pixel_limit, progress=update)
+        limits = limit, batch_size, device, precision, workers, pixel_limit, max_unreadable
+        options = Options(*limits, progress=update)
         grown = larger(tokenizer, to, images, size=size, transform=transform, split=split, options=options)
     grown.save_pretrained(out, provenance=grown.provenance)
     print(f"{grown.codebook_size:,} codes out of {tokenizer.codebook_size:,} in {out}")

@@ -11,6 +11,7 @@ from lexel.cli.options import (
     DataArgument,
     Device,
     MaxPixels,
+    MaxUnreadable,
     Out,
     Overlap,
     PartOption,
@@ -50,6 +51,7 @@ def reconstruct(
     batch_size: BatchSize = 16,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -64,7 +66,7 @@ def reconstruct(
     shown = transform_of(tokenizer, size, transform)
     codec = Codec(tokenizer, where, shown, batch_size, workers, max_pixels, pixel_limit, tile, overlap)
     with progress("reconstruct") as update:
-        done = codec.reconstruct(paths, out, side_by_side, update)
+        done = codec.reconstruct(paths, out, side_by_side, update, max_unreadable)
     print_seams(codec)
     print(f"{done.written:,} reconstructions in {out}")
     print_left_out(done.unreadable)
@@ -135,9 +137,7 @@ def encode(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
-    max_unreadable: Annotated[
-        float, typer.Option(min=0, max=1, help="The part of the images (0.01) that may be unreadable and left out.")
-    ] = 1.0,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",

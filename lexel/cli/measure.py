@@ -11,6 +11,7 @@ from lexel.cli.options import (
     SOURCES,
     BatchSize,
     Device,
+    MaxUnreadable,
     PartOption,
     PixelLimit,
     Precision,
@@ -81,6 +82,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     weights: Weights = None,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -124,6 +126,7 @@ def evaluate(
         "precision": precision,
         "workers": workers,
         "pixel_limit": pixel_limit,
+        "max_unreadable": max_unreadable,
         "resume": resume,
         "part": Part.parse(part) if part else None,
     }

@@ -41,6 +41,9 @@ Workers = Annotated[
 ]
 PIXELS = 150_000_000  # lexel.data.PIXEL_LIMIT, which imports what --help does without
 PixelLimit = Annotated[int, typer.Option(min=1, help="Image files with more pixels are skipped, not decoded.")]
+MaxUnreadable = Annotated[
+    float, typer.Option(min=0, max=1, help="The part of the images (0.01) that may be unreadable and left out.")
+]
 MaxPixels = Annotated[
     int | None,
     typer.Option(

@@ -9,6 +9,7 @@ from lexel.cli.options import (
     PIXELS,
     BatchSize,
     Device,
+    MaxUnreadable,
     PartOption,
     PixelLimit,
     Precision,
@@ -57,6 +58,7 @@ def probe(
     batch_size: BatchSize = 64,
     workers: Workers = None,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     device: Device = "auto",
     precision: Precision = "float32",
 ) -> None:
@@ -87,6 +89,7 @@ def probe(
             size=size,
             workers=workers,
             pixel_limit=pixel_limit,
+            max_unreadable=max_unreadable,
             batch_size=batch_size,
             device=device,
             precision=precision,

@@ -10,6 +10,7 @@ from lexel.cli.options import (
     BatchSize,
     DataArgument,
     Device,
+    MaxUnreadable,
     Out,
     PixelLimit,
     Precision,
@@ -204,6 +205,7 @@ def bank(
     features_per_image: Annotated[int, typer.Option(min=1, help="Latent vectors taken from each image.")] = 16,
     batch_size: BatchSize = 32,
     pixel_limit: PixelLimit = PIXELS,
+    max_unreadable: MaxUnreadable = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of positions and clustering.")] = 0,
     device: Device = "auto",
     precision: Precision = "float32",
@@ -229,6 +231,7 @@ def bank(
             features_per_image=features_per_image,
             batch_size=batch_size,
             pixel_limit=pixel_limit,
+            max_unreadable=max_unreadable,
             seed=seed,
             progress=update,
         )

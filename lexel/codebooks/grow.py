@@ -107,13 +107,14 @@ def gather_latents(
     check_memory(tokenizer, where, transform.size, transform.size, options.batch_size)
     tokenizer = tokenizer.to(where.device).eval()
     quantizer = tokenizer.quantizer
-    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit)
+    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit, options.max_unreadable)
     a_picture = tokenizer.token_spec(transform.size, transform.size).length
     rows = min(WANTED * codebook_size, HELD // quantizer.codebook_dim)
     count = min(len(images), options.limit or len(images), max(1, -(-rows // a_picture)))
     chosen = images.subset(list(evenly_spaced(len(images), count)))
     latents, indices = [], []
-    batches = ordered_batches(chosen, transform, options.batch_size, workers=options.workers)
+    budget = options.max_unreadable
+    batches = ordered_batches(chosen, transform, options.batch_size, workers=options.workers, max_unreadable=budget)
     for batch in batches:
         with where.autocast():
             z = tokenizer.latents(batch.images.to(where.device))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lexel.data import Transform
 from lexel.data.tokens import INDEX, TokenSet
+from lexel.data.unreadable import check_unreadable, counted
 from lexel.distributed import join
 from lexel.errors import UsageError
 from lexel.evaluate import Options
@@ -69,7 +70,8 @@ class CodeUsage(NamedTuple):
     def table(self) -> dict[str, Any]:
         """As plain data, for a file."""
         unseen = self.unseen
-        return {"tokenizer": self.fingerprint, "usage": unseen.seen / unseen.codes, **unseen._asdict()}
+        table = {"tokenizer": self.fingerprint, "usage": unseen.seen / unseen.codes, **unseen._asdict()}
+        return table | {"unreadable": counted(self.unreadable)}
 
 
 def _span(low: float, high: float) -> str:
@@ -115,12 +117,13 @@ def usage_of_tokens(tokens: TokenSet, options: Options) -> CodeUsage:
     """Counts the codes of a token set; all versions of a picture count as one picture.
 
     Raises:
-        UsageError: it holds no picture.
+        UsageError: it holds no picture, or lacks more than `max_unreadable` of those that were encoded.
     """
     counts = CodeIncidence(tokens.codebook_size, tokens.books)
     numbers = evenly_spaced(len(tokens), options.limit)
     if not numbers:
         raise UsageError(f"{tokens.folder} holds no tokens")
+    check_unreadable(tokens.unreadable, len(tokens) + len(tokens.unreadable), options.max_unreadable)
     done = 0
     for chosen in tokens.alike(tokens.by_grid(numbers), AT_ONCE):
         versions = [tokens.tokens(chosen, crop) for crop in range(tokens.crops)]
@@ -141,7 +144,7 @@ def usage_of_pictures(
     where = runtime(join(options.device), options.precision)
     rules = resized(protocol("lexel"), transform.size)
     check_memory(tokenizer, where, transform.size, transform.size, options.batch_size)
-    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit)
+    images = open_set(source, split, transform.size, tokenizer.channels, options.pixel_limit, options.max_unreadable)
     pictures = Pictures(images, rules, transform, options.workers, evenly_spaced(len(images), options.limit))
     tokenizer = tokenizer.to(where.device).eval()
     spec = tokenizer.token_spec(transform.size, transform.size)

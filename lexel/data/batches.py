@@ -25,6 +25,7 @@ from lexel.data.images import ImageSet
 from lexel.data.order import Positions, crop_generator
 from lexel.data.pace import Pace
 from lexel.data.transforms import Transform
+from lexel.data.unreadable import check_unreadable
 from lexel.distributed import launched
 from lexel.errors import UsageError
 
@@ -83,16 +84,6 @@ class Loading:
     def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
         """Raises UsageError once more images are unreadable than may be."""
         check_unreadable(unreadable, len(images), self.max_unreadable)
-
-
-def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) -> None:
-    """Raises UsageError once more than a part of so many images is unreadable."""
-    if len(unreadable) > allowed * total:
-        name, reason = next(iter(unreadable.items()))
-        raise UsageError(
-            f"{len(unreadable):,} of {total:,} images cannot be read, more than max_unreadable = {allowed:g} allows; "
-            f"the first, {name}: {reason}"
-        )
 
 
 def reading_processes(workers: int | None, images: ImageSet, transform: Transform | None) -> int:

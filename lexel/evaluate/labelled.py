@@ -15,6 +15,7 @@ from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet, write_tokens
 from lexel.data.tokens.format import MANIFEST_PARTIAL
 from lexel.data.tokens.write import shards_of
+from lexel.data.unreadable import check_unreadable
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.parts import Part
@@ -40,6 +41,7 @@ class Labelled(NamedTuple):
     spec: TokenSpec
     made_by: str  # the tokenizer's fingerprint
     about: dict[str, Any]  # source, images, fingerprint
+    unreadable: Mapping[str, str]  # images of the source that could not be used, with the reason
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -51,16 +53,21 @@ def holds_tokens(source: str | Path) -> bool:
 
 
 def token_sets(
-    source: str | Path | TokenSet, validation: str | Path | TokenSet | float | None
+    source: str | Path | TokenSet, validation: str | Path | TokenSet | float | None, max_unreadable: float = 1.0
 ) -> tuple[Labelled, Labelled]:
     """Tokens to learn from and tokens to measure on, with one numbering of classes."""
-    tokens = source if isinstance(source, TokenSet) else TokenSet.open(source)
-    _require_labels(tokens.labels, str(tokens.folder))
+
+    def opened(given: str | Path | TokenSet) -> TokenSet:
+        tokens = given if isinstance(given, TokenSet) else TokenSet.open(given)
+        _require_labels(tokens.labels, str(tokens.folder))
+        check_unreadable(tokens.unreadable, len(tokens) + len(tokens.unreadable), max_unreadable)
+        return tokens
+
+    tokens = opened(source)
     if validation is None or isinstance(validation, float):
         training, measured = tokens.hold_out(HELD_OUT if validation is None else validation)
         return _of_set(training), _of_set(measured)
-    measured = validation if isinstance(validation, TokenSet) else TokenSet.open(validation)
-    _require_labels(measured.labels, str(measured.folder))
+    measured = opened(validation)
     measured.require(tokens.fingerprint)
     if measured.token_spec != tokens.token_spec:
         raise UsageError(f"{measured.folder} has grids {measured.grid}, {tokens.folder} {tokens.grid}")
@@ -74,7 +81,8 @@ def _of_set(tokens: TokenSet) -> Labelled:
     listed = [tokens.fingerprint, list(tokens.names), tokens.labels.tolist(), tokens.histogram().tolist()]
     about = {"source": public_name(tokens.folder), "images": len(tokens), "fingerprint": digest(listed)}
     labels = torch.from_numpy(tokens.labels)
-    return Labelled(tokens.tokens, labels, list(tokens.classes), tokens.token_spec, tokens.fingerprint, about)
+    classes, made_by = list(tokens.classes), tokens.fingerprint
+    return Labelled(tokens.tokens, labels, classes, tokens.token_spec, made_by, about, tokens.unreadable)
 
 
 def _require_labels(labels: Any, source: str) -> None:
@@ -89,6 +97,7 @@ def images_as_tokens(
     size: int | None,
     workers: int | None,
     pixel_limit: int,
+    max_unreadable: float,
     batch_size: int,
     where: Runtime,
     report: StageCallback,
@@ -108,6 +117,7 @@ def images_as_tokens(
         "size": transform.size,
         "memory": 0.0,
         "pixel_limit": pixel_limit,
+        "max_unreadable": max_unreadable,
         "channels": tokenizer.channels,
     }
     sets = open_data(check(table, DataConfig, "the images"))
@@ -137,6 +147,7 @@ def images_as_tokens(
             rank=part.number - 1,
             processes=part.parts,
             workers=workers,
+            max_unreadable=max_unreadable,
             progress=lambda done, total: report("encoding", done, total),
         )
 
@@ -147,7 +158,7 @@ def images_as_tokens(
             assert kept is not None
             assert kept.labels is not None
             return as_labelled(images, name, kept.tokens, torch.from_numpy(kept.labels), kept.unreadable)
-        batches = ordered_batches(images, transform, batch_size, workers=workers)
+        batches = ordered_batches(images, transform, batch_size, workers=workers, max_unreadable=max_unreadable)
         parts, numbers = [], []
         for batch in batches:
             parts.append(encode(batch.images))
@@ -159,12 +170,11 @@ def images_as_tokens(
 
     def as_labelled(images: ImageSet, name: str, read: Read, labels: Tensor, unreadable: Mapping[str, str]) -> Labelled:
         if unreadable:
-            first, reason = next(iter(unreadable.items()))
-            warnings.append(f"{len(unreadable)} images could not be read; {first}: {reason}")
+            warnings.append(f"{len(unreadable)} images could not be read; {first_reason(unreadable)}")
         if not len(labels):
             raise UsageError(f"none of the {len(images)} images of {name} can be read; {first_reason(unreadable)}")
         about = {"source": public_name(name), "images": len(labels), "fingerprint": images.fingerprint()}
-        return Labelled(read, labels, list(images.classes), spec, made_by, about)
+        return Labelled(read, labels, list(images.classes), spec, made_by, about, unreadable)
 
     training, measured = sets[0], sets[1].with_classes(sets[0].classes)
     if resume is not None and tokenizer.continuous:

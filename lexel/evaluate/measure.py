@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lexel.data import PIXEL_LIMIT
+from lexel.data.unreadable import check_unreadable
 from lexel.distributed import broadcast, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks
@@ -32,6 +33,8 @@ class Options:
         device, precision: where the tokenizer runs; features and metrics are always taken in float32 and above.
         workers: processes that read images; 0 reads them here, None takes as many as pay (`default_workers`).
         pixel_limit: files of images with more pixels are unreadable.
+        max_unreadable: the part of the images that may be unreadable and left out: of all that are asked for, of the
+            share of a `part`, and of the reference by itself; of shards the part that may be damaged.
         cache: keeps statistics of real images by the fingerprint of data, protocol and network, and finds them again.
         resume: a folder for the partial state; the same call goes on where the last one was stopped. Removed at the
             end. With a network of D features it holds about 160 * D^2 bytes.
@@ -47,6 +50,7 @@ class Options:
     precision: str = "float32"
     workers: int | None = 0
     pixel_limit: int = PIXEL_LIMIT
+    max_unreadable: float = 1.0
     cache: bool = True
     resume: str | Path | None = None
     part: Part | None = None
@@ -58,6 +62,8 @@ class Options:
             raise UsageError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.limit is not None and self.limit < 2:
             raise UsageError(f"limit must be at least 2 images, got {self.limit}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise UsageError(f"max_unreadable must lie in [0, 1], got {self.max_unreadable}")
         if self.part is not None and self.resume is None:
             raise UsageError(f"part {self.part} needs a folder for its state: --resume DIR, the same for all parts")
 
@@ -92,7 +98,8 @@ def measure(
         Which images were measured, of a part its own. The partial state stays until `discard_partial` is called.
 
     Raises:
-        UsageError: fewer than `least` images can be read, or the partial state is of another evaluation.
+        UsageError: fewer than `least` images can be read, more than `max_unreadable` cannot, or the partial state is of
+            another evaluation.
     """
     options = options or Options()
     commit()  # for the result: a checkout may have moved on by the end
@@ -100,13 +107,15 @@ def measure(
     partial = None if options.resume is None else Partial(Path(options.resume), identity or {}, options.part)
     if partial is not None:
         partial.load(metrics, visited)
-    wanted = torch.ones(len(source), dtype=torch.bool)
-    if options.part is not None:
-        share = options.part.blocks(len(source), options.batch_size)
-        wanted[: share.start] = wanted[share.stop :] = False
+        visited.unreadable.clear()  # they are tried again: some may have been mended
+    whole = range(len(source))
+    share = whole if options.part is None else options.part.blocks(len(source), options.batch_size)
+    wanted = torch.zeros(len(source), dtype=torch.bool)
+    wanted[share.start : share.stop] = True
     remaining = (wanted & ~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
     done, saved = 0, time.monotonic()
     for images, numbers in source.batches(remaining, options.batch_size):
+        check_unreadable(source.unreadable, len(share), options.max_unreadable)
         batch = batch_of(images, numbers)
         for metric in metrics.values():
             metric.update(batch)
@@ -123,6 +132,8 @@ def measure(
     for metric in metrics.values():
         metric.all_reduce()
     visited.all_reduce()
+    visited.unreadable = dict(sorted(visited.unreadable.items()))
+    check_unreadable(visited.unreadable, len(share), options.max_unreadable)
     if options.part is not None:
         return visited
     if visited.count < least:

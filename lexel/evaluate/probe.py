@@ -21,6 +21,7 @@ from lexel.config import check
 from lexel.data import PIXEL_LIMIT
 from lexel.data.images import digest
 from lexel.data.tokens import TokenSet
+from lexel.data.unreadable import counted
 from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
 from lexel.evaluate.feature_files import FeatureFiles
@@ -50,6 +51,7 @@ def probe(
     size: int | None = None,
     workers: int | None = 0,
     pixel_limit: int = PIXEL_LIMIT,
+    max_unreadable: float = 1.0,
     batch_size: int = 64,
     device: str = "auto",
     precision: str = "float32",
@@ -72,6 +74,8 @@ def probe(
         size: pixels a side of images; the tokenizer's by default.
         workers: processes that read images; None for as many as pay.
         pixel_limit: files of images with more pixels are unreadable.
+        max_unreadable: the part of the images, of those to learn from and of those to measure on, that may be
+            unreadable and left out; of a `part` the part of its share.
         batch_size: images that pass through tokenizer and generator together.
         device, precision: of tokenizer and generator; the probe is fitted on the CPU in float32 and above.
         progress: called with (stage, done, total).
@@ -105,7 +109,7 @@ def probe(
             raise UsageError("size is of images; tokens have theirs")
         if folder is not None and features != "hidden":
             raise UsageError(f"features {features!r} of tokens are looked up, not made: leave --resume and --part out")
-        training, measured = token_sets(source, validation)
+        training, measured = token_sets(source, validation, max_unreadable)
     else:
         if tokenizer is None and generator is not None:
             tokenizer = generator.tokenizer
@@ -113,7 +117,7 @@ def probe(
             raise UsageError(f"{source} holds no tokens; for images give the tokenizer that makes their tokens")
         if part is not None and features == "hidden":
             raise UsageError("parts of hidden states are of tokens: make those first, by `lexel encode --part`")
-        settled = tokenizer, size, workers, pixel_limit, batch_size, where, report, warnings
+        settled = tokenizer, size, workers, pixel_limit, max_unreadable, batch_size, where, report, warnings
         found = images_as_tokens(str(source), validation, *settled, resume=folder, part=part)
         if isinstance(found, int):
             return _of_part(part, found, warnings)
@@ -163,7 +167,10 @@ def probe(
         "settings": config.model_dump(mode="json"),
         "solver": fitted.solver,
         "classes": classes,
-        "data": {"training": training.about, "validation": measured.about},
+        "data": {
+            name: {**side.about, "unreadable": counted(side.unreadable)}
+            for name, side in (("training", training), ("validation", measured))
+        },
         "tokenizer": training.made_by,
         "generator": None if generator is None else generator.fingerprint(),
         "warnings": warnings,

@@ -77,7 +77,8 @@ def evaluate_tokenizer(
     where = runtime(join(options.device), options.precision)
     if chosen.size and isinstance(tokenizer, Tokenizer):
         check_memory(tokenizer, where, chosen.size, chosen.size, options.batch_size)
-    images = open_set(source, split, chosen.size or None, channels_of(tokenizer), options.pixel_limit)
+    channels = channels_of(tokenizer)
+    images = open_set(source, split, chosen.size or None, channels, options.pixel_limit, options.max_unreadable)
     numbers = evenly_spaced(len(images), options.limit)
     real = Pictures(images, chosen, transform_of(chosen), options.workers, numbers)
     tokenizer = on_device(tokenizer, where.device)

@@ -78,7 +78,8 @@ def reference_statistics(
     cached = cache_folder() / "statistics" / f"{key}.npz"
     if options.cache and known is None:
         found = broadcast(_found(cached, warnings) if rank() == 0 else None)
-        if found is not None:
+        # One that left out more than may be is taken anew, for what it left out to be named.
+        if found is not None and _within(found, options.max_unreadable):
             return found
     device = next(network.buffers()).device
     plan = SamplePlan.of(len(source), protocol)
@@ -203,6 +204,12 @@ class Originals:
         return True
 
 
+def _within(found: ReferenceStatistics, allowed: float) -> bool:
+    """Whether no more of a reference was unreadable than may be."""
+    left_out = found.about.get("unreadable", 0)
+    return allowed == 1 or left_out <= allowed * (found.pooled.n + left_out)
+
+
 def _found(path: Path, warnings: list[str]) -> ReferenceStatistics | None:
     """The statistics in a file of the cache; None, and a warning, where it is damaged."""
     if not is_cached(path):
@@ -222,7 +229,7 @@ def _open_reference(
     ADM's files hold both: statistics of the whole set, and images of which precision and recall take the features.
     """
     if isinstance(reference, ImageSet) or Path(reference).suffix not in ARRAYS:
-        images = open_set(reference, split, protocol.size, pixel_limit=options.pixel_limit)
+        images = open_set(reference, split, protocol.size, 3, options.pixel_limit, options.max_unreadable)
         return None, Pictures(images, protocol, transform_of(protocol), options.workers)
     path = expanded(reference)
     arrays = arrays_in(path)

@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lexel import __version__, checkpoint
+from lexel.data import first_reason
+from lexel.data.unreadable import counted
 from lexel.distributed import broadcast, processes
 from lexel.errors import UsageError
 from lexel.evaluate.metric import Values
@@ -181,10 +183,9 @@ def as_result(
         where: the device.
         started: `time.monotonic()` at the start.
     """
-    unreadable = dict(sorted(visited.unreadable.items()))
-    if unreadable:
-        name, reason = next(iter(unreadable.items()))
-        warnings = [*warnings, f"{len(unreadable)} images could not be read and were left out; {name}: {reason}"]
+    if visited.unreadable:
+        left_out = f"{len(visited.unreadable)} images could not be read and were left out"
+        warnings = [*warnings, f"{left_out}; {first_reason(visited.unreadable)}"]
     weights = {name: about for name, about in identity["weights"].items() if about}
     return {
         "kind": identity["kind"],
@@ -201,7 +202,7 @@ def as_result(
             "images": visited.count,
             "fingerprint": visited.fingerprint,
             "size": list(source.size),
-            "unreadable": {"count": len(unreadable), "reasons": dict(list(unreadable.items())[:20])},
+            "unreadable": counted(visited.unreadable),
         },
         "versions": {
             "lexel": __version__,

@@ -63,7 +63,16 @@ def evaluate_samples(
     chosen = find_protocol(protocol)
     classes = wanted(chosen.generation if metrics is None else metrics)
     where = runtime(join(options.device), options.precision)
-    fake = open_samples(samples, tokenizer, chosen, where, options.workers, options.limit, options.pixel_limit)
+    fake = open_samples(
+        samples,
+        tokenizer,
+        chosen,
+        where,
+        options.workers,
+        options.limit,
+        options.pixel_limit,
+        options.max_unreadable,
+    )
     if fake.size[0] != fake.size[1]:
         raise UsageError(f"samples must be square, got {fake.size[0]} x {fake.size[1]} pixels")
     chosen = resized(chosen, fake.size[0])

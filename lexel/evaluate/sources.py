@@ -96,11 +96,11 @@ class Pictures(Source):
         part = self.images.subset(numbers)
         at_once = 1 if self._transform is None else batch_size
         batches = ordered_batches(part, self._transform, at_once, workers=self._workers)
+        batches.unreadable = self.unreadable  # as they are found
         number_of = torch.tensor(numbers)
         for batch in batches:
             images = divided_in_float64(batch.images) if self._in_float64 else batch.images
             yield images, number_of[batch.numbers]
-        self.unreadable.update(batches.unreadable)
 
     def listing(self) -> str:
         return self.images.fingerprint()
@@ -211,6 +211,7 @@ def open_samples(
     workers: int | None,
     limit: int | None,
     pixel_limit: int = PIXEL_LIMIT,
+    max_unreadable: float = 1.0,
 ) -> Source:
     """Opens generated images: a folder, an .npz or .npy file, a token set or an ImageSet; see `evaluate_samples`."""
     if isinstance(samples, str | Path):
@@ -223,7 +224,7 @@ def open_samples(
         if tokenizer is None:
             raise UsageError(f"{samples.folder} holds tokens; give the tokenizer that made them to decode them")
         return Tokens(samples, tokenizer, where, limit)
-    images = open_set(samples, None, None, pixel_limit=pixel_limit)
+    images = open_set(samples, None, None, pixel_limit=pixel_limit, max_unreadable=max_unreadable)
     height, width = size_of_first(images.as_stored() if protocol.reading == "stored" else images)
     if height != width:
         raise UsageError(f"samples must be square, got {height} x {width} pixels")
@@ -253,11 +254,12 @@ def open_set(
     size: int | None,
     channels: int = 3,
     pixel_limit: int = PIXEL_LIMIT,
+    max_unreadable: float = 1.0,
 ) -> ImageSet:
     """A set of images that was given, or is to be opened."""
     if isinstance(source, ImageSet):
         return source
-    return open_images(source, split, size, channels=channels, pixel_limit=pixel_limit)
+    return open_images(source, split, size, channels=channels, pixel_limit=pixel_limit, max_unreadable=max_unreadable)
 
 
 def _ascending(labels: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, check_unreadable, look_up, read_squares, reading_processes
+from lexel.data.batches import Pictures, look_up, read_squares, reading_processes
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
 from lexel.data.order import crop_generator
@@ -40,6 +40,7 @@ from lexel.data.tokens.format import (
 from lexel.data.tokens.layouts import described
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.transforms import Transform
+from lexel.data.unreadable import check_unreadable
 from lexel.errors import UsageError
 from lexel.runtime import ProgressCallback
 from lexel.token_spec import TokenSpec
