@@ -1,9 +1,7 @@
-"""Shared by all tests: one thread per process (tiny tensors), and where the published fixtures lie."""
+"""Shared by all tests: how they are shared out, and where the published fixtures lie."""
 
-import gc
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,19 +13,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
 
 import pytest
-import torch
-from random_network import Random, RandomBackbone
-
-from lexel.networks import FEATURE_NETWORKS
-from lexel.networks.backbones import BACKBONES
-
-torch.set_num_threads(1)
-if not torch.cuda.is_available():  # every seed keeps a stack trace for each device that may still come: 0.4 ms
-    for kind in (torch.cuda, torch.xpu, torch.mtia):
-        kind.manual_seed_all = lambda seed: None
-
-BACKBONES["random"] = RandomBackbone
-FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
 
@@ -43,7 +28,10 @@ LONGEST = [  # over 5 s, the longest first
 
 def pytest_configure(config: pytest.Config) -> None:
     """With -n, whole files are shared out: what a file's tests share is then made once."""
-    if config.getoption("dist", "no") == "load":
+    dist = config.getoption("dist", "no")
+    if dist == "no":  # a process that shares them out runs none, and needs no torch
+        config.pluginmanager.import_plugin("each_process")
+    if dist == "load":
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # but as `LONGEST` says
 
@@ -56,27 +44,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """One more process than cores: some tests wait, for a browser, a clock or another process."""
     return len(os.sched_getaffinity(0)) + 1
-
-
-def pytest_collection_finish() -> None:
-    """What was imported and collected lives to the end: the garbage collector looks through it no more, and seldom."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 50)  # it took 22 of 417 s
-
-
-def pytest_sessionfinish() -> None:
-    """Extension modules count what is not freed at the end, and tell."""
-    gc.unfreeze()
-
-
-# Every test and every fixture draws weights of its own, the same ones whichever tests ran before it in its process.
-def pytest_runtest_call(item: pytest.Item) -> None:
-    torch.manual_seed(zlib.crc32(item.nodeid.encode()))
-
-
-def pytest_fixture_setup(fixturedef: pytest.FixtureDef, request: pytest.FixtureRequest) -> None:
-    torch.manual_seed(zlib.crc32(f"{request.node.nodeid} {fixturedef.argname}".encode()))
 
 
 @pytest.fixture(scope="module")

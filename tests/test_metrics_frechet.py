@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
 from lexel.errors import UsageError
@@ -40,6 +39,8 @@ def state(rows: Tensor, batch: int = 64, groups: int = 1) -> MomentState:
 
 
 def by_scipy(a: Tensor, b: Tensor) -> float:
+    from scipy.linalg import sqrtm
+
     mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     one, two = np.cov(a.numpy(), rowvar=False), np.cov(b.numpy(), rowvar=False)
     return float(mean) + np.trace(one) + np.trace(two) - 2 * np.trace(sqrtm(one @ two)).real

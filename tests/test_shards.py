@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lexel import shards
 from lexel.errors import UsageError
@@ -25,6 +24,8 @@ def state(rows: torch.Tensor) -> dict:
 
 
 def work(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
     torch.set_num_threads(1)
     for count in (2, 3):
         if rank >= count:
@@ -49,6 +50,8 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """What two processes wrote and three have read."""
+    import torch.distributed.tensor  # a second, which the processes forked here need not spend again
+
     folder = tmp_path_factory.mktemp("shards")
     multiprocessing.start_processes(work, args=(folder,), nprocs=3, start_method="fork")
     digests = torch.load(folder / "digests-0.pt") | torch.load(folder / "digests-1.pt")
