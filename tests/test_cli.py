@@ -307,6 +307,11 @@ def test_images_are_sampled_by_number_and_by_label(generator, capsys, tmp_path):
     assert [lexel(capsys, *parts, part)[0] for part in ("1/2", "2/2")] == [0, 0]  # a single batch: in the second
     code, out, _ = lexel(capsys, "merge", tmp_path / "p.part-2-of-2.npz", "--out", tmp_path / "p.npz")
     assert (code, "6 images in" in out) == (0, True)
+    drafted = [*arguments, "--classes", "all", "--out", tmp_path / "d.npy", "--draft-tokens", 3]
+    code, out, _ = lexel(capsys, *drafted, "--draft", generator)
+    assert (code, "draft: 100% of 384 proposals stood, in 132 passes over an image" in out) == (0, True)
+    code, _, errors = lexel(capsys, *drafted)
+    assert (code, errors) == (2, "lexel: --draft-tokens goes with --draft RUN, or with --draft-implementation int8\n")
     code, _, errors = lexel(capsys, *arguments, "--classes", "cat", "--out", tmp_path / "x.png")
     assert (code, errors.count("\n")) == (2, 1)
     assert "no class 'cat'; classes are 0 to 1 or a label" in errors

@@ -288,7 +288,7 @@ def test_steps_over_fixed_lengths_equal_the_plain_way(config, monkeypatch):
     settings = [(1.0, "constant"), (2.0, "constant"), (2.0, "interval:0.3,0.7"), (3.0, "linear")]
     plain = [generator.sample(LABELS, *setting, seed=2) for setting in settings]
     others = generator.sample([3, 2, 0, 0, 2], 3.0, seed=5)
-    generator._decoder("auto", None).graphs = True
+    generator.decoder("auto", None).graphs = True
     for setting, expected in zip(settings * 2, plain * 2, strict=True):
         assert torch.equal(generator.sample(LABELS, *setting, seed=2), expected), setting
     assert set(lengths) == {4, 8, 12, 16}
@@ -411,7 +411,7 @@ def test_memory_of_a_row_is_what_it_is_said_to_be(config):
 def test_a_batch_larger_than_memory_is_split(monkeypatch, tmp_path, rows_that_fit, calls):
     generator, seen = make(), []
     together = generator.sample(LABELS, 2.0)
-    free = 2 * rows_that_fit * generator._decoder("auto", None).bytes_per_row(6)  # half of it is used
+    free = 2 * rows_that_fit * generator.decoder("auto", None).bytes_per_row(6)  # half of it is used
     (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable:  {-(-free // 1024)} kB\n")
     monkeypatch.setattr(batch, "MEMINFO", tmp_path / "meminfo")
     sample = NextToken._sample

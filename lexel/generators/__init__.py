@@ -10,7 +10,7 @@ from lexel.generators.continuous import Continuous
 from lexel.generators.flow import Flow
 from lexel.generators.masked import Masked, MaskedConfig
 from lexel.generators.next_scale import NextScale
-from lexel.generators.next_token import NextToken, NextTokenConfig
+from lexel.generators.next_token import Draft, NextToken, NextTokenConfig
 from lexel.generators.random_order import RandomOrder, RandomOrderConfig
 from lexel.generators.residual import ResidualGenerator
 
@@ -25,6 +25,7 @@ GENERATORS["flow"] = Flow
 __all__ = [
     "FREE",
     "GENERATORS",
+    "Draft",
     "Generator",
     "GeneratorConfig",
     "Masked",

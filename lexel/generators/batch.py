@@ -58,6 +58,21 @@ class SampleBatch(NamedTuple):
         rows = filter_logits(logits.flatten(0, -2).to(uniforms.device), **self.filters[part])
         return sample_index(rows, uniforms.flatten()).view(logits.shape[:-1]).to(self.tokens.device)
 
+    def law(self, logits: Tensor, decisions: Tensor, part: int = 0) -> Tensor:
+        """Log-probabilities of what `draw` draws: float64 (B, n, V), on the device of `decisions`.
+
+        Args:
+            logits: (B, n, V), or (2 B, n, V) with those of the null condition after the others.
+            decisions: (B, n), where each is in the schedule of guidance.
+            part: of a factorised vocabulary.
+        """
+        count, logits = len(self.tokens), logits.to(decisions.device)
+        if len(logits) > count:
+            scales = torch.tensor(self.scales[part], dtype=logits.dtype, device=logits.device)[decisions][..., None]
+            logits = torch.where(scales == 1, logits[:count], guide(logits[:count], logits[count:], scales))
+        rows = filter_logits(logits.flatten(0, -2), **self.filters[part])
+        return rows.double().log_softmax(-1).view(logits.shape)
+
     def uniforms(self, block: int, count: int) -> Tensor:
         """The block-th `count` random numbers of every image: float64 (B, count) in [0, 1).
 

@@ -17,7 +17,7 @@ BLOCK = 256  # logits summed before the cumulative sum; a sum is several times f
 # ---------------------------------------------------------------------------------------------- guidance
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598): unconditional + scale (conditional - unconditional).
 
     Scale 1 is off. Papers that write conditional + t (conditional - unconditional) mean scale = 1 + t.

@@ -2,5 +2,6 @@
 
 from lexel.generators.next_token.config import NextTokenConfig
 from lexel.generators.next_token.generator import NextToken, NextTokenOptions
+from lexel.generators.next_token.speculative import Draft
 
-__all__ = ["NextToken", "NextTokenConfig", "NextTokenOptions"]
+__all__ = ["Draft", "NextToken", "NextTokenConfig", "NextTokenOptions"]

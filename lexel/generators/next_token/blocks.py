@@ -40,9 +40,9 @@ def rope_table(grid: tuple[int, ...], head_dim: int, device: torch.device) -> Te
 
 
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
-    """Turns the interleaved pairs of x (B, T, heads, head_dim) by rope (T, head_dim / 2, 2), in the table's dtype."""
+    """Turns the interleaved pairs of x (B, T, heads, D) by rope (T, D / 2, 2) or (B, T, D / 2, 2), in its dtype."""
     a, b = x.to(rope.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cosine, sine = rope[:, None, :, 0], rope[:, None, :, 1]
+    cosine, sine = rope[..., None, :, 0], rope[..., None, :, 1]
     return torch.stack([a * cosine - b * sine, b * cosine + a * sine], -1).flatten(-2).to(x.dtype)
 
 

@@ -191,7 +191,10 @@ class Decoder:
 
     @torch.no_grad()
     def run(self, cache: KVCache, x: Tensor, positions: Tensor, write: CacheWrite) -> Tensor:
-        """Runs inputs x (R, m, C) at positions (m,), wherever these lie: (R, m, C). `write` counts from position 0."""
+        """Runs inputs x (R, m, C) at positions (m,), or (R, m), wherever these lie: (R, m, C).
+
+        `write` counts from position 0.
+        """
         if self.offset:  # the rows of the condition before it are in the cache, and everything sees them
             mask = None if write.mask is None else F.pad(write.mask, (self.offset, 0), value=True)
             write = CacheWrite(write.slots + self.offset, write.length + self.offset, mask)
@@ -209,24 +212,26 @@ class Decoder:
 
     @torch.no_grad()
     def logits(self, cache: KVCache, hidden: Tensor, first: Tensor | None = None) -> Tensor:
-        """Logits (R, V) in at least float32 after hidden states (R, C).
+        """Logits (R, [m,] V) in at least float32 after hidden states (R, [m,] C).
 
-        A factorised vocabulary is asked twice: for its first sub-token, then, given `first` (R,), for its second.
+        A factorised vocabulary is asked twice: for its first sub-token, then, given `first` (R, [m]), for its second.
         """
-        x = hidden[:, None]
         if cache.last:
             scale, shift = cache.last
-            x = torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], None, EPSILON), scale)
+            x = hidden if hidden.dim() == 3 else hidden[:, None]  # (R, m, C)
+            x = torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], None, EPSILON), scale).view_as(hidden)
         else:
+            x = hidden.unsqueeze(-2).flatten(0, -3)  # (R * m, 1, C): a row for each sub-token
             if first is not None:
-                x = torch.cat([x, F.embedding(first, self.embeddings[0])[:, None]], 1)
+                x = torch.cat([x, F.embedding(first.flatten(), self.embeddings[0])[:, None]], 1)
             for block in self.pair_blocks:
                 x = block(x, self.pair_rope[: x.shape[1]], None, None, None)
             if self.norm_bias is None:
                 x = F.rms_norm(x, x.shape[-1:], self.norm, EPSILON)
             else:
                 x = F.layer_norm(x, x.shape[-1:], self.norm, self.norm_bias, EPSILON)
-        logits = self.outputs[0 if first is None else 1](x[:, -1])
+            x = x[:, -1].view_as(hidden)
+        logits = self.outputs[0 if first is None else 1](x)
         return logits.to(torch.promote_types(self.dtype, torch.float32))
 
     # ------------------------------------------------------------------------------------------ CUDA graphs

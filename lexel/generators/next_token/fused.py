@@ -47,15 +47,20 @@ def tensors_of(cache: KVCache) -> list[Tensor]:
 class CacheWrite(NamedTuple):
     """Cache positions of new keys and values, and the attention mask of the new positions."""
 
-    slots: Tensor  # (m,) int64, one for each new position
+    slots: Tensor  # (m,) int64, one for each new position; (R, m) where sequences have got to different places
     length: int  # slots that are looked at
-    mask: Tensor | None  # (m, length) bool; None when all of them may be seen
+    mask: Tensor | None  # (m, length) bool, or (R, 1, m, length); None when all of them may be seen
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor]) -> Tensor:
         """Writes keys and values (R, heads, m, head_dim) to the cache, and attends to it with q of the same shape."""
         keys, values = cache
-        keys.index_copy_(2, self.slots, k)
-        values.index_copy_(2, self.slots, v)
+        if self.slots.dim() == 1:
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[rows, :, self.slots] = k.transpose(1, 2)
+            values[rows, :, self.slots] = v.transpose(1, 2)
         keys, values = keys[:, :, : self.length], values[:, :, : self.length]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask)
 
@@ -114,7 +119,7 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     if not rope.is_complex():
         return apply_rope(x, rope)
     pairs = torch.view_as_complex(x.to(rope.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * rope[..., None, :]).flatten(-2).to(x.dtype)
 
 
 class FusedGPTBlock:

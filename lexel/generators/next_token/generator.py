@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, InstanceOf, model_validator
 from torch import Tensor, nn
 
 from lexel.config import Config
@@ -19,6 +19,7 @@ from lexel.generators.next_token.decoding import Decoder, weights_version
 from lexel.generators.next_token.fused import CacheWrite
 from lexel.generators.next_token.heads import split_tokens
 from lexel.generators.next_token.network import Transformer
+from lexel.generators.next_token.speculative import DRAWS, Draft, speculative
 from lexel.generators.next_token.walk import Walk, raster, wavefront
 
 
@@ -28,11 +29,18 @@ class NextTokenOptions(Config):
     `window` decodes rows in a wavefront: a row starts when the row above is this many tokens ahead, so an image of h
     rows takes w + (h - 1) window steps, not h w. Tokens near a row's end then miss some of what stands above to the
     right; a window of w or more is exact. None is off. `implementation` is of `decoding.IMPLEMENTATIONS`; `likelihood`
-    tells what `int8` costs.
+    tells what `int8` costs. `draft` proposes several tokens that the generator tests in one pass: see `Draft`.
     """
 
     window: int | None = Field(default=None, ge=1)
     implementation: str = "auto"
+    draft: InstanceOf[Draft] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "NextTokenOptions":
+        if self.window is not None and self.draft is not None:
+            raise UsageError("window and draft are two ways to decode; leave one of them out")
+        return self
 
 
 class NextToken(Generator):
@@ -114,7 +122,7 @@ class NextToken(Generator):
         prepared = self.condition.check(condition)
         if len(prepared) != len(tokens):
             raise UsageError(f"{len(prepared)} conditions for {len(tokens)} images")
-        decoder, count = self._decoder(implementation, dtype), tokens.shape[1]
+        decoder, count = self.decoder(implementation, dtype), tokens.shape[1]
         cache = decoder.start(prepared, count)
         positions = torch.arange(count, device=tokens.device)
         seen = positions <= positions[:, None]
@@ -147,26 +155,35 @@ class NextToken(Generator):
     # ------------------------------------------------------------------------------------------ sampling
 
     def _sample(self, batch: SampleBatch) -> Tensor:
-        decoder = self._decoder(batch.options.implementation, batch.dtype)
-        count = batch.tokens.shape[1] * self.sub_tokens
-        walk = Walk(decoder, batch, batch.uniforms(0, count).view(len(batch.tokens), -1, self.sub_tokens))
-        window = batch.options.window
+        decoder = self.decoder(batch.options.implementation, batch.dtype)
+        shape, count = (len(batch.tokens), -1, self.sub_tokens), batch.tokens.shape[1] * self.sub_tokens
+        window, draft = batch.options.window, batch.options.draft
+        if draft is not None:
+            random = batch.uniforms(0, count * DRAWS).view(*shape, DRAWS)
+            return speculative(Walk(decoder, batch, random), draft.decoder(self, decoder, batch.dtype), draft)
+        walk = Walk(decoder, batch, batch.uniforms(0, count).view(shape))
         return raster(walk) if window is None else wavefront(walk, window)
 
     def bytes_per_image(self, options: NextTokenOptions, dtype: torch.dtype | None, guided: bool) -> int:
         if options.window is not None and len(self.grid) != 2:
             raise UsageError(f"window needs rows and columns of tokens; the grid is {self.grid}")
         rows = 2 if guided else 1
-        return rows * self._decoder(options.implementation, dtype).bytes_per_row(self.settings.tokens)
+        decoder, tokens, draft = self.decoder(options.implementation, dtype), self.settings.tokens, options.draft
+        if draft is None:
+            return rows * decoder.bytes_per_row(tokens)
+        both = (decoder, draft.decoder(self, decoder, dtype))
+        laws = 2 * draft.tokens * 32 * max(self.settings.vocabularies)  # of the proposals, in float64, and their copies
+        return rows * sum(each.bytes_per_row(tokens + draft.tokens) for each in both) + laws
 
     def held_bytes(self) -> int:
         return sum(decoder.kept_bytes for decoder in self._decoders.values())
 
-    def _decoder(self, implementation: str, dtype: torch.dtype | None) -> Decoder:
-        """The decoder for the weights as they are now; the last one is kept."""
+    def decoder(self, implementation: str, dtype: torch.dtype | None, beside: Decoder | None = None) -> Decoder:
+        """The decoder for the weights as they are now; the last one is kept, and `beside`, which is needed too."""
         key = (implementation, dtype, weights_version(self.transformer))
-        if key not in self._decoders:
-            self._decoders.clear()  # a decoder holds a copy of the weights
+        if key not in self._decoders:  # a decoder holds a copy of the weights: keep no more than needed
+            for other in [other for other, held in self._decoders.items() if held is not beside]:
+                del self._decoders[other]
             self._decoders[key] = Decoder(self.transformer, implementation, dtype)
         return self._decoders[key]
 

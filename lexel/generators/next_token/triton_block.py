@@ -169,7 +169,14 @@ class TritonBlock:
         write: CacheWrite | None,
     ) -> Tensor:
         """x (R, m, C) and its rotary table."""
-        if cache is None or write is None or x.shape[1] != 1 or len(x) > ROWS.value or not rope.is_complex():
+        if (
+            cache is None
+            or write is None
+            or x.shape[1] != 1
+            or len(x) > ROWS.value
+            or write.slots.dim() > 1
+            or not rope.is_complex()
+        ):
             return self.plain(x, rope, modulation, cache, write)
         scale1, shift1, gamma1, scale2, shift2, gamma2 = modulation or (
             *(self.plain.norm1, None, None),
