@@ -560,10 +560,42 @@ def test_heads_of_a_vit_are_those_of_the_configuration_beside_it_else_of_64_chan
 
 
 def test_codes_of_a_vit_are_on_the_sphere_unless_the_configuration_says_otherwise():
-    assert vit.quantizer_of({}, "file")["kind"] == "cosine"
-    assert vit.quantizer_of({"model": {"params": {"quantizer": {"use_norm": False}}}}, "file") == {"kind": "vq"}
-    with pytest.raises(UsageError, match="use_residual"):
-        vit.quantizer_of({"quantizer": {"use_residual": True, "num_quantizers": 4}}, "file")
+    assert vit.quantizer_of({})["kind"] == "cosine"
+    assert vit.quantizer_of({"model": {"params": {"quantizer": {"use_norm": False}}}}) == {"kind": "vq"}
+
+
+def test_a_vit_may_have_residual_levels_of_one_book_and_one_head_without_an_output_layer(tmp_path):
+    shapes = {
+        "encoder.to_patch_embedding.0": [(16, 3, 4, 4), (16,)],
+        "decoder.to_pixel.1": [(16, 3, 4, 4), (3,)],
+        "pre_quant": [(4, 16), (4,)],
+        "post_quant": [(16, 4), (16,)],
+        "quantizer.embedding": [(8, 4)],
+    }
+    for side in ("encoder", "decoder"):
+        shapes[f"{side}.transformer.norm"] = [(16,), (16,)]
+        layer = f"{side}.transformer.layers.0"
+        shapes |= {f"{layer}.{n}.norm": [(16,), (16,)] for n in (0, 1)}
+        shapes |= {f"{layer}.0.fn.to_qkv": [(48, 16)], f"{layer}.1.fn.net.0": [(20, 16), (20,)]}
+        shapes[f"{layer}.1.fn.net.2"] = [(16, 20), (16,)]
+    state = {
+        f"{name}.{k}": torch.randn(s)
+        for name, of in shapes.items()
+        for k, s in zip(("weight", "bias"), of, strict=False)
+    }
+    options = {
+        "encoder": {"heads": 1},
+        "decoder": {"heads": 1},
+        "quantizer": {"use_residual": True, "num_quantizers": 3},
+    }
+    path = tmp_path / "published.pt"
+    torch.save({"state_dict": state, "config": options}, path)
+    conversion = convert(path, "vit_vqgan")
+    assert {*conversion.origins.values()} == state.keys()
+    assert torch.equal(conversion.model.get_parameter("encoder.blocks.0.out.weight"), torch.eye(16))
+    codes = conversion.model.encode(torch.rand(1, 3, 8, 12))
+    assert codes.shape == (1, 3, 2, 3)
+    assert conversion.model.decode(codes).shape == (1, 3, 8, 12)
 
 
 def test_maskgits_tokenizer_may_have_more_channels_in_its_first_level_than_before_it():

@@ -25,14 +25,14 @@ RULES: Sequence[Rule] = [
     (rf"decoder\.to_pixel\.1\.{END}", r"decoder.pixels.\1"),
     (rf"pre_quant\.{END}", r"to_codes.\1"),
     (rf"post_quant\.{END}", r"from_codes.\1"),
-    (r"quantizer\.embedding\.weight", "quantizer.weight"),
 ]
+TABLES = ("quantizer.weight", "quantizer.levels.0.weight")  # of a plain quantizer, of a residual one
 POSITIONS = {"encoder.en_pos_embedding": "encoder", "decoder.de_pos_embedding": "decoder"}
 LEFT_OUT = {
     r"(encoder\.en|decoder\.de)_pos_embedding": "fixed sines and cosines, computed from the grid",
     r"loss\..*": "the loss and its discriminator, used in training only",
 }
-NEEDED = ["quantizer.weight", "encoder.patches.weight", "decoder.pixels.weight"]
+NEEDED = ["encoder.patches.weight", "decoder.pixels.weight"]
 SIDES = ("encoder", "decoder")
 
 
@@ -50,18 +50,27 @@ def published_heads(options: Mapping[str, Any], side: str) -> int | None:
     return heads if isinstance(heads, int) and heads > 0 else None
 
 
-def quantizer_of(options: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Codes on the sphere as published, or as a configuration says otherwise."""
+def quantizer_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Codes on the sphere as published, or as a configuration says otherwise; one book for all residual levels."""
     given = published_section(options, "quantizer")
-    if given.get("use_residual"):
-        raise UsageError(f"{source} quantizes what its codes leave again (use_residual), which is not supported")
-    return {"kind": "cosine", "raw_gradient": True} if given.get("use_norm", True) else {"kind": "vq"}
+    table = {"kind": "cosine", "raw_gradient": True} if given.get("use_norm", True) else {"kind": "vq"}
+    if not given.get("use_residual"):
+        return table
+    base = table.pop("kind")
+    return {
+        "kind": "residual",
+        "depth": given["num_quantizers"],
+        "base": base,
+        "base_options": table,
+        "shared": True,
+    }
 
 
 def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Sizes as shapes tell them; heads as a configuration says, else of the published 64 channels."""
     require(tensors, [f"{side}.blocks.0.{part}.weight" for side in SIDES for part in ("qkv", "fc1")], source)
-    size, dim = tensors["quantizer.weight"].shape
+    quantizer = quantizer_of(options)
+    size, dim = tensors[TABLES[quantizer["kind"] == "residual"]].shape
     sizes: dict[str, Any] = {}
     for side in SIDES:
         hidden, width = tensors[f"{side}.blocks.0.fc1.weight"].shape
@@ -73,7 +82,7 @@ def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str,
     patches = tensors["encoder.patches.weight"]
     return {
         "autoencoder": {"kind": "vit", "patch": patches.shape[2], "channels": patches.shape[1], **sizes},
-        "quantizer": {**quantizer_of(options, source), "codebook_size": size, "codebook_dim": dim},
+        "quantizer": {**quantizer, "codebook_size": size, "codebook_dim": dim},
     }
 
 
@@ -86,10 +95,32 @@ def convert(request: Request) -> Conversion:
         if name in tensors:
             tensors[name] = tensors[name][:, :, None, None]
     options = request.published.config
+    table = TABLES[quantizer_of(options)["kind"] == "residual"]
+    identities = identity_outputs(tensors)
     layout = Layout(
-        "vit_vqgan", lambda _: RULES, LEFT_OUT, [], NEEDED, lambda names, source: config(names, source, options)
+        "vit_vqgan",
+        lambda _: [*RULES, (r"quantizer\.embedding\.weight", table)],
+        LEFT_OUT,
+        [],
+        [*NEEDED, table],
+        lambda names, source: config(names, source, options),
     )
-    return convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
+    given = replace(request.published, tensors=tensors | identities)
+    conversion = convert_tokenizer(request._replace(published=given), layout)
+    origins = {ours: theirs for ours, theirs in conversion.origins.items() if theirs not in identities}
+    return conversion._replace(origins=origins)
+
+
+def identity_outputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output layers that change nothing, for blocks without one: those of one head as wide as the block."""
+    found: dict[str, Tensor] = {}
+    for name, qkv in tensors.items():
+        layer, _, kind = name.rpartition(".to_qkv.")
+        if kind == "weight" and f"{layer}.to_out.weight" not in tensors and qkv.shape[0] == 3 * qkv.shape[1]:
+            width = qkv.shape[1]
+            found[f"{layer}.to_out.weight"] = torch.eye(width, device=qkv.device, dtype=qkv.dtype)
+            found[f"{layer}.to_out.bias"] = torch.zeros(width, device=qkv.device, dtype=qkv.dtype)
+    return found
 
 
 def check_positions(name: str, table: Tensor, source: str) -> None:

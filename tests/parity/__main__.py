@@ -6,10 +6,24 @@ from pickle import UnpicklingError
 import torch
 
 from lexel.errors import UsageError
-from tests.parity import CHECKERS, checker, not_compared
+from tests.parity import CHECKERS, account, checker
 from tests.parity.fixture import Fixture
 
-ERRORS = (UsageError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+ERRORS = (
+    UsageError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)  # what a file of other contents than expected leads to
+
+
+def in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def main(paths: list[str]) -> int:
@@ -21,8 +35,8 @@ def main(paths: list[str]) -> int:
     for path in paths:
         try:
             fixture = Fixture.open(path)
-        except (OSError, LookupError, RuntimeError, UnpicklingError) as error:
-            print(f"{path}: FAILED: not a fixture: {str(error).splitlines()[0]}")
+        except (UsageError, OSError, EOFError, LookupError, RuntimeError, UnpicklingError) as error:
+            print(f"{path}: FAILED: not a fixture: {in_one_line(error)}")
             failed = True
             continue
         check = checker(fixture)
@@ -33,9 +47,8 @@ def main(paths: list[str]) -> int:
         try:
             check(fixture)
         except ERRORS as error:  # the other files are still checked
-            fixture.faults.append(f"{type(error).__name__}: {error}")
-        left = not_compared(fixture)
-        fixture.faults += [f"{place} was compared with nothing" for place in left[:1]]
+            fixture.faults.append(in_one_line(error))
+        account(fixture)
         print(fixture)
         failed |= bool(fixture.faults) or not fixture.compared
     return int(failed)

@@ -64,6 +64,8 @@ def dit(fixture: Fixture) -> None:
                 run.gradients(total, parameters(model))
         numbers = run.content["schedule"]
         run.close("alphas_cumprod", schedule.cumulative[numbers["alphas_cumprod_at"]], numbers["alphas_cumprod"])
+        ends = torch.tensor(numbers["linear_betas_first_last"], dtype=torch.float64)
+        run.close("linear_betas_first_last", schedule.betas[[0, -1]], ends)
         for name, theirs in numbers.items():
             begin, _, count = name.rpartition("timesteps_")
             if count.isdigit():
@@ -82,8 +84,8 @@ def samplers(run: Run, model: Flow, spaced: Diffusion) -> None:
     field = guided(model, y[:half], float(name.removeprefix("p_sample_loop_cfg").replace("p", ".")))
     run.close("out_cfg", both_halves(field, x[:half], run["t"][:half]))
     one = run.expected["one_step"]
-    run.same("timestep_map", spaced.steps, torch.tensor(one["timestep_map"]))
-    index = one["t_index"]
+    run.same("timestep_map", spaced.steps, one["timestep_map"])
+    index = run.published("", one["t_index"])  # steps that are given
     plain = conditioned(model, y)
     output = plain(x, spaced.steps[index])
     believed = spaced.posterior(output, x, index)
@@ -165,8 +167,8 @@ def path(run: Run, name: str, case: dict[str, Any], plain: Any, ours: dict[str, 
     run.close(f"{name}: u_t", velocity, case["u_t"])
     loss = transport.loss(plain, x1, x0, t)
     run.close(f"{name}: loss", loss, case["loss"])
-    margins = torch.tensor([transport.training_margin, transport.sampling_margin])
-    run.close(f"{name}: eps", margins, torch.tensor([case["train_eps"], case["sample_eps"]]))
+    for margin, value in {"train_eps": transport.training_margin, "sample_eps": transport.sampling_margin}.items():
+        run.close(f"{name}: {margin}", torch.tensor(value, dtype=torch.float64), case[margin])
     output = plain(point, t)
     run.close(f"{name}: drift", transport.velocity(output, point, t), case["drift"])
     if "score_from_velocity" in case:

@@ -1,26 +1,11 @@
 """DQ-VAE with two granularities: evaluation, a step of training, budgets."""
 
-import re
-
 import torch
-from torch import nn
 
 from lexel.autoencoders.dynamic import budget, pack, places, unpack
 from lexel.autoencoders.entropy import patch_entropy
 from lexel.tokenizer import Tokenizer
 from tests.parity.fixture import Fixture, Run
-
-RULES = [
-    (r"^encoder\.conv_out_(fine|coarse)", r"encoder.\1.conv_out"),
-    (r"^encoder\.router\.gate\.2", "encoder.router.logits"),
-    (r"^quant_conv", "to_codes"),
-]
-
-
-def parameter(model: Tokenizer, name: str) -> nn.Parameter:
-    for pattern, ours in RULES:
-        name = re.sub(pattern, ours, name)
-    return model.get_parameter(name)
 
 
 def check(fixture: Fixture) -> None:
@@ -114,6 +99,6 @@ def step(run: Run, model: Tokenizer) -> None:
     run.close("train_step total", difference + commitments(run) * losses["commitment"] + weighted, published["total"])
     total = difference + commitment(run) * losses["commitment"] + weighted
     inner = Run(run.fixture, {"f64": published}, run.dtype, "train_step ")
-    inner.gradients(total, {name: parameter(model, name) for name in published["grads"]})
+    inner.gradients(total, run.parameters(model))
     run.close("train_step cluster_size_after", model.quantizer.counts, published["cluster_size_after"])
     run.close("train_step codebook_after", model.quantizer.weight, published["codebook_after"][:-1])

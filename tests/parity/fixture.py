@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import lexel
+from lexel.convert import convert
+from lexel.errors import UsageError
 
+PRECISIONS = ("f64", "f32")  # the sections of results
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}  # of the largest number of the published tensor
 # Families with convolutions, whose float32 the published numbers themselves keep to 1e-3 only (families.md).
 CONVOLUTIONS = re.compile(
     "MaskGIT-VQGAN|TiTok legacy, stage 2|TiTok stage-2|VAR tokenizer|RQ-VAE$|VQ-VAE-2|Emu3.5|VQGAN-LC|DQ-VAE|MAGE"
 )
+# What a file says about its results, in no need of a comparison.
+SAID = {"settings", "note", "min_gap", "min_relative_probability_gap"}
 # What is given and not found, by its name in a file; under `f64` and `f32` everything is found.
 GIVEN = {"inputs", "state_dict", "config", "arch", "quantizer_state_dict", "vae_quantizer_state_dict", "embedding"}
 GIVEN |= {"z", "x", "t", "logits", "noise", "draws", "random_draws", "clean", "cond", "uncond", "gumbel_uniform"}
@@ -41,6 +45,7 @@ class Fixture:
     worst: dict[torch.dtype, Worst] = field(default_factory=dict)
     tokens: bool | None = None  # whether all tokens were equal; None where a file has none
     faults: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)  # results that nothing is compared with: why
     seen: set[int] = field(default_factory=set)  # storages of the published results that were compared
     exact: dict[int, Tensor] = field(default_factory=dict)  # the float64 result of each float32 one, by its storage
 
@@ -50,7 +55,15 @@ class Fixture:
 
     @classmethod
     def open(cls, path: str | Path) -> "Fixture":
-        return cls(Path(path), torch.load(path, weights_only=True))
+        """Reads a file.
+
+        Raises:
+            UsageError: it is no fixture, or not whole.
+        """
+        content = torch.load(path, weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get("family"), str):
+            raise UsageError("a fixture is a dictionary whose `family` says what it is of")
+        return cls(Path(path), in_tensors(content))
 
     @property
     def family(self) -> str:
@@ -78,7 +91,57 @@ class Fixture:
         errors = ", ".join(f"{str(dtype)[6:]} {worst.error:.1e} ({worst.where})" for dtype, worst in self.worst.items())
         tokens = {None: "no tokens", True: "tokens equal", False: "TOKENS DIFFER"}[self.tokens]
         verdict = "FAILED: " + "; ".join(self.faults[:3]) if self.faults else "ok"
-        return f"{self.path.name}: {', '.join(self.compared)}: {errors or 'nothing compared'}; {tokens}; {verdict}"
+        skipped = "".join(f"; not compared: {place} ({why})" for place, why in self.skipped.items())
+        compared = f"{', '.join(self.compared)}: {errors or 'nothing compared'}"
+        return f"{self.path.name}: {compared}; {tokens}{skipped}; {verdict}"
+
+
+class Absent:
+    """Stands for a result that a file lacks, and for all that would be inside it: nothing is compared with it."""
+
+    def __getitem__(self, name: Any) -> "Absent":
+        return self
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+    def keys(self) -> Collection[Any]:
+        return {}.keys()
+
+    def items(self) -> Collection[Any]:
+        return {}.items()
+
+
+class Results(dict[str, Any]):
+    """Published results by name; a name that the file lacks is `Absent`."""
+
+    def __missing__(self, name: str) -> Absent:
+        return Absent()
+
+
+def in_tensors(content: Any, found: bool = False) -> Any:
+    """A file with every number and list of numbers among its results as a tensor, and no two results in one memory."""
+    if isinstance(content, Mapping):
+        inner = {
+            name: part if name in SAID else in_tensors(part, found or name in PRECISIONS)
+            for name, part in content.items()
+        }
+        return Results(inner) if found else inner
+    if isinstance(content, Tensor):
+        return content.clone()
+    if found and is_numbers(content):
+        return torch.tensor(content, dtype=torch.int64 if isinstance(flat(content)[0], int) else torch.float64)
+    return [in_tensors(part, found) for part in content] if isinstance(content, list) else content
+
+
+def flat(content: Any) -> list[Any]:
+    return content if isinstance(content, list) else [content]
+
+
+def is_numbers(content: Any) -> bool:
+    """Whether this is a number or a list of numbers, all whole or none."""
+    kinds = {type(part) for part in flat(content)}
+    return kinds in ({int}, {float})
 
 
 def results(content: Any, place: str = "", found: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -87,8 +150,8 @@ def results(content: Any, place: str = "", found: bool = False) -> Iterator[tupl
         yield place, content
     elif isinstance(content, Mapping):
         for name, part in content.items():
-            if found or name not in GIVEN:
-                yield from results(part, f"{place}/{name}".lstrip("/"), found or name in ("f64", "f32"))
+            if name not in SAID and (found or name not in GIVEN):
+                yield from results(part, f"{place}/{name}".lstrip("/"), found or name in PRECISIONS)
     elif isinstance(content, list):
         for number, part in enumerate(content):
             yield from results(part, f"{place}/{number}", found)
@@ -125,13 +188,13 @@ class Run:
     content: Mapping[str, Any]
     dtype: torch.dtype
     prefix: str = ""
+    origins: dict[str, str] = field(default_factory=dict)  # of the model loaded last: our tensors' published names
 
     @property
     def expected(self) -> Mapping[str, Any]:
         """The published results of this precision; float32 ones are float64's where a file has no others."""
-        if self.dtype == torch.float32 and "f32" in self.content:
-            return {**self.content["f64"], **self.content["f32"]}
-        return self.content["f64"]
+        exact, rounded = (self.content.get(name, {}) for name in PRECISIONS)
+        return Results({**exact, **rounded} if self.dtype == torch.float32 else exact)
 
     def __getitem__(self, name: str) -> Tensor:
         """An input, in this precision."""
@@ -149,21 +212,29 @@ class Run:
             parts: `state_dict` or `config` in place of the fixture's own.
         """
         with TemporaryDirectory() as folder:
-            path = Path(folder) / "published.pt"
+            path = Path(folder) / self.fixture.path.name
             state = parts.get("state_dict", self.content.get("state_dict"))
             torch.save({"state_dict": state, "config": parts.get("config", self.content.get("config", {}))}, path)
-            model = lexel.load(path, family=family, overrides=dict(overrides or {}))
-            return model.to(self.dtype) if isinstance(model, nn.Module) else model
+            conversion = convert(path, family, overrides=dict(overrides or {}))
+        self.origins = conversion.origins
+        return conversion.model.to(self.dtype)
+
+    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """Our parameters by the published names that the importer took them from."""
+        named = dict(model.named_parameters())
+        return {theirs: named[ours] for ours, theirs in self.origins.items() if ours in named}
 
     def close(
         self,
         name: str,
         ours: Tensor,
-        theirs: Tensor | Sequence[Tensor] | None = None,
+        theirs: Tensor | Sequence[Tensor] | Absent | None = None,
         tolerance: float | None = None,
     ) -> None:
         """Compares numbers; in float32 with the published float32, and where that is far off, with float64."""
         theirs = self.published(name, theirs)
+        if isinstance(theirs, Absent):
+            return
         self.fixture.compared[self.prefix + name] = None
         if ours.numel() != theirs.numel():
             self.fixture.faults.append(f"{name} is {tuple(ours.shape)}, published {tuple(theirs.shape)}")
@@ -181,16 +252,20 @@ class Run:
         if not error <= allowed:
             self.fixture.faults.append(f"{self.prefix}{name} differs by {error:.1e} in {str(self.dtype)[6:]}")
 
-    def published(self, name: str, theirs: Tensor | Sequence[Tensor] | None) -> Tensor:
+    def published(self, name: str, theirs: Tensor | Sequence[Tensor] | Absent | None) -> Any:
         """The published side of a comparison; several tensors are those of a batch's samples, one after the other."""
         theirs = self.expected[name] if theirs is None else theirs
+        if isinstance(theirs, Absent):
+            return theirs
         parts = [theirs] if isinstance(theirs, Tensor) else theirs
         self.fixture.seen |= {part.untyped_storage().data_ptr() for part in parts}
         return parts[0] if len(parts) == 1 else torch.cat([part.double() for part in parts])
 
-    def same(self, name: str, ours: Tensor, theirs: Tensor | Sequence[Tensor] | None = None) -> None:
+    def same(self, name: str, ours: Tensor, theirs: Tensor | Sequence[Tensor] | Absent | None = None) -> None:
         """Compares integers, which must be equal; in float32 to the published float32's or to float64's."""
         theirs = self.published(name, theirs)
+        if isinstance(theirs, Absent):
+            return
         self.fixture.compared[self.prefix + name] = None
         exact = self.fixture.exact.get(theirs.untyped_storage().data_ptr())
         published = [theirs] if exact is None or self.dtype == torch.float64 else [theirs, exact]
@@ -213,6 +288,8 @@ class Run:
         if missing:
             self.fixture.faults.append(f"no parameter for the published gradient of {min(missing)}")
         names = [key for key in theirs if key in ours]
+        if not names:
+            return
         found = torch.autograd.grad(total, [ours[key] for key in names], retain_graph=True, allow_unused=True)
         for key, gradient in zip(names, found, strict=True):
             self.close(f"{name}:{key}", torch.zeros_like(theirs[key]) if gradient is None else gradient, theirs[key])

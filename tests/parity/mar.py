@@ -92,8 +92,8 @@ def diffusion(run: Run, head: torch.nn.Module, schedule: Diffusion, spaced: Diff
     run.close("diffusion: vb", terms["variance"], expected["vb"])
     run.close("diffusion: loss", terms["noise"] + terms["variance"], expected["loss"])
     one = run.expected["one_step"]
-    index = one["t_index"]
-    run.same("timestep_map", spaced.steps, torch.tensor(one["timestep_map"]))
+    index = run.published("", one["t_index"])  # steps that are given
+    run.same("timestep_map", spaced.steps, one["timestep_map"])
     start = inputs["x_start"]
     output = head(start, spaced.steps[index], inputs["z"])
     believed = spaced.posterior(output, start, index)
@@ -139,11 +139,14 @@ def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
     length = orders.shape[1]
     latents = torch.zeros(len(labels), length, model.settings.token_channels, dtype=run.dtype)
     hidden = length
+    hid, scales = [], []
     for step in range(steps):
         before, hidden = hidden, hidden_after(length, hidden, step, steps)
         # The published schedule reaches its full scale at no step: a last token is counted as hidden.
         left = max(hidden, 1)
         now = 1 + (scale - 1) * (length - left) / length if settings.get("cfg_schedule") == "linear" else scale
+        hid.append(left)
+        scales.append(now)
         masked = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :before], True)
         if "masks" in case:
             after = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :left], True)
@@ -153,3 +156,6 @@ def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
         noise = torch.stack([draw[: len(z[0])].to(run.dtype) for draw in draws[step * count : (step + 1) * count]])
         latents[drawn] = denoise(model.transformer.head, spaced, z, now, noise, settings["temperature"])
     run.close(f"sample_tokens {number}: latents", model.unpatchify(latents), case["latents"])
+    run.same(f"sample_tokens {number}: mask_len_after_step", torch.tensor(hid), case["mask_len_after_step"])
+    guidance = torch.tensor(scales, dtype=torch.float64)
+    run.close(f"sample_tokens {number}: cfg_of_step", guidance, case["cfg_of_step"])

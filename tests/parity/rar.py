@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.generators.random_order import RandomOrder
+from lexel.generators.sampling import guidance_scales
 from tests.parity.fixture import Fixture, Run
 
 
@@ -14,6 +15,7 @@ def check(fixture: Fixture) -> None:
         tokens, labels = run["tokens"], run["labels"]
         codes = model.token_spec.codebook_size
         run.same("condition_ids", labels + codes + 1)
+        run.same("none_condition_id", model.condition.null(labels[:1]) + codes + 1)
         orders = {"permuted": run["orders"], "raster": torch.arange(tokens.shape[1]).expand_as(tokens)}
         for name, order in orders.items():
             expected = run.expected[name]
@@ -73,9 +75,14 @@ def generate(run: Run, model: RandomOrder) -> None:
         )
         run.same(f"generate {number}: greedy_ids", found, case["greedy_ids"])
     raster = torch.arange(model.token_spec.cells).expand(len(labels), -1)
+    settings = run.expected["generate"][0]["settings"]
+    scales = guidance_scales(
+        f"cosine-power:{settings['guidance_scale_pow']}", settings["guidance_scale"], raster.shape[1]
+    )
     for place, step in enumerate(run.expected["first_steps"]):
+        run.close(f"first_steps {place}: cfg", torch.tensor(scales[place], dtype=torch.float64), step["cfg"])
         known = run.expected["generate"][0]["greedy_ids"]
         both = [model.transformer(known, given, raster)[:, place] for given in (labels, model.condition.null(labels))]
         run.close(f"first_steps {place}: cond", both[0], step["cond"])
         run.close(f"first_steps {place}: uncond", both[1], step["uncond"])
-        run.close(f"first_steps {place}: mixed", both[1] + step["cfg"] * (both[0] - both[1]), step["mixed"])
+        run.close(f"first_steps {place}: mixed", both[1] + scales[place] * (both[0] - both[1]), step["mixed"])

@@ -5,14 +5,6 @@ import torch
 from tests.parity.fixture import Fixture
 from tests.parity.rq import unfold
 
-NAMES = {
-    "encoder.mid.attn_1.q.weight": "encoder.middle.attention.query.weight",
-    "encoder.mid.attn_1.k.weight": "encoder.middle.attention.key.weight",
-    "encoder.mid.attn_1.v.weight": "encoder.middle.attention.value.weight",
-    "quant_conv.weight": "to_codes.weight",
-    "post_quant_conv.weight": "from_codes.weight",
-}
-
 
 def check(fixture: Fixture) -> None:
     for run in fixture.runs():
@@ -37,5 +29,4 @@ def check(fixture: Fixture) -> None:
             if name.startswith("decode_partial_add"):
                 kept = codes[: int(name.removeprefix("decode_partial_add")) + 1]
                 run.close(name, model.decode_codes(torch.stack(kept).sum(0)))
-        names = run.expected["grads"]
-        run.gradients(total, {name: model.get_parameter(NAMES.get(name, name)) for name in names})
+        run.gradients(total, run.parameters(model))

@@ -5,49 +5,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lexel.losses import BlurDiscriminator, LeCAM, discriminator_loss, generator_loss
 from lexel.losses.discriminator import PooledBlurDiscriminator
 from lexel.tokenizer import Tokenizer
 from tests.parity.fixture import Fixture, Run
-
-RULES: list[tuple[str, Any]] = [
-    (r"^latent_tokens$", "encoder.tokens"),
-    (r"^(encoder|decoder)\.class_embedding$", r"\1.class_token"),
-    (r"^(encoder|decoder)\.positional_embedding$", r"\1.positions"),
-    (r"^(encoder|decoder)\.latent_token_positional_embedding$", r"\1.token_positions"),
-    (r"^decoder\.text_guidance_positional_embedding$", "decoder.text_positions"),
-    (r"^decoder\.text_guidance_proj", "decoder.text"),
-    (r"^encoder\.patch_embed", "encoder.patches"),
-    (r"^(encoder|decoder)\.ln_pre", r"\1.transformer.norm_in"),
-    (r"^(encoder|decoder)\.ln_post", r"\1.transformer.norm_out"),
-    (r"^(encoder|decoder)\.transformer\.(\d+)\.", r"\1.transformer.blocks.\2."),
-    (r"blocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.qkv."),
-    (r"blocks\.(\d+)\.attn\.out_proj", r"blocks.\1.out"),
-    (r"blocks\.(\d+)\.ln_", r"blocks.\1.norm"),
-    (r"blocks\.(\d+)\.mlp\.c_fc", r"blocks.\1.fc1"),
-    (r"blocks\.(\d+)\.mlp\.c_proj", r"blocks.\1.fc2"),
-    (r"^encoder\.conv_out", "to_codes"),
-    (r"^decoder\.decoder_embed", "from_codes"),
-    (r"^decoder\.ffn\.2", "decoder.head.logits"),
-    (r"^decoder\.conv_out", "decoder.head.conv_out"),
-    (r"^quantize\.embedding", "quantizer"),
-    (r"^pixel_quantize\.embedding\.weight$", "decoder.head.codebook"),
-    (r"^pixel_decoder\.", "decoder.head.pixels."),
-    (r"pixels\.mid\.", "pixels.middle."),
-    (r"pixels\.up\.(\d+)\.block\.(\d+)\.", r"pixels.levels.\1.\2."),
-    (r"nin_shortcut", "shortcut"),
-    (r"pixels\.up\.(\d+)\.upsample_conv", lambda match: f"pixels.upsamples.{int(match[1]) - 1}"),
-]
-
-
-def parameter(model: Tokenizer, name: str) -> nn.Parameter:
-    """Our parameter for a published name, by rules written apart from the importer's."""
-    hidden = "decoder.head.hidden" if model.config.autoencoder.head == "codes" else "decoder.head.patches"
-    for pattern, ours in [*RULES, (r"^decoder\.ffn\.0", hidden)]:
-        name = re.sub(pattern, ours, name)
-    return model.get_parameter(name)
 
 
 def overrides(run: Run) -> dict[str, Any]:
@@ -61,8 +24,7 @@ def options(run: Run) -> Any:
 
 
 def gradients(run: Run, model: Tokenizer, total: Tensor, name: str = "grads", **inputs: Tensor) -> None:
-    theirs = [key for key in run.expected[name] if key not in inputs]
-    run.gradients(total, {key: parameter(model, key) for key in theirs} | inputs, name)
+    run.gradients(total, run.parameters(model) | inputs, name)
 
 
 def quantized(run: Run, model: Tokenizer, images: Tensor) -> tuple[Any, Tensor]:
@@ -113,7 +75,8 @@ def stage2(fixture: Fixture) -> None:
         from_tokens = model.decode_codes(model.quantizer.indices_to_codes(result.indices))
         run.close("rec_from_tokens", (from_tokens + 1) / 2)
         gradients(run, model, total)
-        trained = {id(parameter(model, name)) for name in run.content["trainable"]}
+        published = run.parameters(model)
+        trained = {id(published[name]) for name in run.content["trainable"]}
         learned = {id(part) for part in [*model.decoder.parameters(), *model.from_codes.parameters()]}
         if trained != learned:
             fixture.faults.append("what the second stage trains is not the decoder with its projection")

@@ -63,7 +63,8 @@ def check(fixture: Fixture) -> None:
 
 
 def generate(run: Run, model: NextScale, labels: Tensor, number: int, case: dict) -> None:
-    scale = 1 + case["cfg"]  # conditional + t (conditional - unconditional), t rising to cfg at the last scale
+    cfg = run.published("", case["cfg"]).item()
+    scale = 1 + cfg  # conditional + t (conditional - unconditional), t rising to cfg at the last scale
     found = model.sample(labels, scale, "linear", top_k=1)
     scales = case["greedy_ids"]
     for ours, theirs in zip(found.split([scale.shape[1] for scale in scales], 1), scales, strict=True):
@@ -72,7 +73,7 @@ def generate(run: Run, model: NextScale, labels: Tensor, number: int, case: dict
     conditional = model(tokens, labels).logits[0]
     unconditional = model(tokens, model.condition.null(labels)).logits[0]
     levels = model.transformer.network.levels(labels.device)
-    share = (case["cfg"] * levels / levels[-1]).to(run.dtype)[:, None]
+    share = (cfg * levels / levels[-1]).to(run.dtype)[:, None]
     mixed = (1 + share) * conditional - share * unconditional
     run.close(f"infer {number}: mixed_logits_first", mixed[:, :1], case["mixed_logits_first"])
     second = case["mixed_logits_second"]

@@ -71,19 +71,10 @@ def tokenizer(run: Run) -> None:
     run.close("rec", result.images)
     distance = (result.images - x).abs().mean()
     run.close("l1", distance)
-    names = {
-        "encoder.conv_in.weight": "encoder.conv_in.weight",
-        "quant_conv.weight": "to_codes.weight",
-        "post_quant_conv.weight": "from_codes.weight",
-        "codebook_projection.weight": "quantizer.projector.0.weight",
-        "codebook_projection.bias": "quantizer.projector.0.bias",
-        "codebook_projection.0.weight": "quantizer.projector.0.weight",
-        "codebook_projection.2.weight": "quantizer.projector.2.weight",
-    }
     (name,) = (name for name in run.expected if name.startswith("total_l1_plus_"))
     total = distance + float(name.removeprefix("total_l1_plus_").removesuffix("_q").replace("p", ".")) * loss
     run.close(name, total)
-    run.gradients(total, {theirs: model.get_parameter(names[theirs]) for theirs in run.expected["grads"]})
+    run.gradients(total, run.parameters(model))
 
 
 def averaged(run: Run) -> None:
