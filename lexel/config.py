@@ -24,7 +24,7 @@ class Config(BaseModel):
         LARGER: options that may be larger, and their own bounds.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     REPLACES: ClassVar[dict[str, str]] = {}
     LARGEST: ClassVar[int] = 2**53
     LARGER: ClassVar[dict[str, int]] = {}

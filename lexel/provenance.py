@@ -64,7 +64,7 @@ def of_run(recipe: Mapping[str, Any], step: int, weights: str) -> dict[str, Any]
 class Provenance(BaseModel):
     """The fields of a provenance that commands read; others are allowed."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
     size: Annotated[int, Field(ge=1, le=2**20)] | None = None  # pixels a side of the images it was trained with
     transform: str | None = None

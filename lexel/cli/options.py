@@ -133,6 +133,9 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
 
     Where standard error is no terminal, trainings (the unit "steps") write a plain line now and then instead.
     """
+    if not sys.stderr.isatty():
+        yield _lines(what) if unit == "steps" else lambda *_, **__: None
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -143,10 +146,6 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
         TimeRemainingColumn,
     )
 
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _lines(what) if unit == "steps" else lambda *_, **__: None
-        return
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -156,7 +155,7 @@ def progress(what: str, unit: str = "images") -> Iterator[Callable[..., None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=None, note="")
 
         def update(done: int, total: int | None = None, note: str = "", stage: str = what) -> None:

@@ -106,7 +106,7 @@ def write_result(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow", defer_build=True)
 
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None

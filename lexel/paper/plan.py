@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import model_validator
 
@@ -194,22 +194,26 @@ def layout(recipe: TokenizerRecipe, network: Mapping[str, Any], classes: int | N
     return {name: value for name, value in found.items() if name in fields and value is not None}
 
 
-def make_plan(
-    tables: Tables,
+class BaseRecipes(NamedTuple):
+    """The tables of options that every row's recipe starts from, and the tokenizers' as a checked recipe."""
+
+    tokenizers: dict[str, Any]
+    generators: dict[str, Any]
+    recipe: TokenizerRecipe
+
+
+def base_recipes(
     data: str,
-    only: Sequence[str] = (),
     size: int | None = None,
     budget: Budget | None = None,
     seed: int = 0,
     overrides: Sequence[str] = (),
     generator_overrides: Sequence[str] = (),
-) -> TablesPlan:
-    """Every tokenizer of the chosen tables as a whole recipe, checked before anything is trained.
+) -> BaseRecipes:
+    """The base recipes of all rows.
 
     Args:
-        tables: from `read_tables`.
         data: the pictures: what `data.source` takes.
-        only: names of tables; all by default.
         size: pixels a side; the base recipe's by default.
         budget: how long.
         seed: of weights, data order and samples.
@@ -217,13 +221,9 @@ def make_plan(
         generator_overrides: of the generators' base recipe.
 
     Raises:
-        UsageError: there is no such table, or a recipe does not fit.
+        UsageError: an option does not fit.
     """
     budget = budget or Budget()
-    for name in only:
-        if name not in tables.tables:
-            raise unknown("table", name, tables.tables)
-    chosen = tuple(name for name in tables.tables if not only or name in only)
     changes = [f"data.source={data}", *([f"data.size={size}"] if size else []), *overrides]
     base = override(read(find_recipe(BASE)), changes, TokenizerRecipe)
     generator_base = override(read(find_recipe(GENERATOR_BASE)), generator_overrides, GeneratorRecipe)
@@ -231,11 +231,32 @@ def make_plan(
     budget.shorten(generator_base["train"], budget.generator_steps)
     base["train"] |= {"seed": seed, "collapse_patience": 0}  # a collapse is a result too
     generator_base["train"]["seed"] = seed
-    images = image_terms(check(dict(base), TokenizerRecipe, f"{BASE}.toml").train)
-    pixels = {term: weight for term, weight in base["train"]["weights"].items() if term in images}
-    plan = TablesPlan(tables, chosen, {}, generator_base)
-    names = [name for kind, name in plan.runs if kind == "tokenizers"]
-    return replace(plan, tokenizers={name: planned(name, tables.tokenizers[name], base, pixels) for name in names})
+    return BaseRecipes(base, generator_base, check(dict(base), TokenizerRecipe, f"{BASE}.toml"))
+
+
+def choose_tables(tables: Tables, only: Sequence[str] = ()) -> tuple[str, ...]:
+    """The names of the chosen tables in the file's order, all by default.
+
+    Raises:
+        UsageError: there is no such table.
+    """
+    for name in only:
+        if name not in tables.tables:
+            raise unknown("table", name, tables.tables)
+    return tuple(name for name in tables.tables if not only or name in only)
+
+
+def make_plan(tables: Tables, base: BaseRecipes, chosen: tuple[str, ...]) -> TablesPlan:
+    """Every tokenizer of the chosen tables as a whole recipe, its network laid out: checked before any is trained.
+
+    Raises:
+        UsageError: a recipe does not fit.
+    """
+    images = image_terms(base.recipe.train)
+    pixels = {term: weight for term, weight in base.tokenizers["train"]["weights"].items() if term in images}
+    plan = TablesPlan(tables, chosen, {}, base.generators)
+    rows = {name: tables.tokenizers[name] for kind, name in plan.runs if kind == "tokenizers"}
+    return replace(plan, tokenizers={name: planned(name, row, base.tokenizers, pixels) for name, row in rows.items()})
 
 
 def planned(name: str, row: TokenizerRow, base: Mapping[str, Any], pixels: Mapping[str, float]) -> PlannedRun:

@@ -13,7 +13,7 @@ from lexel.evaluate import write_result
 from lexel.loading import load_tokenizer
 from lexel.paper.generators import encode, train_and_measure_generator
 from lexel.paper.page import write_html
-from lexel.paper.plan import OWN, Budget, TablesPlan, make_plan, read_tables
+from lexel.paper.plan import OWN, Budget, TablesPlan, base_recipes, choose_tables, make_plan, read_tables
 from lexel.spacing import evenly_spaced
 from lexel.train.session import Progress
 
@@ -71,11 +71,12 @@ def run_tables(
         UsageError: a table, recipe or folder does not fit.
     """
     out, begun = Path(out), time.monotonic()
-    plan = make_plan(
-        read_tables(tables), data, only, size, Budget(steps, generator_steps), seed, overrides, generator_overrides
-    )
-    training, measuring = open_data(next(iter(plan.tokenizers.values())).recipe.data)
+    known = read_tables(tables)
+    chosen = choose_tables(known, only)
+    base = base_recipes(data, size, Budget(steps, generator_steps), seed, overrides, generator_overrides)
+    training, measuring = open_data(base.recipe.data)
     measuring = measuring.subset(evenly_spaced(len(measuring), limit))
+    plan = make_plan(known, base, chosen)
     classes = None if training.labels is None else len(training.classes)
     for name in plan.generators:  # refused before anything is trained
         plan.generator(name, out, classes)

@@ -256,9 +256,9 @@ class TokenSet:
         """Each shard with some of these images, which of them (bool), and their rows in it."""
         rows = self._rows[np.asarray(numbers, np.int64)]
         shards = np.searchsorted(self._ends, rows, side="right")
-        for shard in np.unique(shards):
+        for shard in np.flatnonzero(np.bincount(shards)).tolist():  # `np.unique` would import masked arrays
             chosen = shards == shard
-            yield int(shard), chosen, rows[chosen] - self._bounds(shard)[0]
+            yield shard, chosen, rows[chosen] - self._bounds(shard)[0]
 
     def _bounds(self, shard: int) -> tuple[int, int]:
         """The rows [first, end) of a shard, counted over all shards."""
