@@ -1,5 +1,6 @@
 """Damaged copies of files, always the same ones: what every reader must answer with a right result or a UsageError."""
 
+import os
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -11,8 +12,12 @@ from thorough import thorough
 
 from lexel.errors import UsageError
 
+COUNTS = 100, 300, 20_000
 # `def test_...(count, tmp_path)` with this mark runs 100 mutations, 300 with `-m thorough`, and 20,000 with `-m slow`.
-counts = pytest.mark.parametrize("count", [100, *thorough(300), pytest.param(20_000, marks=pytest.mark.slow)])
+counts = pytest.mark.parametrize(
+    "count", [COUNTS[0], *thorough(COUNTS[1]), pytest.param(COUNTS[2], marks=pytest.mark.slow)]
+)
+CORPUS = Path(__file__).with_name("corpus")  # what a reader once failed on: CORPUS/reader/parameters/FILE.SEED-NUMBER
 
 # What stands in a text where a number, a word or a value is expected.
 WORDS = (
@@ -33,38 +38,89 @@ def mutations(data: bytes, seed: int, count: int) -> Iterator[bytes]:
 
 
 def survives(
-    read: Callable[[Path], Any], path: Path, seed: int, count: int, check: Callable[[Any], None] | None = None
+    read: Callable[[Path], Any],
+    path: Path,
+    seed: int,
+    count: int,
+    check: Callable[[Any], None] | None = None,
+    always: bool = False,
 ) -> int:
     """Reads damaged copies of the file at `path`, in its place: anything raised but a UsageError fails the test.
+
+    What the test once failed on, in CORPUS, comes first. A copy that fails is written there, to be committed with what
+    mends it. One that kills the interpreter is still at `path`, in pytest's folder.
 
     Args:
         read: the reader; it gets the path.
         path: a whole file; it is whole again at the end.
         seed, count: of `mutations`.
         check: asserts that what was read is right.
+        always: whether every copy must be read, without an error.
 
     Returns:
-        How many copies were read without an error.
+        How many of the `count` copies were read without an error.
     """
-    data, readable = path.read_bytes(), 0
+    data, readable, corpus = path.read_bytes(), 0, CORPUS / reader()
     try:
+        for kept in inputs(corpus, path.name):
+            path.write_bytes(kept.read_bytes())
+            try:
+                _is_read(read, path, check, always)
+            except (Exception, pytest.fail.Exception) as error:
+                raise AssertionError(f"{kept.relative_to(CORPUS)}: {_told(error)}") from error
         for number, damaged in enumerate(mutations(data, seed, count)):
             path.write_bytes(damaged)
-            message = "one line"
             try:
-                result = read(path)
-                readable += 1
-                if check is not None:
-                    check(result)
-            except UsageError as error:
-                message = str(error)
-            except Exception as error:
-                raise AssertionError(f"mutation {number} of seed {seed}: {type(error).__name__}: {error}") from error
-            assert message, f"mutation {number} of seed {seed}: the error says nothing"
-            assert "\n" not in message, f"mutation {number} of seed {seed}: more than one line: {message}"
+                readable += _is_read(read, path, check, always)
+            except (Exception, pytest.fail.Exception) as error:
+                kept = corpus / f"{path.name}.{seed}-{number}"
+                where = _keep(kept, damaged)
+                raise AssertionError(f"mutation {number} of seed {seed}, {where}: {_told(error)}") from error
     finally:
         path.write_bytes(data)
     return readable
+
+
+def reader() -> Path:
+    """The folder in CORPUS of the test that runs: its name and its parameters, without the number of mutations."""
+    name, _, parameters = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0].rpartition("::")[2].partition("[")
+    known = [part for part in parameters.removesuffix("]").split("-") if part not in map(str, COUNTS)]
+    return Path(name.removeprefix("test_"), re.sub(r"[^\w.-]", "_", "-".join(known)))
+
+
+def inputs(corpus: Path, name: str) -> list[Path]:
+    """What a reader once failed on in the place of a file: files called like it, with `.SEED-NUMBER` or a word."""
+    return sorted(path for path in corpus.glob("*") if path.is_file() and path.stem == name)
+
+
+def _keep(path: Path, data: bytes) -> str:
+    """Writes an input that failed; says where it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:  # a checkout that may not be written
+        return f"which could not be kept ({error.strerror})"
+    return f"kept as {path}"
+
+
+def _is_read(read: Callable[[Path], Any], path: Path, check: Callable[[Any], None] | None, always: bool) -> bool:
+    """Whether a file was read; an error of one line is the other right outcome, unless it must be read."""
+    try:
+        result = read(path)
+        if check is not None:
+            check(result)
+    except UsageError as error:
+        message = str(error)
+        if always:
+            raise AssertionError(f"refused, though it must be read: {message}") from error
+        if not message or "\n" in message:
+            raise AssertionError(f"the error is not one line: {message!r}") from error
+        return False
+    return True
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _flip(data: bytearray, draw: random.Random) -> None:
