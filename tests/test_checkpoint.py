@@ -2,13 +2,11 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -75,15 +73,15 @@ def test_a_killed_process_leaves_the_old_state(tmp_path):
     """The process dies between the write and the rename; the next one reads the old state and can save again."""
     path = tmp_path / "state.pt"
     save_state(path, {"step": 1})
-    code = f"""
-        import os, signal
-        from pathlib import Path
-        import lexel.checkpoint as checkpoint
-        checkpoint._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL)
-        checkpoint.save_state({str(path)!r}, {{"step": 2}})
-    """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
-    assert result.returncode == -signal.SIGKILL
+
+    def die():
+        checkpoint._sync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        save_state(path, {"step": 2})
+
+    process = multiprocessing.get_context("fork").Process(target=die)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert load_state(path) == {"step": 1}
     save_state(path, {"step": 3})
     assert load_state(path) == {"step": 3}

