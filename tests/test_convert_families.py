@@ -214,6 +214,22 @@ def test_vqgan_lc_takes_the_nearest_projected_feature(tmp_path, images, hidden):
     expect(conversion.model, images, z, indices, vqgan_images(state, grid(table[indices])))
 
 
+@pytest.mark.parametrize(
+    ("more", "kind"), [({}, "vq"), ({"cluster_size": (40,), "embed_avg": (40, 4)}, "ema")], ids=["learned", "averaged"]
+)
+def test_vqgan_lc_without_a_projector_takes_the_nearest_row_of_its_table_in_grey_pictures_too(tmp_path, more, kind):
+    shapes = vqgan_shapes(**SMALL, attended=[1], z=6, dim=4) | {"tok_embeddings.weight": (40, 4), **more}
+    shapes |= {"encoder.conv_in.weight": (32, 1, 3, 3), "decoder.conv_out.weight": (1, 32, 3, 3)}
+    state = random_state({**shapes, "decoder.conv_out.bias": (1,)})
+    conversion = saved(tmp_path, state)
+    assert conversion.model.config.quantizer["kind"] == kind
+    grey = torch.rand(2, 1, 16, 8, dtype=torch.float64) * 2 - 1
+    state = double(state)
+    z, table = vqgan_latents(state, grey), state["tok_embeddings.weight"]
+    indices = nearest_code(z, table)
+    expect(conversion.model.eval(), grey, z, indices, vqgan_images(state, grid(table[indices])))
+
+
 # ---------------------------------------------------------------------------------------------- LlamaGen
 
 

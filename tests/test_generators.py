@@ -366,3 +366,15 @@ def test_a_hidden_state_of_an_autoregressive_generator_has_seen_the_tokens_befor
     other[0, 1, 0] = (other[0, 1, 0] + 1) % 30  # the fourth token
     moved = (generator.hidden(tokens, torch.tensor([1])) - generator.hidden(other, torch.tensor([1]))).abs().amax(2)
     assert (moved[0] > 1e-9).tolist() == [False] * 4 + [True] * 2
+
+
+def test_the_share_that_mage_drops_and_the_width_inside_its_decoder_are_options():
+    generator = make("masked-mage", dropped=0.3, decoder_hidden=20)
+    assert generator.transformer.decoder_blocks[0].feed_forward.fc1.out_features == 20
+    rates = generator.mage_rates(1000, torch.device("cpu"))
+    assert 0.3 <= rates.min() < 0.35
+    assert rates.max() <= 1
+    lengths = []
+    generator.transformer.blocks[0].register_forward_hook(lambda _, inputs, output: lengths.append(output.shape[1]))
+    generator.losses(torch.zeros(2, 2, 3, dtype=torch.int64), torch.tensor([0, 1]))
+    assert lengths == [1 + 6 - 2]  # of six tokens, ceil(6 * 0.3) are dropped; the class stands before them

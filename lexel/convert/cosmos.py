@@ -28,6 +28,7 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
     return {
         "autoencoder": {
             **autoencoder,
+            "channels": 3,
             "patch": patch,
             "downsamplings": count(tensors, r"encoder\.downsamples\.(\d+)\..*"),
         },

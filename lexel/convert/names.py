@@ -158,6 +158,7 @@ def infer_autoencoder(tensors: Mapping[str, Tensor], source: str, kind: str = "v
     attention = [level for level in range(levels) if f"encoder.levels.{level}.attentions.0.out.bias" in tensors]
     return {
         "kind": kind,
+        "channels": tensors["encoder.conv_in.weight"].shape[1],
         "width": width,
         "multipliers": [level_width // width for level_width in widths],
         "residual_blocks": count(tensors, r"encoder\.levels\.0\.blocks\.(\d+)\..*"),

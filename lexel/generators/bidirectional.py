@@ -216,7 +216,8 @@ class MAGE(Bidirectional):
         super().__init__(config)
         width, narrow, dropout = config.width, config.decoder_width, config.dropout
         encoder = (width, config.heads, config.hidden, dropout, config.attention_dropout, True, 1e-6)
-        decoder = (narrow, config.decoder_heads, 4 * narrow, dropout, config.attention_dropout, True, 1e-6)
+        hidden = config.decoder_hidden or 4 * narrow
+        decoder = (narrow, config.decoder_heads, hidden, dropout, config.attention_dropout, True, 1e-6)
         self.embedding_norm = nn.LayerNorm(width, 1e-6)
         self.blocks = nn.ModuleList(PreNormBlock(*encoder) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width, 1e-6)

@@ -40,9 +40,9 @@ class MaskedConfig(NetworkConfig):
     """The shape of a bidirectional transformer and what it learns from.
 
     `network` is of `bidirectional.NETWORKS`. `hidden` is the width of the feed-forward layers. The decoder's options
-    belong to "mage". `schedule` draws the share of masked tokens in training; with "mage" it is normal around 0.55 with
-    deviation 0.25, cut to [0.5, 1], and half of the tokens is dropped from the encoder. Tokens that are not masked are
-    predicted too, with `unmasked_weight`.
+    and `dropped` belong to "mage". `schedule` draws the share of masked tokens in training; with "mage" it is normal
+    around 0.55 with deviation 0.25, cut to [dropped, 1], and the share `dropped` of the tokens is kept from the
+    encoder. Tokens that are not masked are predicted too, with `unmasked_weight`.
     """
 
     kind: Literal["masked"] = "masked"
@@ -54,11 +54,13 @@ class MaskedConfig(NetworkConfig):
     decoder_width: int = Field(default=512, ge=4)
     decoder_layers: int = Field(default=8, ge=1)
     decoder_heads: int = Field(default=16, ge=1)
+    decoder_hidden: int | None = Field(default=None, ge=1)  # 4 * decoder_width if not given
     dropout: float = Field(default=0.1, ge=0, lt=1)
     attention_dropout: float = Field(default=0.1, ge=0, lt=1)
     schedule: Schedule = "arccos"
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     unmasked_weight: float = Field(default=0.1, ge=0)
+    dropped: float = Field(default=0.5, ge=0, lt=1)  # the share that "mage" drops, at least so many are masked
 
     @model_validator(mode="after")
     def _consistent(self) -> "MaskedConfig":
@@ -73,7 +75,7 @@ class MaskedConfig(NetworkConfig):
             if self.decoder_width % self.decoder_heads:
                 raise UsageError(f"decoder_heads must divide decoder_width: {self.decoder_heads}, {self.decoder_width}")
         else:
-            idle = ["decoder_width", "decoder_layers", "decoder_heads"]
+            idle = ["decoder_width", "decoder_layers", "decoder_heads", "decoder_hidden", "dropped"]
         for name in idle:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(f"{name} reaches nothing with network = {self.network!r}; leave it out")
@@ -175,7 +177,7 @@ class Masked(Generator):
         flat = self.flat(tokens)
         noise = torch.rand(flat.shape, device=flat.device)
         if self.settings.network == "mage":
-            return self.mage_losses(flat, condition, _mage_rates(len(flat), flat.device), noise)
+            return self.mage_losses(flat, condition, self.mage_rates(len(flat), flat.device), noise)
         return self.masked_losses(flat, condition, torch.rand(len(flat), device=flat.device), noise.argsort(1))
 
     def masked_losses(self, flat: Tensor, condition: Tensor, places: Tensor, ranks: Tensor) -> dict[str, Tensor]:
@@ -203,16 +205,23 @@ class Masked(Generator):
         Args:
             flat: int64 (B, T).
             condition: (B, ...).
-            rates: (B,) in [0.5, 1], the share of each image that is masked.
-            noise: (B, T); half of the tokens, those of the lowest, are dropped from the encoder.
+            rates: (B,) in [dropped, 1], the share of each image that is masked.
+            noise: (B, T); the share `dropped` of the tokens, those of the lowest, are dropped from the encoder.
         """
         count = flat.shape[1]
         ranks = noise.argsort(1).argsort(1)
-        dropped = ranks < math.ceil(count * 0.5)
+        dropped = ranks < math.ceil(count * self.settings.dropped)
         masked = ranks < (count * rates.double()).ceil()[:, None]
         logits = self.transformer(flat.masked_fill(masked, self.mask), condition, dropped)
         nll = cross_entropy(logits, flat, self.settings.label_smoothing)
         return {"masked_nll": (nll * masked).sum() / masked.sum()}
+
+    def mage_rates(self, count: int, device: torch.device) -> Tensor:
+        """Shares of masked tokens (count,): normal around 0.55 with deviation 0.25, cut to [dropped, 1]."""
+        least = self.settings.dropped
+        low, high = (0.5 * (1 + math.erf((edge - 0.55) / 0.25 / math.sqrt(2))) for edge in (least, 1.0))
+        places = low + (high - low) * torch.rand(count, device=device, dtype=torch.float64)
+        return (0.55 + 0.25 * torch.special.ndtri(places)).clamp(least, 1).float()
 
     def nll(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """An upper bound of the negative log-likelihood in nats, spread over the tokens, (B, T).
@@ -285,10 +294,3 @@ class Masked(Generator):
         logits = at_least_float32(logits)
         count = len(batch.tokens)
         return logits if null is None else guide(logits[:count], logits[count:], scale)
-
-
-def _mage_rates(count: int, device: torch.device) -> Tensor:
-    """Shares of masked tokens: normal around 0.55 with deviation 0.25, cut to [0.5, 1], by the inverse distribution."""
-    low, high = (0.5 * (1 + math.erf((edge - 0.55) / 0.25 / math.sqrt(2))) for edge in (0.5, 1.0))
-    places = low + (high - low) * torch.rand(count, device=device, dtype=torch.float64)
-    return (0.55 + 0.25 * torch.special.ndtri(places)).clamp(0.5, 1).float()

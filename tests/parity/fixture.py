@@ -189,6 +189,7 @@ class Run:
     dtype: torch.dtype
     prefix: str = ""
     origins: dict[str, str] = field(default_factory=dict)  # of the model loaded last: our tensors' published names
+    left_out: Mapping[str, str] = field(default_factory=dict)  # and the published tensors that it does not use: why
 
     @property
     def expected(self) -> Mapping[str, Any]:
@@ -216,7 +217,7 @@ class Run:
             state = parts.get("state_dict", self.content.get("state_dict"))
             torch.save({"state_dict": state, "config": parts.get("config", self.content.get("config", {}))}, path)
             conversion = convert(path, family, overrides=dict(overrides or {}))
-        self.origins = conversion.origins
+        self.origins, self.left_out = conversion.origins, conversion.left_out
         return conversion.model.to(self.dtype)
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

@@ -47,14 +47,17 @@ def check(fixture: Fixture) -> None:
         hook = model.transformer.decoder_norm.register_forward_hook(keep)
         logits = model.transformer(hidden, condition, dropped)
         hook.remove()
-        run.close("logits_codebook_part", logits, run.expected["logits_codebook_part"][:, 1:])
-        run.close("logits_full_first", all_words(run, model, normed[0]))
+        words = all_words(run, model, normed[0])
+        first = words[:, : model.condition.length, : model.mask]  # of the class, which the network leaves out
+        run.close("logits_codebook_part", torch.cat([first, logits], 1))
+        images, positions = run.expected["logits_full_first"].shape[:2]
+        run.close("logits_full_first", words[:images, :positions])
         loss = model.mage_losses(flat, condition, rates, noise)["masked_nll"]
         run.close("loss", loss)
         loss.backward()
         gradients = published_gradients(model)
         for name, theirs in run.expected["grads"].items():
-            ours = gradients[name]
+            ours = torch.zeros_like(theirs) if name in run.left_out else gradients[name]
             rows = (..., slice(0, theirs.shape[-1])) if name == "mlm_layer.bias" else slice(0, len(theirs))
             theirs, ours = comparable(name, theirs, ours[rows], model)
             run.close(f"grads:{name}", ours, theirs)
@@ -62,10 +65,9 @@ def check(fixture: Fixture) -> None:
 
 
 def all_words(run: Run, model: Masked, x: Tensor) -> Tensor:
-    """Logits of all published words, those that stand for no code too, of the first positions, the class's included."""
-    images, positions = run.expected["logits_full_first"].shape[:2]
+    """Logits of all published words, those that stand for no code too, at every position, the class's included."""
     network, state = model.transformer, run.content["state_dict"]
-    vectors = network.vector_norm(torch.nn.functional.gelu(network.to_vectors(x[:images, :positions])))
+    vectors = network.vector_norm(torch.nn.functional.gelu(network.to_vectors(x)))
     words, bias = (run.cast(state[name]) for name in ("token_emb.word_embeddings.weight", "mlm_layer.bias"))
     return vectors @ words.T + bias[0]
 
