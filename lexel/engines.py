@@ -8,6 +8,7 @@ does with them.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +22,7 @@ Engine = Callable[[Sequence[Command], Path, Mapping[str, Any]], list[int]]
 """Commands, a folder for notes and options of the engine to the exit status of each command."""
 
 TRIES = 3
+QUEUE_LOOKS = 20.0  # seconds between two looks at Slurm's queue
 
 
 def run_command(arguments: Command) -> int:
@@ -55,11 +57,37 @@ def slurm(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) 
         raise UsageError(f"submitit does not take the jobs: {error}") from None
     ended = []
     for job in jobs:
+        if not _has_result(job):
+            ended.append(-1)
+            continue
         try:
             ended.append(int(job.result()))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.UncompletedJobError):
             ended.append(-1)  # the job itself was killed, or its node is gone
     return ended
+
+
+def _has_result(job: Any) -> bool:
+    """Waits for a job of submitit. False: it has left the queue without a result, and no accounts say how.
+
+    submitit asks Slurm's accounts for the state of a job; where a cluster keeps none, it would wait for ever for one
+    that was killed. A result may show up a little after its job has gone, so the queue is looked at twice.
+    """
+    gone, looked = 0, time.monotonic()
+    while not job.done():
+        time.sleep(min(1.0, QUEUE_LOOKS))
+        if time.monotonic() - looked < QUEUE_LOOKS or job.state.upper() != "UNKNOWN":
+            continue
+        gone, looked = gone + 1 if _left_queue(job.job_id) else 0, time.monotonic()
+        if gone == 2:
+            return bool(job.done())
+    return True
+
+
+def _left_queue(job: str) -> bool:
+    """Whether Slurm's queue no longer has a job; False where it cannot be asked."""
+    asked = subprocess.run(["squeue", "--noheader", "--jobs", job], capture_output=True, text=True, check=False)
+    return not asked.stdout.strip() if asked.returncode == 0 else "Invalid job id" in asked.stderr
 
 
 def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:

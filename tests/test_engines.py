@@ -1,8 +1,10 @@
 """Engines that run commands elsewhere: each part once and whole, whatever they lose on the way."""
 
 import os
+import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,13 @@ from lexel.cli import app
 from lexel.errors import UsageError
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
-AVAILABLE = {"local": None, "slurm": "submitit", "ray": "ray"}
-OPTIONS = {"slurm": {"cluster": "local"}, "ray": {"num_cpus": 0.1}}
+# The engine, its options, and what must be here: a package, and a command where jobs go to a cluster of this machine.
+ENGINES = {
+    "local": ("local", {}, None, None),
+    "slurm, processes of submitit": ("slurm", {"cluster": "local"}, "submitit", None),
+    "slurm": ("slurm", {"timeout_min": 10}, "submitit", "sbatch"),
+    "ray": ("ray", {"num_cpus": 0.1}, "ray", None),
+}
 
 
 class Flaky:
@@ -61,6 +68,50 @@ def test_a_missing_package_is_named(monkeypatch):
             engines.run_all([["a"]], name, Path("notes"))
 
 
+class UnknownJob:
+    """A job of submitit on a cluster that keeps no accounts: it has a result once that was looked for so often."""
+
+    job_id, state = "17_2", "UNKNOWN"
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def done(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def result(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("squeue", "ended"),
+    [
+        ("exit 0", -1),  # asked for a job that has ended
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", -1),  # that ended long ago
+        ("echo 17_2 PENDING", 0),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", 0),
+    ],
+    ids=["gone", "forgotten", "queued", "no answer"],
+)
+def test_a_job_that_left_slurms_queue_without_a_result_is_not_waited_for(tmp_path, monkeypatch, squeue, ended):
+    class Executor:
+        def __init__(self, **options):
+            pass
+
+        update_parameters = __init__
+
+        def map_array(self, function, commands):
+            return [UnknownJob(8) for _ in commands]
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setattr(engines, "QUEUE_LOOKS", 0.001)
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\n{squeue}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert engines.slurm([["a"]], tmp_path, {}) == [ended]
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
     for number in range(10):
@@ -100,14 +151,17 @@ def kill_one(folder: Path, condition: str, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine, size", [*((engine, "8") for engine in AVAILABLE), ("local", "native")])
-def test_parts_by_an_engine_of_which_one_is_killed_give_the_bytes_of_one_process(model, monkeypatch, engine, size):
-    if AVAILABLE[engine]:
-        pytest.importorskip(AVAILABLE[engine])
+@pytest.mark.parametrize("where, size", [*((where, "8") for where in ENGINES), ("local", "native")])
+def test_parts_by_an_engine_of_which_one_is_killed_give_the_bytes_of_one_process(model, monkeypatch, where, size):
+    engine, options, package, command = ENGINES[where]
+    if package:
+        pytest.importorskip(package)
+    if command and shutil.which(command) is None:
+        pytest.skip(f"there is no {command}")
     encode(model, "one", size)
     kill_one(model, "'2/3' in getattr(sys, 'orig_argv', [])", monkeypatch)
-    options = [text for pair in OPTIONS.get(engine, {}).items() for text in ("--engine-option", "{}={}".format(*pair))]
-    output = encode(model, "parts", size, "--parts", "3", "--engine", engine, *options)
+    given = [text for pair in options.items() for text in ("--engine-option", "{}={}".format(*pair))]
+    output = encode(model, "parts", size, "--parts", "3", "--engine", engine, *given)
     assert (model / "killed").exists()
     assert "10 pictures as" in output
     assert contents(model / "parts") == contents(model / "one")
