@@ -39,10 +39,11 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 def commands(text: str) -> list[str]:
-    """Every line `lexel ...` that stands by itself, without its comment."""
+    """Every line `lexel ...` that stands by itself or behind a launcher, without its comment."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        match = re.match(r"^(?:#   |    |\$ )?(?:accelerate launch -m )?(lexel [a-z].*)$", line)
+        launcher = r"(?: *(?:accelerate launch|torchrun|exec|srun|ray job submit) (?:.* -m )?)?"
+        match = re.match(rf"^(?:#   |    |\$ )?{launcher}(lexel [a-z].*)$", line)
         if match:
             found.append(match[1].split("  #")[0].strip())
     return found
@@ -105,6 +106,17 @@ def test_every_command_shown_exists_with_its_options(page, line):
             assert word.split("=")[0] in {*options, "--help"}, line
     if words[1] == "train" and f'title="{words[2]}"' not in (ROOT / page).read_text(encoding="utf-8"):
         assert find_recipe(ROOT / words[2] if "/" in words[2] else words[2]).is_file(), line
+
+
+@pytest.mark.parametrize("version", ["1.29", "1.33", "1.37"])
+def test_manifests_fit_the_schemas_of_kubernetes(version):
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    yaml = pytest.importorskip("yaml")
+    texts = [text for kind, _, text in blocks(DOCS / "scaling.md") if kind == "yaml"]
+    manifests = [manifest for text in texts for manifest in yaml.safe_load_all(text)]
+    assert [manifest["kind"] for manifest in manifests] == ["Service", "Job", "Job"]
+    for manifest in manifests:
+        kubernetes.validate(manifest, version, strict=True)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
