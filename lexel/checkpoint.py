@@ -28,6 +28,7 @@ from lexel.regular import check_regular, expanded, open_regular
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")  # of published files of weights
 # What libraries raise when the bytes of a file are damaged.
 DAMAGE = (
     RuntimeError,

@@ -2,19 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lexel import checkpoint, convert, provenance
+from lexel import checkpoint, provenance
 from lexel.config import check
-from lexel.convert import files
 from lexel.data import TRANSFORMS, Transform
 from lexel.errors import UsageError, unknown
-from lexel.generators import Generator, read_config
+from lexel.model_folder import FILES_OF_GENERATORS, GENERATOR
 from lexel.regular import expanded
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+
+if TYPE_CHECKING:  # generators and published layouts are imported where a source is one
+    from lexel.generators import Generator
 
 RUN_WEIGHTS = ("average", "live", "best")
 
@@ -24,7 +26,7 @@ def load(
     family: str | None = None,
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> Tokenizer | Generator:
+) -> "Tokenizer | Generator":
     """Any model, in evaluation mode: of a run, a model folder, a published checkpoint, or a hub id.
 
     Args:
@@ -42,7 +44,9 @@ def load(
     """
     run = None if family is not None else find_run(source)
     if run is None and (family is not None or not _is_ours(source)):
-        return convert.convert(source, family, weights, overrides).model
+        from lexel.convert import convert
+
+        return convert(source, family, weights, overrides).model
     if overrides:
         raise UsageError(f"{source} is a model of Lexel's; overrides apply to published checkpoints only")
     if run is not None:
@@ -67,14 +71,14 @@ def load_tokenizer(source: str | Path, weights: str | None = None) -> Tokenizer:
     return model
 
 
-def load_generator(source: str | Path, weights: str | None = None) -> Generator:
+def load_generator(source: str | Path, weights: str | None = None) -> "Generator":
     """`load` where a generator is needed.
 
     Raises:
         UsageError: as `load`, or the source holds a tokenizer.
     """
     model = load(source, weights=weights)
-    if not isinstance(model, Generator):
+    if isinstance(model, Tokenizer):
         raise UsageError(f"{source} holds a tokenizer; a generator is needed here")
     return model
 
@@ -89,7 +93,7 @@ def find_run(source: str | Path) -> RunFolder | None:
     return run if run.recipe.is_file() and run.steps() else None
 
 
-def load_run(run: RunFolder, weights: str | None = None, step: int | None = None) -> Tokenizer | Generator:
+def load_run(run: RunFolder, weights: str | None = None, step: int | None = None) -> "Tokenizer | Generator":
     """The model of a run: its newest state, unless `weights` or `step` says otherwise.
 
     Args:
@@ -117,15 +121,17 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
     state = run.load(step)
     model: Tokenizer | Generator
     if "generator" in recipe:
+        from lexel import generators
+
         if weights == "average" and not averaged:
             raise UsageError(
                 f"{run.path} is a generator's run without train.average_decay, which keeps no averages; "
                 "choose from live, best"
             )
-        config = read_config(_part(state, "config", path), str(path))
+        config = generators.read_config(_part(state, "config", path), str(path))
         live = weights == "live" or not averaged
         tensors = _part(state, "model", path) if live else _averaged(_part(state, "average", path))
-        model = Generator.with_weights(config, tensors, path)
+        model = generators.Generator.with_weights(config, tensors, path)
         model.find_tokenizer_in(run.path)
         beside = (recipe.get("data") or {}).get("tokenizer")
         if not model.has_tokenizer() and isinstance(beside, str) and expanded(beside).exists():
@@ -138,11 +144,13 @@ def load_run(run: RunFolder, weights: str | None = None, step: int | None = None
     return model
 
 
-def load_folder(source: str | Path) -> Tokenizer | Generator:
+def load_folder(source: str | Path) -> "Tokenizer | Generator":
     """A tokenizer or generator from a Lexel folder or hub id, by its `config.json`."""
-    folder = checkpoint.find_folder(source, Generator.FILES)  # with the tokenizer, if there is one
+    folder = checkpoint.find_folder(source, FILES_OF_GENERATORS)  # with the tokenizer, if there is one
     config, tensors = checkpoint.load_folder(folder)
-    if config.get("model") == Generator.KIND:
+    if config.get("model") == GENERATOR:
+        from lexel.generators import Generator
+
         return Generator.from_folder(folder, config, tensors)
     return Tokenizer.from_folder(folder, config, tensors)
 
@@ -189,7 +197,7 @@ def _is_ours(source: str | Path) -> bool:
     if path.is_dir():
         if (path / checkpoint.CONFIG).is_file():
             return "lexel" in checkpoint.read_json(path / checkpoint.CONFIG)
-        weights = [file.name for file in path.iterdir() if file.name.endswith(files.WEIGHTS)]
+        weights = [file.name for file in path.iterdir() if file.name.endswith(checkpoint.ENDINGS)]
         return weights in ([], [checkpoint.WEIGHTS])
     if isinstance(source, str) and not path.exists() and checkpoint.HUB_ID.fullmatch(source):
         config = checkpoint.find_folder(source, [checkpoint.CONFIG]) / checkpoint.CONFIG

@@ -11,6 +11,10 @@ from lexel.errors import UsageError
 from lexel.provenance import of_folder as provenance_of_folder
 from lexel.runtime import without_weights
 
+GENERATOR = "generator"  # `model` in the `config.json` of a generator
+TOKENIZER = "tokenizer"  # and of a tokenizer; the folder inside a generator's that holds the tokenizer it belongs to
+FILES = (checkpoint.CONFIG, checkpoint.WEIGHTS)
+FILES_OF_GENERATORS = (*FILES, f"{TOKENIZER}/*")  # patterns
 BESIDE = ("model", "lexel", "provenance")  # what `config.json` says beside a model's options
 
 
@@ -21,8 +25,8 @@ class Pretrained(nn.Module):
         config: its options.
     """
 
-    KIND: ClassVar[str]  # "tokenizer" or "generator"
-    FILES: ClassVar[tuple[str, ...]] = (checkpoint.CONFIG, checkpoint.WEIGHTS)  # patterns; of a hub repository
+    KIND: ClassVar[str]  # GENERATOR or TOKENIZER
+    FILES: ClassVar[tuple[str, ...]] = FILES  # patterns; of a hub repository
     config: Any
 
     def __init__(self, config: Any) -> None:

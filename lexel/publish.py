@@ -11,9 +11,8 @@ from PIL import Image
 
 from lexel import checkpoint, config, loading, provenance
 from lexel.errors import UsageError
-from lexel.evaluate import read_result
-from lexel.generators import Generator
 from lexel.run_folder import RunFolder
+from lexel.tokenizer import Tokenizer
 
 PICTURES = 8  # in a row of the sample strip
 STRIPS = {  # rows of the strip, by what they show
@@ -71,6 +70,8 @@ def stage(
 
     Names of data and files lose their folders, which tell of the machine and its user.
     """
+    from lexel.evaluate import read_result
+
     folder = Path(folder)
     if folder.resolve() == Path(run).resolve():
         raise UsageError(f"{folder} is the run itself; give another folder to write to")
@@ -107,7 +108,7 @@ def _card(
 ) -> str:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    generates = isinstance(model, Generator)
+    generates = not isinstance(model, Tokenizer)
     kind = "image generator over tokens" if generates else "image tokenizer"
     data = ModelCardData(
         license=licence,

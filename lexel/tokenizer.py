@@ -15,7 +15,7 @@ from lexel.autoencoders import Autoencoder, AutoencoderConfig, VQGANConfig
 from lexel.config import Config, check
 from lexel.errors import UsageError
 from lexel.losses.perturbation import Codes
-from lexel.model_folder import Pretrained
+from lexel.model_folder import TOKENIZER, Pretrained
 from lexel.quantizers import Continuous, Levels, Quantized
 from lexel.quantizers.base import straight_through
 from lexel.quantizers.levels import build_levels
@@ -59,7 +59,7 @@ class Tokenizer(Pretrained):
         UsageError: the configuration is inconsistent.
     """
 
-    KIND = "tokenizer"
+    KIND = TOKENIZER
     config: TokenizerConfig
     LARGEST = 10.0  # values beyond this are no images in [-1, 1], however sharply resized
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,17 +12,19 @@ from lexel.checkpoint import atomic_write
 from lexel.codebooks.usage import usage
 from lexel.data.tokens import TokenSet, remap_tokens
 from lexel.errors import UsageError
-from lexel.generators import Generator
 from lexel.runtime import ProgressCallback
 from lexel.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lexel.generators import Generator
 
 CODE_MAP = "code_map.npy"  # int64 (n,): the old number of each code
 TOKENS = "tokens"  # the folder beside a pruned model that holds re-mapped token sets
 
 
-def prune(model: Tokenizer | Generator, kept: Tensor) -> Tokenizer | Generator:
+def prune(model: "Tokenizer | Generator", kept: Tensor) -> "Tokenizer | Generator":
     """The same model over the codes `kept` alone; see `prune_tokenizer` and `prune_generator`."""
-    return prune_generator(model, kept) if isinstance(model, Generator) else prune_tokenizer(model, kept)
+    return prune_tokenizer(model, kept) if isinstance(model, Tokenizer) else prune_generator(model, kept)
 
 
 def prune_tokenizer(tokenizer: Tokenizer, kept: Tensor) -> Tokenizer:
@@ -44,7 +46,7 @@ def prune_tokenizer(tokenizer: Tokenizer, kept: Tensor) -> Tokenizer:
     return result
 
 
-def prune_generator(generator: Generator, kept: Tensor) -> Generator:
+def prune_generator(generator: "Generator", kept: Tensor) -> "Generator":
     """The same generator, and its tokenizer, over some of the codes; heads and embeddings are cut.
 
     Args:
@@ -63,12 +65,12 @@ def prune_generator(generator: Generator, kept: Tensor) -> Generator:
 
 
 def write_pruned(
-    model: Tokenizer | Generator,
+    model: "Tokenizer | Generator",
     kept: Tensor,
     out: str | Path,
     tokens: Sequence[TokenSet] = (),
     progress: ProgressCallback | None = None,
-) -> Tokenizer | Generator:
+) -> "Tokenizer | Generator":
     """Writes a model over the codes `kept`: an ordinary model folder with `code_map.npy` and re-mapped token sets.
 
     Args:
@@ -119,7 +121,7 @@ def check_kept(kept: Tensor, codebook_size: int) -> Tensor:
 
 
 def used_codes(
-    model: Tokenizer | Generator,
+    model: "Tokenizer | Generator",
     tokens: Sequence[TokenSet],
     images: str | Path | None = None,
     **how: Any,
@@ -143,16 +145,16 @@ def used_codes(
     return torch.cat(kept).unique()
 
 
-def tokenizer_of(model: Tokenizer | Generator) -> Tokenizer:
+def tokenizer_of(model: "Tokenizer | Generator") -> Tokenizer:
     """The tokenizer: the model itself, or the one of a generator."""
-    return model.tokenizer if isinstance(model, Generator) else model
+    return model if isinstance(model, Tokenizer) else model.tokenizer
 
 
-def codes_of(model: Tokenizer | Generator) -> int:
+def codes_of(model: "Tokenizer | Generator") -> int:
     """The number of codes of a model's tokens."""
     return model.codebook_size if isinstance(model, Tokenizer) else model.config.transformer.codebook_size
 
 
-def origin(how: str, model: Tokenizer | Generator) -> dict[str, Any]:
+def origin(how: str, model: "Tokenizer | Generator") -> dict[str, Any]:
     """The provenance of the model that another one was made from."""
     return {how: {"fingerprint": model.fingerprint(), "codebook_size": codes_of(model)}}

@@ -18,7 +18,6 @@ from lexel.errors import UsageError, some
 from lexel.provenance import public_name
 from lexel.regular import expanded
 
-WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")
 # What PyTorch's wrappers put into the names of weights: at the beginning of all of them, or wherever a part is wrapped.
 LEADING = "module."  # DataParallel, DistributedDataParallel, AveragedModel
 ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # torch.compile, FSDP, checkpointing
@@ -149,11 +148,11 @@ def _download(source: str) -> Path:
 def _choose(names: list[str], source: str, prefix: str) -> str:
     """The one checkpoint among file names; a split one counts as its index."""
     indices = [name for name in names if name.endswith(INDEX)]
-    weights = [name for name in names if name.endswith(WEIGHTS)]
+    weights = [name for name in names if name.endswith(checkpoint.ENDINGS)]
     if indices:
         weights = [name for name in weights if not re.search(r"-\d{5}-of-\d{5}\.", name)] + indices
     if not weights:
-        raise UsageError(f"{source} holds no checkpoint; one ends in {', '.join(WEIGHTS)}")
+        raise UsageError(f"{source} holds no checkpoint; one ends in {', '.join(checkpoint.ENDINGS)}")
     if len(weights) > 1:
         raise UsageError(f"{source} holds several checkpoints; choose from {', '.join(prefix + n for n in weights)}")
     return weights[0]

@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +26,12 @@ from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
 from lexel.evaluate.feature_files import FeatureFiles
 from lexel.evaluate.labelled import Labelled, StageCallback, holds_tokens, images_as_tokens, token_sets
-from lexel.generators import Generator
 from lexel.parts import Part
 from lexel.runtime import ProgressCallback, Runtime, runtime
 from lexel.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lexel.generators import Generator
 
 FEATURES = {
     "codes": "The vectors of an image's codes, as the tokenizer's decoder gets them.",
@@ -44,7 +46,7 @@ def probe(
     validation: str | Path | TokenSet | float | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    generator: Generator | None = None,
+    generator: "Generator | None" = None,
     features: str | None = None,
     kind: str = "linear",
     layers: int | None = None,
@@ -191,7 +193,7 @@ def _of_part(part: Part | None, images: int, warnings: list[str]) -> dict[str, A
 
 
 def _features(
-    kind: str, features: str | None, tokenizer: Tokenizer | None, generator: Generator | None, layers: int | None
+    kind: str, features: str | None, tokenizer: Tokenizer | None, generator: "Generator | None", layers: int | None
 ) -> str:
     """The features that are meant; refuses options that do not go together."""
     if kind not in PROBES:
@@ -224,7 +226,7 @@ def _maker(
     features: str,
     data: Labelled,
     tokenizer: Tokenizer | None,
-    generator: Generator | None,
+    generator: "Generator | None",
     layers: int | None,
     where: Runtime,
 ) -> Callable[[Tensor], Tensor]:

@@ -9,12 +9,10 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 from lexel.generators.config import GeneratorConfig, read_config
-from lexel.model_folder import Pretrained
+from lexel.model_folder import FILES_OF_GENERATORS, GENERATOR, TOKENIZER, Pretrained
 from lexel.quantizers import Quantizer
 from lexel.regular import expanded
 from lexel.tokenizer import Tokenizer
-
-TOKENIZER = "tokenizer"  # the folder inside a generator's folder that holds the tokenizer it belongs to
 
 
 class WithTokenizer(Pretrained):
@@ -24,8 +22,8 @@ class WithTokenizer(Pretrained):
         config: network, tokenizer, class names.
     """
 
-    KIND = "generator"
-    FILES = (*Pretrained.FILES, f"{TOKENIZER}/*")
+    KIND = GENERATOR
+    FILES = FILES_OF_GENERATORS
     config: GeneratorConfig
 
     def __init__(self, config: GeneratorConfig) -> None:
