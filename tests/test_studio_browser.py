@@ -70,7 +70,7 @@ class Visitor:
         self.context = browser.new_context(viewport={"width": width, "height": height}, has_touch=size == "phone")
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
-        self.address, self.faults, self.elsewhere = address, [], []
+        self.address, self.faults, self.elsewhere, self.opened = address, [], [], 0
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._note)
 
@@ -79,8 +79,9 @@ class Visitor:
             self.elsewhere.append(request.url)
 
     def open(self, view):
-        self.page.goto("about:blank")
-        self.page.goto(f"{self.address}#{view}")
+        """Reads the page anew; another query, not another site, so that Chromium keeps the process of its window."""
+        self.opened += 1
+        self.page.goto(f"{self.address}?{self.opened}#{view}")
         return self.page
 
 
@@ -101,7 +102,6 @@ def visit(browser, address, gone):
     yield arrive
     for size, visitor in visitors:
         stored = visitor.page.evaluate("[localStorage.length, sessionStorage.length, document.cookie.length]")
-        visitor.page.goto("about:blank")
         assert (visitor.faults, visitor.elsewhere, stored) == ([], [], [0, 0, 0])
         gone[size].append(visitor)
 
