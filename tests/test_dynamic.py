@@ -187,3 +187,23 @@ def test_a_published_file_becomes_the_same_tokenizer_and_three_granularities_are
     torch.save({"state_dict": state}, tmp_path / "triple.ckpt")
     with pytest.raises(UsageError, match="has three granularities; the dynamic autoencoder has two"):
         convert(tmp_path / "triple.ckpt")
+
+
+def test_a_published_configuration_says_how_the_router_normalises_and_the_codes_move(tmp_path):
+    options = {**SMALL, "router_hidden": False, "router_groups": 0, "positions": ["fourier"], "size": 16}
+    model = tokenizer("dynamic", "ema", **options)
+    state = {theirs(name): tensor for name, tensor in model.state_dict().items() if name != "quantizer.steps"}
+    state["quantize.codebook.weight"] = torch.cat([state["quantize.codebook.weight"], torch.zeros(1, 4)])  # padded
+    state = {name.replace("bias_fourier", "bias").replace("gate.2", "gate"): tensor for name, tensor in state.items()}
+    state["decoder.position_bias.row_embed.weight"] = torch.zeros(8, 8)  # learned, but never added as published
+    encoder = {"resolution": 16, "router_config": {"params": {"normalization_type": "none"}}}
+    quantizer = {"decay": 0.9, "restart_unused_codes": True}
+    published = {"encoderconfig": {"params": encoder}, "vqconfig": {"params": quantizer}}
+    path = tmp_path / "published.pt"
+    torch.save({"state_dict": state, "config": {"model": {"params": published}}}, path)
+    conversion = convert(path, overrides={"autoencoder.groups": 4})
+    assert list(conversion.left_out) == ["decoder.position_bias.row_embed.weight"]
+    assert (conversion.model.quantizer.decay, conversion.model.quantizer.restart_below) == (0.9, 1.0)
+    x = images(model)
+    assert torch.equal(conversion.model.encode(x), model.encode(x))
+    assert torch.equal(conversion.model.decode(model.encode(x)), model.decode(model.encode(x)))

@@ -41,6 +41,8 @@ class DynamicConfig(ConvolutionalConfig):
     # above so many nats it is fine.
     routing: Literal["learned", "entropy"] = "learned"
     entropy_threshold: float | None = Field(default=None, ge=0)
+    router_groups: int | None = Field(default=None, ge=0)  # of the router's norms: 0 has none, None the network's
+    router_hidden: bool = True  # whether the router has a hidden layer
 
     @model_validator(mode="after")
     def _consistent(self) -> "DynamicConfig":
@@ -57,6 +59,8 @@ class DynamicConfig(ConvolutionalConfig):
                 raise ValueError(f"{name} must be among {list(range(count))}, got {given}")
         if self.z_channels % self.groups:
             raise ValueError(f"{self.groups} groups do not divide z_channels {self.z_channels}")
+        if self.router_groups and self.z_channels % self.router_groups:
+            raise ValueError(f"router_groups = {self.router_groups} does not divide z_channels {self.z_channels}")
         if not isinstance(self.size, int) and len(self.size) != 2:
             raise ValueError(f"size must be one number or [height, width], got {self.size}")
         if min(self.sides) < 1 or any(side % (2 * self.downsampling) for side in self.sides):
@@ -74,9 +78,10 @@ class DynamicConfig(ConvolutionalConfig):
         return 2 ** (len(self.multipliers) - 2)
 
     def identity(self) -> dict[str, Any]:
-        """The whole table, but for how regions are routed where that is learned, as in every model of before."""
-        routing = {"routing", "entropy_threshold"} if self.routing == "learned" else None
-        return self.model_dump(mode="json", exclude=routing)
+        """The whole table, but for options of the routing that are what every model of before had."""
+        before = {"routing": "learned", "entropy_threshold": None, "router_groups": None, "router_hidden": True}
+        same = {name for name, value in before.items() if getattr(self, name) == value}
+        return self.model_dump(mode="json", exclude=same)
 
 
 class Dynamic(Convolutional):
@@ -245,7 +250,7 @@ class Encoder(nn.Module):
         self.coarse = Head(widths[-1], config)
         self.fine = Head(widths[-2], config)
         self.region, self.threshold = 2 * config.downsampling, config.entropy_threshold
-        self.router = Router(config.z_channels, groups) if config.routing == "learned" else None
+        self.router = Router(config) if config.routing == "learned" else None
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coarse latents (B, D, h, w), fine ones (B, D, 2 h, 2 w), and logits (B, 2, h, w) of the two."""
@@ -301,10 +306,13 @@ class Head(nn.Module):
 class Router(nn.Module):
     """Logits (B, 2, h, w) of coarse and fine, from coarse latents (B, D, h, w) and fine ones (B, D, 2 h, 2 w)."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, config: DynamicConfig) -> None:
         super().__init__()
-        self.norm_coarse, self.norm_fine = norm(channels, groups), norm(channels, groups)
-        self.hidden = nn.Linear(2 * channels, 2 * channels)
+        channels = config.z_channels
+        groups = config.groups if config.router_groups is None else config.router_groups
+        self.norm_coarse: nn.Module = norm(channels, groups) if groups else nn.Identity()
+        self.norm_fine: nn.Module = norm(channels, groups) if groups else nn.Identity()
+        self.hidden = nn.Linear(2 * channels, 2 * channels) if config.router_hidden else None
         self.logits = nn.Linear(2 * channels, 2)
 
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
@@ -312,7 +320,7 @@ class Router(nn.Module):
         with without_autocast(coarse.device):  # rounding must not choose
             coarse, fine = self.norm_coarse(coarse.to(dtype)), F.avg_pool2d(self.norm_fine(fine.to(dtype)), 2)
             x = torch.cat([coarse, fine], 1).movedim(1, -1)  # (B, h, w, 2 D)
-            return self.logits(F.silu(self.hidden(x))).movedim(-1, 1)
+            return self.logits(x if self.hidden is None else F.silu(self.hidden(x))).movedim(-1, 1)
 
 
 class Decoder(vqgan.Decoder):

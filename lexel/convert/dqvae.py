@@ -1,6 +1,7 @@
 """DQ-VAE as CrossmodalGroup/DynamicVectorQuantization publishes it, https://arxiv.org/abs/2305.11718."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ ROUTER = {
     "feature_norm_fine": "norm_fine",
     "gate.0": "hidden",
     "gate.2": "logits",
+    "gate": "logits",  # where it is the only layer
 }
 GRAINS = "(coarse|fine)"
 OWN: Sequence[Rule] = [
@@ -33,14 +35,17 @@ OWN: Sequence[Rule] = [
         rf"encoder\.router\.({'|'.join(ROUTER).replace('.', r'[.]')})\.{END}",
         lambda m: f"encoder.router.{ROUTER[m[1]]}.{m[2]}",
     ),
-    (rf"decoder\.position_bias_fourier\.lff\.ffm\.conv\.{END}", r"decoder.positions.fourier.frequencies.\1"),
+    (rf"decoder\.position_bias(?:_fourier)?\.lff\.ffm\.conv\.{END}", r"decoder.positions.fourier.frequencies.\1"),
     (r"decoder\.position_bias_learned\.row_embed\.weight", "decoder.positions.learned.rows"),
     (r"decoder\.position_bias_learned\.col_embed\.weight", "decoder.positions.learned.columns"),
     (rf"quantize\.codebook\.({'|'.join(TABLES)})", lambda m: f"quantizer.{TABLES[m[1]]}"),
 ]
 CODEBOOK = "quantize.codebook.weight"
 STEPS = "quantize.codebook.steps"
-LEFT_OUT = {r"loss\..*": "the loss and its discriminator, used in training only"}
+LEFT_OUT = {
+    r"loss\..*": "the loss and its discriminator, used in training only",
+    r"decoder\.position_bias\.(row|col)_embed\.weight": "positions that the published network never adds",
+}
 NEEDED = ["quantizer.weight", "encoder.conv_in.weight", "encoder.coarse.conv_out.weight"]
 
 
@@ -48,8 +53,30 @@ def rules(names: Names) -> list[Rule]:
     return [*OWN, *autoencoder_rules(names), *PROJECTIONS]
 
 
-def config(tensors: Names, source: str) -> dict[str, Any]:
-    """Sizes as shapes tell them; the published 32 groups, and 256 pixels a side where no table of rows tells."""
+def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The parameters of a published part, such as "encoder"; empty where there are none."""
+    for table in (options, options.get("params"), options.get("model", {})):
+        inner = table.get("params", table) if isinstance(table, Mapping) else {}
+        part = inner.get(name, inner.get(f"{name}config")) if isinstance(inner, Mapping) else None
+        if isinstance(part, Mapping):
+            found = part.get("params", part)
+            return found if isinstance(found, Mapping) else {}
+    return {}
+
+
+def router(options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """How the published router normalises: by 32 groups, where a configuration says nothing else."""
+    kind = section(section(options, "encoder"), "router_config").get("normalization_type", "group-32")
+    if kind == "none":
+        return {"router_groups": 0}
+    groups = re.fullmatch(r"group-(\d+)", str(kind))
+    if groups is None:
+        raise UsageError(f"{source} has a router with normalization_type = {kind!r}; known are none and group-N")
+    return {} if groups[1] == "32" else {"router_groups": int(groups[1])}
+
+
+def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Sizes as shapes and the published configuration tell them; 32 groups and 256 pixels a side if neither does."""
     levels = count(tensors, r"encoder\.levels\.(\d+)\..*")
     needed = [f"encoder.levels.{level}.blocks.0.conv1.weight" for level in range(levels)]
     require(tensors, needed, source)
@@ -65,21 +92,27 @@ def config(tensors: Names, source: str) -> dict[str, Any]:
         "z_channels": tensors["encoder.coarse.conv_out.weight"].shape[0],
         "positions": [kind for kind in ("fourier", "learned") if any(f"positions.{kind}." in name for name in tensors)],
     }
+    if "encoder.router.hidden.weight" not in tensors:
+        table["router_hidden"] = False
+    resolution = section(options, "encoder").get("resolution")
+    if isinstance(resolution, int):
+        table["size"] = resolution
     sides = [tensors.get(f"decoder.positions.learned.{axis}") for axis in ("rows", "columns")]
     if sides[0] is not None and sides[1] is not None:
         table["size"] = [side.shape[0] * 2 ** (levels - 2) for side in sides if side is not None]
     size, dim = tensors["quantizer.weight"].shape
+    given = section(options, "quantizer") or section(options, "vq")
     quantizer = {"kind": "ema", "codebook_size": size, "codebook_dim": dim, "order": "look_up_first"}
-    return {"autoencoder": table, "quantizer": quantizer}
+    quantizer["decay"] = given.get("decay", 0.99)
+    if given.get("restart_unused_codes"):
+        quantizer["restart_below"] = 1.0
+    return {"autoencoder": {**table, **router(options, source)}, "quantizer": quantizer}
 
 
 def attention(tensors: Names, side: str) -> list[int]:
     """The levels of one side that have attention."""
     levels = count(tensors, rf"{side}\.levels\.(\d+)\..*")
     return [level for level in range(levels) if f"{side}.levels.{level}.attentions.0.out.bias" in tensors]
-
-
-LAYOUT = Layout("dqvae", rules, LEFT_OUT, [], NEEDED, config)
 
 
 def convert(request: Request) -> Conversion:
@@ -90,7 +123,9 @@ def convert(request: Request) -> Conversion:
     if CODEBOOK in tensors:
         tensors[CODEBOOK] = tensors[CODEBOOK][:-1]
     tensors[STEPS] = torch.zeros((), dtype=torch.int64)
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), LAYOUT)
+    options = request.published.config
+    layout = Layout("dqvae", rules, LEFT_OUT, [], NEEDED, lambda names, source: config(names, source, options))
+    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
     del conversion.origins["quantizer.steps"]
     return conversion
 
