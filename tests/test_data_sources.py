@@ -341,7 +341,7 @@ def test_a_real_archive_of_photographs_is_read(tmp_path):
 
 
 class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder by ranges of bytes; `failures` requests are answered with 503 first."""
+    """Serves a folder, also by ranges of bytes; `failures` requests are answered with 503 first."""
 
     failures: typing.ClassVar[list[int]] = []
     asked: typing.ClassVar[list[str]] = []
@@ -352,6 +352,9 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         if self.failures or not path.is_file():
             self.send_error(self.failures.pop() if self.failures else 404)
             return
+        if "Range" not in self.headers:
+            super().do_GET()
+            return
         data = path.read_bytes()
         first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
         part = data[first : last + 1]
@@ -361,6 +364,10 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.end_headers()
         self.wfile.write(part)
+
+    def end_headers(self):
+        self.send_header("Accept-Ranges", "bytes")
+        super().end_headers()
 
     def log_message(self, *_):
         pass
@@ -587,7 +594,9 @@ def test_a_table_of_the_datasets_library_is_read(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*is read as a stream", "ignore:.*fork")
-def test_a_stream_of_the_datasets_library_is_the_same_images_with_any_workers(tmp_path):
+@pytest.mark.parametrize("kind", ["parquet", "webdataset"])
+def test_a_stream_over_http_is_the_same_images_with_any_workers(tmp_path, server, kind):
+    ending_of = {"parquet": "parquet", "webdataset": "tar"}
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(
         {"img": datasets.Image(), "label": datasets.ClassLabel(names=["x", "y", "z"]), "text": datasets.Value("string")}
@@ -599,9 +608,16 @@ def test_a_stream_of_the_datasets_library_is_the_same_images_with_any_workers(tm
             "label": [LABELS[number] for number in own],
             "text": [CAPTIONS[number] for number in own],
         }
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "d" / f"{shard}.parquet")
-    images = open_images(f"datasets:{tmp_path / 'd'}?streaming=true&window=5", "train")
-    assert (images.labels, images.classes, list(images.captions)) == (LABELS, ["x", "y", "z"], CAPTIONS)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"{shard:02d}.parquet")
+        with tarfile.open(tmp_path / f"{shard:02d}.tar", "w") as archive:
+            for number in own:
+                for ending, data in (("png", png(number)), ("cls", b"%d" % LABELS[number])):
+                    add(archive, f"{number:03d}.{ending}", data)
+                add(archive, f"{number:03d}.txt", CAPTIONS[number].encode())
+    location = f"datasets:{kind}?files={server}/{{00..02}}.{ending_of[kind]}&streaming=true&window=5"
+    images = open_images(location, "train")
+    classes = ["x", "y", "z"] if kind == "parquet" else ["0", "1", "2"]
+    assert (images.labels, images.classes, list(images.captions)) == (LABELS, classes, CAPTIONS)
     for number in (7, 8, 2):
         assert np.array_equal(images.read(number), PIXELS[number])
     for workers in (0, 2):
@@ -612,6 +628,12 @@ def test_a_stream_of_the_datasets_library_is_the_same_images_with_any_workers(tm
         for made in (training_batches(images, TRANSFORMS["crop"](8), 4, 0, workers=workers) for workers in (0, 2))
     ]
     assert steps[0] == steps[1]
+    again = next(training_batches(images, TRANSFORMS["crop"](8), 4, 0, first_step=5))
+    assert again.numbers.tolist() == steps[0][5]
+    with pytest.raises(UsageError, match="datasets cannot load"):
+        open_images(f"datasets:{kind}?files={server}/none.{ending_of[kind]}&streaming=true", "train")
+    with pytest.raises(UsageError, match="there is no file"):
+        open_images(f"datasets:{kind}?files={tmp_path}/none.{ending_of[kind]}&streaming=true", "train")
 
 
 def test_a_missing_library_is_named(monkeypatch):

@@ -9,7 +9,7 @@ from lexel.data.parquet import CAPTION, LABEL
 from lexel.data.remote import is_remote, open_location
 from lexel.errors import UsageError
 
-IMAGE = ("image", "img", "jpg", "png")
+IMAGE = ("image", "img", "jpg", "jpeg", "png", "webp")
 
 
 class Columns(NamedTuple):

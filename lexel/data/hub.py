@@ -8,11 +8,12 @@ from lexel.data.files import Decoding, in_words
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import EncodedImages, ImageSet, digest
 from lexel.data.options import OpenOptions, parse_query
+from lexel.data.shard_locations import expand_locations
 from lexel.data.stream import open_stream
 from lexel.errors import UsageError
 from lexel.regular import expanded
 
-KEYS = ("config", "revision", "split", "image", "label", "caption", "streaming", "count", "window")
+KEYS = ("config", "revision", "files", "split", "image", "label", "caption", "streaming", "count", "window")
 
 
 class HubImages(EncodedImages):
@@ -47,8 +48,9 @@ class HubImages(EncodedImages):
 def open_datasets(location: str, options: OpenOptions) -> ImageSet:
     """A data set of the `datasets` library: `datasets:NAME?config=C&split=train&image=img&label=y&caption=text`.
 
-    NAME is a folder that `save_to_disk` wrote, or what `load_dataset` takes. With `streaming=true` nothing is
-    downloaded first: see `open_stream`.
+    NAME is a folder that `save_to_disk` wrote, or what `load_dataset` takes; of a kind of files (`parquet`,
+    `webdataset`), `files=https://host/{00..12}.parquet` says which. With `streaming=true` nothing is downloaded first:
+    see `open_stream`.
 
     Raises:
         NoSplit: the data set has no such split.
@@ -73,8 +75,12 @@ def open_datasets(location: str, options: OpenOptions) -> ImageSet:
         if here:
             found = datasets.load_from_disk(str(expanded(name)))
         else:
-            version = {"revision": wanted["revision"]} if "revision" in wanted else {}
+            version: dict[str, Any] = {"revision": wanted["revision"]} if "revision" in wanted else {}
+            if "files" in wanted:
+                version["data_files"] = [str(place) for place in expand_locations(wanted["files"], "")]
             found = datasets.load_dataset(name, wanted.get("config"), streaming=streaming == "true", **version)
+    except UsageError:
+        raise
     except Exception as error:  # noqa: BLE001 - the library and the scripts it runs raise what they like
         raise UsageError(f"datasets cannot load {name!r}: {in_words(error)[:300]}") from None
     if isinstance(found, dict):

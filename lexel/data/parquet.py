@@ -18,7 +18,7 @@ from lexel.regular import open_regular
 
 IMAGE = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes")
 LABEL = ("label", "labels", "cls", "class", "fine_label")
-CAPTION = ("caption", "text", "prompt")
+CAPTION = ("caption", "text", "txt", "prompt")
 NAME = ("name", "file_name", "filename", "path", "key", "__key__")
 
 
