@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.memory import resident
-from lexel.data.listing import Names
+from lexel.data.names import Names
 from lexel.data.order import permutation
 
 IN_A_FOLDER = 10_000

@@ -44,6 +44,7 @@ def survives(
     count: int,
     check: Callable[[Any], None] | None = None,
     always: bool = False,
+    name: str | None = None,
 ) -> int:
     """Reads damaged copies of the file at `path`, in its place: anything raised but a UsageError fails the test.
 
@@ -56,13 +57,14 @@ def survives(
         seed, count: of `mutations`.
         check: asserts that what was read is right.
         always: whether every copy must be read, without an error.
+        name: what the file is called in CORPUS, where its own name is another one each time.
 
     Returns:
         How many of the `count` copies were read without an error.
     """
-    data, readable, corpus = path.read_bytes(), 0, CORPUS / reader()
+    data, readable, corpus, name = path.read_bytes(), 0, CORPUS / reader(), name or path.name
     try:
-        for kept in inputs(corpus, path.name):
+        for kept in inputs(corpus, name):
             path.write_bytes(kept.read_bytes())
             try:
                 _is_read(read, path, check, always)
@@ -73,8 +75,7 @@ def survives(
             try:
                 readable += _is_read(read, path, check, always)
             except (Exception, pytest.fail.Exception) as error:
-                kept = corpus / f"{path.name}.{seed}-{number}"
-                where = _keep(kept, damaged)
+                where = _keep(corpus / f"{name}.{seed}-{number}", damaged)
                 raise AssertionError(f"mutation {number} of seed {seed}, {where}: {_told(error)}") from error
     finally:
         path.write_bytes(data)

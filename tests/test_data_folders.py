@@ -13,7 +13,8 @@ from lexel.data import ArrayImages, NoSplit, UnreadableImage, open_images, read_
 from lexel.data.config import DataConfig, open_data
 from lexel.data.folder import classes_of_names, layout
 from lexel.data.images import CachedImages
-from lexel.data.listing import Names, find_images
+from lexel.data.listing import find_images
+from lexel.data.names import Names
 from lexel.errors import UsageError
 
 PICTURE = Image.fromarray(np.full((12, 14, 3), 7, np.uint8))

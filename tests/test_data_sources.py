@@ -222,7 +222,7 @@ def test_a_damaged_index_is_made_again(tmp_path, count):
         assert np.array_equal(images.read(COUNT - 1), first.read(COUNT - 1))
 
     for path in sorted((tmp_path / "cache" / "indexes").iterdir())[:1]:
-        survives(lambda _: open_images(source), path, 8, count, is_the_same, always=True)
+        survives(lambda _: open_images(source), path, 8, count, is_the_same, always=True, name="index.npz")
 
 
 def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):

@@ -48,10 +48,11 @@ def test_a_reader_that_must_read_everything_may_refuse_nothing(tmp_path, monkeyp
     assert len([path for path in (tmp_path / "corpus").rglob("*") if path.is_file()]) == 1
 
 
-def test_every_input_that_is_kept_belongs_to_a_test_and_is_small():
+def test_every_input_that_is_kept_belongs_to_a_test_and_is_small_and_of_no_machine():
     sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
     kept = [path for path in CORPUS.glob("*/**/*") if path.is_file()]
     assert len(kept) > 8
     for path in kept:
         assert f"def test_{path.relative_to(CORPUS).parts[0]}(" in sources
         assert path.stat().st_size < 100_000
+        assert b"pytest-of-" not in path.read_bytes(), f"{path} names a folder of the machine it was found on"

@@ -10,7 +10,8 @@ from warnings import warn
 
 from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
 from lexel.data.images import FileImages, ImageSet
-from lexel.data.listing import Names, find_images, holds_images, is_folder
+from lexel.data.listing import find_images, holds_images, is_folder
+from lexel.data.names import Names
 from lexel.errors import UsageError, some
 
 # How a folder may call its parts; the first of each row is the name used here.

@@ -4,17 +4,23 @@ import copy
 import hashlib
 import json
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lexel.data.depth import to_channels, to_depth
+from lexel.data.digests import digest as digest
+from lexel.data.digests import rows
+from lexel.data.digests import size_and_date as size_and_date
 from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, in_words
-from lexel.data.listing import Names
-from lexel.errors import UsageError, some
+from lexel.data.held_out import hold_out_order, renumbered
+from lexel.data.index_file import Column, is_large, map_index
+from lexel.data.names import ChosenNames, Labels, Names
+from lexel.errors import UsageError
 from lexel.regular import open_regular
 
 
@@ -30,6 +36,8 @@ class ImageSet:
         channels: of the arrays that `read` gives: 3 for RGB.
         depth: bits a channel: 8 (uint8) or 16 (uint16).
         window: neighbours that a training shuffles, of a set that is read forwards; None for all others.
+        places_in: the attribute that says where each image lies, int64 (N, k); None where nothing of that size does.
+        source: plain data that names where a large set comes from, whose index is mapped; None for others.
         left_out: what was found but does not belong to the set, and why: folders without rights, named pipes, damaged
             shards. Pictures that turn out to be unreadable are not in it.
     """
@@ -38,6 +46,8 @@ class ImageSet:
     depth: int = 8
     captions: Sequence[str] | None = None
     window: int | None = None
+    places_in: str | None = None
+    source: Any = None
 
     def __init__(
         self,
@@ -46,9 +56,11 @@ class ImageSet:
         classes: Sequence[str] = (),
         attribution: str | None = None,
     ) -> None:
-        self.names: Sequence[str] = names if isinstance(names, Names) else Names(names)
+        self.names: Names = names if isinstance(names, Names) else Names(names)
         kept: dict[int, int] = {}  # one object for each class, however many pictures it has
-        self.labels = None if labels is None else list(map(kept.setdefault, labels, labels))
+        self.labels: Sequence[int] | None = labels
+        if labels is not None and not isinstance(labels, Labels):
+            self.labels = list(map(kept.setdefault, labels, labels))
         self.classes = list(classes)
         self.attribution = attribution
         self.left_out: dict[str, str] = {}
@@ -96,7 +108,7 @@ class ImageSet:
         """Whether reading needs CUDA, which a process forked from one that uses it cannot have."""
         return False
 
-    def subset(self, numbers: Sequence[int]) -> "ImageSet":
+    def subset(self, numbers: Sequence[int] | NDArray[np.int64]) -> "ImageSet":
         """The pictures with these numbers, in this order."""
         return Subset(self, numbers)
 
@@ -123,40 +135,37 @@ class ImageSet:
             while count < len(order) - 1 and not self._is_readable(order[count]):
                 count += 1
             count = min(count + 1, len(order) - 1)
-        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+        rest, held = self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
+        for part in (rest, held):
+            map_index(part, self.source and ["held out", fraction, part is held, self.source])
+        return rest, held
+
+    def index(self) -> dict[str, Column]:
+        """What of a set grows with its number of images; see `map_index`."""
+        columns: dict[str, Column] = {"names": self.names}
+        if self.labels is not None:
+            columns["labels"] = np.array(self.labels, np.int32)
+        if self.captions is not None:
+            columns["captions"] = Names(self.captions)
+        if self.places_in is not None:
+            columns["places"] = getattr(self, self.places_in)
+        return columns
+
+    def hold_index(self, columns: Mapping[str, Column]) -> None:
+        """Takes over columns as `index` gives them, which may be mapped now."""
+        for name, column in columns.items():
+            if name == "labels":
+                assert isinstance(column, np.ndarray)
+                self.labels = Labels(column)
+            else:
+                setattr(self, str(self.places_in) if name == "places" else name, column)
 
     def _is_readable(self, number: int) -> bool:
         try:
-            self.read(number)
+            self.read(int(number))
         except UnreadableImage:
             return False
         return True
-
-
-def hold_out_order(names: Sequence[str], fraction: float) -> tuple[list[int], int]:
-    """Numbers of named things in the order of the hashes of the names, and how many of the first to hold out."""
-    if not 0 < fraction < 1:
-        raise UsageError(f"the part to hold out must lie between 0 and 1, got {fraction}")
-    if len(names) < 2:
-        raise UsageError(f"holding out a part needs at least 2 images, and there is {len(names)}")
-    digests = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
-    count = min(max(1, round(fraction * len(names))), len(names) - 1)
-    return sorted(range(len(names)), key=digests.__getitem__), count
-
-
-def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]) -> list[int]:
-    """Labels that number the classes `own`, as labels that number `classes`: the same names.
-
-    Raises:
-        UsageError: a label's class is not among `classes`; its name is said.
-    """
-    numbers = {name: number for number, name in enumerate(classes)}
-    unknown = sorted({own[label] for label in set(labels)} - numbers.keys())
-    if unknown:
-        known = ", ".join(list(classes)[:10]) + (", ..." if len(classes) > 10 else "")
-        raise UsageError(f"unknown class {some([*map(repr, unknown)])}; the classes are {known}")
-    table = [numbers.get(name, -1) for name in own]
-    return [table[label] for label in labels]
 
 
 class EncodedImages(ImageSet):
@@ -228,7 +237,12 @@ class FileImages(EncodedImages):
     ) -> None:
         super().__init__(Decoding(channels, depth, pixel_limit), names, labels, classes, attribution)
         self.folder = folder
-        self.files = self.names if files is None else Names(files)
+        self._files = None if files is None else Names(files)
+
+    @property
+    def files(self) -> Names:
+        """Paths of the pictures, relative to the folder."""
+        return self.names if self._files is None else self._files
 
     @property
     def pixel_limit(self) -> int:
@@ -238,7 +252,7 @@ class FileImages(EncodedImages):
         return open_regular(self.folder / self.files[number])
 
     def fingerprint(self) -> str:
-        return digest([list(self.names), [size_and_date(self.folder / file) for file in self.files]])
+        return digest([iter(self.names), (size_and_date(self.folder / file) for file in self.files)])
 
 
 class ArrayImages(ImageSet):
@@ -319,20 +333,37 @@ class Wrapped(ImageSet):
 class Subset(Wrapped):
     """Some pictures of another set."""
 
-    def __init__(self, images: ImageSet, numbers: Sequence[int]) -> None:
-        labels = None if images.labels is None else [images.labels[number] for number in numbers]
-        names = images.names
-        chosen = names.take(numbers) if isinstance(names, Names) else [names[number] for number in numbers]
-        super().__init__(images, chosen, labels)
-        if images.captions is not None:
-            self.captions = [images.captions[number] for number in numbers]
+    places_in = "numbers"
+
+    def __init__(self, images: ImageSet, numbers: Sequence[int] | NDArray[np.int64]) -> None:
         self.numbers = np.asarray(numbers, np.int64)
+        large = is_large(self.numbers)
+        super().__init__(images, self._chosen(images.names) if large else images.names.take(self.numbers), None)
+        if isinstance(images.labels, Labels):
+            self.labels = Labels(images.labels.array[self.numbers])
+        elif images.labels is not None:
+            self.labels = [images.labels[number] for number in self.numbers.tolist()]
+        if images.captions is not None:
+            own, whole = images.captions, large and isinstance(images.captions, Names)
+            self.captions = self._chosen(own) if whole else [own[number] for number in self.numbers.tolist()]
+
+    def _chosen(self, names: Any) -> Names:
+        return ChosenNames(names, self.numbers)
+
+    def index(self) -> dict[str, Column]:
+        return {name: column for name, column in super().index().items() if name in ("labels", "places")}
+
+    def hold_index(self, columns: Mapping[str, Column]) -> None:
+        super().hold_index(columns)
+        self.names = self._chosen(self.images.names)
+        if isinstance(self.images.captions, Names):
+            self.captions = self._chosen(self.images.captions)
 
     def read(self, number: int) -> np.ndarray:
         return self.images.read(int(self.numbers[number]))
 
     def fingerprint(self) -> str:
-        return digest([self.images.fingerprint(), self.numbers.tolist()])
+        return digest([self.images.fingerprint(), rows(self.numbers)])
 
 
 class Relabelled(Wrapped):
@@ -367,17 +398,3 @@ class CachedImages(Wrapped):
                 self._room -= picture.nbytes
                 self._kept[number] = picture
         return picture
-
-
-def digest(value: Any) -> str:
-    """The SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def size_and_date(path: str | Path) -> tuple[int, int] | None:
-    """Size and date of a file; None for a link that leads nowhere."""
-    try:
-        status = Path(path).stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns

@@ -5,14 +5,11 @@ import itertools
 import operator
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from lexel.data.files import EXTENSIONS
+from lexel.data.names import Names
 from lexel.errors import UsageError
 from lexel.regular import kind
 
@@ -24,93 +21,6 @@ _ENDINGS = frozenset(
 )
 # What most names end with, for a look at many names without a call of ours for each.
 _SHORT_ENDINGS = frozenset(f".{ending}" for ending in _ENDINGS if len(ending) == 3)
-
-
-class Names(Sequence[str]):
-    """Many strings in one buffer of bytes: 8 bytes each beside their letters, where a list of str takes 57.
-
-    Equal to a list of the same strings; `+` gives a list. Names of files that are no UTF-8 keep their bytes as Python
-    does (`os.fsdecode`).
-    """
-
-    def __init__(self, names: Iterable[str], prefix: str = "") -> None:
-        """The names, each behind the same prefix."""
-        names = names if isinstance(names, list) else list(names)
-        text = prefix + prefix.join(names) if names else ""
-        self._bytes = text.encode("utf-8", "surrogatepass")
-        lengths = np.fromiter(map(len, names), np.int64, len(names)) + len(prefix)
-        if len(self._bytes) > len(text):  # characters of several bytes
-            first = len(prefix.encode("utf-8", "surrogatepass"))
-            lengths[:] = [first + len(name.encode("utf-8", "surrogatepass")) for name in names]
-        self._ends = np.cumsum(lengths)
-
-    @classmethod
-    def joined(cls, parts: Sequence["Names"]) -> "Names":
-        """All names of several, one after the other, without a list of them."""
-        other = cls([])
-        other._bytes = b"".join([part._bytes for part in parts])
-        lengths = [np.diff(part._ends, prepend=0) for part in parts]
-        other._ends = np.cumsum(np.concatenate(lengths)) if parts else np.zeros(0, np.int64)
-        return other
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    @property
-    def blank(self) -> bool:
-        """Whether none of them has a letter."""
-        return not self._bytes
-
-    @property
-    def distinct(self) -> bool:
-        """Whether no two of them are equal."""
-        hashes = np.fromiter(map(hash, self), np.int64, len(self))
-        hashes.sort()
-        return not (hashes[1:] == hashes[:-1]).any() or len(set(self)) == len(self)
-
-    def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> "Names":
-        """The names with these numbers, in this order."""
-        chosen = np.asarray(numbers, np.int64)
-        lengths = np.diff(self._ends, prepend=0)[chosen]
-        lasts = self._ends[chosen]
-        other = object.__new__(Names)
-        starts = (lasts - lengths).tolist()
-        other._bytes = b"".join([self._bytes[a:b] for a, b in zip(starts, lasts.tolist(), strict=True)])
-        other._ends = np.cumsum(lengths)
-        return other
-
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # an IndexError or a number of the set
-        first = int(self._ends[number - 1]) if number else 0
-        return self._bytes[first : int(self._ends[number])].decode("utf-8", "surrogatepass")
-
-    def __iter__(self) -> Iterator[str]:
-        first = 0
-        for end in self._ends.tolist():
-            yield self._bytes[first:end].decode("utf-8", "surrogatepass")
-            first = end
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Names):
-            return self._bytes == other._bytes and np.array_equal(self._ends, other._ends)
-        return isinstance(other, list | tuple) and list(self) == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __add__(self, other: Sequence[str]) -> list[str]:
-        return [*self, *other]
-
-    def __radd__(self, other: Sequence[str]) -> list[str]:
-        return [*other, *self]
-
-    def __repr__(self) -> str:
-        return repr(list(self)) if len(self) <= 20 else f"<{len(self):,} names: {self[0]!r}, ...>"
 
 
 def find_images(folder: str | Path, left_out: dict[str, str] | None = None) -> Names:

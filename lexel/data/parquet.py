@@ -33,6 +33,8 @@ class ParquetImages(EncodedImages):
         names, labels, classes: as in ImageSet.
     """
 
+    places_in = "groups"
+
     def __init__(
         self,
         decoding: Decoding,
@@ -60,7 +62,7 @@ class ParquetImages(EncodedImages):
         return io.BytesIO(value)
 
     def fingerprint(self) -> str:
-        return digest(["parquet", list(self.names), self.column, [size_and_date(path) for path in self.files]])
+        return digest(["parquet", iter(self.names), self.column, [size_and_date(path) for path in self.files]])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}

@@ -14,6 +14,7 @@ from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
 from lexel.data.folder import SPLITS, NoSplit, open_file, open_folder
 from lexel.data.hub import open_datasets
 from lexel.data.images import ImageSet
+from lexel.data.index_file import map_index, source_of
 from lexel.data.lists import open_list
 from lexel.data.mixture import open_mixture
 from lexel.data.options import OpenOptions
@@ -119,7 +120,10 @@ def open_images(
 
 def _opened(source: str | Path, options: OpenOptions) -> ImageSet:
     kind, location = parse_source(source)
-    return lookup(SOURCES, kind, "source", "lexel.sources")(location, options)
+    images: ImageSet = lookup(SOURCES, kind, "source", "lexel.sources")(location, options)
+    if isinstance(images, ImageSet) and images.source is None:
+        map_index(images, source_of(kind, location, options.split))
+    return images
 
 
 def parse_source(source: str | Path) -> tuple[str, str]:

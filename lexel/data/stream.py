@@ -14,7 +14,8 @@ from warnings import warn
 
 from lexel.data.columns import Columns, encoded_image
 from lexel.data.files import Decoding, in_words
-from lexel.data.images import EncodedImages, ImageSet, digest, hold_out_order
+from lexel.data.held_out import hold_out_order
+from lexel.data.images import EncodedImages, ImageSet, digest
 from lexel.data.options import OpenOptions, whole_number
 from lexel.errors import UsageError
 

@@ -11,19 +11,21 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from warnings import warn
+from warnings import catch_warnings, simplefilter, warn
 
 import numpy as np
 
 from lexel.arrays import open_arrays
 from lexel.checkpoint import atomic
+from lexel.data.digests import digest, rows, size_and_date
 from lexel.data.files import EXTENSIONS, Decoding, in_words
 from lexel.data.folder import part_of_names
-from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
-from lexel.data.listing import Names
+from lexel.data.images import EncodedImages, ImageSet
+from lexel.data.index_file import find, index_path, map_index, source_of
+from lexel.data.names import Names
 from lexel.data.options import OpenOptions
 from lexel.data.remote import Location, Version, open_location, read_range, stem, version
 from lexel.data.shard_locations import expand_locations
@@ -46,7 +48,6 @@ class ShardIndex:
         labels: int64 (N,), NO_LABEL where there is none.
         captions: one a member, empty where there is none.
         damage: why the shard could not be read to its end, or empty.
-        version: size and date of the shard, or its server's name for this content.
     """
 
     names: Names
@@ -55,7 +56,6 @@ class ShardIndex:
     labels: np.ndarray
     captions: Names
     damage: str = ""
-    version: Version | None = None
 
 
 class TarImages(EncodedImages):
@@ -68,6 +68,8 @@ class TarImages(EncodedImages):
         places: shard number, offset and size of each picture: int64 (N, 3).
         names, labels, classes: as in ImageSet.
     """
+
+    places_in = "places"
 
     def __init__(
         self,
@@ -94,7 +96,7 @@ class TarImages(EncodedImages):
             return io.BytesIO(file.read(size))
 
     def fingerprint(self) -> str:
-        return digest(["tar", list(self.names), self.places[:, 1:].tolist(), self.found])
+        return digest(["tar", iter(self.names), rows(self.places[:, 1:]), self.found])
 
 
 def open_tar(location: str, options: OpenOptions) -> ImageSet:
@@ -110,7 +112,31 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         UsageError: there is no such shard, or no image in any.
     """
     shards = expand_locations(location, ".tar")
-    indexes = index_shards(shards, options)
+    versions = shard_versions(shards)
+    source = source_of("tar", location, options.split)
+    content = [VERSION, [[_spelled(path), found] for path, found in zip(shards, versions, strict=True)]]
+    kept = find(index_path(source, content))
+    if kept is not None:  # of a large set whose shards are the same
+        columns, classes = kept.columns, kept.facts["classes"]
+        images = TarImages(options.decoding, shards, versions, np.empty((0, 3), np.int64), [], None, classes)
+        images.hold_index(columns)
+        images.source = source
+        return images
+    with catch_warnings(record=True) as told:
+        simplefilter("always")
+        images = _open_shards(location, shards, versions, options)
+    for one in told:
+        warn(one.message, stacklevel=3)
+    if not told:
+        map_index(images, source, content)
+    return images
+
+
+def _open_shards(
+    location: str, shards: Sequence[Location], versions: Sequence[Version | None], options: OpenOptions
+) -> TarImages:
+    """The images of shards by the index of each."""
+    indexes = index_shards(shards, versions, options)
     left_out = {str(path): index.damage for path, index in zip(shards, indexes, strict=True) if index.damage}
     if left_out:
         first, why = next(iter(left_out.items()))
@@ -150,20 +176,42 @@ def open_tar(location: str, options: OpenOptions) -> ImageSet:
         chosen, names, labels, classes = np.array(part.numbers, np.int64), part.names, part.labels, part.classes
         if (own[chosen] != NO_LABEL).all() and len(chosen):
             labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
-    found = [index.version for index in indexes]
-    images = TarImages(options.decoding, shards, found, places[chosen], names, labels, classes)
+    images = TarImages(options.decoding, shards, versions, places[chosen], names, labels, classes)
     if not captions.blank:
         images.captions = captions.take(chosen)
     images.left_out = left_out
     return images
 
 
-def index_shards(shards: Sequence[Location], options: OpenOptions) -> list[ShardIndex]:
+def shard_versions(shards: Sequence[Location]) -> list[Version | None]:
+    """Size and date of every shard, or its server's name for its content.
+
+    Raises:
+        UsageError: one cannot be asked for.
+    """
+    with ThreadPoolExecutor(min(8, len(shards))) as pool:
+        return list(pool.map(_version, shards))
+
+
+def _version(path: Location) -> Version | None:
+    try:
+        return size_and_date(path) if isinstance(path, Path) else version(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {in_words(error)}") from None
+
+
+def _spelled(path: Location) -> str:
+    return str(path.resolve()) if isinstance(path, Path) else path
+
+
+def index_shards(
+    shards: Sequence[Location], versions: Sequence[Version | None], options: OpenOptions
+) -> list[ShardIndex]:
     """The index of every shard: from the cache where size and date of the shard are the same, else made anew."""
     done = 0
     indexes = []
     with ThreadPoolExecutor(min(8, len(shards))) as pool:
-        for index in pool.map(_indexed, shards):
+        for index in pool.map(_indexed, shards, versions):
             indexes.append(index)
             done += 1
             if options.progress is not None:
@@ -171,19 +219,15 @@ def index_shards(shards: Sequence[Location], options: OpenOptions) -> list[Shard
     return indexes
 
 
-def _indexed(path: Location) -> ShardIndex:
-    try:
-        found: Version | None = size_and_date(path) if isinstance(path, Path) else version(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {in_words(error)}") from None
-    key = digest(["tar", VERSION, str(path.resolve()) if isinstance(path, Path) else path, found])
+def _indexed(path: Location, found: Version | None) -> ShardIndex:
+    key = digest(["tar", VERSION, _spelled(path), found])
     cached = cache_folder() / "indexes" / f"{key}.npz"
     if is_cached(cached):
         try:
-            return replace(_load(cached), version=found)
+            return _load(cached)
         except UsageError:
             pass  # a damaged index is made again
-    index = replace(index_shard(path), version=found)
+    index = index_shard(path)
     if not index.damage:
         try:
             _save(cached, index)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lexel.arrays import ONLY, open_arrays, read_array
-from lexel.data.images import hold_out_order, renumbered
-from lexel.data.listing import Names
+from lexel.data.held_out import hold_out_order, renumbered
+from lexel.data.names import Names
 from lexel.data.order import Positions, crop_choices
 from lexel.data.tokens.format import (
     INDEX,
@@ -295,7 +295,7 @@ class TokenSet:
     def hold_out(self, fraction: float) -> tuple["TokenSet", "TokenSet"]:
         """Two sets, the rest and the held-out part: at least one image, chosen by the hashes of the names."""
         order, count = hold_out_order(self.names, fraction)
-        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+        return self.subset(np.sort(order[count:])), self.subset(np.sort(order[:count]))
 
     def histogram(self) -> Tensor:
         """Counts of each code over all versions: int64 (codebook_size,)."""
