@@ -69,7 +69,7 @@ NOT_COMPARED: dict[str, dict[str, str]] = {
     "Emu3.5 IBQ tokenizer": {"*/eval/diff_is": "0, for the published evaluation computes no loss"},
     "FlexTok parts": {
         "trunk/*": "no autoencoder of Lexel has FlexTok's transformer",
-        "sincos_posemb*": "its axes are crosswise; no autoencoder of Lexel has it",
+        "sincos_posemb*": "its axes are crosswise, and no autoencoder of Lexel has it",
         "fsq/*/bound": "the value before rounding, which FSQ keeps to itself",
         "rf_noise/*": "float64 copies of what float32 drew",
     },

@@ -260,7 +260,7 @@ class Run:
             return theirs
         parts = [theirs] if isinstance(theirs, Tensor) else theirs
         self.fixture.seen |= {part.untyped_storage().data_ptr() for part in parts}
-        return parts[0] if len(parts) == 1 else torch.cat([part.double() for part in parts])
+        return parts[0] if len(parts) == 1 else torch.cat([part.double().flatten() for part in parts])
 
     def same(self, name: str, ours: Tensor, theirs: Tensor | Sequence[Tensor] | Absent | None = None) -> None:
         """Compares integers, which must be equal; in float32 to the published float32's or to float64's."""

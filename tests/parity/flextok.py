@@ -61,22 +61,28 @@ def fsq(run: Run) -> None:
 
 
 def noising(run: Run, content: dict) -> None:
-    clean = torch.cat([run.cast(each) for each in content["clean"]])
+    clean = [run.cast(each) for each in content["clean"]]
     for name, part in content.items():
         if name == "clean":
             continue
         settings = part["settings"]
-        stratified = settings.get("stratisfied", False)  # spelt so
+        stratified = settings["ln"] and settings.get("stratisfied", False)  # spelt so; only normal ones are
         distribution = "logit_normal" if settings["ln"] else "uniform"
         *noise, draw = (run.cast(each) for each in part["draws"])
         if settings["ln"] and not stratified:  # drawn as normal numbers
             draw = torch.special.ndtr(draw)
         sigma = training_times(draw, distribution, stratified)
-        if settings.get("mode_scale"):
+        if settings.get("mode_scale") and not settings["ln"]:
             sigma = mode(sigma, settings["mode_scale"])
         run.close(f"rf_noise {name} sigmas", sigma, content[name]["sigmas"], 1e-6)
-        noised = Transport().between(clean, torch.cat(noise), 1 - sigma)[0]
-        run.close(f"rf_noise {name} noised", noised, content[name]["noised"], 1e-6)
+        between = zip(clean, noise, 1 - sigma, strict=True)
+        noised = [Transport().between(data, pure, time[None])[0] for data, pure, time in between]
+        run.close(f"rf_noise {name} noised", in_a_row(noised), content[name]["noised"], 1e-6)
+
+
+def in_a_row(samples: list[Tensor]) -> Tensor:
+    """All numbers of samples that may differ in size."""
+    return torch.cat([sample.flatten() for sample in samples])
 
 
 def guidance(run: Run, content: dict) -> None:
@@ -97,7 +103,7 @@ def guidance(run: Run, content: dict) -> None:
 
 
 def euler(run: Run, content: dict) -> None:
-    noise = torch.cat([run.cast(each) for each in content["noise"]])
+    noise = [run.cast(each) for each in content["noise"]]
     first, second = (float(number) for number in re.findall(r"(\d+\.\d+)\*x", content["model"]))
 
     def conditional(x: Tensor, t: Tensor) -> Tensor:
@@ -120,15 +126,18 @@ def euler(run: Run, content: dict) -> None:
         return lambda x, t: unconditional(x, t) + scale * (conditional(x, t) - unconditional(x, t))
 
     for name in content.keys() - {"noise", "model", "steps"}:
-        field = field_of(name)
-        ours = lambda x, time, field=field: -field(x, rounded(1 - time).view(-1, 1, 1, 1))  # noqa: E731
-        *_, last = solve_ode(ours, noise, content["steps"] + 1)
-        run.close(f"euler {name}", last, content[name])
+        found = []
+        for start in noise:
+            field = field_of(name)
+            ours = lambda x, time, field=field: -field(x, rounded(1 - time).view(-1, 1, 1, 1))  # noqa: E731
+            *_, last = solve_ode(ours, start, content["steps"] + 1)
+            found.append(last)
+        run.close(f"euler {name}", in_a_row(found), content[name])
 
 
 def times(run: Run) -> None:
     config, state = run.content["config"], run.content["state_dict"]
-    embedding = TimeEmbedding(config["dim"])
+    embedding = TimeEmbedding(config["dim"], config["frequency_embedding_size"])
     embedding.load_state_dict(state)
     embedding = embedding.to(run.dtype)
     time = run.cast(run.content["t"]) * 1000 / config["max_timestep"]
@@ -138,12 +147,13 @@ def times(run: Run) -> None:
 
 
 def first_tokens(run: Run, content: dict) -> None:
-    """Samples of as many tokens, each with a number that stays."""
-    x = torch.cat([run.cast(each) for each in content["x"]]).transpose(1, 2)  # (B, C, N)
-    part = FirstTokens(x.shape[2], x.shape[1], NestedConfig()).to(run.dtype)
-    part.load_state_dict({"left_out": content["state_dict"]["dropout_mask_token"].flatten()})
-    found = part.cut(x, torch.tensor(content["keep_k"])).transpose(1, 2)
-    run.close("nested_dropout", found, content["out"])
+    """Samples, each with the number of its tokens that stay."""
+    found = []
+    for x, count in zip(content["x"], content["keep_k"], strict=True):
+        part = FirstTokens(x.shape[1], x.shape[2], NestedConfig()).to(run.dtype)
+        part.load_state_dict({"left_out": content["state_dict"]["dropout_mask_token"].flatten()})
+        found.append(part.cut(run.cast(x).transpose(1, 2), torch.tensor([count])).transpose(1, 2))
+    run.close("nested_dropout", in_a_row(found), content["out"])
 
 
 def kept(run: Run, frequencies: dict, depth: int) -> None:

@@ -14,11 +14,17 @@ TIME_WIDTH = 256
 
 
 class TimeEmbedding(nn.Module):
-    """Times (N,) as vectors (N, C): sinusoids through two linear layers."""
+    """Times (N,) as vectors (N, C): sinusoids through two linear layers.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: C.
+        features: number of sinusoids.
+    """
+
+    def __init__(self, width: int, features: int = TIME_WIDTH) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def initialise(self) -> None:
         """Normals of 0.02 for both matrices."""
@@ -29,7 +35,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, time: Tensor) -> Tensor:
         dtype = next(self.parameters()).dtype
         exact = time.double() if dtype == torch.float64 else time
-        return self.mlp(time_features(exact, TIME_WIDTH).to(dtype))  # (N, C)
+        return self.mlp(time_features(exact, self.features).to(dtype))  # (N, C)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
