@@ -25,7 +25,7 @@ from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.regular import expanded
-from lexel.run_log import Run, Snapshot, Snapshots, Thinned, is_number, last_metrics, read_metrics
+from lexel.run_log import CHOICES, Run, Snapshot, Snapshots, Thinned, is_number, last_metrics, read_metrics
 from lexel.same_recipe import check_same_recipe
 
 NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
@@ -115,14 +115,21 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             raise UsageError(f"{self.path} is no run folder: it has no {self.metrics.name}")
-        kinds = {"train": Thinned(), "validation": Thinned()}
+        kinds = {"train": Thinned(), "validation": Thinned(), CHOICES: Thinned()}
         evaluations = Thinned()
         for line in read_metrics(self.metrics):
             kinds.get(line["kind"], evaluations).append(line)
-        train, validation = (each.lines for each in kinds.values())
+        train, validation, chosen = (each.lines for each in kinds.values())
         snapshots = Snapshots(self.snapshot_steps(), self.snapshot_path)
         return Run(
-            name or self.path.name, self.path, self.read_recipe(), train, validation, evaluations.lines, snapshots
+            name or self.path.name,
+            self.path,
+            self.read_recipe(),
+            train,
+            validation,
+            evaluations.lines,
+            snapshots,
+            chosen,
         )
 
     def claim(self, recipe: Config) -> None:
@@ -295,10 +302,14 @@ class RunFolder:
 
     # ------------------------------------------------------------------------------------------ the log
 
-    def log(self, step: int, kind: str, seconds: float, values: Mapping[str, float | None]) -> None:
-        """Appends a line to `metrics.jsonl`; what does not apply, or JSON cannot say (NaN), is left out."""
+    def log(self, step: int, kind: str, seconds: float, values: Mapping[str, float | str | None]) -> None:
+        """Appends a line to `metrics.jsonl`; what does not apply, or JSON cannot say (NaN), is left out.
+
+        Texts are for the kind CHOICES.
+        """
         line: dict[str, Any] = {"step": step, "kind": kind, "seconds": round(seconds, 3)}
-        line |= {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        given = {name: value for name, value in values.items() if value is not None}
+        line |= {name: value for name, value in given.items() if isinstance(value, str) or math.isfinite(value)}
         if kind == "validation":
             self.best_step()
             self._rank(line)

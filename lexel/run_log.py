@@ -4,7 +4,7 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ SPEEDS = {  # of a line of training, and what they are of
     "data_images_per_second": "reading alone",
     "step_images_per_second": "steps alone",
 }
+CHOICES = "choices"  # the kind of the line at a start, whose values are texts
 LARGEST = 4096  # lines of a kind that pages draw
 RECENT = 64  # of them all the newest, which the verdict on a codebook reads
 BLOCK = 64 * 1024  # bytes that are read from the end of a log
@@ -94,6 +95,8 @@ def _read_line(text: bytes) -> dict[str, Any] | None:
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
         return None
     numbers = {name: value for name, value in line.items() if name != "kind"}
+    if line["kind"] == CHOICES:
+        numbers = {name: value for name, value in numbers.items() if not isinstance(value, str)}
     if not {"step", "seconds"} <= numbers.keys() or not all(map(is_number, numbers.values())):
         return None
     return line if isinstance(line["step"], int) and line["step"] >= 0 else None
@@ -198,6 +201,7 @@ class Run:
         train, validation, evaluations: lines of `metrics.jsonl`, thinned where there are thousands; the last of the
             protocols that the recipe lists.
         snapshots: by step.
+        choices: lines of what was chosen for the device, one for each start.
     """
 
     name: str
@@ -207,6 +211,7 @@ class Run:
     validation: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     snapshots: Mapping[int, Snapshot]
+    choices: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last(self) -> Mapping[str, NDArray[Any]]:

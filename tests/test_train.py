@@ -24,6 +24,7 @@ from lexel.errors import UsageError
 from lexel.loading import load_tokenizer
 from lexel.losses import reconstruction
 from lexel.quantizers import save_bank
+from lexel.report import write_report
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.run_log import SPEEDS
 from lexel.tokenizer import Tokenizer
@@ -118,7 +119,8 @@ def final_state(folder):
 
 def logged(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    kept = [line for line in lines if line["kind"] != "choices"]  # of a machine and a start, not of a recipe
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in kept]
 
 
 @pytest.fixture(scope="module")
@@ -347,6 +349,16 @@ def test_the_log_has_the_speed_of_reading_of_the_steps_and_of_both(straight):
             assert line["step_images_per_second"] > line["images_per_second"]
 
 
+def test_the_first_line_of_a_log_says_what_was_chosen_for_the_device_and_the_report_shows_it(straight):
+    chosen = json.loads((straight / "metrics.jsonl").read_text().splitlines()[0])
+    assert (chosen["kind"], chosen["step"], chosen["precision"]) == ("choices", 0, "float32")
+    assert (chosen["optimizer"], chosen["layout"]) == ("Adam, fused", "contiguous")
+    assert (chosen["reading_processes"], chosen["search"]) == ("0", "tiled, scanned in float32")
+    assert chosen["attention"] in ("flash_attention", "math")
+    page = write_report(straight).read_text(encoding="utf-8")
+    assert all(value in page for name, value in chosen.items() if name not in ("kind", "step", "seconds"))
+
+
 def test_a_validation_tells_how_many_tokens_its_usage_stands_on(straight):
     held_out, tokens = 6, 8 * 8
     assert {line["tokens"] for line in logged(straight) if line["kind"] == "validation"} == {held_out * tokens}
@@ -384,6 +396,8 @@ def test_a_run_may_grow_and_change_what_it_writes(pictures, tmp_path):
     assert longer.step == STEPS + 2
     assert [line["step"] for line in logged(tmp_path) if line["kind"] == "train"][-2:] == [STEPS + 1, STEPS + 2]
     train_tokenizer(recipe(pictures, steps=STEPS + 6), tmp_path, device="cpu", progress=interrupted_at(STEPS + 3))
+    starts = [line["step"] for line in RunFolder(tmp_path, writes=False).lines("choices")]
+    assert starts == [0, STEPS, STEPS + 2]
     newest = load_state(RunFolder(tmp_path, writes=False).checkpoint(STEPS + 4))["average"]
     for name, value in load_tokenizer(tmp_path).state_dict().items():  # not what was exported at the earlier end
         assert torch.equal(value, newest[f"module.{name}"]), name

@@ -162,6 +162,7 @@ def test_a_run_begun_without_a_fused_optimizer_goes_on_without_it():
     generator_step(older, 1)
     generator_step(learner, 1)
     equal(older.state_dict(), learner.state_dict())
+    assert learner.choices(0)["optimizer"] == "AdamW, not fused"
 
 
 def test_tokens_of_another_shape_are_refused_in_one_line(family):

@@ -137,7 +137,9 @@ def near_codes(
         scan: the precision of the scan, which decides the time and nothing else; by default the fastest.
         implementation: of the scan, "tiled" or "triton"; the latter has kernels for a scan in bfloat16.
     """
-    scan = scan or _fastest(queries, keys)
+    if scan is None:
+        single = queries.dtype == torch.float32
+        scan = _fastest(queries.device, len(queries), *keys.shape) if single else queries.dtype
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
     if implementation == "triton" and scan == torch.bfloat16:
         return _triton_near_codes(queries, keys, bias, slack, together)
@@ -207,15 +209,22 @@ def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Ten
     return queries.new_empty(len(queries), dtype=torch.int64)
 
 
-def _fastest(queries: Tensor, keys: Tensor) -> torch.dtype:
-    smallest = SMALLEST_HALF if queries.device.type == "cpu" else 32
-    if queries.dtype != torch.float32 or len(queries) * len(keys) < 2**20 or keys.shape[1] < smallest:
-        return queries.dtype
-    if has_half_products(queries.device):
-        return torch.bfloat16
-    if queries.device.type != "cpu":
+def search_on(device: torch.device, rows: int, codes: int, dims: int) -> str:
+    """How `nearest` searches float32 rows on a device, for people: "tiled, scanned in bfloat16"."""
+    implementation = choose_implementation("auto", torch.empty(0, device=device))
+    return f"{implementation}, scanned in {str(_fastest(device, rows, codes, dims)).removeprefix('torch.')}"
+
+
+def _fastest(device: torch.device, rows: int, codes: int, dims: int) -> torch.dtype:
+    """The precision in which a scan of float32 numbers takes the least time."""
+    smallest = SMALLEST_HALF if device.type == "cpu" else 32
+    if rows * codes < 2**20 or dims < smallest:
         return torch.float32
-    whole = SMALLEST_INT8 <= keys.shape[1] <= LARGEST_INT8
+    if has_half_products(device):
+        return torch.bfloat16
+    if device.type != "cpu":
+        return torch.float32
+    whole = SMALLEST_INT8 <= dims <= LARGEST_INT8
     return torch.int8 if whole and torch.cpu._is_vnni_supported() else torch.float32
 
 

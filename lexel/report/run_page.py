@@ -14,6 +14,8 @@ from lexel.report.reference import ReferenceCurves, reference_for, settings_of
 from lexel.run_folder import RunFolder
 from lexel.run_log import SPEEDS, Run
 
+STARTS = 3  # of a run, whose choices a page shows
+
 
 def write_report(folder: str | Path) -> Path:
     """Writes `report.html` into a run folder from what the folder holds; returns its path."""
@@ -21,7 +23,7 @@ def write_report(folder: str | Path) -> Path:
     run = files.contents()
     reference = reference_for(folder)
     sections_of = generator_sections if "generator" in run.recipe else tokenizer_sections
-    sections = [*sections_of(run, reference), *recipe_section(files.recipe)]
+    sections = [*sections_of(run, reference), *choices_section(run), *recipe_section(files.recipe)]
     behind = "" if reference is None else f" {reference.caption(settings_of(run.recipe))}"
     return write_page(files.report, f"Run {run.name}", lead(run) + behind, sections, tiles(run))
 
@@ -90,6 +92,15 @@ def generator_sections(run: Run, reference: ReferenceCurves | None = None) -> li
     sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
     sections.append(Section("Timing", figures=timing_figures(run.train)))
     return [section for section in sections if section.figures]
+
+
+def choices_section(run: Run) -> list[Section]:
+    """What the run chose for its device: a column for each start, of the newest."""
+    starts = run.choices[-STARTS:]
+    names = dict.fromkeys(name for line in starts for name in line if name not in ("step", "kind", "seconds"))
+    rows = [(name.replace("_", " "), *(str(line.get(name, "")) for line in starts)) for name in names]
+    head = ("", *(f"from step {line['step']:,}" for line in starts))
+    return [Section("Chosen for the device", table=[head, *rows])] if rows else []
 
 
 def generator_figures(run: Run, reference: ReferenceCurves | None = None) -> list[Figure]:

@@ -23,6 +23,7 @@ from lexel.generators import Generator, GeneratorConfig, TrainingLosses, family_
 from lexel.loading import load_generator
 from lexel.run_folder import SHARDS
 from lexel.tokenizer import Tokenizer
+from lexel.train.choices import choices
 from lexel.train.evaluations import while_training
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.initialise import initialise_generator
@@ -86,6 +87,10 @@ class Learner:
         self.generator.train()
         # Of its own: what it sends in the background must not mix with what training sends.
         self._writers = torch.distributed.new_group(backend="gloo") if config.sharded_checkpoints else None
+
+    def choices(self, readers: int) -> dict[str, str]:
+        """What was chosen for the device, where `readers` processes read images."""
+        return choices(self.processes.runtime, self.optimizer, processes=self.processes.count, readers=readers)
 
     @property
     def measured(self) -> Generator:
@@ -355,6 +360,7 @@ def train_generator(
         learner = Learner(config, generator, processes)
         session.resume(learner)
         batches = source.batches(config, session.first, processes.rank, processes.count)
+        session.chose(learner.choices(source.workers))
         measuring = while_training(config.evaluations, processes, session.micro_batch, recipe.data.images)
         for step in session.steps():
             lr, decay = config.lr * step.lr_factor, config.decay(step.number, step.steps)

@@ -17,6 +17,7 @@ from lexel.data.pace import Pace
 from lexel.distributed import gather
 from lexel.errors import UsageError
 from lexel.run_folder import RunFolder, TrainingStopped
+from lexel.run_log import CHOICES
 from lexel.train.evaluations import Evaluation
 from lexel.train.optimization import RunningMeans, seed_step
 from lexel.train.plan import check_memory
@@ -114,6 +115,7 @@ class Session:
         with Session(recipe, out, device, processes, {"training": names, "validation": held_out}) as session:
             learner = ...
             session.resume(learner)
+            session.chose(choices(...))
             for step in session.steps():
                 session.log(step, learner.step(...))
                 if step.validates:
@@ -233,6 +235,11 @@ class Session:
         if self._state is not None:
             learner.load_state_dict(self._state, self.run.checkpoint(self.first))
             self._state = None  # as large as the learner itself
+
+    def chose(self, choices: Mapping[str, str]) -> None:
+        """Writes what was chosen for the device, where there are steps to do: see `lexel.train.choices`."""
+        if not self.finished:
+            self.processes.decide(lambda: self.run.log(self.first, CHOICES, self._seconds_before, choices))
 
     def steps(self) -> Iterator[Step]:
         """The steps that are left, each with its random numbers seeded; ends early after a signal."""

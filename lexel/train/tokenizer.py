@@ -28,6 +28,7 @@ from lexel.quantizers.base import weighted_sum
 from lexel.run_folder import TrainingStopped
 from lexel.tokenizer import Tokenizer
 from lexel.train.adversary import Adversary
+from lexel.train.choices import choices, search
 from lexel.train.evaluations import while_training
 from lexel.train.initialise import initialise
 from lexel.train.objective import Objective, gathered
@@ -72,7 +73,7 @@ class Learner:
         train = recipe.resolved().train
         self.config, self.processes = train, processes
         device = processes.device
-        self.weights = train.weights
+        self.weights, self.size = train.weights, recipe.data.size
         self.tokenizer = tokenizer.to(device)
         set_layout(self.tokenizer, train.channels_last)
         self.codebook = SpreadCodebook(self.tokenizer) if train.shard_codebook else None
@@ -129,6 +130,16 @@ class Learner:
         return next(
             (number for number, one in enumerate(self.learning) if any(one is own for own in self.spread)), None
         )
+
+    def choices(self, readers: int, images: int) -> dict[str, str]:
+        """What was chosen for the device, where `readers` processes read and `images` pass through it at a time."""
+        where, count = self.processes.runtime, self.processes.count
+        rows = images * math.prod(self.tokenizer.grid(self.size, self.size))
+        return {
+            **choices(where, self.optimizer, processes=count, readers=readers),
+            "layout": "channels last" if self.config.channels_last else "contiguous",
+            "search": search(self.tokenizer.quantizer, where.device, rows),
+        }
 
     def whole_average(self) -> contextlib.AbstractContextManager[None]:
         """The average with all its codes for a while, where they are spread over the processes."""
@@ -274,6 +285,7 @@ def train_tokenizer(
             micro_batches=config.accumulation,
         )
         session.pace = batches.pace
+        session.chose(learner.choices(batches.pace.workers, session.micro_batch))
         start = math.inf if learner.adversary is None else learner.adversary.config.start
         unreadable: dict[str, str] = {}
         measuring = while_training(config.evaluations, processes, session.micro_batch, data)

@@ -43,6 +43,7 @@ class TokenSource:
         self.histogram_bits: float | None = None
         self.unreadable: dict[str, str] = {}
         self.pace: Pace | None = None  # of reading images
+        self.workers = 0  # processes that read images
         self._validation_classes: Tensor | None = None  # the training set's number of each class of the validation set
         if data.tokens is not None:
             self._open_tokens(data, recipe.generator)
