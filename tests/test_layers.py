@@ -2,12 +2,12 @@
 
 import ast
 import functools
-import multiprocessing
+import json
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -164,13 +164,43 @@ def test_help_needs_neither_torch_nor_numpy():
     assert "train" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
 
+FORKS = """import json, os, sys, traceback
+import torch
+for line in sys.stdin:
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    os.dup2(2, 1)
+    try:
+        exec(json.loads(line), {})
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+"""
+
+
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Callable[[str], None]]:
-    """Runs a text in a process of its own, forked from one that has imported torch and nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
-        yield lambda text: pool.submit(exec, text, {}).result()
+    """Runs a text in a process of its own, forked from one that has imported torch and nothing else.
+
+    Not by multiprocessing, whose one server of forks keeps what the first test to start it had it import.
+    """
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        ) as server,
+    ):
+
+        def run_forked(text: str) -> None:
+            server.stdin.write(json.dumps(text) + "\n")
+            server.stdin.flush()
+            status = server.stdout.readline().strip()
+            errors.seek(0)
+            assert status == "0", errors.read()
+
+        yield run_forked
 
 
 def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_libraries(alone):
