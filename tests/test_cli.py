@@ -91,6 +91,11 @@ def test_a_run_leaves_all_that_was_promised(run):
     assert {"recipe.toml", "metrics.jsonl", "checkpoints", "config.json", "model.safetensors", "report.html"} <= names
 
 
+def test_a_training_without_a_folder_is_refused_in_one_line(capsys):
+    code, _, error = lexel(capsys, "train", "recipes/tiny.toml")
+    assert (code, error) == (2, "lexel: give the run folder: lexel train recipes/tiny.toml --out runs/tiny\n")
+
+
 def test_a_log_file_gets_the_first_and_the_last_step_of_a_training(capsys):
     with progress("train", "steps") as update:
         for step in range(1, 6):
@@ -168,7 +173,8 @@ def test_the_other_discriminator_learns_too(pictures, capsys, tmp_path):
 
 
 def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(capsys, tmp_path):
-    code, out, _ = lexel(capsys, "train", "ibq_16384", "--out", tmp_path / "none", "--dry-run")
+    code, out, _ = lexel(capsys, "train", "ibq_16384", "--dry-run")
+    assert lexel(capsys, "train", "ibq_16384", "--out", tmp_path / "none", "--dry-run") == (code, out, "")
     assert code == 0
     assert "entropy_batch = -0.05" in out
     assert "106,787,715 parameters" in out

@@ -55,7 +55,9 @@ def demo(
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A TOML file, or the name of one of Lexel's recipes.")],
-    out: Annotated[Path, typer.Option(help="The run folder; the same command again resumes the run in it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; the same command again resumes the run in it.")
+    ] = None,
     set_: Set = None,
     init: Annotated[
         str | None, typer.Option(help="Model to fine-tune: a run, a model folder, a checkpoint or a hub id.")
@@ -89,6 +91,8 @@ def train(
 
         print(plan(loaded))
         return
+    if out is None:
+        raise UsageError(f"give the run folder: lexel train {recipe} --out runs/{recipe.stem}")
     with progress(recipe.stem, "steps") as update:
         trained = run_training(
             loaded,
