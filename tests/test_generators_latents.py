@@ -271,16 +271,16 @@ def test_a_family_that_needs_code_vectors_says_so_without_a_tokenizer():
 def test_training_lowers_the_loss(name):
     generator = make(name).float().train()
     tokens, labels = some_tokens(generator, 4), torch.arange(4)
-    optimizer = torch.optim.Adam(generator.parameters(), 2e-3)
+    optimizer = torch.optim.Adam(generator.parameters(), 5e-3, fused=True)
     torch.manual_seed(0)
     history = []
-    for _ in range(30):
+    for _ in range(15):
         loss = sum(generator.losses(tokens, labels).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         history.append(loss.item())
-    assert sum(history[-10:]) < 0.95 * sum(history[:10])
+    assert sum(history[-5:]) < 0.95 * sum(history[:5])
 
 
 def test_recomputed_blocks_give_the_same_gradients(name):

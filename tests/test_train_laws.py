@@ -20,6 +20,7 @@ from test_generators_latents import FAMILIES, some_tokens
 from test_generators_latents import OPTIONS as LATENT_SAMPLING
 from test_generators_latents import make as make_latents
 from test_train_processes import on_several
+from thorough import thorough
 
 from lexel.config import check, flatten
 from lexel.data.tokens import TokenBatch
@@ -195,8 +196,14 @@ def learned(name: str, processes: Processes) -> dict[str, torch.Tensor]:
     return {**found, "samples": samples}
 
 
-def test_two_processes_learn_and_sample_what_one_does(in_float64, tmp_path):
-    names = [*SMALL, *NETWORKS, *FAMILIES]
+ALL = [*SMALL, *NETWORKS, *FAMILIES]
+VARIANTS = [name for name in ALL if "-" in name]  # of a family that stands there without its options
+
+
+@pytest.mark.parametrize(
+    "names", [[name for name in ALL if name not in VARIANTS], *thorough(VARIANTS)], ids=["families", "variants"]
+)
+def test_two_processes_learn_and_sample_what_one_does(in_float64, tmp_path, names):
     several = on_several(2, tmp_path, names, learned)
     for name, *found in zip(names, *several, strict=True):
         one = learned(name, Processes("cpu"))
