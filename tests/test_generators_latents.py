@@ -487,7 +487,6 @@ def test_every_token_of_masked_autoregression_is_drawn_once():
 @pytest.mark.parametrize(
     "table, message",
     [
-        ({"objective": "diffusion"}, "learned_variance = true"),
         ({"objective": "diffusion", "learned_variance": True, "path": "gvp"}, "path reach nothing"),
         ({"objective": "diffusion", "learned_variance": True, "times": "mode"}, "times reach nothing"),
         ({"weighting": "velocity"}, "weighting reaches nothing"),
@@ -575,3 +574,17 @@ def test_a_pruned_generator_gives_the_codes_that_stay_their_old_losses_and_logit
         return
     for new, old in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(new, old[..., kept], atol=1e-12, rtol=1e-12)
+
+
+def test_a_diffusion_that_predicts_noise_alone_has_the_variance_of_its_betas():
+    schedule = Diffusion(linear_betas()).respaced(spaced_steps(1000, 5))
+    noised, noise = torch.randn(2, 4, 1, 2, 2, dtype=torch.float64)
+    believed = schedule.posterior(noise, noised, torch.tensor([0, 1, 2, 4]))
+    smallest = schedule.betas * (1 - schedule.before) / (1 - schedule.cumulative)
+    expected = torch.stack([smallest[1], *schedule.betas[[1, 2, 4]]]).log()  # the first step has none of its own
+    torch.testing.assert_close(believed.log_variance, expected.view(4, 1, 1, 1).expand(4, 1, 2, 2))
+    table = {**FAMILIES["diffusion"], "learned_variance": False}
+    generator = Generator(GeneratorConfig(transformer=network_config(table)))
+    terms = generator.losses(torch.randn(2, 4, 4, 6), torch.tensor([0, 1]))
+    assert list(terms) == ["noise"]
+    assert generator.sample([0, 1], cfg_scale=2.0, steps=2).isfinite().all()

@@ -232,7 +232,10 @@ class Run:
         theirs: Tensor | Sequence[Tensor] | Absent | None = None,
         tolerance: float | None = None,
     ) -> None:
-        """Compares numbers; in float32 with the published float32, and where that is far off, with float64."""
+        """Compares numbers; in float32 with the published float32, and where that is far off, with float64.
+
+        Ours then may be as far from float64 as the published float32 is, up to 1 %.
+        """
         theirs = self.published(name, theirs)
         if isinstance(theirs, Absent):
             return
@@ -247,6 +250,7 @@ class Run:
         exact = self.fixture.exact.get(theirs.untyped_storage().data_ptr())
         if self.dtype == torch.float32 and exact is not None and not error <= allowed:
             error = min(error, distance(ours, exact))  # the published float32 may be the one that is far off
+            allowed = max(allowed, min(1e-2, distance(theirs, exact)))  # what rounds so is no reason to be nearer
         worst = self.fixture.worst.setdefault(self.dtype, Worst())
         if not error <= worst.error:  # NaN included
             worst.error, worst.where = error, self.prefix + name

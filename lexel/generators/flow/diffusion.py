@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lexel.errors import UsageError
 
-Model = Callable[[Tensor, Tensor], Tensor]  # noised (N, C, ...) and steps (N,) to (N, 2C, ...): noise and variance
+# Noised (N, C, ...) and steps (N,) to noise and variance (N, 2C, ...), or to noise alone (N, C, ...).
+Model = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
@@ -66,6 +67,8 @@ class Posterior(NamedTuple):
 class Diffusion:
     """A noise schedule and the steps through it. The model predicts noise and where its variance lies in its range.
 
+    The variance of a model that predicts noise alone is the largest of the range, as DDPM has it.
+
     Args:
         betas: variance added at each step of training, float64 (T,).
         kept: the training steps that sampling visits, rising; all of them by default. The model is told the
@@ -98,7 +101,10 @@ class Diffusion:
         return _at(self.cumulative.sqrt(), step, clean) * clean + _at((1 - self.cumulative).sqrt(), step, clean) * noise
 
     def posterior(self, output: Tensor, noised: Tensor, step: Tensor) -> Posterior:
-        """The distribution of the step before, from the model's output (N, 2C, ...) at `noised` (N, C, ...)."""
+        """The distribution of the step before, from the model's output (N, 2C or C, ...) at `noised` (N, C, ...)."""
+        if output.shape[1] == noised.shape[1]:
+            largest = torch.cat([self.log_variance[:1], self.betas[1:].log()])
+            return self._posterior(output, _at(largest, step, noised).expand_as(noised), noised, step)
         noise, share = output.split(noised.shape[1], 1)
         share = (share + 1) / 2  # of the logarithm of the largest variance; the rest is of the smallest
         log_variance = share * _at(self.betas.log(), step, noised) + (1 - share) * _at(self.log_variance, step, noised)
@@ -113,6 +119,8 @@ class Diffusion:
     def losses(self, model: Model, clean: Tensor, step: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """The two terms of the hybrid loss for each item, (N,): `noise` is the squared error, `variance` in bits.
 
+        Without a predicted variance there is no such term.
+
         Args:
             model: called with noised data and original step numbers.
             clean: data (N, C, ...).
@@ -121,6 +129,8 @@ class Diffusion:
         """
         noised = self.noised(clean, step, noise)
         output = model(noised, self.steps.to(step.device)[step])
+        if output.shape[1] == clean.shape[1]:
+            return {"noise": _mean((output - noise).square())}
         predicted, share = output.split(clean.shape[1], 1)
         error = _mean((predicted - noise).square())
         # The variance learns from the likelihood, the mean does not.

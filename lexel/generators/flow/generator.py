@@ -27,10 +27,11 @@ STEPS = 1000  # of diffusion in training
 class FlowConfig(LatentConfig):
     """The options of a diffusion transformer.
 
-    `objective` is `flow` (SiT: a path from noise to latents) or `diffusion` (DiT: noise is predicted, with a learned
-    variance). `path`, `prediction`, `weighting`, `times` and `stratified` belong to `flow`; the last two say where on
-    the path training looks, and whether every batch covers the whole of it. `learned_variance` doubles the output's
-    channels; `flow` does not use the second half, which the released SiT has all the same.
+    `objective` is `flow` (SiT: a path from noise to latents) or `diffusion` (DiT: noise is predicted, with its variance
+    if `learned_variance`). `path`, `prediction`, `weighting`, `times` and `stratified` belong to `flow`; the last two
+    say where on the path training looks, and whether every batch covers the whole of it. `learned_variance` doubles the
+    output's channels, as in every released DiT; `flow` does not use the second half, which the released SiT has all the
+    same.
     """
 
     kind: Literal["flow"] = "flow"
@@ -56,8 +57,6 @@ class FlowConfig(LatentConfig):
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"width must be a multiple of 4 and of heads, got {self.width} and {self.heads} heads")
         if self.objective == "diffusion":
-            if not self.learned_variance:
-                raise UsageError('objective = "diffusion" learns its variance; set learned_variance = true')
             idle = [
                 name
                 for name in ("path", "prediction", "weighting", "times", "stratified")
@@ -142,7 +141,7 @@ class Flow(LatentGenerator):
         return Transport(config.path, config.prediction, config.weighting)
 
     def losses(self, tokens: Tensor, condition: Tensor) -> dict[str, Tensor]:
-        """`flow`: the squared error of the prediction; or `noise` and `variance`, the two terms of diffusion."""
+        """`flow`: the squared error of the prediction; or `noise` and, if it is learned, `variance` of diffusion."""
         config, latents = self.settings, self.latents(tokens)
         vector = self.transformer.pooled(condition.to(latents.device))
         noise = torch.randn_like(latents)
