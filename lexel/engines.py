@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 from lexel.errors import UsageError
 from lexel.registry import lookup
@@ -53,8 +54,8 @@ def slurm(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) 
         executor = submitit.AutoExecutor(folder=notes / "%j", cluster=own.pop("cluster", "slurm"))
         executor.update_parameters(**{"timeout_min": 24 * 60, **own})
         jobs = executor.map_array(run_command, [list(command) for command in commands])
-    except (RuntimeError, NameError, ValueError, TypeError) as error:
-        raise UsageError(f"submitit does not take the jobs: {error}") from None
+    except (RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:  # of a wrong type: the last
+        raise UsageError(f"submitit does not take the jobs: {_in_a_line(error)}") from None
     ended = []
     for job in jobs:
         if not _has_result(job):
@@ -101,7 +102,8 @@ def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any])
     try:
         task = ray.remote(max_retries=0, **options)(run_command)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"Ray does not take the tasks: {error}") from None
+        raise UsageError(f"Ray does not take the tasks: {_in_a_line(error)}") from None
+    _check_nodes(ray.nodes(), options)
     ended = []
     for one in [task.remote(list(command)) for command in commands]:
         try:
@@ -109,6 +111,23 @@ def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any])
         except ray.exceptions.RayError:
             ended.append(-1)  # the worker was killed, or its node is gone
     return ended
+
+
+def _check_nodes(nodes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
+    """Tells that no node of Ray has what a part asks for, where Ray would wait for one and not say so.
+
+    Raises:
+        UsageError: and none can come, since Ray runs on this machine alone.
+    """
+    asked = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0), **options.get("resources", {})}
+    wanted = {kind: amount for kind, amount in asked.items() if amount}
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    if any(all(has.get(kind, 0) >= amount for kind, amount in wanted.items()) for has in there):
+        return
+    missing = f"no node of Ray has {' and '.join(f'{amount:g} {kind}' for kind, amount in wanted.items())} for a part"
+    if not os.environ.get("RAY_ADDRESS"):
+        raise UsageError(f"{missing}; ask for less by --engine-option, or name a cluster in RAY_ADDRESS")
+    warn(f"{missing}; the parts wait until one comes", stacklevel=2)
 
 
 ENGINES: dict[str, Engine] = {"local": local, "slurm": slurm, "ray": by_ray}
@@ -150,6 +169,10 @@ def run_all(
             say(f"{message}; they are run again")
         left = [number for number, _ in failed]
     raise UsageError(f"{message}, {tries} times: run `lexel {' '.join(commands[number])}` to see why")
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _only(options: Mapping[str, Any], known: set[str], engine: str) -> None:

@@ -112,6 +112,38 @@ def test_a_job_that_left_slurms_queue_without_a_result_is_not_waited_for(tmp_pat
     assert engines.slurm([["a"]], tmp_path, {}) == [ended]
 
 
+@pytest.mark.parametrize("error", [AssertionError("of type int\nnot str"), RuntimeError("sbatch:\nno such partition")])
+def test_what_submitit_refuses_is_told_in_one_line(tmp_path, monkeypatch, error):
+    class Executor:
+        def __init__(self, **options):
+            pass
+
+        def update_parameters(self, **options):
+            raise error
+
+    monkeypatch.setitem(sys.modules, "submitit", types.SimpleNamespace(AutoExecutor=Executor))
+    with pytest.raises(UsageError, match=r"^submitit does not take the jobs: (of type int not|sbatch: no such) \w+$"):
+        engines.slurm([["a"]], tmp_path, {"timeout_min": "abc"})
+
+
+def test_parts_that_no_node_of_ray_can_take_are_not_waited_for_in_silence(tmp_path, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"CPU": 4.0}}, {"Alive": False, "Resources": {"CPU": 4.0, "GPU": 8.0}}]
+    ray = types.SimpleNamespace(
+        is_initialized=lambda: True,
+        remote=lambda **options: lambda function: types.SimpleNamespace(remote=lambda command: 0),
+        nodes=lambda: nodes,
+        get=lambda ended: ended,
+    )
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert engines.by_ray([["a"]], tmp_path, {"num_cpus": 4}) == [0]
+    with pytest.raises(UsageError, match=r"no node of Ray has 1 CPU and 0\.5 GPU for a part; ask for less"):
+        engines.by_ray([["a"]], tmp_path, {"num_gpus": 0.5})
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    with pytest.warns(UserWarning, match="no node of Ray has 5 CPU for a part; the parts wait until one comes"):
+        assert engines.by_ray([["a"]], tmp_path, {"num_cpus": 5}) == [0]
+
+
 @pytest.fixture
 def model(tmp_path) -> Path:
     for number in range(10):
