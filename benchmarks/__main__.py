@@ -23,7 +23,7 @@ BENCHMARKS = {
     "faults": "faults injected into training, encoding and reading: what survived",
     "soak": "a long training: memory, open files and threads that do not grow",
     "million": "a million pictures in tar shards: listed, encoded in parts, one killed, merged",
-    "names": "a million and ten million names: put together, ordered, checked, shared out",
+    "names": "a million and ten million names: put together, ordered, shared out, held by workers, mapped",
     "listing": "image files on a disk, listed and labelled beside walking the tree",
     "throughput": "20,000 JPEG files read, encoded and evaluated: images a second, memory",
     "tiles": "pictures in overlapping tiles beside whole ones: codes, seams, memory",
