@@ -101,9 +101,13 @@ def to_toml(table: Mapping[str, Any]) -> str:
     return tomli_w.dumps(dict(table))
 
 
-def parse_override(text: str) -> tuple[str, Any]:
-    """The name and the value of `section.key=value`; a bare word is a string: `data.source=openmoji`."""
-    name, value = _split(text)
+def parse_override(text: str, option: str = "--set") -> tuple[str, Any]:
+    """The name and the value of `section.key=value`; a bare word is a string: `data.source=openmoji`.
+
+    Raises:
+        UsageError: it has another form; `option` is what the text was given to.
+    """
+    name, value = _split(text, option)
     return name, _parse(value)
 
 
@@ -143,10 +147,10 @@ def _override(table: dict[str, Any], text: str, model: type[BaseModel]) -> None:
     table[keys[-1]] = _typed(value, allowed)
 
 
-def _split(text: str) -> tuple[str, str]:
+def _split(text: str, option: str = "--set") -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not all(key.strip() for key in name.split(".")):
-        raise UsageError(f"--set {text!r} is not of the form section.key=value")
+        raise UsageError(f"{option} {text!r} is not of the form {'section.key' if option == '--set' else 'name'}=value")
     return name.strip(), value.strip()
 
 

@@ -36,7 +36,10 @@ def run_command(arguments: Command) -> int:
 def local(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
     """On this machine, `at_once` (by default 1) at a time."""
     _only(options, {"at_once"}, "local")
-    with ThreadPoolExecutor(int(options.get("at_once", 1))) as pool:
+    at_once = options.get("at_once", 1)
+    if not isinstance(at_once, int) or at_once < 1:
+        raise UsageError(f"at_once is the number of parts that run at a time, 1 or more; got {at_once!r}")
+    with ThreadPoolExecutor(at_once) as pool:
         return list(pool.map(run_command, commands))
 
 

@@ -59,6 +59,16 @@ def test_what_fails_every_time_and_what_the_user_must_mend_is_told(monkeypatch):
         engines.run_all([["a"]], "slrum", Path("notes"))
     with pytest.raises(UsageError, match="the engine local has no option 'gpus'; it has at_once"):
         engines.run_all([["a"]], "local", Path("notes"), {"gpus": 1})
+    for wrong in ("abc", 0, 1.5):
+        with pytest.raises(UsageError, match=f"at_once is the number .*, 1 or more; got {wrong!r}"):
+            engines.run_all([["a"]], "local", Path("notes"), {"at_once": wrong})
+
+
+def test_an_option_of_an_engine_without_a_value_is_named():
+    command = ["encode", "a", "b", "--out", "c", "--parts", "2", "--engine", "local", "--engine-option", "x"]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception) == "--engine-option 'x' is not of the form name=value"
 
 
 def test_a_missing_package_is_named(monkeypatch):

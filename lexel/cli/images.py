@@ -161,7 +161,8 @@ def encode(
     if engine and parts:
         if part:
             raise UsageError("--part is one of the parts that --engine runs; give --parts N alone")
-        run_parts(context, engine, parts, dict(parse_override(text) for text in engine_option or ()), out)
+        options = dict(parse_override(text, "--engine-option") for text in engine_option or ())
+        run_parts(context, engine, parts, options, out)
     if text_vocabulary and not sequences:
         raise UsageError("--text-vocabulary is for --sequences DIR")
     words = TextVocabulary(text_vocabulary) if text_vocabulary else None
