@@ -368,8 +368,9 @@ def test_a_hidden_state_of_an_autoregressive_generator_has_seen_the_tokens_befor
     assert (moved[0] > 1e-9).tolist() == [False] * 4 + [True] * 2
 
 
-def test_the_share_that_mage_drops_and_the_width_inside_its_decoder_are_options():
-    generator = make("masked-mage", dropped=0.3, decoder_hidden=20)
+def test_the_share_that_mage_drops_the_width_inside_its_decoder_and_the_epsilon_of_norms_are_options():
+    generator = make("masked-mage", dropped=0.3, decoder_hidden=20, norm_eps=1e-3)
+    assert generator.transformer.decoder_norm.eps == generator.transformer.blocks[1].norm2.eps == 1e-3
     assert generator.transformer.decoder_blocks[0].feed_forward.fc1.out_features == 20
     rates = generator.mage_rates(1000, torch.device("cpu"))
     assert 0.3 <= rates.min() < 0.35

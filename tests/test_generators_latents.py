@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_transformer import shake
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.codebooks import prune_tokenizer
 from lexel.config import load
@@ -588,3 +588,12 @@ def test_a_diffusion_that_predicts_noise_alone_has_the_variance_of_its_betas():
     terms = generator.losses(torch.randn(2, 4, 4, 6), torch.tensor([0, 1]))
     assert list(terms) == ["noise"]
     assert generator.sample([0, 1], cfg_scale=2.0, steps=2).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["continuous", "next_scale-shared"])
+def test_the_epsilon_of_norms_is_an_option(name):
+    table = {**FAMILIES[name], "norm_eps": 1e-3}
+    network = Generator(GeneratorConfig(transformer=network_config(table))).transformer.network
+    blocks = [part for name, part in network.named_modules() if isinstance(part, nn.LayerNorm) and "block" in name]
+    assert blocks
+    assert {part.eps for part in blocks} == {1e-3}

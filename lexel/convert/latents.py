@@ -72,6 +72,10 @@ def _prepare_mar(entries: Entries) -> None:
     join(entries, ["class_emb.weight", "fake_latent"], "classes")
 
 
+# Options of MAR by ours; tensors do not tell.
+MAR_OPTIONS = {"mask_ratio_min": "mask_ratio_min", "diffusion_batch_mul": "repeats", "norm_eps": "norm_eps"}
+
+
 def _mar_config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
     width, token = tensors["transformer.network.z_proj.weight"].shape
     decoder_width = tensors["transformer.network.decoder_embed.bias"].shape[0]
@@ -97,6 +101,7 @@ def _mar_config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_ratio": hidden / width,
         "head_width": tensors["transformer.head.input_proj.bias"].shape[0],
         "head_layers": count(tensors, r"transformer\.head\.res_blocks\.(\d+)\..*"),
+        **{ours: options[theirs] for theirs, ours in MAR_OPTIONS.items() if theirs in options},
         "buffer": tensors["transformer.network.encoder_pos_embed_learned"].shape[1] - length,
     }
 

@@ -55,8 +55,6 @@ def convert(request: Request) -> Conversion:
     tokens = len(tensors["transformer.decoder_positions"]) - 1
     side = round(tokens**0.5)
     given = request.published.config
-    if given.get("norm_eps", 1e-6) != 1e-6:
-        raise UsageError(f"{source} has norm_eps = {given['norm_eps']}; only the published 1e-6 can be imported")
     options = {
         "kind": "masked",
         "network": "mage",
@@ -70,7 +68,8 @@ def convert(request: Request) -> Conversion:
         "decoder_width": narrow,
         "decoder_layers": count(tensors, r"transformer\.decoder_blocks\.(\d+)\..*"),
         "decoder_heads": given.get("decoder_num_heads", 16),
-        **({"dropped": given["mask_ratio_min"]} if "mask_ratio_min" in given else {}),
+        "dropped": given.get("mask_ratio_min", 0.5),
+        "norm_eps": given.get("norm_eps", 1e-6),
         "decoder_hidden": tensors["transformer.decoder_blocks.0.feed_forward.fc1.weight"].shape[0],
     }
     own = {name: value for name, value in request.overrides.items() if not name.startswith("tokenizer.")}

@@ -42,6 +42,7 @@ def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
         "heads": given if isinstance(given, int) and not normalised else heads,
         "mlp_ratio": tensors[f"{own}blocks.0.ffn.fc1.bias"].shape[0] / width,
         "normalised": normalised,
+        "norm_eps": options.get("norm_eps", 1e-6),
         "shared_modulation": f"{own}blocks.0.ada_gss" in tensors,
     }
 

@@ -215,16 +215,16 @@ class MAGE(Bidirectional):
     def __init__(self, config: "MaskedConfig") -> None:
         super().__init__(config)
         width, narrow, dropout = config.width, config.decoder_width, config.dropout
-        encoder = (width, config.heads, config.hidden, dropout, config.attention_dropout, True, 1e-6)
+        encoder = (width, config.heads, config.hidden, dropout, config.attention_dropout, True, config.norm_eps)
         hidden = config.decoder_hidden or 4 * narrow
-        decoder = (narrow, config.decoder_heads, hidden, dropout, config.attention_dropout, True, 1e-6)
+        decoder = (narrow, config.decoder_heads, hidden, dropout, config.attention_dropout, True, config.norm_eps)
         self.embedding_norm = nn.LayerNorm(width, 1e-6)
         self.blocks = nn.ModuleList(PreNormBlock(*encoder) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width, 1e-6)
+        self.norm = nn.LayerNorm(width, config.norm_eps)
         self.to_decoder = nn.Linear(width, narrow)
         self.decoder_positions = nn.Parameter(torch.zeros_like(self.positions[:, :1]).repeat(1, narrow))
         self.decoder_blocks = nn.ModuleList(PreNormBlock(*decoder) for _ in range(config.decoder_layers))
-        self.decoder_norm = nn.LayerNorm(narrow, 1e-6)
+        self.decoder_norm = nn.LayerNorm(narrow, config.norm_eps)
         self.to_vectors = nn.Linear(narrow, width)
         self.vector_norm = nn.LayerNorm(width, 1e-5)
         self.bias = nn.Parameter(torch.zeros(config.codebook_size))

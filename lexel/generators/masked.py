@@ -39,10 +39,10 @@ BOUND_PASSES = 8  # shares of masked tokens at which `nll` looks
 class MaskedConfig(NetworkConfig):
     """The shape of a bidirectional transformer and what it learns from.
 
-    `network` is of `bidirectional.NETWORKS`. `hidden` is the width of the feed-forward layers. The decoder's options
-    and `dropped` belong to "mage". `schedule` draws the share of masked tokens in training; with "mage" it is normal
-    around 0.55 with deviation 0.25, cut to [dropped, 1], and the share `dropped` of the tokens is kept from the
-    encoder. Tokens that are not masked are predicted too, with `unmasked_weight`.
+    `network` is of `bidirectional.NETWORKS`. `hidden` is the width of the feed-forward layers. The decoder's options,
+    `dropped` and `norm_eps` belong to "mage". `schedule` draws the share of masked tokens in training; with "mage" it
+    is normal around 0.55 with deviation 0.25, cut to [dropped, 1], and the share `dropped` of the tokens is kept from
+    the encoder. Tokens that are not masked are predicted too, with `unmasked_weight`.
     """
 
     kind: Literal["masked"] = "masked"
@@ -61,6 +61,7 @@ class MaskedConfig(NetworkConfig):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     unmasked_weight: float = Field(default=0.1, ge=0)
     dropped: float = Field(default=0.5, ge=0, lt=1)  # the share that "mage" drops, at least so many are masked
+    norm_eps: float = Field(default=1e-6, gt=0)  # added to the variance in the norms of "mage"
 
     @model_validator(mode="after")
     def _consistent(self) -> "MaskedConfig":
@@ -75,7 +76,7 @@ class MaskedConfig(NetworkConfig):
             if self.decoder_width % self.decoder_heads:
                 raise UsageError(f"decoder_heads must divide decoder_width: {self.decoder_heads}, {self.decoder_width}")
         else:
-            idle = ["decoder_width", "decoder_layers", "decoder_heads", "decoder_hidden", "dropped"]
+            idle = ["decoder_width", "decoder_layers", "decoder_heads", "decoder_hidden", "dropped", "norm_eps"]
         for name in idle:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise UsageError(f"{name} reaches nothing with network = {self.network!r}; leave it out")

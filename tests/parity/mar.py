@@ -18,7 +18,9 @@ def visible(masked: Tensor) -> Tensor:
 
 def check(fixture: Fixture) -> None:
     for run in fixture.runs():
-        model: Continuous = run.load("mar", {"transformer.scale": 1.0})
+        model: Continuous = run.load(
+            "mar", {"transformer.scale": 1.0, "transformer.norm_eps": run.content.get("norm_eps", 1e-6)}
+        )
         network, head = model.transformer.network, model.transformer.head
         masked, labels = run.content["inputs"]["mask"].bool(), run["labels"]
         tokens = model.patchify(run["latents"])
@@ -133,7 +135,8 @@ def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
     settings = case["settings"]
     steps, scale, count = settings["num_iter"], settings["cfg"], 1 + len(spaced.steps)
     condition, labels, orders = model.transformer.condition, run["labels"], run.content["inputs"]["orders"]
-    vectors = [condition(labels)[:, 0]]
+    given = condition.null(labels) if settings.get("labels", labels) is None else labels
+    vectors = [condition(given)[:, 0]]
     if scale != 1:
         vectors.append(condition(condition.null(labels))[:, 0])
     length = orders.shape[1]
@@ -144,7 +147,9 @@ def sample(run: Run, model: Continuous, spaced: Diffusion, number: int) -> None:
         before, hidden = hidden, hidden_after(length, hidden, step, steps)
         # The published schedule reaches its full scale at no step: a last token is counted as hidden.
         left = max(hidden, 1)
-        now = 1 + (scale - 1) * (length - left) / length if settings.get("cfg_schedule") == "linear" else scale
+        now = (
+            1 + (scale - 1) * (length - left) / length if settings.get("cfg_schedule", "linear") == "linear" else scale
+        )
         hid.append(left)
         scales.append(now)
         masked = torch.zeros(orders.shape, dtype=torch.bool).scatter(1, orders[:, :before], True)

@@ -20,12 +20,13 @@ def quantizer(run: Run) -> Multiscale:
     codes = tensors.pop("embedding.weight")
     names = sorted(tensors)
     smoothers = len(names) // 2
-    made = Multiscale(len(codes), codes.shape[1], sides, smoothing=abs(config["quant_resi"]), smoothers=smoothers)
+    made = Multiscale(len(codes), codes.shape[1], sides, smoothing=abs(config["quant_resi"]), smoothers=smoothers or 1)
     made = made.to(run.dtype)
-    state = {"base.weight": codes}
+    state = {name: torch.zeros_like(value) for name, value in made.state_dict().items()}  # without smoothers nothing is
+    state["base.weight"] = codes
     for number in range(smoothers):
         for kind in ("weight", "bias"):
-            found = [name for name in names if name.endswith(f"{number}.{kind}" if smoothers > 1 else f".{kind}")]
+            found = [name for name in names if name.endswith(f".{number}.{kind}" if smoothers > 1 else f".{kind}")]
             state[f"smoothers.{number}.{kind}"] = tensors[found[0]]
     made.load_state_dict(state)
     return made.eval()
@@ -73,14 +74,16 @@ def generate(run: Run, model: NextScale, labels: Tensor, number: int, case: dict
     conditional = model(tokens, labels).logits[0]
     unconditional = model(tokens, model.condition.null(labels)).logits[0]
     levels = model.transformer.network.levels(labels.device)
-    share = (cfg * levels / levels[-1]).to(run.dtype)[:, None]
+    share = (cfg * levels.double() / levels[-1]).to(run.dtype)[:, None]
     mixed = (1 + share) * conditional - share * unconditional
-    run.close(f"infer {number}: mixed_logits_first", mixed[:, :1], case["mixed_logits_first"])
-    second = case["mixed_logits_second"]
-    run.close(f"infer {number}: mixed_logits_second", mixed[:, 1 : 1 + second.shape[1]], second)
-    last = case["mixed_logits_last"]
-    begin = mixed.shape[1] - int((levels == levels[-1]).sum())
-    run.close(f"infer {number}: mixed_logits_last", mixed[:, begin : begin + last.shape[1]], last)
+    theirs = case["mixed_logits_first"]
+    run.close(f"infer {number}: mixed_logits_first", mixed[:, : theirs.shape[1]], theirs)
+    first = int((levels == levels[0]).sum())
+    last = mixed.shape[1] - int((levels == levels[-1]).sum())
+    for name, begin in {"mixed_logits_second": first, "mixed_logits_last": last}.items():
+        theirs = case[name]
+        if isinstance(theirs, Tensor):
+            run.close(f"infer {number}: {name}", mixed[:, begin : begin + theirs.shape[1]], theirs)
     run.close(f"infer {number}: f_hat", model.multiscale().partial_sums(tokens)[-1], case["f_hat"])
 
 

@@ -42,6 +42,7 @@ class ContinuousConfig(LatentConfig):
     buffer: int = Field(default=64, ge=1)
     mask_ratio_min: float = Field(default=0.7, ge=0, le=1)
     repeats: int = Field(default=4, ge=1)
+    norm_eps: float = Field(default=1e-6, gt=0)  # added to the variance in the norms of the blocks and after them
 
     @property
     def decoder(self) -> tuple[int, int, int]:
@@ -96,6 +97,7 @@ class ContinuousNetwork(ConditionedNetwork):
             heads,
             config.mlp_ratio,
             config.buffer,
+            config.norm_eps,
         )
         self.head = DenoisingMLP(config.token_channels, width, config.head_width, config.head_layers)
         self.network.initialise()

@@ -38,6 +38,7 @@ class NextScaleConfig(NetworkConfig):
     mlp_ratio: float = Field(default=4.0, gt=0)
     normalised: bool = True
     shared_modulation: bool = False
+    norm_eps: float = Field(default=1e-6, gt=0)  # added to the variance in the norms
 
     @property
     def token_spec(self) -> TokenSpec:
@@ -83,6 +84,7 @@ class NextScaleNetwork(ConditionedNetwork):
             config.mlp_ratio,
             config.normalised,
             config.shared_modulation,
+            config.norm_eps,
         )
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):
