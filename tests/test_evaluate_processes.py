@@ -42,6 +42,9 @@ def work(rank: int, folder: Path) -> None:
                 torch.save(None, folder / f"stopped-{rank}")
             dist.barrier()
             results = measure(folder)
+            with pytest.raises(UsageError) as error:
+                measure(folder, max_unreadable=0.01)
+            (folder / f"too-many-{rank}").write_text(str(error.value))
         else:
             results = measure(folder, resume=folder / "state")
         torch.save(results, folder / f"result-{processes}-{rank}.pt")
@@ -59,6 +62,11 @@ def test_two_and_three_processes_with_uneven_shares_give_the_result_of_one(tmp_p
     multiprocessing.start_processes(work, args=(tmp_path,), nprocs=3, start_method="fork")
     assert len(list(tmp_path.glob("stopped-*"))) == 3
     assert not (tmp_path / "state").exists()
+    too_many = [(tmp_path / f"too-many-{rank}").read_text() for rank in range(3)]  # only one of them met it
+    assert len(set(too_many)) == 1
+    assert too_many[0].startswith(
+        "1 of 23 images cannot be read, more than max_unreadable = 0.01 allows; the first, 0004"
+    )
     for processes in (2, 3):
         for rank in range(processes):
             results = torch.load(tmp_path / f"result-{processes}-{rank}.pt", weights_only=False)

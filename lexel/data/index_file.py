@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 from collections.abc import Mapping, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from warnings import warn
@@ -158,7 +159,8 @@ def write(path: Path, columns: Columns, facts: Mapping[str, Any]) -> None:
             file.write(digest)
     for other in path.parent.glob(f"{path.name.partition('-')[0]}-*.arrow"):
         if other != path:
-            other.unlink(missing_ok=True)  # a process that has mapped it keeps it
+            with suppress(OSError):  # a process that has mapped it keeps it; left there, it takes room alone
+                other.unlink()
 
 
 def read(path: Path, verify: bool = True) -> Index:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lexel.data import PIXEL_LIMIT
-from lexel.data.unreadable import check_unreadable
+from lexel.data.unreadable import check_unreadable, too_many
 from lexel.distributed import broadcast, gather, processes, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import Networks
@@ -115,7 +115,8 @@ def measure(
     remaining = (wanted & ~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
     done, saved = 0, time.monotonic()
     for images, numbers in source.batches(remaining, options.batch_size):
-        check_unreadable(source.unreadable, len(share), options.max_unreadable)
+        if too_many(source.unreadable, len(share), options.max_unreadable):
+            break  # all processes say so below: one that ended here would leave the others waiting
         batch = batch_of(images, numbers)
         for metric in metrics.values():
             metric.update(batch)
