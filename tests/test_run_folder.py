@@ -20,6 +20,8 @@ from lexel.run_folder import RunFolder
 from lexel.run_log import LARGEST, RECENT, Snapshot, read_metrics
 from lexel.train import load_recipe, train
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
