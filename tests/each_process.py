@@ -1,5 +1,6 @@
 """What every process that runs tests sets: one thread (tiny tensors), seeds, networks that need no file."""
 
+import atexit
 import gc
 import zlib
 
@@ -25,13 +26,9 @@ FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 def pytest_collection_finish() -> None:
     """What was imported and collected lives to the end: the garbage collector looks through it no more, and seldom."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # extension modules count what is not freed at the end, and tell
     gc.enable()
     gc.set_threshold(50_000, 50, 50)  # it took 22 of 417 s
-
-
-def pytest_sessionfinish() -> None:
-    """Extension modules count what is not freed at the end, and tell."""
-    gc.unfreeze()
 
 
 # Every test and every fixture draws weights of its own, the same ones whichever tests ran before it in its process.

@@ -72,7 +72,7 @@ def photos(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "autoencoder", [VIT, TITOK, *thorough(MASKGIT, VQVAE, VQVAE2, DYNAMIC)], ids=lambda table: table["kind"]
+    "autoencoder", [TITOK, *thorough(VIT, MASKGIT, VQVAE, VQVAE2, DYNAMIC)], ids=lambda table: table["kind"]
 )
 def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
     run = tmp_path / "run"
