@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lexel.errors import UsageError
 from lexel.runtime import Runtime, without_weights
+from lexel.shapes import Shapes, Uncompiled
 from lexel.tokenizer import Tokenizer
 
 UNQUESTIONED = 2**22  # pixels in a batch that are not worth an estimate
@@ -61,7 +61,7 @@ def needed_bytes(
         shape = Tokenizer(config).eval()
     with torch.device("meta"):
         images = torch.empty(batch_size, config.autoencoder.channels, height, width)
-    with torch.no_grad(), _Live() as live, FusedAttention():
+    with torch.no_grad(), Shapes(), _Live() as live, FusedAttention():
         shape.decoder(decodable(shape, encoded(shape, images)))
     peak, pixels = live.peak, images.numel()
     return (peak // 2 if half is not None else peak) + pixels * 4 + pixels  # the images too: floats, and bytes
@@ -133,7 +133,7 @@ def gib(size: int) -> str:
     return f"{size / 2**30:,.1f}"
 
 
-class _Live(TorchDispatchMode):
+class _Live(Uncompiled):
     """Counts the bytes of tensors that are alive, and the most there were."""
 
     def __init__(self) -> None:

@@ -1,5 +1,7 @@
 """What images of a size need in memory, told before it is allocated."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -9,8 +11,12 @@ from lexel.codec import Codec
 from lexel.data import TRANSFORMS
 from lexel.errors import UsageError
 from lexel.memory import check_memory, needed_bytes
-from lexel.runtime import runtime
+from lexel.runtime import runtime, without_weights
 from lexel.tokenizer import Tokenizer, TokenizerConfig
+from lexel.train import load_recipe
+from lexel.train import plan as planning
+from lexel.train.plan import plan
+from lexel.train.recipes import TokenizerRecipe
 
 
 def tokenizer(attention: bool = False) -> Tokenizer:
@@ -32,6 +38,22 @@ def test_memory_grows_with_the_pixels_and_not_with_their_square(attention):
     one = needed_bytes(tokenizer(attention), 64, 64, 1)
     assert needed_bytes(tokenizer(attention), 128, 64, 1) == pytest.approx(2 * one, rel=0.01)
     assert needed_bytes(tokenizer(attention), 64, 64, 2) == pytest.approx(2 * one, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["tiny", "vqvae2_openmoji", "vit_openmoji", "folder_64", "generator_tiny"])
+def test_estimates_follow_from_the_shapes_that_pytorch_gives(name, monkeypatch):
+    def estimates():
+        found = plan(recipe).memory
+        if isinstance(recipe, TokenizerRecipe):
+            with without_weights():
+                found["working"] = needed_bytes(Tokenizer(recipe.model), 64, 64, 2)
+        return found
+
+    recipe = load_recipe(name)
+    ours = estimates()
+    for module in (memory, planning):
+        monkeypatch.setattr(module, "Shapes", contextlib.nullcontext)
+    assert ours == estimates()
 
 
 def test_an_estimate_is_between_one_feature_map_and_all_of_them():

@@ -12,6 +12,7 @@ from lexel.errors import UsageError
 from lexel.losses import Loss, LossInputs
 from lexel.memory import UNQUESTIONED, FusedAttention, available_bytes, decodable, encoded, gib
 from lexel.runtime import Runtime, without_weights
+from lexel.shapes import Shapes
 from lexel.tokenizer import Tokenizer
 from lexel.train.objective import Objective, feature_shapes
 from lexel.train.recipes import TokenizerRecipe, outline
@@ -187,6 +188,6 @@ def kept_for_backward(module: nn.Module, call: Callable[[Any], Any], inputs: Any
             alive.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with Shapes(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = call(inputs)
     return result, sum(kept.values())
