@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lexel.codebooks import prune_tokenizer
 from lexel.config import load
+from lexel.convert import rq_transformer
 from lexel.errors import UsageError
 from lexel.generators import FREE, Generator, GeneratorConfig
 from lexel.generators.config import network_config
@@ -597,3 +598,31 @@ def test_the_epsilon_of_norms_is_an_option(name):
     blocks = [part for name, part in network.named_modules() if isinstance(part, nn.LayerNorm) and "block" in name]
     assert blocks
     assert {part.eps for part in blocks} == {1e-3}
+
+
+def test_learned_tables_of_a_residual_generator_may_be_one_for_all_depths():
+    table = {**FAMILIES["residual-tables"], "codebook_size": 11, "shared_tables": True, "depth_sigmoid_gelu": True}
+    network = Generator(GeneratorConfig(transformer=network_config(table))).transformer.network
+    codes = torch.randint(0, 11, (2, 5, 3), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network.tok_emb(codes), network.tok_emb.weight[codes])
+    x = torch.linspace(-2, 2, 5)
+    torch.testing.assert_close(network.head_transformer.blocks[0].mlp[1](x), x * torch.sigmoid(1.702 * x))
+    with pytest.raises(UsageError, match="shared_tables reaches nothing where codebook_dim is not 0"):
+        network_config({**FAMILIES["residual"], "shared_tables": True})
+
+
+def test_published_rq_transformers_sum_code_vectors_and_never_tables():
+    own = "transformer.network."
+    sizes = {"pos_emb_d": (1, 2, 8), "pos_emb_hw": (1, 4, 8), "classifier.linear.weight": (11, 8)}
+    sizes |= {"classifier.linear.bias": (11,), "input_mlp.weight": (8, 4)}
+    state = {own + name: torch.empty(size) for name, size in sizes.items()}
+    state["transformer.classes.weight"] = torch.empty(3, 8)
+    tables = {**state, f"{own}tok_emb.weight": torch.empty(22, 8)}
+    block = {"block_size": [2, 2, 2]}
+    for tensors, options, cumulative in (
+        (state, {}, True),
+        (state, block, False),
+        (state, {**block, "cumsum_depth_ctx": True}, True),
+        (tables, {**block, "cumsum_depth_ctx": True}, False),
+    ):
+        assert rq_transformer._config(tensors, options)["cumulative"] is cumulative

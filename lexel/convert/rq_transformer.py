@@ -24,6 +24,12 @@ def _heads(options: Mapping[str, Any], name: str, width: int) -> int:
     return given if isinstance(given, int) else max(1, width // 64)
 
 
+def _sigmoid_gelu(options: Mapping[str, Any], name: str) -> bool:
+    part = options.get(name)
+    block = part.get("block") if isinstance(part, Mapping) else None
+    return isinstance(block, Mapping) and block.get("gelu") == "v2"
+
+
 def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
     width = tensors[f"{OWN}pos_emb_d"].shape[2]
     positions, depths = tensors[f"{OWN}pos_emb_hw"].shape[1], tensors[f"{OWN}pos_emb_d"].shape[1]
@@ -32,8 +38,6 @@ def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
     rows, columns = (block[0], block[1]) if isinstance(block, list | tuple) and len(block) == 3 else (side, side)
     own_tables = f"{OWN}tok_emb.weight" in tensors
     shared = tensors[f"{OWN}classifier.linear.weight"].dim() == 2
-    body = options.get("body")
-    body_block = body.get("block", {}) if isinstance(body, Mapping) else {}
     if "transformer.classes.weight" in tensors:
         classes = len(tensors["transformer.classes.weight"])
         condition = {"kind": "class", "classes": classes, "null_class": False}
@@ -53,10 +57,14 @@ def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
         "heads": _heads(options, "body", width),
         "depth_layers": count(tensors, r"transformer\.network\.head_transformer\.blocks\.(\d+)\..*"),
         "depth_heads": _heads(options, "head", width),
-        "cumulative": bool(options.get("cumsum_depth_ctx", True)),
+        # Every released model sums; the published default is not to, and tables are never summed.
+        "cumulative": not own_tables and bool(options.get("cumsum_depth_ctx", "block_size" not in options)),
         "shared_classifier": shared,
-        "sigmoid_gelu": isinstance(body_block, Mapping) and body_block.get("gelu") == "v2",
+        "sigmoid_gelu": _sigmoid_gelu(options, "body"),
+        "depth_sigmoid_gelu": _sigmoid_gelu(options, "head"),
     }
+    if own_tables:
+        config["shared_tables"] = tensors[f"{OWN}tok_emb.weight"].shape[0] == config["codebook_size"] and depths > 1
     if "transformer.words_classifier.linear.weight" in tensors:
         config["words_weight"] = 0.1
     return config

@@ -23,10 +23,10 @@ class ResidualConfig(NetworkConfig):
     """The options of a transformer over residual codes.
 
     `books` is the number of codes a position. Code vectors come from the tokenizer; `codebook_dim = 0` learns a table
-    for every depth instead. `cumulative` shows the depth transformer the sum of the codes before, otherwise the last
-    one. `layers` and `heads` are of the transformer over positions, `depth_layers` and `depth_heads` (the same heads
-    by default) of that over depths. With a condition of words, `words_weight` is the share of the loss that predicts
-    the words themselves.
+    for every depth instead, or one for all with `shared_tables`. `cumulative` shows the depth transformer the sum of
+    the codes before, otherwise the last one. `layers` and `heads` are of the transformer over positions, `depth_layers`
+    and `depth_heads` (the same heads by default) of that over depths. With a condition of words, `words_weight` is the
+    share of the loss that predicts the words themselves.
     """
 
     kind: Literal["residual"] = "residual"
@@ -42,7 +42,9 @@ class ResidualConfig(NetworkConfig):
     cumulative: bool = True
     shared_classifier: bool = True
     words_weight: float = Field(default=0.0, ge=0, lt=1)
-    sigmoid_gelu: bool = False
+    shared_tables: bool = False
+    sigmoid_gelu: bool = False  # in the transformer over positions
+    depth_sigmoid_gelu: bool = False  # in that over depths
     dropout: float = Field(default=0.1, ge=0, lt=1)
 
     @property
@@ -72,6 +74,8 @@ class ResidualConfig(NetworkConfig):
         heads = self.depth_heads or self.heads
         if self.width % self.heads or self.width % heads:
             raise UsageError(f"width must be a multiple of heads, got {self.width} / {self.heads} and {heads}")
+        if self.shared_tables and self.codebook_dim:
+            raise UsageError("shared_tables reaches nothing where codebook_dim is not 0; leave it out")
         if self.words_weight and (self.condition or {}).get("kind") != "words":
             raise UsageError('words_weight reaches nothing without condition.kind = "words"; leave it out')
         return self
@@ -97,6 +101,8 @@ class ResidualNetwork(ConditionedNetwork):
             config.shared_classifier,
             config.sigmoid_gelu,
             config.dropout,
+            config.shared_tables,
+            config.depth_sigmoid_gelu,
         )
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):

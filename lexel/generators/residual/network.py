@@ -111,15 +111,15 @@ class Classifier(nn.Module):
 
 
 class DepthEmbedding(nn.Embedding):
-    """Learned vectors of codes, with a table of its own for each depth: (..., depth) to (..., depth, C)."""
+    """Learned vectors of codes, (..., depth) to (..., depth, C): a table for each depth, or one if it is shared."""
 
-    def __init__(self, depths: int, codebook_size: int, width: int) -> None:
-        super().__init__(depths * codebook_size, width)
-        self.codebook_size = codebook_size
+    def __init__(self, depths: int, codebook_size: int, width: int, shared: bool = False) -> None:
+        super().__init__((1 if shared else depths) * codebook_size, width)
+        self.stride = 0 if shared else codebook_size
 
     def forward(self, codes: Tensor, first: int = 0) -> Tensor:
         depth = torch.arange(first, first + codes.shape[-1], device=codes.device)
-        return super().forward(codes + depth * self.codebook_size)
+        return super().forward(codes + depth * self.stride)
 
 
 class ResidualTransformer(nn.Module):
@@ -129,7 +129,7 @@ class ResidualTransformer(nn.Module):
         positions: number of positions, T.
         depths: codes a position, D.
         codebook_size: codes a depth, K.
-        codebook_dim: length of a code vector; None learns vectors of its own for every depth.
+        codebook_dim: length of a code vector; None learns vectors of its own.
         condition_length: vectors of the condition, L.
         width: channels.
         body_depth, body_heads, head_depth, head_heads: blocks and attention heads of the two transformers.
@@ -137,6 +137,8 @@ class ResidualTransformer(nn.Module):
         shared_classifier: one classifier for all depths.
         sigmoid_gelu: the sigmoid approximation of GELU in the body.
         dropout: of residual branches.
+        shared_tables: learned vectors are the same for every depth.
+        depth_sigmoid_gelu: the sigmoid approximation of GELU in the head.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ class ResidualTransformer(nn.Module):
         shared_classifier: bool = True,
         sigmoid_gelu: bool = False,
         dropout: float = 0.0,
+        shared_tables: bool = False,
+        depth_sigmoid_gelu: bool = False,
     ) -> None:
         super().__init__()
         self.depths, self.cumulative = depths, cumulative
@@ -165,12 +169,12 @@ class ResidualTransformer(nn.Module):
         self.input_mlp: nn.Linear | None = None
         self.head_mlp: nn.Linear | None = None
         if codebook_dim is None:
-            self.tok_emb = DepthEmbedding(depths, codebook_size, width)
+            self.tok_emb = DepthEmbedding(depths, codebook_size, width, shared_tables)
         else:
             self.input_mlp = nn.Linear(codebook_dim, width)
             self.head_mlp = nn.Linear(codebook_dim, width)
         self.body_transformer = CausalTransformer(width, body_depth, body_heads, sigmoid_gelu, dropout)
-        self.head_transformer = CausalTransformer(width, head_depth, head_heads, False, dropout)
+        self.head_transformer = CausalTransformer(width, head_depth, head_heads, depth_sigmoid_gelu, dropout)
         self.classifier = Classifier(width, codebook_size, None if shared_classifier else depths)
 
     def initialise(self) -> None:
