@@ -146,3 +146,13 @@ def test_results_in_files_count_and_name_what_was_left_out(inputs, monkeypatch, 
         left_out = result.get("data", result)["unreadable"]
         assert left_out["count"] == 1
         assert left_out["reasons"].keys() == {"dark/bad.png"}
+
+
+def test_a_part_of_an_evaluation_names_what_it_left_out(inputs, monkeypatch, capsys):
+    monkeypatch.chdir(inputs)
+    part = [*COMMANDS["evaluate"], "--device", "cpu", "--part", "1/1", "--resume", "part"]
+    monkeypatch.setattr(sys, "argv", ["lexel", *part])
+    main()
+    errors = capsys.readouterr().err
+    assert "left out dark/bad.png: it is no image of a known kind" in errors
+    assert "1 pictures could not be used" in errors

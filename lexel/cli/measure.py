@@ -23,6 +23,7 @@ from lexel.cli.options import (
     number_or_numbers,
     pixels,
     print_grid,
+    print_left_out,
     print_table,
     progress,
     say,
@@ -152,6 +153,7 @@ def evaluate(
         say(f"lexel: {warning}")
     if part:
         print(f"part {part}: {result['images']:,} images measured; the same command without --part gives the result")
+        print_left_out(result["unreadable"])
         return
     print_table(
         (name, _with_interval(value, result["intervals"].get(name))) for name, value in result["metrics"].items()

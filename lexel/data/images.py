@@ -144,7 +144,8 @@ class ImageSet:
         """What of a set grows with its number of images; see `map_index`."""
         columns: dict[str, Column] = {"names": self.names}
         if self.labels is not None:
-            columns["labels"] = np.array(self.labels, np.int32)
+            own = self.labels
+            columns["labels"] = own.array if isinstance(own, Labels) else np.array(own, np.int32)
         if self.captions is not None:
             columns["captions"] = Names(self.captions)
         if self.places_in is not None:

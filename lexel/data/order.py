@@ -26,7 +26,9 @@ class Positions:
         """Epoch and picture number of a position."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, permutation(self.count, self.seed, epoch, self.window)
+            order = permutation(self.count, self.seed, epoch, self.window)
+            # Every process that reads has it: half the bytes where they are enough.
+            self._epoch, self._order = epoch, order.astype(np.min_scalar_type(self.count), copy=False)
         return epoch, int(self._order[place])
 
 
