@@ -70,20 +70,21 @@ def gpu(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two equal JPEG files, the second with an orientation of EXIF."""
+    """Three equal JPEG files, the second and third with an orientation of EXIF, the third with bytes that fill."""
     place = tmp_path / "pictures"
     place.mkdir()
     exif = Image.Exif()
     exif[0x0112] = 6
     (place / "0.jpg").write_bytes(jpeg())
     (place / "1.jpg").write_bytes(jpeg(exif=exif))
+    (place / "1b.jpg").write_bytes(jpeg(exif=exif).replace(b"\xff\xe1", b"\xff\xff\xff\xe1", 1))
     return place
 
 
 def test_jpegs_are_decoded_on_the_gpu_and_turned_once(folder, gpu):
     plain = open_images(folder)
     images = open_data(data_of(folder, validation=str(folder)))[0]
-    for number in range(2):
+    for number in range(3):
         inverted = plain.read(number).copy()
         inverted[..., 2] = 255 - inverted[..., 2]
         assert np.array_equal(images.read(number), inverted)
@@ -99,9 +100,9 @@ def test_other_files_and_those_that_nvjpeg_would_not_refuse_stay_with_pillow(fol
     Image.fromarray(RAMP[..., 0]).save(folder / "4.jpg", quality=95)
     plain = open_images(folder)
     images = open_data(data_of(folder, validation=str(folder), memory=0))[0]
-    for number in (2, 3):
+    for number in (3, 4):
         assert np.array_equal(images.read(number), plain.read(number))
-    assert np.array_equal(images.read(4), 255 - plain.read(4))
+    assert np.array_equal(images.read(5), 255 - plain.read(5))
     for reader in (plain, images):
         with pytest.raises(UnreadableImage, match=r"0\.jpg cannot be read as an image: image file is truncated"):
             reader.read(0)

@@ -10,7 +10,7 @@ import numpy as np
 
 from lexel.errors import UsageError
 
-START_OF_SCAN, END, APP1 = b"\xff\xda", b"\xff\xd9", 0xE1
+START_OF_SCAN, END, APP1 = b"\xff\xda", b"\xff\xd9", b"\xe1"
 
 
 def nvjpeg_device() -> str:
@@ -65,8 +65,11 @@ def _without_exif(data: bytes) -> bytes:
     """A JPEG file without its APP1 segments, which hold the orientation, by which torchcodec would turn it."""
     kept, place = [data[:2]], 2
     while data[place : place + 1] == b"\xff" and data[place : place + 2] != START_OF_SCAN:
+        if data[place + 1 : place + 2] == b"\xff":  # one more before a marker means nothing
+            place += 1
+            continue
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-        if data[place + 1] != APP1:
+        if data[place + 1 : place + 2] != APP1:
             kept.append(data[place:end])
         place = end
     return b"".join([*kept, data[place:]])
