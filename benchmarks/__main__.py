@@ -11,6 +11,7 @@ BENCHMARKS = {
     "clusters": "approximate search in clusters of codes: time and misses beside the exact search",
     "step": "a whole training step of a small tokenizer, IBQ beside plain VQ",
     "generator": "decoding steps of a generator beside the published way",
+    "speculative": "sampling with the proposals of a draft beside token after token: tokens a second",
     "losses": "the same small training with other losses, judged by a network that was no teacher",
     "many": "many small trainings at once on one GPU: the figures of docs/studies/which-quantizer.md",
     "study": "the tables of docs/studies/which-quantizer.md from its figures, to which results of `compare` are added",

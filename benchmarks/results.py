@@ -20,6 +20,7 @@ SECTIONS = {
     "clusters": ("clusters", True),
     "step": ("step", True),
     "samplers": ("samplers", True),
+    "speculative": ("speculative", True),
     "gpu": ("gpu_page", True),
     "startup": ("startup", True),
     "listing": ("listing", True),
