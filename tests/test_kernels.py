@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.kernels import index_backpropagation, nearest, search, tiled
+from lexel.kernels import index_backpropagation, nearest, search, tiled, tiled_softmax
 from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
 from lexel.kernels.scores import minus_squares
@@ -72,6 +72,18 @@ def test_tiles_agree_with_the_dense_formulas_in_float64(rows, size, dim, similar
     found = outcome(z, codebook, "tiled", similarity=similarity, entropy_temperature=0.05)
     for name, value in exact.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("similarity", ["dot", "l2", "cosine"])
+@pytest.mark.parametrize("spread", [1.0, 6.0], ids=["broad", "saturated"])
+def test_two_passes_over_the_codes_agree_with_the_dense_formulas_in_float64(spread, similarity):
+    z, codebook = spread * normal(400, 16), normal(2100, 16, seed=1)  # two blocks of rows, three of codes
+    exact, twice = (outcome(z, codebook, way, similarity=similarity, rows=16) for way in ("oracle", "tiled"))
+    for name, value in exact.items():
+        torch.testing.assert_close(twice[name], value, rtol=1e-9, atol=1e-12, msg=name)
+    once, twice = (outcome(z, codebook, "tiled", torch.float32, similarity=similarity, rows=r) for r in (None, 16))
+    for name in ("d_z", "d_codebook"):
+        assert distance(twice[name], exact[name]) <= 1.1 * distance(once[name], exact[name]) + 1e-7
 
 
 def cases() -> dict[str, tuple[Tensor, Tensor, dict]]:
@@ -299,19 +311,23 @@ def test_a_scan_in_int8_leaves_numbers_it_cannot_hold_to_a_finer_one(bad):
     assert all(torch.equal(a, b) for a, b in zip(coarse, fine, strict=True))
 
 
-def test_the_error_bound_of_a_scan_in_int8_holds():
+@pytest.mark.parametrize("distances", [False, True])
+def test_the_error_bounds_of_a_scan_in_int8_hold(distances):
     queries, keys = normal(200, 256), normal(3000, 256, seed=1)
     keys[::7] *= 30  # lengths differ
-    bias = minus_squares(keys)
-    norms, table = search._prepared(keys, torch.int8)
+    bias = minus_squares(keys) if distances else None
+    norms, table = search.prepared(keys, torch.int8)
     maxima = search._group_maxima(table, queries, keys, bias, torch.int8).double()
-    exact = queries.double() @ keys.double().T + bias
+    exact = queries.double() @ keys.double().T + (0 if bias is None else bias)
     padded = torch.nn.functional.pad(exact, (0, -len(keys) % search.TILE), value=-torch.inf)
-    groups = padded.view(len(queries), -1, search.GROUP, search.TILE // search.GROUP).amax(2).flatten(1)
-    error = (maxima - groups)[groups.isfinite()].view(len(queries), -1).abs().amax(1)
-    bound = search.scan_error(queries, bias, torch.int8, norms)
-    assert (error <= bound).all()
-    assert error.max() > 0.002 * bound.max()  # and it is no wild guess
+    groups = padded.view(len(queries), -1, search.GROUP, search.APART).amax(2).flatten(1)
+    rows, full = groups.isfinite().nonzero(as_tuple=True)
+    error = (maxima - groups)[rows, full].abs()
+    of_all = search.scan_error(queries, bias, torch.int8, norms)
+    of_groups = search.row_errors(queries, bias, torch.int8).of(*norms.of_groups)(rows, full)
+    assert (error <= of_groups).all()
+    assert (of_groups <= 1.0001 * of_all[rows]).all()
+    assert error.max() > 0.002 * of_all.max()  # and it is no wild guess
 
 
 def brute_force(z: Tensor, codebook: Tensor, similarity: str) -> Tensor:
@@ -414,9 +430,6 @@ def test_no_tensor_grows_with_rows_times_codes():
     rows, size, dim = 512, 65536, 4
     z, codebook = normal(rows, dim).requires_grad_(), normal(size, dim, seed=1).requires_grad_()
     with Allocations() as seen:
-        from lexel.kernels import tiled
-        from lexel.kernels.inputs import Inputs
-
         inputs = Inputs(z.detach(), codebook.detach(), None, False, 1.0, 0.01, True, 8, 1, 1, False)
         found = tiled.forward(inputs)
         one = torch.ones(())
@@ -427,8 +440,6 @@ def test_no_tensor_grows_with_rows_times_codes():
 @pytest.mark.parametrize("together", [1024, 100])
 @pytest.mark.parametrize("scale", [16.0, 40.0])
 def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, together, monkeypatch):
-    from lexel.kernels import tiled
-
     seen = []
     real = torch.softmax
 
@@ -446,7 +457,8 @@ def test_the_softmax_of_the_backward_pass_has_no_denormal_numbers(scale, togethe
 
     monkeypatch.setattr(torch, "softmax", softmax)
     monkeypatch.setattr(Tensor, "exp2_", power)
-    monkeypatch.setattr(tiled, "codes_at_a_time", lambda keys: together)
+    for module in (tiled, tiled_softmax):
+        monkeypatch.setattr(module, "codes_at_a_time", lambda keys: together)
     z, codebook = normal(32, 64) * scale / 8, normal(500, 64, seed=1)
     outcome(z, codebook, "tiled", torch.float32)
     p = torch.cat(seen, dim=1)

@@ -57,7 +57,7 @@ def index_backpropagation(
             "oracle" is the plain dense computation, for tests.
         entropy: False leaves out both entropy terms and their cost.
         rows: how many rows the tiled backward pass takes at a time; it holds two buffers of rows x K. Fewer save
-            memory and cost time.
+            memory and cost time; with 24 or fewer a CPU makes two passes over the codes and holds no such buffer.
         entropy_parts: into how many equal consecutive parts the rows are divided for the batch entropy, which is then
             the mean over the parts; it divides N.
         entropy_processes: how many consecutive processes share a batch entropy, a divisor of their number; above 1 all

@@ -26,9 +26,9 @@ from lexel.kernels.inputs import (
     has_half_products,
     is_traced,
 )
+from lexel.kernels.rounding import APART, GROUP, Norms, Rounded, prepared, rounded, row_errors, scan_error
 from lexel.kernels.scores import (
     TILE,
-    codes_at_a_time,
     exact_scores,
     minus_squares,
     sampled_products,
@@ -37,7 +37,6 @@ from lexel.kernels.scores import (
 )
 
 ROWS = 1024  # rows scanned together
-GROUP = 16  # codes that share one maximum
 WIDTH = 16  # near codes listed for a row; a row with more is wide
 SMALLEST_HALF = 64  # dimensions from which a CPU scans faster in bfloat16: below, what it saves goes into conversions
 SMALLEST_INT8, LARGEST_INT8 = 128, 2**16  # dimensions: below, int8 is no faster; above, sums may leave an int32
@@ -91,33 +90,6 @@ def joined(blocks: list[Candidates]) -> Candidates:
     return Candidates(best, codes, scores, wide, torch.stack([block.counts for block in blocks]).sum(0))
 
 
-class Norms(NamedTuple):
-    """The largest lengths among the codes, for rounding bounds."""
-
-    keys: Tensor  # () of a code
-    residual: Tensor  # () of a code minus its rounding for the scan; 0 for a scan in full precision
-
-
-class Rounded(NamedTuple):
-    """Rows in the precision of a scan. Values are those of `rows`, times `scales` where the scan is in int8."""
-
-    rows: Tensor  # (n, D), of the scan's type
-    scales: Tensor | None  # (n,) for int8: a row's largest number is 127 of them
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """The rounded rows as numbers (n, D)."""
-        values = self.rows.to(dtype)
-        return values if self.scales is None else values * self.scales[:, None]
-
-
-def rounded(rows: Tensor, scan: torch.dtype) -> Rounded:
-    """Rows (n, D) in the precision of a scan."""
-    if scan != torch.int8:
-        return Rounded(rows.to(scan), None)
-    scales = (rows.abs().amax(1) / 127).clamp_min(torch.finfo(rows.dtype).tiny)
-    return Rounded((rows / scales[:, None]).round_().to(torch.int8), scales)
-
-
 @torch.no_grad()
 def near_codes(
     queries: Tensor,
@@ -143,7 +115,7 @@ def near_codes(
     together = ROWS if queries.device.type == "cpu" else 4 * ROWS
     if implementation == "triton" and scan == torch.bfloat16:
         return _triton_near_codes(queries, keys, bias, slack, together)
-    norms, table = _prepared(keys, scan)
+    norms, table = prepared(keys, scan)
     maxima = functools.partial(_group_maxima, table)
     blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
     return joined(blocks)
@@ -159,7 +131,7 @@ def _triton_near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None, slack
     blocks = []
     for rows in queries.contiguous().split(together):
         found = Candidates(
-            *triton_search.near_codes(rows, keys, bias, slack, (low, *norms), GROUP, TILE // GROUP, WIDTH)
+            *triton_search.near_codes(rows, keys, bias, slack, (low, norms.keys, norms.residual), GROUP, APART, WIDTH)
         )
         if found.counts[0]:
             found = finer(found, found.wide.nonzero().squeeze(1), rows, keys, bias, slack, norms)
@@ -228,41 +200,6 @@ def _fastest(device: torch.device, rows: int, codes: int, dims: int) -> torch.dt
     return torch.int8 if whole and torch.cpu._is_vnni_supported() else torch.float32
 
 
-def _prepared(keys: Tensor, scan: torch.dtype) -> tuple[Norms, Rounded | None]:
-    """Norms of the codes and, for a scan in int8, the rounded table: a quarter of the memory of the codes."""
-    tiles = keys.split(codes_at_a_time(keys))
-    largest = torch.stack([tile.norm(dim=1).amax() for tile in tiles]).amax()
-    if scan == keys.dtype:
-        return Norms(largest, torch.zeros_like(largest)), None
-    parts, residuals = [], []
-    for tile in tiles:
-        part = rounded(tile, scan)
-        residuals.append((tile - part.values(keys.dtype)).norm(dim=1).amax())
-        parts.append(part if scan == torch.int8 else None)
-    norms = Norms(largest, torch.stack(residuals).amax())
-    if scan != torch.int8:
-        return norms, None
-    whole = [torch.cat(columns) for columns in zip(*(part for part in parts if part is not None), strict=True)]
-    return norms, Rounded(*whole)
-
-
-def scan_error(queries: Tensor, bias: Tensor | None, scan: torch.dtype, norms: Norms) -> Tensor:
-    """The bound of a score's error before the scan rounds it for storage: (n,)."""
-    # |fl(q.k) - q.k| <= D u |q| |k| / (1 - D u), and one rounding more for the bias; 1.01 covers the denominator and
-    # the rounding of the norms. Products of bfloat16 numbers are exact in float32 and summed there; sums of int8
-    # products are exact, and rounded three times: to float32, and by the two scales. D is at least 32 there.
-    size = queries.norm(dim=1) * norms.keys
-    largest = size if bias is None else size + bias.abs().amax().to(size.dtype)
-    error = (queries.shape[1] + 2) * unit(queries.dtype) * largest
-    if scan != queries.dtype:
-        scanned = rounded(queries, scan).values(queries.dtype)
-        error = 1.01 * error + (queries - scanned).norm(dim=1) * norms.keys
-        error = error + scanned.norm(dim=1) * norms.residual
-        if bias is not None and scan != torch.int8:
-            error = error + unit(scan) * size  # rounded for storage before the bias is added
-    return 1.01 * error
-
-
 def _near_block(
     queries: Tensor,
     keys: Tensor,
@@ -282,9 +219,11 @@ def _near_block(
     lowest = best - below  # a code computed below this is not within the slack of the best
     near_groups = maxima >= lowest[:, None].to(maxima.dtype)
     wide = ~lowest.isfinite()  # the scan overflowed or met a NaN
-    if near_groups.count_nonzero() > len(queries):
-        wide |= near_groups.count_nonzero(1) > NEAR_GROUPS.get(scan, WIDTH)
-    rows, groups = (near_groups & ~wide[:, None]).nonzero(as_tuple=True)
+    # Ten times faster than counting what is not zero.
+    wide |= near_groups.view(torch.uint8).sum(1, dtype=torch.int32) > NEAR_GROUPS.get(scan, WIDTH)
+    rows, groups = (near_groups & ~wide[:, None] if wide.any() else near_groups).nonzero(as_tuple=True)
+    if norms.of_groups is not None:
+        rows, groups = _nearer(maxima, rows, groups, slack, row_errors(queries, bias, scan).of(*norms.of_groups))
     del maxima, near_groups
     rows, codes = _codes_of_groups(queries, keys, bias, slack, norms, rows, groups)
 
@@ -351,9 +290,11 @@ def _group_maxima(
     tiles = math.ceil(len(keys) / TILE)
     integer = scan == torch.int8
     stored = scan if bias is None and not integer else queries.dtype  # a bias is added in full precision
-    maxima = queries.new_empty(len(queries), tiles, TILE // GROUP, dtype=stored)
+    maxima = queries.new_empty(len(queries), tiles, APART, dtype=stored)
     together = min(TILE if queries.device.type == "cpu" else 16 * TILE, tiles * TILE)
     scores = queries.new_empty(len(queries), together, dtype=queries.dtype if queries.is_cuda or integer else scan)
+    # Kept from tile to tile: fresh pages for its products would cost more than they do.
+    integers = torch.empty(scores.numel() if integer else 0, dtype=torch.int32, device=queries.device)
     left, scales = rounded(queries, scan)
     for start in range(0, tiles * TILE, together):
         part = slice(start, start + together)
@@ -363,7 +304,12 @@ def _group_maxima(
             scores.fill_(-torch.inf)
         if table is not None:
             assert table.scales is not None
-            torch.mul(torch._int_mm(left, table.rows[part].T), table.scales[part], out=inside)
+            products = torch._int_mm(left, table.rows[part].T, out=integers[: inside.numel()].view(inside.shape))
+            if bias is None and size == TILE:
+                best = products.view(len(queries), GROUP, -1).amax(1)
+                torch.mul(best, table.scales[start : start + APART], out=maxima[:, start // TILE])
+                continue
+            inside.copy_(products).mul_(table.scales[part])  # a product of two types would make a copy first
         elif scan == inside.dtype:
             torch.mm(left, keys[part].to(scan).T, out=inside)
         else:  # on CUDA: a float32 result is also summed in float32, whatever PyTorch's settings allow
@@ -377,18 +323,29 @@ def _group_maxima(
             shifted = scores
             torch.addcmul(bias[part].to(stored), inside, scales[:, None], out=inside)
         written = slice(start // TILE, math.ceil((start + size) / TILE))
-        grouped = shifted.view(len(queries), -1, GROUP, TILE // GROUP)[:, : written.stop - written.start]
+        grouped = shifted.view(len(queries), -1, GROUP, APART)[:, : written.stop - written.start]
         maxima[:, written] = grouped.amax(2)
     if bias is None and scales is not None:
         maxima *= scales[:, None, None]
     return maxima.flatten(1)
 
 
+def _nearer(
+    maxima: Tensor, rows: Tensor, groups: Tensor, slack: float, errors: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pairs (row, group) that stay in question where each group is held to the bound of its own codes."""
+    best = maxima[rows, groups]
+    error = errors(rows, groups)
+    lowest = maxima.new_full((len(maxima),), -torch.inf).scatter_reduce(0, rows, best - error, "amax") - slack
+    keep = best + error >= lowest[rows]
+    return rows[keep], groups[keep]
+
+
 def _codes_of_groups(
     queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, norms: Norms, rows: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The pairs (row, code) within the pairs (row, group) that float32 cannot tell from the best."""
-    per_tile = TILE // GROUP
+    per_tile = APART
     first = groups.div(per_tile, rounding_mode="floor") * TILE + groups % per_tile
     codes = first[:, None] + per_tile * torch.arange(GROUP, device=rows.device)  # (pairs, GROUP)
     pair, member = (codes < len(keys)).nonzero(as_tuple=True)

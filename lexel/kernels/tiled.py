@@ -27,11 +27,10 @@ from lexel.kernels.inputs import Inputs
 from lexel.kernels.oracle import EPS
 from lexel.kernels.scores import codes_at_a_time, minus_squares
 from lexel.kernels.search import WIDTH, near_codes
+from lexel.kernels.tiled_softmax import FLOOR, LEAST_ROWS, multiply, soft_in_tiles, soft_twice
 
 # exp(-CUT) bounds the probability mass that a row's entropies may lose.
 CUT = {torch.float32: 28.0, torch.float64: 46.0}
-# p is kept above exp(-FLOOR) of a row's largest, at most K exp(-40) of mass: denormal numbers slow a CPU down.
-FLOOR = 40.0
 TRITON_DIM = 256  # the longest rows that the Triton kernels of the gradient take
 
 
@@ -148,7 +147,8 @@ def backward(
     elif soft is not None and (queries.is_cuda or inputs.half or len(keys) <= codes_at_a_time(keys)):
         _soft(inputs, soft, into, logit_grad_sum)
     elif soft is not None:
-        _soft_in_tiles(inputs, state.indices, soft, into, logit_grad_sum)
+        in_tiles = soft_twice if inputs.rows <= LEAST_ROWS else soft_in_tiles
+        in_tiles(inputs, state.indices, soft, into.queries, into.keys, logit_grad_sum)
     if sample is not None or batch is not None:
         zero = state.mean.new_zeros(())
         _entropies(
@@ -186,62 +186,10 @@ def _soft(inputs: Inputs, g: Tensor, into: Gradients, logit_grad_sum: Tensor) ->
         torch.softmax(p[:n], 1, out=p[:n])
         torch.ops.aten._softmax_backward_data.out(dl[:n], p[:n], 1, dl.dtype, grad_input=dl[:n])
         low_dl = dl[:n].to(low)
-        _multiply(low_dl, low_keys, into.queries[part])
-        _multiply(low_dl.T, low_queries[part], into.keys, add=start > 0)
+        multiply(low_dl, low_keys, into.queries[part])
+        multiply(low_dl.T, low_queries[part], into.keys, add=start > 0)
         if inputs.distance:
             logit_grad_sum += dl[:n].sum(0)
-
-
-def _soft_in_tiles(inputs: Inputs, indices: Tensor, g: Tensor, into: Gradients, logit_grad_sum: Tensor) -> None:
-    """`_soft` on a CPU, tile by tile; `indices` are the codes that the rows chose.
-
-    A tile of rows x codes lies by itself in memory, and is passed over while it is in the cache. Two things come
-    with the products, as columns of numbers beside the queries and of ones beside the keys: a row's logits and its
-    S (see above) lose those of the code it chose, which keeps powers below one and the cancellation of a saturated
-    row exact; and logits of distances lose |k|^2. Powers of two take a third of the time of a softmax.
-    """
-    queries, keys = inputs.queries, inputs.keys
-    codes = keys if inputs.codes is None else inputs.codes
-    bias = None if not inputs.distance else minus_squares(keys).to(queries.dtype)
-    chosen = (queries * keys[indices]).sum(1) + (0 if bias is None else bias[indices])
-    # Distances have keys for codes, so that one table serves both products; S takes nothing of its last column.
-    left = torch.cat([queries, -chosen[:, None], *([] if bias is None else [torch.ones_like(chosen[:, None])])], 1)
-    left_g = torch.zeros_like(left)
-    left_g[:, : g.shape[1]] = g
-    left_g[:, g.shape[1]] = -(g * codes[indices]).sum(1)
-    rows, together = min(inputs.rows, len(queries)), codes_at_a_time(keys)
-    tiles = [slice(start, min(start + together, len(keys))) for start in range(0, len(keys), together)]
-    right = keys.new_ones(together, left.shape[1])
-    right_g = right if codes is keys else right.clone()
-    p_of, dl_of = ([queries.new_empty(rows, tile.stop - tile.start) for tile in tiles] for _ in range(2))
-    base = math.log2(math.e)
-    for start in range(0, len(queries), rows):
-        part = slice(start, start + rows)
-        n = len(queries[part])
-        total, mean = queries.new_zeros(n, 1), queries.new_zeros(n, 1)
-        for tile, p, dl in zip(tiles, p_of, dl_of, strict=True):
-            size = tile.stop - tile.start
-            right[:size, : keys.shape[1]] = keys[tile]
-            if bias is not None:
-                right[:size, -1] = bias[tile]
-            if codes is not keys:
-                right_g[:size, : codes.shape[1]] = codes[tile]
-            p = torch.mm(left[part], right[:size].T, out=p[:n]).mul_(base / inputs.temperature)
-            if p.dtype == torch.float32:
-                p.clamp_(min=-FLOOR * base)
-            total += p.exp2_().sum(1, keepdim=True)
-            dl = torch.mm(left_g[part], right_g[:size].T, out=dl[:n])
-            mean += (p * dl).sum(1, keepdim=True)
-        mean /= total
-        scale = 1 / (total * inputs.temperature)
-        scaled = queries[part] * scale
-        for number, (tile, p, dl) in enumerate(zip(tiles, p_of, dl_of, strict=True)):
-            dl = dl[:n].sub_(mean).mul_(p[:n])
-            _multiply(dl, keys[tile], into.queries[part], add=number > 0)
-            _multiply(dl.T, scaled, into.keys[tile], add=start > 0)
-            if inputs.distance:
-                logit_grad_sum[tile].addmv_(dl.T, scale[:, 0])
-        into.queries[part] *= scale
 
 
 def _entropies(
@@ -350,21 +298,6 @@ def _products(queries: Tensor, keys: Tensor, bias: Tensor | None, out: Tensor) -
         else:
             torch.add(scores, bias[part].to(out.dtype), out=out[:, part])
     return out
-
-
-def _multiply(left: Tensor, right: Tensor, into: Tensor, add: bool = False) -> None:
-    """Writes left @ right, or adds it; half precision is summed in float32, and on a CPU rounded after it."""
-    if left.dtype == into.dtype:
-        if add:
-            into.addmm_(left, right)
-        else:
-            torch.mm(left, right, out=into)
-        return
-    product = torch.mm(left, right, out_dtype=into.dtype) if left.is_cuda else torch.mm(left, right)
-    if add:
-        into.add_(product)
-    else:
-        into.copy_(product)
 
 
 def add_rows(target: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
