@@ -141,8 +141,7 @@ def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
     from lexel.kernels import triton_search, triton_softmax
     from lexel.kernels import triton_tiles as tiles
     from lexel.kernels.inputs import Inputs
-    from lexel.kernels.scores import TILE
-    from lexel.kernels.search import GROUP
+    from lexel.kernels.rounding import APART, GROUP
 
     rows, size, dim = 4096, 2**18, 256
     z, g = (torch.randn(rows, dim, device=device) for _ in range(2))
@@ -150,7 +149,7 @@ def tuning(save: Save, device: str, arguments: argparse.Namespace) -> None:
     low_z, low_codes = z.bfloat16(), codes.bfloat16()
     inputs = Inputs(z, codes, None, False, 1.0, 0.01, False, 16, 1, 1, True)
     jobs: dict[str, Callable[[], Any]] = {
-        "scan": lambda: triton_search.group_maxima(low_z, low_codes, None, GROUP, TILE // GROUP),
+        "scan": lambda: triton_search.group_maxima(low_z, low_codes, None, GROUP, APART),
         "soft": lambda: triton_softmax.soft(inputs, g, None),
     }
     own = tiles.shapes(torch.device(device))
