@@ -26,7 +26,7 @@ from published_layouts import (
 from torch import Tensor
 
 import lexel
-from lexel.convert import FAMILIES, convert, maskgit_vqgan, recognise, vit
+from lexel.convert import FAMILIES, convert, maskgit_vqgan, recognise, rqvae, vit
 from lexel.convert.family import Conversion, Request
 from lexel.convert.files import Published
 from lexel.errors import UsageError
@@ -623,3 +623,10 @@ def test_maskgits_tokenizer_may_have_more_channels_in_its_first_level_than_befor
     assert sizes.items() <= found.items()
     alone = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
     assert maskgit_vqgan.sizes(alone, "a file", "decoder")["multipliers"] == [2, 1, 3]
+
+
+def test_options_of_an_rqvae_that_differ_between_depths_are_refused():
+    assert rqvae.of_all_depths({"decay": [0.9, 0.9]}, "decay", 0.99, "file") == 0.9
+    assert rqvae.of_all_depths({}, "decay", 0.99, "file") == 0.99
+    with pytest.raises(UsageError, match=r"file has decay = \[0.9, 0.8\]; depths that differ cannot be imported"):
+        rqvae.of_all_depths({"decay": [0.9, 0.8]}, "decay", 0.99, "file")

@@ -34,6 +34,15 @@ def is_shared(tensors: Names, given: Mapping[str, Any]) -> bool:
     return len(tables) > 1 and all(torch.equal(table, tables[0]) for table in tables[1:])
 
 
+def of_all_depths(given: Mapping[str, Any], name: str, default: Any, source: str) -> Any:
+    """A published option that may be given for every depth, where all depths must agree."""
+    value = given.get(name, default)
+    values = value if isinstance(value, list | tuple) and value else [value]
+    if any(other != values[0] for other in values):
+        raise UsageError(f"{source} has {name} = {list(values)}; depths that differ cannot be imported")
+    return values[0]
+
+
 def convert(request: Request) -> Conversion:
     """Codebooks lose their last row, which is padding; a shared one stands once."""
     tensors, given = dict(request.published.tensors), options(request.published.config)
@@ -46,6 +55,7 @@ def convert(request: Request) -> Conversion:
             raise UsageError(
                 f"{request.source} packs latents {latents} into codes {codes}, which are no squares of them"
             )
+    of_all_depths(given, "n_embed", None, request.source)
     steps = [f"quantizer.codebooks.{level}.steps" for level in range(1 if shared else depth)]
     for name in [name for name in tensors if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]:
         tensors[name] = tensors[name][:-1]
@@ -53,7 +63,7 @@ def convert(request: Request) -> Conversion:
 
     def config(ours: Names, source: str) -> dict[str, Any]:
         size, dim = ours["quantizer.levels.0.weight"].shape
-        base = {"decay": given.get("decay", 0.99), "order": "look_up_first"}
+        base = {"decay": of_all_depths(given, "decay", 0.99, source), "order": "look_up_first"}
         if given.get("restart_unused_codes"):
             base["restart_below"] = 1.0
         quantizer = {"kind": "residual", "codebook_size": size, "codebook_dim": dim, "depth": depth, "shared": shared}

@@ -220,10 +220,13 @@ class Run:
         self.origins, self.left_out = conversion.origins, conversion.left_out
         return conversion.model.to(self.dtype)
 
-    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """Our parameters by the published names that the importer took them from."""
-        named = dict(model.named_parameters())
-        return {theirs: named[ours] for ours, theirs in self.origins.items() if ours in named}
+    def parameters(self, model: nn.Module) -> dict[str, list[Tensor]]:
+        """Our parameters by the published names that the importer took them from: one, or the parts of a joint one."""
+        named, found = dict(model.named_parameters()), dict[str, list[Tensor]]()
+        for ours, theirs in self.origins.items():
+            if ours in named:
+                found.setdefault(theirs, []).append(named[ours])
+        return found
 
     def close(
         self,
@@ -281,20 +284,20 @@ class Run:
         if not equal:
             self.fixture.faults.append(f"{self.prefix}{name} differ in {str(self.dtype)[6:]}")
 
-    def gradients(
-        self, total: Tensor, ours: Mapping[str, Tensor], name: str = "grads", skip: Collection[str] = ()
-    ) -> None:
+    def gradients(self, total: Tensor, ours: Mapping[str, Tensor | list[Tensor]], name: str = "grads") -> None:
         """Compares the gradients of a scalar; `ours` are parameters and inputs by their published names.
 
-        Every published gradient must be among `ours`, but for those in `skip`, which were compared otherwise.
+        Every published gradient must be among `ours`.
         """
         theirs = self.expected[name]
-        missing = theirs.keys() - ours.keys() - {*skip}
+        missing = theirs.keys() - ours.keys()
         if missing:
             self.fixture.faults.append(f"no parameter for the published gradient of {min(missing)}")
-        names = [key for key in theirs if key in ours]
-        if not names:
-            return
-        found = torch.autograd.grad(total, [ours[key] for key in names], retain_graph=True, allow_unused=True)
-        for key, gradient in zip(names, found, strict=True):
-            self.close(f"{name}:{key}", torch.zeros_like(theirs[key]) if gradient is None else gradient, theirs[key])
+        for key, published in theirs.items():
+            if key not in ours:
+                continue
+            leaf = ours[key]
+            leaves = leaf if isinstance(leaf, list) else [leaf]
+            found = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(of) if part is None else part for part, of in zip(found, leaves, strict=True)]
+            self.close(f"{name}:{key}", torch.cat(parts) if len(parts) > 1 else parts[0], published)

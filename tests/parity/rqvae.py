@@ -29,4 +29,6 @@ def check(fixture: Fixture) -> None:
             if name.startswith("decode_partial_add"):
                 kept = codes[: int(name.removeprefix("decode_partial_add")) + 1]
                 run.close(name, model.decode_codes(torch.stack(kept).sum(0)))
+            if name.startswith("decode_partial_select"):
+                run.close(name, model.decode_codes(codes[int(name.removeprefix("decode_partial_select"))]))
         run.gradients(total, run.parameters(model))

@@ -76,7 +76,7 @@ def stage2(fixture: Fixture) -> None:
         run.close("rec_from_tokens", (from_tokens + 1) / 2)
         gradients(run, model, total)
         published = run.parameters(model)
-        trained = {id(published[name]) for name in run.content["trainable"]}
+        trained = {id(part) for name in run.content["trainable"] for part in published[name]}
         learned = {id(part) for part in [*model.decoder.parameters(), *model.from_codes.parameters()]}
         if trained != learned:
             fixture.faults.append("what the second stage trains is not the decoder with its projection")

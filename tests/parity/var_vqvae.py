@@ -1,9 +1,6 @@
 """The tokenizer of VAR."""
 
-import torch
-
-from lexel.tokenizer import Tokenizer
-from tests.parity.fixture import Fixture, Run
+from tests.parity.fixture import Fixture
 
 
 def check(fixture: Fixture) -> None:
@@ -29,23 +26,4 @@ def check(fixture: Fixture) -> None:
         run.close("rec_clamped_last", model.decode_codes(sums[-1]).clamp(-1, 1))
         total = (result.images - x).square().mean() + loss
         run.close("total", total)
-        gradients(run, model, total)
-
-
-def gradients(run: Run, model: Tokenizer, total: torch.Tensor) -> None:
-    joint = "encoder.mid.attn_1.qkv.weight"
-    names = {
-        "encoder.conv_in.weight": "encoder.conv_in.weight",
-        "quant_conv.weight": "to_codes.weight",
-        "quantize.embedding.weight": "quantizer.base.weight",
-        "quantize.quant_resi.qresi_ls.0.weight": "quantizer.smoothers.0.weight",
-        "quantize.quant_resi.qresi.weight": "quantizer.smoothers.0.weight",
-        "quantize.quant_resi.0.weight": "quantizer.smoothers.0.weight",
-        "post_quant_conv.weight": "from_codes.weight",
-        "decoder.conv_out.bias": "decoder.conv_out.bias",
-    }
-    ours = {theirs: model.get_parameter(name) for theirs, name in names.items() if theirs in run.expected["grads"]}
-    separate = [model.get_parameter(f"encoder.middle.attention.{part}.weight") for part in ("query", "key", "value")]
-    found = torch.autograd.grad(total, separate, retain_graph=True)
-    run.close(f"grads:{joint}", torch.cat(found), run.expected["grads"][joint])
-    run.gradients(total, ours, skip={joint})
+        run.gradients(total, run.parameters(model))
