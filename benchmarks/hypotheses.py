@@ -163,6 +163,7 @@ ROWS: dict[str, tuple[str, Mapping[str, Any], Mapping[str, float]]] = {
     "queue": ("ibq_trial", {"batches": 16}, {}),
     "balanced": ("ibq_trial", {"balance": 1.0}, {}),
     "balanced_tenth": ("ibq_trial", {"balance": 0.1}, {}),
+    "balanced_identity": ("ibq_trial", {"balance": 1.0, "identities": (1.0, 1.0)}, {}),
     "terms_by_tokens": ("ibq_trial", {"scaled": "terms by tokens"}, {}),
     "entropies_by_tokens": ("ibq_trial", {"scaled": "entropies by tokens"}, {}),
     "tenth_identity_falls": ("ibq_trial", {"identities": (1.0, 0.0)}, TENTH),
