@@ -91,6 +91,15 @@ def test_a_run_leaves_all_that_was_promised(run):
     assert {"recipe.toml", "metrics.jsonl", "checkpoints", "config.json", "model.safetensors", "report.html"} <= names
 
 
+def test_an_interrupted_command_is_no_success(capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lexel.loading.load_tokenizer", interrupted)
+    assert lexel(capsys, "encode", "model", "pictures", "--out", "tokens") == (130, "", "lexel: interrupted\n")
+    assert lexel(capsys, "--version")[0] == 0
+
+
 def test_a_training_without_a_folder_is_refused_in_one_line(capsys):
     code, _, error = lexel(capsys, "train", "recipes/tiny.toml")
     assert (code, error) == (2, "lexel: give the run folder: lexel train recipes/tiny.toml --out runs/tiny\n")

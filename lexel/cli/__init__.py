@@ -75,6 +75,7 @@ CommandLineError: Any = typer.BadParameter.__mro__[2]
 # How PyTorch's allocators say that memory is full where they have no error class for it.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
+INTERRUPTED = 130
 KILLED_READER = "DataLoader worker"  # of what PyTorch raises, wherever the command is at that moment
 
 
@@ -83,14 +84,16 @@ def main() -> None:
     warnings.formatwarning = lambda message, *_: f"lexel: {message}\n"
     gc.set_threshold(20_000, 20, 100)  # looking through all of PyTorch while it loads takes a tenth of a start
     try:
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == INTERRUPTED:  # newer releases of typer return it, older ones raise Abort
+            raise KeyboardInterrupt
     except UsageError as error:
         _fail(str(error))
     except CommandLineError as error:  # the command line itself was wrong
         _fail(error.format_message().replace("\n", " "))
     except (typer.Abort, KeyboardInterrupt):
         say("lexel: interrupted")
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except (RuntimeError, MemoryError) as error:
         if KILLED_READER in str(error):
             _fail(
