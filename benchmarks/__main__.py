@@ -6,6 +6,7 @@ import sys
 
 BENCHMARKS = {
     "gpu": "everything that only a GPU can tell, in parts",
+    "traffic": "kernels started and bytes asked for by the Triton kernels, counted without a GPU",
     "results": "RESULTS.md, written again from the figures that are kept",
     "quantizers": "time and memory of forward + backward, and of encoding, beside the peers",
     "clusters": "approximate search in clusters of codes: time and misses beside the exact search",

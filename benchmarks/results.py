@@ -22,6 +22,7 @@ SECTIONS = {
     "samplers": ("samplers", True),
     "speculative": ("speculative", True),
     "gpu": ("gpu_page", True),
+    "traffic": ("traffic", True),
     "startup": ("startup", True),
     "listing": ("listing", True),
     "throughput": ("throughput", True),

@@ -155,3 +155,45 @@ def test_a_nan_in_one_row_leaves_the_others_alone():
     found, expected = near_codes(spoiled, codebook, **options), near_codes(z, codebook, **options)
     assert torch.equal(found.best[others], expected.best[others])
     assert 0 <= found.best[2] < 50
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts")
+@pytest.mark.parametrize(("rows", "size", "dim", "biased"), [(9, 1024, 24, True), (5, 1024, 300, False)])
+def test_traffic_is_counted_as_the_interpreter_loads_and_stores(rows, size, dim, biased, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from benchmarks.traffic import recorded, traffic
+    from lexel.kernels import triton_search, triton_softmax
+    from lexel.kernels.inputs import Inputs
+
+    counted = {"read": 0, "written": 0}
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def counting_load(builder, pointers, mask, *rest):
+        value = load(builder, pointers, mask, *rest)
+        counted["read"] += int(mask.data.sum()) * value.data.dtype.itemsize
+        return value
+
+    def counting_store(builder, pointers, value, mask, *rest):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        counted["written"] += int(mask.data.sum()) * size
+        return store(builder, pointers, value, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counting_store)
+    z, codes, g = normal(rows, dim), normal(size, dim, seed=1), normal(rows, dim, seed=2)
+    bias = minus_squares(codes) if biased else None
+    with recorded(start=True) as launches:
+        low, lengths, losses = triton_search.prepare(codes)
+        largest = codes.new_zeros(()) if bias is None else bias.abs().amax().float()
+        short, below, ties = triton_search.bounds(z, lengths.amax(), losses.amax(), largest, 0.0)
+        listed, found = triton_search.near_groups(triton_search.group_maxima(short, low, bias, 16, 64), below, 32)
+        last = triton_search.list_codes(z, codes, bias, ties, listed, found, 0.0, 16, 64, 16)[-1]
+        if dim <= 256:
+            triton_softmax.soft(Inputs(z, codes, None, biased, 1.0, 0.01, False, 16, 1, 1, True), g, bias)
+    assert not last[0], "no row is wide"
+    near, chosen = found.sum().item() / rows, last[1].item() / rows
+    each = [traffic(launch, near, chosen) for launch in launches]
+    assert len({launch.kernel for launch in launches}) == (7 if dim <= 256 else 5)
+    assert counted["read"] == pytest.approx(sum(one.read for one in each), rel=1e-9)
+    assert counted["written"] == pytest.approx(sum(one.written for one in each), rel=1e-9)
