@@ -49,7 +49,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="module")
 def undrawn_charts() -> Iterator[None]:
-    """For files whose trainings write a report that nobody looks at: its charts share one plot, which is never drawn."""
+    """For files whose trainings write a report that nobody looks at: its charts share a plot, which is never drawn."""
     from matplotlib.figure import Figure
 
     canvas = Figure()

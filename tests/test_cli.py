@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,7 +405,7 @@ MISTAKES = [
     ),
     (["train", "tiny", "--out", "x", "--set", "data.source=nowhere"], "there is no file or folder 'nowhere'"),
     (["train", "tiny", "--out", "x", "--device", "cuda:7"], "cuda:7"),
-    (["train", "tiny"], "Missing option '--out'"),
+    (["train", "tiny"], "give the run folder: lexel train tiny --out runs/tiny"),
     (["train", "tiny", "--out", "x", "--init-what", "decoder"], "init lacks the option 'source'"),
     (["export", "nowhere", "--out", "x", "--precision", "bf16"], "No such option: --precision"),
     (["inspect", "tiny", "--device", "cuda:7"], "No such option: --device"),
@@ -537,6 +538,8 @@ def test_memory_that_is_not_there_is_told_in_one_line(capsys, monkeypatch):
 
 
 class Killed:
+    images = SimpleNamespace(decoded_on_gpu=False)
+
     def __getitem__(self, item):
         os.kill(os.getpid(), signal.SIGKILL)
 
