@@ -18,12 +18,12 @@ import pytest
 PARITY = Path(os.environ.get("LEXEL_PARITY", Path(__file__).parents[2] / "shared" / "parity"))
 
 
-LONGEST = [  # over 5 s, the longest first
-    *("test_studio_browser", "test_train", "test_train_session", "test_quantizers", "test_train_autoencoders"),
-    *("test_compare", "test_docs", "test_cli", "test_layers", "test_generators", "test_train_processes"),
-    *("test_generators_latents", "test_recipes", "test_objective", "test_loading", "test_kernels_triton"),
-    *("test_kernels", "test_data_embedded", "test_train_generator", "test_run_folder", "test_quantizers_methods"),
-    *("test_tokenizer", "test_report", "test_damaged_files", "test_parity", "test_captions"),
+LONGEST = [  # over 4 s, the longest first
+    *("test_studio_browser", "test_train", "test_cli", "test_quantizers", "test_docs", "test_generators_latents"),
+    *("test_layers", "test_generators", "test_recipes", "test_train_session", "test_compare", "test_train_laws"),
+    *("test_kernels_triton", "test_objective", "test_train_processes", "test_train_generator", "test_generator"),
+    *("test_tiling", "test_kernels", "test_train_autoencoders", "test_export", "test_loading", "test_parity"),
+    *("test_evaluate_metrics", "test_tokenizer", "test_report"),
 ]
 
 
