@@ -26,6 +26,7 @@ from lexel.runtime import cache_folder, is_cached
 
 LARGE = 200_000  # images from which on an index is mapped; a smaller one takes little
 HINT = 2**28  # bytes of an index from which on it is said that pyarrow would keep them out of every process
+FORMAT = 1  # of the file: another one is written anew
 FACTS = b"lexel"  # the key of the plain data in a file's metadata
 DIGEST = hashlib.sha256().digest_size
 AT_ONCE = 2**22  # bytes read together
@@ -125,7 +126,7 @@ def index_path(source: Any, content: Any) -> Path:
         source: plain data that names it: kind, location, split.
         content: plain data that changes whenever the index does.
     """
-    parts = (hashlib.sha256(json.dumps(part, default=str).encode()).hexdigest() for part in (source, content))
+    parts = (hashlib.sha256(json.dumps(part, default=str).encode()).hexdigest() for part in (source, [FORMAT, content]))
     return cache_folder() / "indexes" / f"{next(parts)[:32]}-{next(parts)[:32]}.arrow"
 
 
