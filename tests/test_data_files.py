@@ -66,6 +66,23 @@ def test_pictures_stand_upright_whatever_their_orientation(tmp_path, suffix, ori
     assert close(array, TURNS[orientation](CORNERS))
 
 
+def test_a_bit_flipped_anywhere_in_a_png_gives_the_same_pixels_or_is_told(tmp_path):
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (4, 4, 3), np.uint8))
+    path = saved(tmp_path / "a.png", np.asarray(coarse.resize((20, 18), Image.Resampling.BILINEAR)))
+    whole, pixels = path.read_bytes(), read_image(path)
+    told = 0
+    for place in range(0, len(whole), 2):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        try:
+            assert np.array_equal(read_image(path), pixels), place
+        except UnreadableImage:
+            told += 1
+    assert told > 0.45 * len(whole)
+
+
 def test_stored_pixels_are_neither_turned_nor_laid_on_white(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

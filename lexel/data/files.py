@@ -52,6 +52,7 @@ UPRIGHT = {
 ORIENTATION_TAG = 0x0112
 
 PNG = b"\x89PNG\r\n\x1a\n"
+PNG_NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
 # Chunks of a PNG that are kept beside the critical ones: transparency and orientation, the latter also as text.
 PNG_KEPT = (b"tRNS", b"eXIf")
 PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
@@ -302,6 +303,10 @@ def without_metadata(data: bytes) -> bytes:
 
     Transparency stays, and EXIF data, since it holds the orientation. What comes after a chunk that is cut short stays
     as it is.
+
+    Raises:
+        ValueError: a chunk that the pixels need has another checksum than its bytes. Pillow does not look at that of
+            the pixels, and gives others where their stream happens to last long enough.
     """
     kept, place = [data[:8]], 8
     while place + 12 <= len(data):
@@ -310,6 +315,11 @@ def without_metadata(data: bytes) -> bytes:
         if end > len(data):
             break
         body = data[place + 8 : end - 4]
+        if (
+            kind.upper() in PNG_NEEDED
+            and zlib.crc32(data[place + 4 : end - 4]).to_bytes(4, "big") != data[end - 4 : end]
+        ):
+            raise ValueError(f"its {kind.decode()} is damaged: the checksum is not that of its bytes")
         if kind[:1].isupper() or kind in PNG_KEPT or (kind in PNG_TEXT and _is_exif(kind, body)):
             kept.append(data[place:end])
         place = end
