@@ -125,7 +125,7 @@ def _shape(generator: Generator) -> str:
     config = generator.settings
     count = sum(parameter.numel() for parameter in generator.parameters())
     return (
-        f"{config.layers} layers of {config.width}, {count / 1e6:.1f} million parameters, "
+        f"{config.layers} layer{'s' * (config.layers > 1)} of {config.width}, {count / 1e6:.1f} million parameters, "
         f"{config.tokens} tokens of {config.codebook_size:,} codes"
     )
 
