@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_generators_latents import FAMILIES as LATENTS
 from test_transformer import shake
+from thorough import families
 
 from lexel.config import find_recipe, load
 from lexel.errors import UsageError
@@ -153,6 +154,7 @@ def test_every_parameter_learns(name, condition):
     assert idle == []
 
 
+@pytest.mark.parametrize("name", families(NETWORKS))
 def test_training_steps_lower_the_likelihoods_bound(name):
     generator = make(name, dtype=torch.float32, **known(name, dropout=0.0)).train()
     optimizer = torch.optim.AdamW(generator.parameters(), 1e-2, fused=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_transformer import shake
+from thorough import families
 from torch import Tensor, nn
 
 from lexel.codebooks import prune_tokenizer
@@ -269,6 +270,7 @@ def test_a_family_that_needs_code_vectors_says_so_without_a_tokenizer():
         generator.losses(some_tokens(generator, 1), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("name", families(FAMILIES))
 def test_training_lowers_the_loss(name):
     generator = make(name).float().train()
     tokens, labels = some_tokens(generator, 4), torch.arange(4)

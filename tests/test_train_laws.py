@@ -20,7 +20,7 @@ from test_generators_latents import FAMILIES, some_tokens
 from test_generators_latents import OPTIONS as LATENT_SAMPLING
 from test_generators_latents import make as make_latents
 from test_train_processes import on_several
-from thorough import thorough
+from thorough import families, thorough
 
 from lexel.config import check, flatten
 from lexel.data.tokens import TokenBatch
@@ -42,7 +42,7 @@ def kind(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=[*NETWORKS, *FAMILIES])
+@pytest.fixture(params=families([*NETWORKS, *FAMILIES]))
 def family(request) -> str:
     return request.param
 
