@@ -80,9 +80,7 @@ def overrides(run: Run) -> dict[str, Any]:
 def gradients(run: Run, model: Masked, total: Tensor) -> None:
     """Published gradients, of tables that we cut and of projections that we join too."""
     total.backward()
-    ours = published_gradients(model)
-    for name, theirs in run.expected["grads"].items():
-        run.close(f"grads:{name}", ours[name], theirs)
+    run.close_gradients(published_gradients(model))
 
 
 def published_gradients(model: Masked) -> dict[str, Tensor]:

@@ -27,9 +27,7 @@ def check(fixture: Fixture) -> None:
             if "grads" in expected:
                 model.zero_grad()
                 loss.backward()
-                for key, gradient in published_gradients(model, run).items():
-                    if key in expected["grads"]:
-                        run.close(f"{name}: grads:{key}", gradient, expected["grads"][key])
+                run.close_gradients(published_gradients(model, run), label=name)
         null = model.condition.null(labels)
         run.close("uncond_raster_logits", model.transformer(tokens, null, orders["raster"]))
         generate(run, model)
