@@ -46,6 +46,7 @@ LINES = (
     "compare tiny --quantizers nothing --out HERE/new",
     "demo --device nothing --out HERE/new",
     "train tiny --out HERE/new --dry-run",
+    "train generator_tiny --out HERE/new --dry-run",
 )
 
 
