@@ -44,7 +44,7 @@ def commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    found = subprocess.run(
-        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=20
-    )
+    # Without the lock that `status` takes to write the dates of files anew: one who is killed would leave it behind.
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     return found.stdout.strip()

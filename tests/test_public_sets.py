@@ -1,6 +1,8 @@
 """Public sets are told by their pixels; results on them say so, and what measured them."""
 
 import dataclasses
+import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from lexel.data import open_images
 from lexel.errors import UsageError
 from lexel.evaluate import write_result
 from lexel.leaderboard import write_leaderboard
-from lexel.machine import commit, machine
+from lexel.machine import _git, commit, machine
 from lexel.public_sets import PUBLIC_SETS, measure_on, pixels_fingerprint
 
 
@@ -57,6 +59,17 @@ def test_pictures_of_another_set_are_refused_before_anything_is_measured(picture
         measured(str(tmp_path / "whole"), limit=2)
     with pytest.raises(UsageError, match="unknown public set 'imagenet'; choose from cifar10, kodak"):
         measure_on(Grey(), "imagenet", str(tmp_path / "whole"))
+
+
+def test_asking_for_the_commit_takes_no_lock_in_the_checkout(tmp_path):
+    (tmp_path / "a").write_text("a")
+    for command in (["init", "-q"], ["add", "a"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    index = tmp_path / ".git" / "index"
+    os.utime(tmp_path / "a", (1, 1))  # so that git would write the dates of files anew
+    before = index.read_bytes()
+    assert _git(tmp_path, "status", "--porcelain") == "A  a"
+    assert index.read_bytes() == before
 
 
 def test_the_leaderboard_shows_set_commit_and_machine(pictures, tmp_path):
