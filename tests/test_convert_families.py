@@ -630,3 +630,17 @@ def test_options_of_an_rqvae_that_differ_between_depths_are_refused():
     assert rqvae.of_all_depths({}, "decay", 0.99, "file") == 0.99
     with pytest.raises(UsageError, match=r"file has decay = \[0.9, 0.8\]; depths that differ cannot be imported"):
         rqvae.of_all_depths({"decay": [0.9, 0.8]}, "decay", 0.99, "file")
+
+
+def test_a_var_tokenizer_without_smoothing_has_no_layers_for_it(tmp_path):
+    shapes = {**vqgan_shapes(**SMALL, attended=[1], z=6, dim=4), "quantize.embedding.weight": (40, 4)}
+    state = random_state(shapes)
+    path = tmp_path / "published.pt"
+    torch.save({"state_dict": state, "config": {"quant_resi": 0, "v_patch_nums": [1, 2, 4]}}, path)
+    conversion = convert(path, "var_vqvae")
+    assert {*conversion.origins.values()} == state.keys()
+    tokens = conversion.model.encode(torch.zeros(1, 3, 8, 8))
+    assert tokens.shape == (1, 1 + 4 + 16)
+    sums = conversion.model.quantizer.partial_sums(tokens)
+    first = conversion.model.quantizer.codebook[tokens[:, 0]][..., None, None]
+    torch.testing.assert_close(sums[0], first.expand(1, 4, 4, 4))  # the first code everywhere, as it is

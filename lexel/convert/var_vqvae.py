@@ -60,6 +60,11 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+def smoother(dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a smoothing layer."""
+    return {"weight": (dim, dim, 3, 3), "bias": (dim,)}
+
+
 def convert(request: Request) -> Conversion:
     given = request.published.config
     layout = Layout(
@@ -71,7 +76,15 @@ def convert(request: Request) -> Conversion:
         lambda tensors, source: config(tensors, source, given),
     )
     tensors = separate(request.published.tensors)
+    codes = tensors.get("quantize.embedding.weight")
+    made = {}
+    if codes is not None and given.get("quant_resi") == 0:  # nothing is smoothed, so a file has no layers for it
+        dim = codes.shape[1]
+        made = {f"quantize.quant_resi.0.{kind}": codes.new_zeros(size) for kind, size in smoother(dim).items()}
+    tensors |= made
     conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
+    for ours in [ours for ours, theirs in conversion.origins.items() if theirs in made]:
+        del conversion.origins[ours]
     for ours, theirs in conversion.origins.items():
         if theirs not in request.published.tensors:  # a third of a joint layer
             conversion.origins[ours] = re.sub(r"\.[qkv]\.(weight|bias)$", r".qkv.\1", theirs)
