@@ -35,6 +35,8 @@ from lexel.train.recipes import InitConfig, Schedule
 from lexel.train.session import Session
 from lexel.train.tokenizer import Learner, TokenizerRecipe, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("undrawn_charts")
+
 STEPS = 8
 TIMES = {"seconds", *SPEEDS}
 PARTS = ["model", "average", "optimizer", "scaler", "means"]
