@@ -9,6 +9,7 @@ BENCHMARKS = {
     "traffic": "kernels started and bytes asked for by the Triton kernels, counted without a GPU",
     "results": "RESULTS.md, written again from the figures that are kept",
     "quantizers": "time and memory of forward + backward, and of encoding, beside the peers",
+    "scans": "exact search by scans in float32, bfloat16 and int8: time, and the same codes",
     "clusters": "approximate search in clusters of codes: time and misses beside the exact search",
     "step": "a whole training step of a small tokenizer, IBQ beside plain VQ",
     "generator": "decoding steps of a generator beside the published way",

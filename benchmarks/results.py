@@ -17,6 +17,7 @@ PAGE = Path(__file__).parent / "RESULTS.md"
 # Sections of the page: the module that writes its lines, and whether from its own figures or from all of them.
 SECTIONS = {
     "quantizers": ("quantizers", False),
+    "scans": ("scans", True),
     "clusters": ("clusters", True),
     "step": ("step", True),
     "samplers": ("samplers", True),

@@ -39,7 +39,8 @@ from lexel.kernels.scores import (
 ROWS = 1024  # rows scanned together
 WIDTH = 16  # near codes listed for a row; a row with more is wide
 SMALLEST_HALF = 64  # dimensions from which a CPU scans faster in bfloat16: below, what it saves goes into conversions
-SMALLEST_INT8, LARGEST_INT8 = 128, 2**16  # dimensions: below, int8 is no faster; above, sums may leave an int32
+LARGEST_INT8 = 2**16  # dimensions: above, sums may leave an int32
+LEAST_INT8 = 256, 16384  # rows and codes from which on making a table in int8 pays
 NEAR_GROUPS = {torch.int8: 64}  # groups scored again for a row before a finer scan is cheaper; WIDTH for other scans
 
 
@@ -192,12 +193,15 @@ def _fastest(device: torch.device, rows: int, codes: int, dims: int) -> torch.dt
     smallest = SMALLEST_HALF if device.type == "cpu" else 32
     if rows * codes < 2**20 or dims < smallest:
         return torch.float32
-    if has_half_products(device):
-        return torch.bfloat16
-    if device.type != "cpu":
-        return torch.float32
-    whole = SMALLEST_INT8 <= dims <= LARGEST_INT8
-    return torch.int8 if whole and torch.cpu._is_vnni_supported() else torch.float32
+    large = rows >= LEAST_INT8[0] and codes >= LEAST_INT8[1] and dims <= LARGEST_INT8
+    if device.type == "cpu" and large and _has_int8_products():
+        return torch.int8
+    return torch.bfloat16 if has_half_products(device) else torch.float32
+
+
+def _has_int8_products() -> bool:
+    """Whether a CPU multiplies int8 faster than bfloat16, measured without AMX (`python -m benchmarks scans`)."""
+    return torch.cpu._is_vnni_supported() and not torch.cpu._is_amx_tile_supported()
 
 
 def _near_block(
