@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """One more process than cores: some tests wait, for a browser, a clock or another process."""
-    return len(os.sched_getaffinity(0)) + 1
+    """As many processes as CPUs; xdist counts cores, which are half as many where a core has two threads."""
+    return len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
