@@ -1,6 +1,5 @@
 """The VQModel of diffusers: `config.json` beside `diffusion_pytorch_model.safetensors`."""
 
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -75,9 +74,7 @@ def convert(request: Request) -> Conversion:
             raise UsageError(f"{request.source} has {name} = {given[name]!r}; only {value!r} can be imported")
     tensors = {name: _as_convolution(name, tensor) for name, tensor in request.published.tensors.items()}
     overrides = {"autoencoder.groups": given.get("norm_num_groups", 32), **request.overrides}
-    return convert_tokenizer(
-        request._replace(published=replace(request.published, tensors=tensors), overrides=overrides), LAYOUT
-    )
+    return convert_tokenizer(request._replace(overrides=overrides), LAYOUT, tensors)
 
 
 def _as_convolution(name: str, tensor: Tensor) -> Tensor:

@@ -2,13 +2,12 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count, require
+from lexel.convert.names import Rule, count, published_section, require
 from lexel.convert.vqgan import ATTENTION, BLOCK, END, MIDDLE, PROJECTIONS, autoencoder_rules, one_of
 from lexel.errors import UsageError
 
@@ -53,20 +52,11 @@ def rules(names: Names) -> list[Rule]:
     return [*OWN, *autoencoder_rules(names), *PROJECTIONS]
 
 
-def section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The parameters of a published part, such as "encoder"; empty where there are none."""
-    for table in (options, options.get("params"), options.get("model", {})):
-        inner = table.get("params", table) if isinstance(table, Mapping) else {}
-        part = inner.get(name, inner.get(f"{name}config")) if isinstance(inner, Mapping) else None
-        if isinstance(part, Mapping):
-            found = part.get("params", part)
-            return found if isinstance(found, Mapping) else {}
-    return {}
-
-
 def router(options: Mapping[str, Any], source: str) -> dict[str, Any]:
     """How the published router normalises: by 32 groups, where a configuration says nothing else."""
-    kind = section(section(options, "encoder"), "router_config").get("normalization_type", "group-32")
+    kind = published_section(published_section(options, "encoder"), "router_config").get(
+        "normalization_type", "group-32"
+    )
     if kind == "none":
         return {"router_groups": 0}
     groups = re.fullmatch(r"group-(\d+)", str(kind))
@@ -94,14 +84,14 @@ def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str,
     }
     if "encoder.router.hidden.weight" not in tensors:
         table["router_hidden"] = False
-    resolution = section(options, "encoder").get("resolution")
+    resolution = published_section(options, "encoder").get("resolution")
     if isinstance(resolution, int):
         table["size"] = resolution
     sides = [tensors.get(f"decoder.positions.learned.{axis}") for axis in ("rows", "columns")]
     if sides[0] is not None and sides[1] is not None:
         table["size"] = [side.shape[0] * 2 ** (levels - 2) for side in sides if side is not None]
     size, dim = tensors["quantizer.weight"].shape
-    given = section(options, "quantizer") or section(options, "vq")
+    given = published_section(options, "quantizer") or published_section(options, "vq")
     quantizer = {"kind": "ema", "codebook_size": size, "codebook_dim": dim, "order": "look_up_first"}
     quantizer["decay"] = given.get("decay", 0.99)
     if given.get("restart_unused_codes"):
@@ -122,12 +112,9 @@ def convert(request: Request) -> Conversion:
         raise UsageError(f"{request.source} has three granularities; the dynamic autoencoder has two")
     if CODEBOOK in tensors:
         tensors[CODEBOOK] = tensors[CODEBOOK][:-1]
-    tensors[STEPS] = torch.zeros((), dtype=torch.int64)
     options = request.published.config
     layout = Layout("dqvae", rules, LEFT_OUT, [], NEEDED, lambda names, source: config(names, source, options))
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
-    del conversion.origins["quantizer.steps"]
-    return conversion
+    return convert_tokenizer(request, layout, tensors, {STEPS: torch.zeros((), dtype=torch.int64)})
 
 
 FAMILY = Family(

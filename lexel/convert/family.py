@@ -63,14 +63,24 @@ class Layout(NamedTuple):
     config: Callable[[Names, str], dict[str, Any]]  # our tensors, the source: the table of a TokenizerConfig
 
 
-def convert_tokenizer(request: Request, layout: Layout) -> Conversion:
-    """A tokenizer by its layout's table; every tensor used or left out, every parameter found."""
-    picked = pick_weights(request.published.tensors, request.weights, layout.untrained, request.source)
+def convert_tokenizer(
+    request: Request, layout: Layout, tensors: Names | None = None, made: Names | None = None
+) -> Conversion:
+    """A tokenizer by its layout's table; every tensor used or left out, every parameter found.
+
+    Args:
+        request: the file.
+        layout: of its tensors.
+        tensors: the published ones in the form that the layout has, where the file has another.
+        made: what the file does not tell, under published names; no origin of ours.
+    """
+    tensors, made = request.published.tensors if tensors is None else tensors, made or {}
+    picked = pick_weights({**tensors, **made}, request.weights, layout.untrained, request.source)
     renamed = rename_picked(picked, layout, request.source)
     return Conversion(
         layout.family,
         build_tokenizer(renamed, layout, request),
-        renamed.origins,
+        {ours: theirs for ours, theirs in renamed.origins.items() if theirs not in made},
         {**picked.left_out, **renamed.left_out},
         picked.weights,
     )

@@ -182,6 +182,17 @@ def count(names: Iterable[str], pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
+def published_section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The parameters of a published part, such as "encoder"; empty where there are none."""
+    for table in (options, options.get("params"), options.get("model", {})):
+        inner = table.get("params", table) if isinstance(table, Mapping) else {}
+        part = inner.get(name, inner.get(f"{name}config")) if isinstance(inner, Mapping) else None
+        if isinstance(part, Mapping):
+            found = part.get("params", part)
+            return found if isinstance(found, Mapping) else {}
+    return {}
+
+
 def apply_overrides(table: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Sets dotted options, such as "autoencoder.groups", in a nested table."""
     for name, value in overrides.items():

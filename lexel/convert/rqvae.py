@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,10 +55,10 @@ def convert(request: Request) -> Conversion:
                 f"{request.source} packs latents {latents} into codes {codes}, which are no squares of them"
             )
     of_all_depths(given, "n_embed", None, request.source)
-    steps = [f"quantizer.codebooks.{level}.steps" for level in range(1 if shared else depth)]
     for name in [name for name in tensors if re.fullmatch(r"quantizer\.codebooks\.\d+\.weight", name)]:
         tensors[name] = tensors[name][:-1]
-    tensors |= {name: torch.zeros((), dtype=torch.int64) for name in steps}
+    levels = range(1 if shared else depth)
+    made = {f"quantizer.codebooks.{level}.steps": torch.zeros((), dtype=torch.int64) for level in levels}
 
     def config(ours: Names, source: str) -> dict[str, Any]:
         size, dim = ours["quantizer.levels.0.weight"].shape
@@ -81,8 +80,7 @@ def convert(request: Request) -> Conversion:
         ["quantizer.levels.0.weight"],
         config,
     )
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
-    return conversion._replace(origins={ours: name for ours, name in conversion.origins.items() if name not in steps})
+    return convert_tokenizer(request, layout, tensors, made)
 
 
 def fits(names: Mapping[str, Tensor]) -> bool:

@@ -1,7 +1,6 @@
 """TiTok and TA-TiTok as bytedance/1d-tokenizer publishes them: both stages, decoders of codes and of pixels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from lexel.convert import maskgit_vqgan
@@ -125,7 +124,7 @@ def convert(request: Request) -> Conversion:
         NEEDED,
         lambda tensors, source: config(tensors, source, options, request.overrides),
     )
-    return convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
+    return convert_tokenizer(request, layout, tensors)
 
 
 FAMILY = Family(

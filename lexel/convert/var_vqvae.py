@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -81,10 +80,7 @@ def convert(request: Request) -> Conversion:
     if codes is not None and given.get("quant_resi") == 0:  # nothing is smoothed, so a file has no layers for it
         dim = codes.shape[1]
         made = {f"quantize.quant_resi.0.{kind}": codes.new_zeros(size) for kind, size in smoother(dim).items()}
-    tensors |= made
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
-    for ours in [ours for ours, theirs in conversion.origins.items() if theirs in made]:
-        del conversion.origins[ours]
+    conversion = convert_tokenizer(request, layout, tensors, made)
     for ours, theirs in conversion.origins.items():
         if theirs not in request.published.tensors:  # a third of a joint layer
             conversion.origins[ours] = re.sub(r"\.[qkv]\.(weight|bias)$", r".qkv.\1", theirs)

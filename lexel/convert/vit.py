@@ -1,7 +1,6 @@
 """ViT-VQGAN as thuanz123/enhancing-transformers publishes it, https://arxiv.org/abs/2110.04627."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from lexel.autoencoders.vision_transformer import sincos
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count, require
+from lexel.convert.names import Rule, count, published_section, require
 from lexel.convert.vqgan import END
 from lexel.errors import UsageError
 
@@ -34,14 +33,6 @@ LEFT_OUT = {
 }
 NEEDED = ["encoder.patches.weight", "decoder.pixels.weight"]
 SIDES = ("encoder", "decoder")
-
-
-def published_section(options: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """The options of `encoder`, `decoder` or `quantizer` in a published configuration; empty where there are none."""
-    model = options.get("model")
-    params = model.get("params") if isinstance(model, Mapping) else None
-    part = (params if isinstance(params, Mapping) else options).get(name)
-    return part if isinstance(part, Mapping) else {}
 
 
 def published_heads(options: Mapping[str, Any], side: str) -> int | None:
@@ -96,7 +87,6 @@ def convert(request: Request) -> Conversion:
             tensors[name] = tensors[name][:, :, None, None]
     options = request.published.config
     table = TABLES[quantizer_of(options)["kind"] == "residual"]
-    identities = identity_outputs(tensors)
     layout = Layout(
         "vit_vqgan",
         lambda _: [*RULES, (r"quantizer\.embedding\.weight", table)],
@@ -105,10 +95,7 @@ def convert(request: Request) -> Conversion:
         [*NEEDED, table],
         lambda names, source: config(names, source, options),
     )
-    given = replace(request.published, tensors=tensors | identities)
-    conversion = convert_tokenizer(request._replace(published=given), layout)
-    origins = {ours: theirs for ours, theirs in conversion.origins.items() if theirs not in identities}
-    return conversion._replace(origins=origins)
+    return convert_tokenizer(request, layout, tensors, identity_outputs(tensors))
 
 
 def identity_outputs(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """VQGAN (taming-transformers), https://arxiv.org/abs/2012.09841, whose naming most later autoencoders share."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,12 +111,7 @@ def convert_gumbel(request: Request) -> Conversion:
     tensors = dict(request.published.tensors)
     if LOGITS in tensors:
         tensors[LOGITS] = tensors[LOGITS].flatten(1)
-    tensors["progress"] = torch.ones(())
-    conversion = convert_tokenizer(
-        request._replace(published=replace(request.published, tensors=tensors)), GUMBEL_LAYOUT
-    )
-    del conversion.origins["quantizer.progress"]
-    return conversion
+    return convert_tokenizer(request, GUMBEL_LAYOUT, tensors, {"progress": torch.ones(())})
 
 
 GUMBEL = Family(

@@ -1,7 +1,6 @@
 """VQGAN-LC tokenizers, https://arxiv.org/abs/2406.11837: a frozen bank of CLIP features through a learned map."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -63,16 +62,11 @@ def rules(names: Names) -> list[Rule]:
 
 def convert(request: Request) -> Conversion:
     """Moving averages come without their number of batches, which is then 0."""
-    tensors = dict(request.published.tensors)
-    averaged = "embed_avg" in tensors
-    if averaged:
-        tensors["steps"] = torch.zeros((), dtype=torch.int64)
+    tensors = request.published.tensors
+    made = {"steps": torch.zeros((), dtype=torch.int64)} if "embed_avg" in tensors else {}
     needed = ["quantizer.bank" if is_projected(tensors) else "quantizer.weight", "to_codes.weight"]
     layout = Layout("vqgan_lc", rules, TRAINING, [], needed, config)
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), layout)
-    if averaged:
-        del conversion.origins["quantizer.steps"]
-    return conversion
+    return convert_tokenizer(request, layout, made=made)
 
 
 FAMILY = Family(

@@ -1,7 +1,6 @@
 """VQ-VAE-2 as rosinality/vq-vae-2-pytorch publishes it, https://arxiv.org/abs/1906.00446."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,11 +59,8 @@ def convert(request: Request) -> Conversion:
         for name in ("embed", "embed_avg"):
             if f"quantize_{level}.{name}" in tensors:
                 tensors[f"quantize_{level}.{name}"] = tensors[f"quantize_{level}.{name}"].T.contiguous()
-        tensors[f"quantize_{level}.steps"] = torch.zeros((), dtype=torch.int64)
-    conversion = convert_tokenizer(request._replace(published=replace(request.published, tensors=tensors)), LAYOUT)
-    for part in LEVELS.values():
-        del conversion.origins[f"quantizer.parts.{part}.steps"]
-    return conversion
+    made = {f"quantize_{level}.steps": torch.zeros((), dtype=torch.int64) for level in LEVELS}
+    return convert_tokenizer(request, LAYOUT, tensors, made)
 
 
 FAMILY = Family(

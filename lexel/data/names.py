@@ -93,8 +93,10 @@ class Names(Sequence[str]):
     def __getitem__(self, number: slice) -> list[str]: ...
     def __getitem__(self, number: int | slice) -> str | list[str]:
         if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        number = range(len(self))[number]  # an IndexError or a number of the set
+            return [self._name(one) for one in range(*number.indices(len(self)))]
+        return self._name(range(len(self))[number])  # an IndexError or a number of the set
+
+    def _name(self, number: int) -> str:
         first = int(self._ends[number - 1]) if number else 0
         return str(self._bytes[first : int(self._ends[number])], "utf-8", "surrogatepass")
 
@@ -154,13 +156,7 @@ class ChosenNames(Names):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self._names[one] for one in self._numbers[number].tolist()]
+    def _name(self, number: int) -> str:
         return self._names[int(self._numbers[number])]
 
     def __iter__(self) -> Iterator[str]:

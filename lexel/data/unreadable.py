@@ -9,9 +9,9 @@ from lexel.errors import UsageError
 NAMED = 20  # unreadable images whose reasons a result holds; the others are only counted
 
 
-def too_many(unreadable: Mapping[str, str], total: int, allowed: float) -> bool:
-    """Whether more than a part `allowed` of `total` images is unreadable; 1 allows any number."""
-    return allowed < 1 and len(unreadable) > allowed * total
+def too_many(count: int, total: int, allowed: float) -> bool:
+    """Whether `count` unreadable images are more than a part `allowed` of `total`; 1 allows any number."""
+    return allowed < 1 and count > allowed * total
 
 
 def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) -> None:
@@ -25,7 +25,7 @@ def check_unreadable(unreadable: Mapping[str, str], total: int, allowed: float) 
     Raises:
         UsageError: there are more.
     """
-    if too_many(unreadable, total, allowed):
+    if too_many(len(unreadable), total, allowed):
         raise UsageError(
             f"{len(unreadable):,} of {total:,} images cannot be read, more than max_unreadable = {allowed:g} allows; "
             f"{first_reason(unreadable)}"

@@ -115,7 +115,7 @@ def measure(
     remaining = (wanted & ~broadcast(visited.done)).nonzero().flatten()[rank() :: processes()].tolist()
     done, saved = 0, time.monotonic()
     for images, numbers in source.batches(remaining, options.batch_size):
-        if too_many(source.unreadable, len(share), options.max_unreadable):
+        if too_many(len(source.unreadable), len(share), options.max_unreadable):
             break  # all processes say so below: one that ended here would leave the others waiting
         batch = batch_of(images, numbers)
         for metric in metrics.values():

@@ -11,6 +11,7 @@ from torch import Tensor
 from lexel import checkpoint
 from lexel.data import ImageSet
 from lexel.data.images import digest
+from lexel.data.unreadable import too_many
 from lexel.distributed import broadcast, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import described, reference_choices
@@ -207,7 +208,7 @@ class Originals:
 def _within(found: ReferenceStatistics, allowed: float) -> bool:
     """Whether no more of a reference was unreadable than may be."""
     left_out = found.about.get("unreadable", 0)
-    return allowed == 1 or left_out <= allowed * (found.pooled.n + left_out)
+    return not too_many(left_out, found.pooled.n + left_out, allowed)
 
 
 def _found(path: Path, warnings: list[str]) -> ReferenceStatistics | None:
