@@ -10,8 +10,8 @@ from lexel.data.batches import OnError
 from lexel.data.files import PIXEL_LIMIT
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import CachedImages, ImageSet
-from lexel.data.nvjpeg import nvjpeg_device
 from lexel.data.sources import open_images
+from lexel.data.torchcodec import nvjpeg_device
 from lexel.data.transforms import TRANSFORMS, Transform
 from lexel.runtime import ProgressCallback
 

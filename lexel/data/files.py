@@ -22,8 +22,7 @@ from lexel.data.depth import (
     to_channels,
     to_depth,
 )
-from lexel.data.heic import heic_samples, heic_size, is_heic
-from lexel.data.nvjpeg import is_whole, nvjpeg_pixels
+from lexel.data.torchcodec import heic_samples, heic_size, is_heic, is_whole, nvjpeg_pixels
 from lexel.errors import UsageError
 from lexel.regular import open_regular
 
