@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 
-from lexel.distributed import gather, processes
 from lexel.errors import UsageError
 
 UNIT = 1074  # the smallest double is 2^-1074: all doubles are whole multiples of it
@@ -33,12 +32,6 @@ class ExactSum:
     def merge(self, other: "ExactSum") -> None:
         self._units += other._units
         self._unbounded += other._unbounded
-
-    def all_reduce(self) -> None:
-        """Adds the sums of every process."""
-        if processes() > 1:
-            parts = gather((self._units, self._unbounded))
-            self._units, self._unbounded = sum(units for units, _ in parts), sum(other for _, other in parts)
 
     def __float__(self) -> float:
         """The nearest double."""

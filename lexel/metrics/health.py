@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.distributed import all_sum
+from lexel.metrics.states import Sums
 
 SOFTMAX_ELEMENTS = 1 << 24  # latents are taken in groups so small that the N x K softmax stays below this
 
 
-class CodeHistogram:
+class CodeHistogram(Sums):
     """Counts of each code's choices, over a whole data set and over all processes.
 
     `usage` is the share of codes chosen at least once, `perplexity` is exp(entropy) of the same histogram: the number
@@ -27,6 +27,9 @@ class CodeHistogram:
         device: where the counts lie.
     """
 
+    what = "a code histogram"
+    parts = ("counts",)
+
     def __init__(self, codebook_size: int, books: int | None = None, device: torch.device | str = "cpu") -> None:
         self.books = books
         self.counts = torch.zeros(books or 1, codebook_size, dtype=torch.int64, device=device)
@@ -36,13 +39,6 @@ class CodeHistogram:
         rows = indices[None] if self.books is None else indices.movedim(1, 0)
         for counts, row in zip(self.counts, rows, strict=True):
             counts += torch.bincount(row.flatten(), minlength=len(counts)).to(counts.device)
-
-    def merge(self, other: "CodeHistogram") -> None:
-        self.counts += other.counts.to(self.counts.device)
-
-    def all_reduce(self) -> None:
-        """Sums the counts of all processes; does nothing in a single one."""
-        all_sum(self.counts)
 
     @property
     def used(self) -> int:

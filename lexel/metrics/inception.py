@@ -4,17 +4,14 @@ It needs no more than the sums of p and of p log p in each split. Which split a 
 differ by: contiguous blocks of the file's order (so that a class-sorted file scores far too low), or a shuffle.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lexel.distributed import all_sum
 from lexel.errors import UsageError
-from lexel.metrics.states import restored
+from lexel.metrics.states import Sums
 
 
-class ScoreState:
+class ScoreState(Sums):
     """Sums of p and of p log p in float64, for each split and, within it, for each group (for the interval).
 
     Args:
@@ -22,6 +19,9 @@ class ScoreState:
         splits: number of splits the score is averaged over.
         groups: number of groups that can be left out; 1 where no interval is wanted.
     """
+
+    what = "an inception score"
+    parts = "n", "total", "negentropy"
 
     def __init__(self, classes: int, splits: int = 1, groups: int = 1) -> None:
         self.n = torch.zeros(splits, groups, dtype=torch.int64)
@@ -39,14 +39,6 @@ class ScoreState:
         # A class that cannot be (logit -inf) contributes 0, the limit of p log p.
         self.negentropy.index_put_(place, torch.where(p > 0, p * log_p, 0.0).sum(1), accumulate=True)
 
-    def merge(self, other: "ScoreState") -> None:
-        self.n = self.n + other.n
-        self.total = self.total + other.total
-        self.negentropy = self.negentropy + other.negentropy
-
-    def all_reduce(self) -> None:
-        self.n, self.total, self.negentropy = (all_sum(part) for part in (self.n, self.total, self.negentropy))
-
     def splits(self, without: int | None = None) -> Tensor:
         """The score of every split that has samples, float64; `without` leaves a group out."""
         n, total, negentropy = self.n.sum(1), self.total.sum(1), self.negentropy.sum(1)
@@ -62,19 +54,6 @@ class ScoreState:
     def score(self, without: int | None = None) -> float:
         """The mean over splits."""
         return float(self.splits(without).mean())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"n": self.n, "total": self.total, "negentropy": self.negentropy}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        splits, groups, classes = self.total.shape
-        self.n, self.total, self.negentropy = restored(
-            state,
-            "an inception score",
-            n=(torch.int64, (splits, groups)),
-            total=(torch.float64, (splits, groups, classes)),
-            negentropy=(torch.float64, (splits, groups)),
-        )
 
 
 def contiguous_splits(samples: int, count: int | None = 10, size: int | None = None) -> Tensor:

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lexel.distributed import all_sum, gather, processes
 from lexel.errors import UsageError
 from lexel.metrics.exact import ExactSum
-from lexel.metrics.states import restored
+from lexel.metrics.states import Sums, merge_processes, restored
 
 
 class Moments(NamedTuple):
@@ -20,7 +19,7 @@ class Moments(NamedTuple):
     n: int | None = None  # rows they were taken over; None where a file does not say
 
 
-class MomentState:
+class MomentState(Sums):
     """Count, sum and second moment of features in float64, kept apart for `groups` of samples.
 
     float64 sums make the result independent of batch size and order to about 1e-14; float32 sums are off by 5e-4 of a
@@ -31,6 +30,9 @@ class MomentState:
         dim: length of a feature, D.
         groups: number of groups; 1 where no interval is wanted.
     """
+
+    what = "moments"
+    parts = "n", "total", "outer"
 
     def __init__(self, dim: int, groups: int = 1) -> None:
         self.n = torch.zeros(groups, dtype=torch.int64)
@@ -57,16 +59,6 @@ class MomentState:
             self.total[number] += members.sum(0)
             self.outer[number].addmm_(members.T, members)
 
-    def merge(self, other: "MomentState") -> None:
-        """Adds the sums of another state; the two must not share samples."""
-        self.n += other.n
-        self.total += other.total
-        self.outer += other.outer
-
-    def all_reduce(self) -> None:
-        """Adds the sums of every process, if there are several."""
-        self.n, self.total, self.outer = (all_sum(part) for part in (self.n, self.total, self.outer))
-
     def moments(self, without: int | None = None) -> Moments:
         """Mean and unbiased covariance of everything, or of everything but one group.
 
@@ -82,18 +74,6 @@ class MomentState:
         mean = total / count
         covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
         return Moments(mean, (covariance + covariance.T) / 2, count)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"n": self.n, "total": self.total, "outer": self.outer}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.n, self.total, self.outer = restored(
-            state,
-            "moments",
-            n=(torch.int64, (self.groups,)),
-            total=(torch.float64, (self.groups, self.dim)),
-            outer=(torch.float64, (self.groups, self.dim, self.dim)),
-        )
 
 
 class MeanState:
@@ -116,9 +96,8 @@ class MeanState:
         self._squares.merge(other._squares)
 
     def all_reduce(self) -> None:
-        self.n = int(all_sum(torch.tensor(self.n)))
-        self._sum.all_reduce()
-        self._squares.all_reduce()
+        """Adds the values of every process."""
+        merge_processes(self, MeanState)
 
     @property
     def mean(self) -> float:
@@ -169,11 +148,7 @@ class FeatureBank:
 
     def all_reduce(self) -> None:
         """Gathers the rows of every process on every process."""
-        if processes() == 1:
-            return
-        parts = gather(self.state_dict())
-        self._rows = [part["rows"] for part in parts]
-        self._numbers = [part["numbers"] for part in parts]
+        merge_processes(self, lambda: FeatureBank(self.dim))
 
     def features(self) -> Tensor:
         """All rows in the order of their numbers: float32 (N, D)."""

@@ -1,15 +1,50 @@
-"""States that stream: checking what a saved one holds before it is taken over, and adding those of every process."""
+"""States that stream: sums of samples, checking what a saved one holds, and adding those of every process."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 import torch
 from torch import Tensor
 
-from lexel.distributed import gather, processes
+from lexel.distributed import all_sum, gather, processes
 from lexel.errors import UsageError
 
 Shape = tuple[int | None, ...]  # None stands for any length
+
+
+class Sums:
+    """Base of states that are tensors of fixed types and shapes, each a sum over samples.
+
+    Attributes:
+        what: the state is of, for errors.
+        parts: names of the tensors.
+    """
+
+    what: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
+
+    def merge(self, other: Self) -> None:
+        """Adds the sums of another state; the two must not share samples."""
+        for mine, theirs in zip(self.state_dict().values(), other.state_dict().values(), strict=True):
+            mine += theirs.to(mine.device)
+
+    def all_reduce(self) -> None:
+        """Adds the sums of every process, if there are several."""
+        for part in self.state_dict().values():
+            all_sum(part)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.parts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave.
+
+        Raises:
+            UsageError: a tensor is missing, or of another type or shape than its own.
+        """
+        expected = {name: (part.dtype, tuple(part.shape)) for name, part in self.state_dict().items()}
+        for name, part in zip(self.parts, restored(state, self.what, **expected), strict=True):
+            setattr(self, name, part)
 
 
 def merge_processes(state: Any, empty: Callable[[], Any]) -> None:

@@ -1,14 +1,13 @@
 """Text fidelity: the share of the originals' characters that OCR still reads in reconstructions."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lexel.distributed import all_sum
 from lexel.metrics.intervals import Interval, jackknife
-from lexel.metrics.states import restored
+from lexel.metrics.states import Sums
 
 OVERLAP = 0.3  # of the smaller of two boxes: lines that share less are not the same
 
@@ -74,12 +73,15 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
     return width * height / smaller if width > 0 and height > 0 and smaller > 0 else 0.0
 
 
-class TextState:
+class TextState(Sums):
     """Characters that survived and characters there were, in groups for the interval.
 
     Args:
         groups: of pictures, each left out once.
     """
+
+    what = "text"
+    parts = ("counts",)
 
     def __init__(self, groups: int) -> None:
         self.counts = torch.zeros(groups, 3, dtype=torch.int64)  # survived, characters, pictures with text
@@ -88,13 +90,6 @@ class TextState:
         """Adds pictures, and the group of each, int64 (B,)."""
         for each, number in zip(found, group.tolist(), strict=True):
             self.counts[number] += torch.tensor([each.survived, each.characters, int(each.characters > 0)])
-
-    def merge(self, other: "TextState") -> None:
-        self.counts += other.counts
-
-    def all_reduce(self) -> None:
-        """Adds the pictures of every process."""
-        self.counts = all_sum(self.counts)
 
     @property
     def pictures(self) -> int:
@@ -112,12 +107,6 @@ class TextState:
         if int(filled.sum()) < 2:
             return None
         return jackknife(self.share, [_share(total - counts) for counts in self.counts[filled]])
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        (self.counts,) = restored(state, "text", counts=(torch.int64, tuple(self.counts.shape)))
 
 
 def _share(counts: Tensor) -> float:

@@ -6,12 +6,12 @@ many times in one picture and in no other. Everything here therefore counts in h
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lexel.metrics.states import merge_processes, restored
+from lexel.metrics.states import Sums, merge_processes
 
 NORMAL = 1.959964  # half of the width of a 95 % interval, in standard errors
 NEVER = 2**62  # the "first picture" of a code that was not seen
@@ -41,7 +41,7 @@ class Unseen(NamedTuple):
     rarity: float
 
 
-class CodeIncidence:
+class CodeIncidence(Sums):
     """For every code: how many tokens are it, how many pictures show it, and which of them was the first.
 
     Args:
@@ -49,6 +49,9 @@ class CodeIncidence:
         books: how many codebooks of that size, Q; None where indices have no axis for them. Each code of each book
             counts by itself.
     """
+
+    what = "counts of codes"
+    parts = "tokens", "pictures", "first", "count"
 
     def __init__(self, codebook_size: int, books: int | None = None) -> None:
         self.codebook_size, self.books = codebook_size, books
@@ -139,15 +142,6 @@ class CodeIncidence:
     def _more(self) -> float:
         times = self.pictures[self.pictures > 0]
         return float((2 * (times % 2) - 1).sum())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "pictures": self.pictures, "first": self.first, "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        one = (torch.int64, tuple(self.tokens.shape))
-        self.tokens, self.pictures, self.first, self.count = restored(
-            state, "counts of codes", tokens=one, pictures=one, first=one, count=(torch.int64, ())
-        )
 
 
 def _chao(seen: int, m: int, q1: int, q2: int) -> tuple[float, float, float]:

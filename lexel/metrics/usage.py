@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lexel.distributed import gather, processes
 from lexel.errors import UsageError
-from lexel.metrics.states import restored
+from lexel.metrics.states import merge_processes, restored
 
 
 class WindowUsage:
@@ -44,12 +43,7 @@ class WindowUsage:
 
     def all_reduce(self) -> None:
         """Adds the tokens of every process."""
-        if processes() == 1:
-            return
-        parts = gather(self.state_dict())
-        self._numbers, self._tokens = self._numbers[:0], self._tokens[:0]
-        for part in parts:
-            self._keep(part["numbers"], part["tokens"])
+        merge_processes(self, lambda: WindowUsage(self.codebook_size, self.window))
 
     @property
     def usage(self) -> float:

@@ -1,14 +1,7 @@
 """Codebook usage and perplexity of the indices that a tokenizer gives."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-
-from lexel.distributed import all_sum
 from lexel.evaluate.metric import Batch, Context, Metric, Values
 from lexel.metrics import CodeHistogram, WindowUsage
-from lexel.metrics.states import restored
 
 
 class Usage(Metric):
@@ -22,7 +15,7 @@ class Usage(Metric):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         assert context.codebook_size is not None
-        self.states = {"histogram": Histogram(context.codebook_size, context.books)}
+        self.states = {"histogram": CodeHistogram(context.codebook_size, context.books)}
         if context.protocol.usage.window is not None:
             self.states["window"] = WindowUsage(context.codebook_size, context.protocol.usage.window)
 
@@ -45,16 +38,3 @@ class Usage(Metric):
                 f"usage of {draws:.1f} tokens a code is limited by the sample: even uniform codes would not all occur"
             )
         return values
-
-
-class Histogram(CodeHistogram):
-    """A code histogram that can be saved half-way."""
-
-    def all_reduce(self) -> None:
-        self.counts = all_sum(self.counts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"counts": self.counts}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        (self.counts,) = restored(state, "a code histogram", counts=(torch.int64, tuple(self.counts.shape)))
