@@ -197,7 +197,8 @@ class Metric:
     """One entry of a result.
 
     A subclass says what it `needs`, makes its accumulators in `self.states` (objects with `merge`, `all_reduce`,
-    `state_dict` and `load_state_dict`, such as `lexel.metrics.MeanState`), and writes `update` and `compute`.
+    `state_dict` and `load_state_dict`, such as `lexel.metrics.MeanState`), and writes `update`, and `compute` where its
+    numbers are more than their means.
 
     Attributes:
         needs: of NEEDS; where one is missing the metric is left out, with a warning that says why.
@@ -225,9 +226,22 @@ class Metric:
         """Takes a batch in."""
         raise NotImplementedError
 
+    def fits(self, batch: Batch, smallest: int, name: str, what: str) -> bool:
+        """Whether images have the `smallest` pixels a side that `what` needs; else the number `name` is left out."""
+        if min(batch.images.shape[-2:]) >= smallest:
+            return True
+        self.left_out[name] = f"{what} needs {smallest} pixels a side, one image has less"
+        return False
+
     def compute(self) -> Values:
-        """The numbers of everything taken in. Called on rank 0, after `all_reduce`."""
-        raise NotImplementedError
+        """The numbers of everything taken in: by default the mean of every state, under its name (`MeanState`).
+
+        Called on rank 0, after `all_reduce`.
+        """
+        values = Values()
+        for name, state in self.states.items():
+            values.add_mean(name, state)
+        return values
 
     def about(self) -> dict[str, Any]:
         """Facts beyond the protocol that decide the numbers, as plain data: fingerprints of weights of its own."""

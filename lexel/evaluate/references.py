@@ -16,7 +16,7 @@ from lexel.distributed import broadcast, rank
 from lexel.errors import UsageError
 from lexel.evaluate.features import described, reference_choices
 from lexel.evaluate.measure import Options, measure
-from lexel.evaluate.metric import GROUPS, Batch, Context, Metric, SamplePlan, Values
+from lexel.evaluate.metric import GROUPS, Batch, Context, Metric, SamplePlan
 from lexel.evaluate.sources import ARRAYS, Archive, Pictures, Source, open_set, transform_of
 from lexel.evaluate.stream import discard_partial
 from lexel.metrics import (
@@ -129,9 +129,6 @@ class _Reference(Metric):
         for name in ("pooled", "spatial"):
             if name in self.states:
                 self.states[name].add(getattr(features, name))
-
-    def compute(self) -> Values:
-        return Values()
 
 
 def write_to_cache(path: Path, write: Any, warnings: list[str]) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lexel import checkpoint
 from lexel.errors import UsageError
-from lexel.evaluate.metric import Batch, Context, Metric, Values, too_small
+from lexel.evaluate.metric import Batch, Context, Metric, too_small
 from lexel.metrics import MeanState
 from lexel.metrics.pixels import on_unit_scale
 from lexel.networks.dists import DISTS
@@ -29,19 +29,13 @@ class DISTSDistance(Metric):
         return too_small(context, DISTS.SMALLEST_SIDE, "VGG16")
 
     def update(self, batch: Batch) -> None:
-        if min(batch.images.shape[-2:]) < DISTS.SMALLEST_SIDE:
-            self.left_out["dists"] = f"VGG16 needs {DISTS.SMALLEST_SIDE} pixels a side, one image has less"
+        if not self.fits(batch, DISTS.SMALLEST_SIDE, "dists", "VGG16"):
             return
         sides = [
             on_unit_scale(side, self.context.protocol.lpips_rounding) * 2 - 1
             for side in (batch.originals, batch.images)
         ]
         self.states["dists"].add(self.distance(*sides))
-
-    def compute(self) -> Values:
-        values = Values()
-        values.add_mean("dists", self.states["dists"])
-        return values
 
     def about(self) -> dict[str, Any]:
         return {"dists": checkpoint.fingerprint({}, dict(self.distance.named_buffers()))}

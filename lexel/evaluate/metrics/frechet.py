@@ -3,12 +3,10 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from torch import Tensor
-
 from lexel.evaluate.metric import GROUPS, Batch, Context, Metric, Values
 from lexel.metrics import Moments, MomentState, frechet_terms, jackknife
 from lexel.metrics.frechet import factor
-from lexel.networks import FeatureNetwork, Features
+from lexel.networks import FeatureNetwork
 
 
 class Frechet(Metric):
@@ -22,26 +20,23 @@ class Frechet(Metric):
     of_originals = ("real",)
     part: Literal["pooled", "spatial"] = "pooled"
     short = "fid"
+    lacking = "there are no reference statistics"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self.states = {"fake": MomentState(self._dims(context.features_of), GROUPS)}
-        if context.paired:
-            self.states["real"] = MomentState(self._dims(context.features_of), GROUPS)
+        network = context.features_of
+        dims = network.dims if self.part == "pooled" else network.spatial_dims or 0
+        self.states = {side: MomentState(dims, GROUPS) for side in ("fake", *(["real"] if context.paired else []))}
 
     @classmethod
     def impossible(cls, context: Context) -> str | None:
-        return None if context.paired or context.reference is not None else "there are no reference statistics"
-
-    @classmethod
-    def _dims(cls, network: FeatureNetwork) -> int:
-        return network.dims
+        return None if context.paired or getattr(context.reference, cls.part, None) is not None else cls.lacking
 
     def update(self, batch: Batch) -> None:
         network, group = self.context.features_of, self.context.plan.group[batch.numbers]
         if "real" in self.states:  # else it is known from the cache
-            self.states["real"].add(self._rows(batch.original_features(network)), group)
-        self.states["fake"].add(self._rows(batch.features(network)), group)
+            self.states["real"].add(getattr(batch.original_features(network), self.part), group)
+        self.states["fake"].add(getattr(batch.features(network), self.part), group)
 
     def compute(self) -> Values:
         values, network, fake = Values(), self.context.features_of, self.states["fake"]
@@ -50,8 +45,7 @@ class Frechet(Metric):
             real = self.states["real"]
             terms = [frechet_terms(fake.moments(group), real.moments(group)) for group in groups]
         else:
-            reference = self._reference()
-            assert reference is not None
+            reference: Moments = getattr(self.context.reference, self.part)
             root = factor(reference)  # the reference stays: its root is taken once
             terms = [frechet_terms(fake.moments(group), reference, root) for group in groups]
         name = self._name()
@@ -64,13 +58,6 @@ class Frechet(Metric):
         if self.part == "pooled":
             _warn_of_size(values, int(fake.n.sum()), self.context, network)
         return values
-
-    def _rows(self, features: Features) -> Tensor:
-        rows: Tensor = getattr(features, self.part)
-        return rows
-
-    def _reference(self) -> Moments | None:
-        return None if self.context.reference is None else getattr(self.context.reference, self.part)
 
     def _name(self) -> str:
         network = self.context.features_of.name
@@ -85,16 +72,7 @@ class SpatialFrechet(Frechet):
     needs = frozenset({"features", "spatial"})
     part = "spatial"
     short = "sfid"
-
-    @classmethod
-    def impossible(cls, context: Context) -> str | None:
-        if not context.paired and (context.reference is None or context.reference.spatial is None):
-            return "the reference has no mu_s and sigma_s"
-        return None
-
-    @classmethod
-    def _dims(cls, network: FeatureNetwork) -> int:
-        return network.spatial_dims or 0
+    lacking = "the reference has no mu_s and sigma_s"
 
 
 class EfficientNetFrechet(Frechet):

@@ -1,6 +1,6 @@
 """Statistics of a tokenizer's latents before quantization."""
 
-from lexel.evaluate.metric import Batch, Context, Metric, Values
+from lexel.evaluate.metric import Batch, Context, Metric
 from lexel.metrics import MeanState
 
 
@@ -25,9 +25,3 @@ class Latents(Metric):
         self.states["latent_norm"].add(z.norm(dim=1).flatten(1).mean(1))
         if "quantization_error" in self.states:
             self.states["quantization_error"].add((batch.quantized.double() - z).square().flatten(1).mean(1))
-
-    def compute(self) -> Values:
-        values = Values()
-        for name, state in self.states.items():
-            values.add_mean(name, state)
-        return values

@@ -5,7 +5,7 @@ from typing import Any
 
 from lexel import checkpoint
 from lexel.errors import UsageError, unknown
-from lexel.evaluate.metric import Batch, Context, Metric, Values
+from lexel.evaluate.metric import Batch, Context, Metric, too_small
 from lexel.losses import LPIPS
 from lexel.losses.perceptual import NETWORKS
 from lexel.metrics import MeanState
@@ -29,14 +29,11 @@ class LPIPSDistance(Metric):
             except UsageError as error:  # its weights are not found
                 self.left_out[f"lpips_{name}"] = str(error)
                 continue
-            smallest = network.trunk.SMALLEST_SIDE
-            if 0 < min(context.size) < smallest:
-                height, width = context.size
-                self.left_out[f"lpips_{name}"] = (
-                    f"{name} needs images of at least {smallest} pixels a side, these are {height} x {width}"
-                )
-                continue
-            self.networks[name] = network
+            reason = too_small(context, network.trunk.SMALLEST_SIDE, name)
+            if reason is None:
+                self.networks[name] = network
+            else:
+                self.left_out[f"lpips_{name}"] = reason
         self.states = {f"lpips_{name}": MeanState() for name in self.networks}
 
     def update(self, batch: Batch) -> None:
@@ -45,18 +42,8 @@ class LPIPSDistance(Metric):
         if rounding != "float":
             sides = [on_unit_scale(images, rounding) * 2 - 1 for images in sides]
         for name, network in self.networks.items():
-            smallest = network.trunk.SMALLEST_SIDE
-            if min(batch.images.shape[-2:]) < smallest:
-                self.left_out[f"lpips_{name}"] = f"{name} needs {smallest} pixels a side, one image has less"
-            else:
+            if self.fits(batch, network.trunk.SMALLEST_SIDE, f"lpips_{name}", name):
                 self.states[f"lpips_{name}"].add(network(*sides))
-
-    def compute(self) -> Values:
-        values = Values()
-        for name, state in self.states.items():
-            if name not in self.left_out:
-                values.add_mean(name, state)
-        return values
 
     def about(self) -> dict[str, Any]:
         return {

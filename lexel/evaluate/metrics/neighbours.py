@@ -1,5 +1,7 @@
 """Metrics of pairs of features: precision and recall, the kernel inception distance, and MMD with a Gaussian kernel."""
 
+from torch import Tensor
+
 from lexel.evaluate.metric import Batch, Context, Metric, Values
 from lexel.metrics import FeatureBank, gaussian_mmd, kernel_distance, precision_recall
 
@@ -16,6 +18,13 @@ class PairMetric(Metric):
     def update(self, batch: Batch) -> None:
         self.states["bank"].add(batch.features(self.context.features_of).pooled, batch.numbers)
 
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Features of the real images and of the samples, on the device of the evaluation."""
+        reference, device = self.context.reference, self.context.device
+        assert reference is not None
+        assert reference.features is not None
+        return reference.features.to(device), self.states["bank"].features().to(device)
+
     def _suffix(self) -> str:
         name = self.context.features_of.name
         return "" if name == "inception" else f"_{name}"
@@ -25,11 +34,8 @@ class PrecisionRecall(PairMetric):
     """Improved precision and recall, with the conventions of the ADM evaluator."""
 
     def compute(self) -> Values:
-        values, protocol, reference = Values(), self.context.protocol, self.context.reference
-        assert reference is not None
-        assert reference.features is not None
-        device = self.context.device
-        real, fake = reference.features.to(device), self.states["bank"].features().to(device)
+        values, protocol = Values(), self.context.protocol
+        real, fake = self._sides()
         precision, recall = precision_recall(real, fake, protocol.neighbours)
         values.metrics |= {f"precision{self._suffix()}": precision, f"recall{self._suffix()}": recall}
         if len(real) < protocol.reference_features:
@@ -44,12 +50,9 @@ class KID(PairMetric):
     """Kernel inception distance: the mean over random subsets, with its standard error."""
 
     def compute(self) -> Values:
-        values, protocol, reference = Values(), self.context.protocol, self.context.reference
-        assert reference is not None
-        assert reference.features is not None
-        distance = kernel_distance(
-            reference.features.cpu(), self.states["bank"].features(), protocol.kid_subsets, protocol.kid_size
-        )
+        values, protocol = Values(), self.context.protocol
+        real, fake = (side.cpu() for side in self._sides())
+        distance = kernel_distance(real, fake, protocol.kid_subsets, protocol.kid_size)
         name = f"kid{self._suffix()}"
         values.metrics[name] = distance.mean
         values.intervals[name] = {"standard_error": distance.standard_error}
@@ -63,10 +66,5 @@ class MMD(PairMetric):
     """
 
     def compute(self) -> Values:
-        reference = self.context.reference
-        assert reference is not None
-        assert reference.features is not None
-        device = self.context.device
-        real, fake = reference.features.to(device), self.states["bank"].features().to(device)
         name = self.context.features_of.name
-        return Values({"cmmd" if name.startswith("clip") else f"mmd_{name}": gaussian_mmd(real, fake)})
+        return Values({"cmmd" if name.startswith("clip") else f"mmd_{name}": gaussian_mmd(*self._sides())})

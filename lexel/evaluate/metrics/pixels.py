@@ -21,11 +21,6 @@ class L1(Metric):
     def update(self, batch: Batch) -> None:
         self.states["l1"].add((batch.images - batch.originals).abs().flatten(1).double().mean(1))
 
-    def compute(self) -> Values:
-        values = Values()
-        values.add_mean("l1", self.states["l1"])
-        return values
-
 
 class PSNR(Metric):
     """Peak signal-to-noise ratio in dB: the mean over images, or of the pooled error where the protocol says so."""
@@ -68,15 +63,7 @@ class SSIM(Metric):
 
     def update(self, batch: Batch) -> None:
         rule = self.context.protocol.ssim
-        smallest = WINDOW_SIDES[rule.window]
-        if min(batch.images.shape[-2:]) < smallest:
-            self.left_out["ssim"] = f"its window needs {smallest} pixels a side, one image has less"
-            return
-        self.states["ssim"].add(
-            ssim(batch.originals, batch.images, rule.rounding, rule.channels, rule.window, rule.data_range)
-        )
-
-    def compute(self) -> Values:
-        values = Values()
-        values.add_mean("ssim", self.states["ssim"])
-        return values
+        if self.fits(batch, WINDOW_SIDES[rule.window], "ssim", "its window"):
+            self.states["ssim"].add(
+                ssim(batch.originals, batch.images, rule.rounding, rule.channels, rule.window, rule.data_range)
+            )
