@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple, Self
 
 import numpy as np
 
-from lexel.checkpoint import atomic
+from lexel.checkpoint import DAMAGE, atomic
 from lexel.errors import UsageError
 from lexel.regular import expanded
 
@@ -42,21 +42,6 @@ _DICT = re.compile(rf"\{{\s*(?:{_PAIR})\s*(?:,\s*(?:{_PAIR})\s*){{2}},?\s*\}}\s*
 _MOST_BYTES = 2**62
 _DEFLATE_RATIO = 1032  # the most bytes that one deflated byte can become
 _CHUNK = 2**20
-
-# What a zip archive or a deflated stream raises when its bytes are damaged: RuntimeError is for encrypted members.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    EOFError,
-    OSError,
-    ValueError,
-    OverflowError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    MemoryError,
-)
 
 
 class Header(NamedTuple):
@@ -336,7 +321,7 @@ def _errors_in_one_line(path: Path, what: str = "is damaged") -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{path} {what}: {reason[:200]}") from None
 

@@ -13,6 +13,7 @@ import struct
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,21 +30,10 @@ from lexel.regular import check_regular, expanded, open_regular
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".jit")  # of published files of weights
-# What libraries raise when the bytes of a file are damaged.
-DAMAGE = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    OverflowError,
-    MemoryError,
-    AssertionError,
-    SystemError,
-    struct.error,
-)
+# What libraries raise when the bytes of a file are damaged. Unpicklers check nothing ahead.
+OF_PICKLES = (pickle.UnpicklingError, struct.error, LookupError, TypeError, AttributeError, AssertionError, SystemError)
+OF_ARCHIVES = (zipfile.BadZipFile, zlib.error, RuntimeError)  # the last for encrypted members, and by PyTorch for all
+DAMAGE = (*OF_PICKLES, *OF_ARCHIVES, EOFError, OSError, ValueError, OverflowError, MemoryError)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -320,7 +310,7 @@ def _check_bytes(path: Path) -> None:
             return
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, *DAMAGE) as error:
+    except DAMAGE as error:
         raise UsageError(f"{path} is damaged: {reason(error)}") from None
     if damaged is not None:
         raise UsageError(f"{path} is damaged: {damaged} does not match its checksum")

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lexel.checkpoint import DAMAGE
 from lexel.distributed import processes, rank
 from lexel.errors import UsageError
 from lexel.regular import open_regular, sha256_of
@@ -41,17 +42,6 @@ ALLOWED = {
     "pathlib": {"PosixPath", "WindowsPath"},
 }
 SHARD = re.compile(r"__[0-9]{1,6}_[0-9]{1,6}\.distcp")
-
-UNREADABLE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    OSError,
-    EOFError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
 
 
 class Writing:
@@ -128,7 +118,7 @@ def read(folder: Path, part: str) -> dict[str, Tensor]:
 
     try:
         listed = _reader(folder).read_metadata().state_dict_metadata
-    except UNREADABLE as error:
+    except DAMAGE as error:
         raise UsageError(f"{folder} cannot be read: {_reason(error)}") from None
     tensors = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
@@ -147,7 +137,7 @@ def _fill(folder: Path, state: dict[str, Any], alone: bool) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is meant
             load(state, storage_reader=_reader(folder), no_dist=alone)
-    except (CheckpointException, *UNREADABLE) as error:
+    except (CheckpointException, *DAMAGE) as error:
         raise UsageError(f"{folder} cannot be read: {_reason(error)}") from None
 
 

@@ -23,6 +23,7 @@ from lexel.evaluate import write_result
 from lexel.leaderboard import write_leaderboard
 from lexel.networks import weights
 from lexel.networks.backbones import published_range
+from lexel.regular import sha256_of
 from lexel.sample_parts import merge_samples
 from lexel.samples import read_tokens
 
@@ -34,7 +35,7 @@ def test_a_damaged_description_of_samples_merges_them_rightly_or_refuses(tmp_pat
         path = tmp_path / f"a.part-{number}-of-2.npy"
         np.save(path, rows[begin : begin + 2])
         about = {"format": "lexel samples", "part": number, "parts": 2, "images": [begin, begin + 2], "of": 4}
-        sha = weights._sha256_of_file(path)
+        sha = sha256_of(path)
         path.with_name(f"{path.name}.json").write_text(json.dumps({**about, "identity": "f" * 64, "sha256": sha}))
     parts = sorted(tmp_path.glob("*.npy"))
 

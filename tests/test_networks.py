@@ -22,6 +22,7 @@ from lexel.networks.frozen import freeze
 from lexel.networks.inception import BlockE, Inception, InceptionV3
 from lexel.networks.resize import RESIZE, resize
 from lexel.networks.vgg16 import VGG16
+from lexel.regular import sha256_of
 from lexel.runtime import exact_float32
 
 
@@ -46,7 +47,7 @@ def toy(tmp_path, monkeypatch):
     tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7)}
     path = tmp_path / "toy.pth"
     torch.save(tensors, path)
-    sha256 = weights._sha256_of_file(path)
+    sha256 = sha256_of(path)
     entry = weights.Published("toy.pth", sha256[:8], weights.read_pickle, None, "", "pass the path of toy.pth")
     monkeypatch.setitem(weights.PUBLISHED, "toy", entry)
     return path, tensors
@@ -244,7 +245,7 @@ def test_arrays_of_either_numpy_are_read(module, tmp_path):
 def test_a_state_dict_that_would_run_code_is_refused(tmp_path, monkeypatch):
     path, proof = tmp_path / "hostile.pth", tmp_path / "proof"
     torch.save({"a": Runs(os.system, f"touch {proof}")}, path)
-    entry = weights.PUBLISHED["inception"]._replace(sha256=weights._sha256_of_file(path))
+    entry = weights.PUBLISHED["inception"]._replace(sha256=sha256_of(path))
     monkeypatch.setitem(weights.PUBLISHED, "inception", entry)  # even one that passes for the published file
     with pytest.raises(UsageError, match="refused"):
         weights.load("inception", path)

@@ -4,7 +4,6 @@ import io
 import pickle
 import pickletools
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,7 +37,7 @@ def is_torchscript(path: Path) -> bool:
             return False
         with zipfile.ZipFile(path) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-    except (zipfile.BadZipFile, *DAMAGE):  # a damaged archive is told of by whatever reads it
+    except DAMAGE:  # a damaged archive is told of by whatever reads it
         return False
 
 
@@ -56,7 +55,7 @@ def read(path: Path) -> dict[str, Tensor]:
             root = _Reader(io.BytesIO(content), archive, PurePosixPath(pickled).parent).load()
         tensors: dict[str, Tensor] = {}
         _collect(root, "", tensors)
-    except (zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, StopIteration, *DAMAGE) as error:
+    except (StopIteration, *DAMAGE) as error:
         raise UsageError(f"{path} cannot be read as a TorchScript archive: {reason(error)}") from None
     return tensors
 

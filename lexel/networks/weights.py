@@ -5,7 +5,6 @@ A network's weights are looked for in this order: the path the user gives, a saf
 downloaded. Every file is checked against the sha256 of the published one before it is opened.
 """
 
-import hashlib
 import importlib.util
 import pickle
 from collections.abc import Callable
@@ -18,27 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lexel.checkpoint import atomic, fingerprint, read_pickle, reason
+from lexel.checkpoint import DAMAGE, atomic, fingerprint, read_pickle, reason
 from lexel.errors import UsageError, unknown
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
-from lexel.regular import expanded
+from lexel.regular import expanded, sha256_of
 from lexel.runtime import cache_folder, is_cached, without_weights
-
-# What an unpickler raises on damaged or hostile bytes: it checks nothing ahead.
-_BROKEN_PICKLE = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    SystemError,  # of CPython, for buffers that a damaged pickle drops
-    TypeError,
-    ValueError,
-)
 
 
 class Published(NamedTuple):
@@ -85,7 +69,7 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
 
     if source.suffix == ".safetensors":
         return _read_cached(source, name, published)
-    digest = _sha256_of_file(source)
+    digest = sha256_of(source)
     if not digest.startswith(published.sha256):
         raise UsageError(
             f"weights of {name}: {source} is not the published {published.file_name} (its sha256 begins with "
@@ -110,7 +94,7 @@ def read_arrays(path: Path) -> Any:
     try:
         with path.open("rb") as file:
             return _as_arrays(_ArraysOnly(file).load())
-    except _BROKEN_PICKLE as error:
+    except DAMAGE as error:
         raise UsageError(
             f"{path} is refused: {reason(error)}; a weights file may hold numpy arrays and nothing else"
         ) from None
@@ -204,11 +188,6 @@ def _in_package(name: str, published: Published) -> Path:
         if path.is_file():
             return path
     raise UsageError(f"weights of {name} not found; {published.advice}")
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_cached(path: Path, name: str, published: Published) -> dict[str, Tensor]:
