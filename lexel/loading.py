@@ -11,6 +11,7 @@ from lexel.config import check
 from lexel.data import TRANSFORMS, Transform
 from lexel.errors import UsageError, unknown
 from lexel.model_folder import FILES_OF_GENERATORS, GENERATOR
+from lexel.registry import lookup
 from lexel.regular import expanded
 from lexel.run_folder import RunFolder
 from lexel.tokenizer import Tokenizer, TokenizerConfig
@@ -167,9 +168,7 @@ def own_transform(tokenizer: Tokenizer, size: int | None = None, name: str | Non
         UsageError: there is no such transform, or the tokenizer takes no pictures of that size.
     """
     name = name or tokenizer.provenance.get("transform", "published")
-    if name not in TRANSFORMS:
-        raise unknown("transform", name, TRANSFORMS)
-    return TRANSFORMS[name](size or tokenizer.provenance.get("size", 256))
+    return lookup(TRANSFORMS, name, "transform")(size or tokenizer.provenance.get("size", 256))
 
 
 def _step(source: str | Path) -> int | None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lexel.data import ImageSet
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.evaluate import evaluate_tokenizer
 from lexel.evaluate.reconstructions import channels_of
 from lexel.evaluate.sources import ImageTokenizer, open_set
 from lexel.metrics import Protocol
 from lexel.provenance import public_name
+from lexel.registry import lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,7 @@ def measure_on(
     Raises:
         UsageError: there is no such set, the pictures are not those of the set, or the tokenizer cannot take them.
     """
-    if name not in PUBLIC_SETS:
-        raise unknown("public set", name, PUBLIC_SETS)
-    wanted = PUBLIC_SETS[name]
+    wanted = lookup(PUBLIC_SETS, name, "public set")
     chosen = [option for option in ("size", "limit", "split") if settings.pop(option, None) not in (None, wanted.size)]
     if chosen:
         raise UsageError(

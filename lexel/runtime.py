@@ -17,7 +17,8 @@ from torch.nn.modules.module import (
 )
 from torch.overrides import TorchFunctionMode
 
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
+from lexel.registry import lookup
 from lexel.regular import expanded
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -51,22 +52,18 @@ def runtime(device: str = "auto", precision: str = "float32") -> Runtime:
     Raises:
         UsageError: this machine has no such device, or there is no such precision.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    here = [
-        "cpu",
-        *(["cuda"] if torch.cuda.is_available() else []),
-        *(["mps"] if torch.backends.mps.is_available() else []),
-    ]
+    half = lookup(PRECISIONS, precision, "precision")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    here = [kind for kind in there if there[kind]]  # the best first
     if device == "auto":
-        device = next(kind for kind in ("cuda", "mps", "cpu") if kind in here)
+        device = here[0]
     try:
         found = torch.device(device)
     except RuntimeError:
         raise UsageError(f"unknown device {device!r}; this machine has {', '.join(here)}") from None
     if found.type not in here or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"no device {device!r} on this machine; it has {', '.join(here)}")
-    return Runtime(found, PRECISIONS[precision])
+    return Runtime(found, half)
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lexel.distributed import all_sum, processes
-from lexel.errors import unknown
+from lexel.registry import lookup
 from lexel.runtime import at_least_float32
 
 
@@ -25,9 +25,8 @@ def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
         real: logits of real images.
         fake: logits of generated images, which were detached from their generator.
     """
-    if kind not in DISCRIMINATOR_LOSSES:
-        raise unknown("discriminator loss", kind, DISCRIMINATOR_LOSSES)
-    return DISCRIMINATOR_LOSSES[kind](at_least_float32(real), at_least_float32(fake))
+    loss = lookup(DISCRIMINATOR_LOSSES, kind, "discriminator loss")
+    return loss(at_least_float32(real), at_least_float32(fake))
 
 
 def generator_loss(kind: str, fake: Tensor) -> Tensor:
@@ -37,9 +36,7 @@ def generator_loss(kind: str, fake: Tensor) -> Tensor:
         kind: a key of GENERATOR_LOSSES.
         fake: logits of generated images.
     """
-    if kind not in GENERATOR_LOSSES:
-        raise unknown("generator loss", kind, GENERATOR_LOSSES)
-    return GENERATOR_LOSSES[kind](at_least_float32(fake))
+    return lookup(GENERATOR_LOSSES, kind, "generator loss")(at_least_float32(fake))
 
 
 def adaptive_weight(

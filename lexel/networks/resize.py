@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lexel.errors import unknown
+from lexel.registry import lookup
 
 
 def resize(images: Tensor, side: int, rule: str) -> Tensor:
@@ -17,9 +17,7 @@ def resize(images: Tensor, side: int, rule: str) -> Tensor:
         side: pixels.
         rule: a key of RESIZE.
     """
-    if rule not in RESIZE:
-        raise unknown("resize rule", rule, RESIZE)
-    return RESIZE[rule](images, side)
+    return lookup(RESIZE, rule, "resize rule")(images, side)
 
 
 def _tf1(images: Tensor, side: int) -> Tensor:

@@ -18,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lexel.checkpoint import DAMAGE, atomic, fingerprint, read_pickle, reason
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.networks.alexnet import AlexNet
 from lexel.networks.vgg16 import VGG16
+from lexel.registry import lookup
 from lexel.regular import expanded, sha256_of
 from lexel.runtime import cache_folder, is_cached, without_weights
 
@@ -48,9 +49,7 @@ def load(name: str, path: str | Path | None = None) -> dict[str, Tensor]:
     Raises:
         UsageError: the file is not found, is not the published one, or is damaged.
     """
-    if name not in PUBLISHED:
-        raise unknown("pretrained weights", name, PUBLISHED)
-    published = PUBLISHED[name]
+    published = lookup(PUBLISHED, name, "pretrained weights")
     cached = cache_folder() / "networks" / f"{name}.safetensors"
     if path is not None:
         source = expanded(path)
