@@ -1,22 +1,23 @@
 """LPIPS: distance between images in the features of a classifier (https://arxiv.org/abs/1801.03924), version 0.1."""
 
 from pathlib import Path
-from typing import Self, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.networks import weights as pretrained
 from lexel.networks.alexnet import AlexNet
-from lexel.networks.frozen import frozen_with
+from lexel.networks.frozen import Constant, frozen_with
 from lexel.networks.vgg16 import VGG16
+from lexel.registry import lookup
 from lexel.runtime import at_least_float32, on_meta
 
 NETWORKS: dict[str, type[VGG16] | type[AlexNet]] = {"vgg": VGG16, "alex": AlexNet}
 
 
-class LPIPS(nn.Module):
+class LPIPS(Constant):
     """The learned perceptual distance of pairs of images.
 
     It is a constant: always in eval mode, without parameters, and its weights are saved with no model. Gradients reach
@@ -30,15 +31,9 @@ class LPIPS(nn.Module):
         UsageError: the network is unknown or its weights are not found.
     """
 
-    shift: Tensor
-    scale: Tensor
-
     def __init__(self, network: str = "vgg", weights: str | Path | None = None) -> None:
         super().__init__()
-        if network not in NETWORKS:
-            raise unknown("LPIPS network", network, NETWORKS)
-        self.network = network
-        trunk = NETWORKS[network]
+        self.network, trunk = network, lookup(NETWORKS, network, "LPIPS network")
         tensors = None if on_meta() else pretrained.load(f"lpips_{network}", weights)
         heads = [
             torch.empty(width) if tensors is None else tensors.pop(f"heads.{number}")
@@ -48,13 +43,8 @@ class LPIPS(nn.Module):
         for number, head in enumerate(heads):
             self.register_buffer(f"head_{number}", head.flatten(), persistent=False)  # (C,)
         # To the mean and the deviation of ImageNet's channels, for images in [-1, 1].
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever the model that it stands in does."""
-        return super().train(False)
+        self.shift = nn.Buffer(torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
+        self.scale = nn.Buffer(torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The distance of each pair: (B,) for images a and b, both (B, 3, H, W) in [-1, 1]; 0 for equal images.

@@ -7,7 +7,7 @@ the path of its folder or its hub id. Nothing is downloaded.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from lexel import checkpoint, registry
 from lexel.errors import UsageError
 from lexel.networks import weights as pretrained
 from lexel.networks.efficientnet_lite import EfficientNetLayers, EfficientNetLite0, EfficientNetLite2, standardised
-from lexel.networks.frozen import freeze, frozen_with
+from lexel.networks.frozen import IMAGENET, Constant, Standardise, freeze, frozen_with
 from lexel.networks.resize import resize
 from lexel.networks.vgg16 import VGG16
 from lexel.regular import expanded
@@ -24,17 +24,14 @@ from lexel.runtime import on_meta
 
 GROUP = "lexel.backbones"  # entry points of other packages
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of channels in [0, 1]
-
-
 FIXED_POSITIONS = ("siglip_vision_model", "clip_vision_model", "vit")  # kinds of transformers
 
 
-class Backbone(nn.Module):
+class Backbone(Constant):
     """Images (B, 3, H, W) in [-1, 1] to maps of features at several depths, shallow to deep.
 
-    It is a constant: always in eval mode, without parameters, saved nowhere. Gradients reach the images. Where it is
-    made inside `without_weights`, it has shapes only and reads no file.
+    It is without parameters and saved nowhere. Gradients reach the images. Where it is made inside `without_weights`,
+    it has shapes only and reads no file.
 
     Attributes:
         widths: channels of each map.
@@ -43,10 +40,6 @@ class Backbone(nn.Module):
 
     widths: tuple[int, ...]
     patch: int = 1
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever the model that it stands in does."""
-        return super().train(False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, widths[i], h, w) of images (B, 3, H, W) in [-1, 1]."""
@@ -93,22 +86,18 @@ class VGG16Backbone(Backbone):
     """
 
     widths = VGG16.TAP_WIDTHS
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, weights: str | Path | None = None) -> None:
         super().__init__()
         self.network = frozen_with(VGG16, None if on_meta() else pretrained.load_vgg16(weights))
-        for name, values in zip(("mean", "deviation"), IMAGENET, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        self.eval()
+        self.standardise = Standardise(*IMAGENET)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         if min(images.shape[2:]) < VGG16.SMALLEST_SIDE:
             raise UsageError(
                 f"vgg16 needs images of at least {VGG16.SMALLEST_SIDE} pixels a side, got {tuple(images.shape)}"
             )
-        return self.network(((images.to(self.mean.dtype) + 1) / 2 - self.mean) / self.deviation)
+        return self.network(self.standardise(images))
 
 
 class EfficientNetLite0Backbone(Backbone):
@@ -128,7 +117,6 @@ class EfficientNetLite0Backbone(Backbone):
         layers = partial(EfficientNetLayers, self.classifier.classes, *self.classifier.scale)
         self.network = frozen_with(layers, None if on_meta() else self.classifier.load(weights))
         self.widths = self.network.map_widths
-        self.eval()
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return self.network.maps(standardised(images.to(next(self.network.buffers()).dtype)))
@@ -156,8 +144,6 @@ class TransformersBackbone(Backbone):
     """
 
     ABSENT: ClassVar[dict[str, Any]] = {"patch_size": 16, "hidden_size": 1024, "num_hidden_layers": 24}
-    mean: Tensor
-    deviation: Tensor
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -181,13 +167,10 @@ class TransformersBackbone(Backbone):
         self.depths = tuple(sorted({-(-depth * quarter // 4) for quarter in range(1, 5)}))
         self.widths = (width,) * len(self.depths)
         self.network: nn.Module | None = None
-        span: tuple[Sequence[float], Sequence[float]] = IMAGENET
+        self.standardise = Standardise(*IMAGENET)
         if folder is not None and not on_meta():
             self.network = freeze(vision_model(source, folder))
-            span = published_range(folder, str(table.get("model_type", "")))
-        for name, values in zip(("mean", "deviation"), span, strict=True):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        self.eval()
+            self.standardise = Standardise(*published_range(folder, str(table.get("model_type", ""))))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         rows, columns = images.shape[2] // self.patch, images.shape[3] // self.patch
@@ -197,11 +180,10 @@ class TransformersBackbone(Backbone):
             )
         if self.network is None:
             return [images.new_empty(len(images), width, rows, columns) for width in self.widths]
-        pixels = ((images.to(self.mean.dtype) + 1) / 2 - self.mean) / self.deviation
         kind = self.network.config.model_type  # type: ignore[union-attr]
         # These have to be told that positions are to be interpolated.
         options = {"interpolate_pos_encoding": True} if kind in FIXED_POSITIONS else {}
-        result = self.network(pixel_values=pixels, output_hidden_states=True, **options)
+        result = self.network(pixel_values=self.standardise(images), output_hidden_states=True, **options)
         chosen = [*(result.hidden_states[depth] for depth in self.depths[:-1]), result.last_hidden_state]
         places = rows * columns
         return [state[:, -places:].transpose(1, 2).unflatten(2, (rows, columns)) for state in chosen]

@@ -1,14 +1,12 @@
 """DISTS: similarity of structure and texture in VGG16's features (https://arxiv.org/abs/2004.07728)."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexel.errors import UsageError
 from lexel.networks import weights as pretrained
-from lexel.networks.frozen import frozen_with
+from lexel.networks.frozen import IMAGENET, Constant, Standardise, frozen_with
 from lexel.networks.vgg16 import VGG16
 from lexel.runtime import on_meta
 
@@ -16,7 +14,7 @@ WIDTHS = (3, *VGG16.TAP_WIDTHS)  # the image itself is the first of six feature 
 EPSILON = 1e-6  # of both quotients
 
 
-class DISTS(nn.Module):
+class DISTS(Constant):
     """One minus the weighted similarity of means (texture) and covariances (structure) of six feature maps.
 
     VGG16's poolings by maximum are replaced by weighted root mean squares of 3 x 3 windows. It is a constant: always in
@@ -28,12 +26,6 @@ class DISTS(nn.Module):
 
     SMALLEST_SIDE = 16  # four poolings leave one position
 
-    mean: Tensor
-    deviation: Tensor
-    window: Tensor
-    alpha: Tensor
-    beta: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         meta = on_meta()
@@ -41,17 +33,11 @@ class DISTS(nn.Module):
         shapes = {name: torch.empty(sum(WIDTHS)) for name in ("alpha", "beta")}
         channels = shapes if meta else pretrained.load("dists")
         total = channels["alpha"].sum() + channels["beta"].sum()
-        for name in ("alpha", "beta"):
-            self.register_buffer(name, channels[name].flatten() / total, persistent=False)  # (1475,)
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("deviation", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.alpha = nn.Buffer(channels["alpha"].flatten() / total, persistent=False)  # (1475,)
+        self.beta = nn.Buffer(channels["beta"].flatten() / total, persistent=False)
+        self.standardise = Standardise(*IMAGENET)
         line = torch.tensor([0.5, 1.0, 0.5])  # a Hann window of 5 without its zeros
-        self.register_buffer("window", torch.outer(line, line) / line.sum() ** 2, persistent=False)
-        self.eval()
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever the model that it stands in does."""
-        return super().train(False)
+        self.window = nn.Buffer(torch.outer(line, line) / line.sum() ** 2, persistent=False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """The distance of each pair: (B,) for images a and b, both (B, 3, H, W) in [-1, 1]; 0 for equal images.
@@ -76,8 +62,7 @@ class DISTS(nn.Module):
         return 1 - similarity
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        unit = (images.to(self.mean.dtype) + 1) / 2
-        outputs, x = [unit], (unit - self.mean) / self.deviation
+        outputs, x = [(images.to(self.window.dtype) + 1) / 2], self.standardise(images)
         for number, layer in enumerate(self.trunk.features):
             x = self._pooled(x) if isinstance(layer, nn.MaxPool2d) else layer(x)
             if number in self.trunk.taps:

@@ -4,15 +4,12 @@ EfficientNet (https://arxiv.org/abs/1905.11946) without squeeze-and-excitation a
 """
 
 import math
-from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexel.networks import weights as pretrained
 from lexel.networks.features import FeatureNetwork
 
 STAGES = (  # of Lite0: repeats, kernel size, stride of the first, expansion, width
@@ -50,10 +47,6 @@ class EfficientNetLite0(FeatureNetwork):
     classes = 1000
     classifier = "_fc"
     scale: ClassVar[tuple[float, float]] = (1.0, 1.0)  # of widths and depths
-
-    @classmethod
-    def load(cls, weights: str | Path | None = None) -> Mapping[str, Tensor]:
-        return pretrained.load(cls.name, weights)
 
     @classmethod
     def _network(cls) -> nn.Module:

@@ -2,17 +2,19 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lexel import checkpoint
-from lexel.errors import UsageError, unknown
-from lexel.networks.frozen import freeze
+from lexel.errors import UsageError
+from lexel.networks import weights as pretrained
+from lexel.networks.frozen import Constant, frozen_with
 from lexel.networks.resize import RESIZE, resize
-from lexel.runtime import exact_float32, without_weights
+from lexel.registry import lookup
+from lexel.runtime import exact_float32
 
 
 class Features(NamedTuple):
@@ -23,13 +25,13 @@ class Features(NamedTuple):
     spatial: Tensor | None = None  # (B, spatial_dims), a map flattened as (h, w, c); None where nothing is published
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(Constant):
     """A frozen network whose features metrics are taken of. Every number made with it carries its `name`.
 
-    It is a constant: always in eval mode, without parameters or gradients, in full precision, saved nowhere.
-    A subclass sets the constants below and implements `load`, `_network` and `_normalise`. Class scores and a spatial
-    map are optional: a network without them (`classifier = None`, `spatial_dims = None`) serves every metric that
-    needs pooled features alone.
+    It is without parameters or gradients, in full precision, saved nowhere. A subclass sets the constants below and
+    implements `_network`, `_normalise` and, unless its weights are in `lexel.networks.weights`, `load`. Class scores
+    and a spatial map are optional: a network without them (`classifier = None`, `spatial_dims = None`) serves every
+    metric that needs pooled features alone.
 
     Args:
         tensors: the weights, by the names of `_network`.
@@ -51,26 +53,17 @@ class FeatureNetwork(nn.Module):
     ) -> None:
         super().__init__()
         if resize is not None:
-            if resize not in RESIZE:
-                raise unknown("resize rule", resize, RESIZE)
+            lookup(RESIZE, resize, "resize rule")  # raises where there is no such rule
             self.resize_rule = resize
         if logit_bias is not None:
             self.logit_bias = logit_bias
         self.fingerprint = checkpoint.fingerprint({"network": self.name}, tensors)  # of the weights alone
-        with without_weights():  # every tensor comes from outside: nothing is drawn, no random state is touched
-            network = self._network()
-        network.load_state_dict(dict(tensors), strict=True, assign=True)
-        self.network = freeze(network)
-        self.eval()
+        self.network = frozen_with(self._network, tensors)
 
     @classmethod
     def load(cls, weights: str | Path | None = None) -> Mapping[str, Tensor]:
         """The published tensors; see `lexel.networks.weights.load`."""
-        raise NotImplementedError
-
-    def train(self, mode: bool = True) -> Self:
-        """Stays in eval mode, whatever the module that it stands in does."""
-        return super().train(False)
+        return pretrained.load(cls.name, weights)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:

@@ -1,13 +1,45 @@
-"""Frozen networks: constants of a loss or a metric, not parts of a model."""
+"""Frozen networks: constants of a loss or a metric, not parts of a model; and the images that they expect."""
 
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lexel.runtime import without_weights
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of channels in [0, 1]
+
+
+class Constant(nn.Module):
+    """A module that is always in eval mode, whatever the model that it stands in does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode."""
+        return super().train(False)
+
+
+class Standardise(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] in the range that a network was trained on.
+
+    Args:
+        mean, deviation: of its channels in [0, 1].
+    """
+
+    def __init__(self, mean: Sequence[float], deviation: Sequence[float]) -> None:
+        super().__init__()
+        self.mean = nn.Buffer(torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.deviation = nn.Buffer(torch.tensor(deviation).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images.to(self.mean.dtype) + 1) / 2 - self.mean) / self.deviation
 
 
 def freeze(module: Module) -> Module:

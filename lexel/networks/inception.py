@@ -5,14 +5,12 @@ The weights are TensorFlow's graph of 2015-12-05 with its 1,008 classes, in the 
 network: averages leave padding out, and the last block pools by maximum.
 """
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lexel.networks import weights as pretrained
 from lexel.networks.features import FeatureNetwork
 
 
@@ -32,10 +30,6 @@ class Inception(FeatureNetwork):
     resize_rule = "tf1"
     logit_bias = False
     classifier = "fc"
-
-    @classmethod
-    def load(cls, weights: str | Path | None = None) -> Mapping[str, Tensor]:
-        return pretrained.load("inception", weights)
 
     @classmethod
     def _network(cls) -> nn.Module:
