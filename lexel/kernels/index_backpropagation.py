@@ -165,53 +165,26 @@ class _IndexBackpropagation(torch.autograd.Function):
 
 
 # Custom operators are opaque to torch.compile: the step around them compiles without a graph break.
-@torch.library.custom_op("lexel::index_backpropagation", mutates_args=())
-def _forward_operator(
-    queries: Tensor,
-    keys: Tensor,
-    codes: Tensor | None,
-    distance: bool,
-    temperature: float,
-    entropy_temperature: float,
-    entropy: bool,
-    rows: int,
-    parts: int,
-    together: int,
-    half: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (distance, temperature, entropy_temperature, entropy, rows, parts, together, half, implementation)
-    return _forward(queries, keys, codes, *options)  # type: ignore[return-value]
+_OPTIONS = (  # the fields of Inputs, and an implementation
+    "Tensor queries, Tensor keys, Tensor? codes, bool distance, float temperature, float entropy_temperature, "
+    "bool entropy, int rows, int parts, int together, bool half, str implementation"
+)
+_GRADS = "Tensor? soft, Tensor? hard, Tensor? sample, Tensor? batch"
+_forward_operator = torch.library.custom_op(
+    "lexel::index_backpropagation", _forward, mutates_args=(), schema=f"({_OPTIONS}) -> ({', '.join(['Tensor'] * 11)})"
+)
+_backward_operator = torch.library.custom_op(
+    "lexel::index_backpropagation_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_OPTIONS}, Tensor[] state, {_GRADS}) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_forward_operator.register_fake
 def _(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     inputs = Inputs(queries, keys, *rest[:-1])
     return torch.empty_like(queries), torch.empty_like(queries), *tiled.empty_state(inputs)
-
-
-@torch.library.custom_op("lexel::index_backpropagation_backward", mutates_args=())
-def _backward_operator(
-    queries: Tensor,
-    keys: Tensor,
-    codes: Tensor | None,
-    distance: bool,
-    temperature: float,
-    entropy_temperature: float,
-    entropy: bool,
-    rows: int,
-    parts: int,
-    together: int,
-    half: bool,
-    implementation: str,
-    state: list[Tensor],
-    soft: Tensor | None,
-    hard: Tensor | None,
-    sample: Tensor | None,
-    batch: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    options = (distance, temperature, entropy_temperature, entropy, rows, parts, together, half, implementation)
-    return _backward(queries, keys, codes, *options, state, soft, hard, sample, batch)
 
 
 @_backward_operator.register_fake
