@@ -3,6 +3,7 @@
     python -m benchmarks lines 919458e HEAD
 
 A feature is the files that hold it: at 919458e, and what became of them since. Files of no feature are what is new.
+With --run: the statements that run for each of a dozen commands, which both commits have.
 """
 
 import argparse
@@ -11,6 +12,8 @@ import fnmatch
 import io
 import subprocess
 import tokenize
+
+from benchmarks import executed
 
 # A feature, its files at 919458e, and those that hold it today: patterns under lexel/, without the ending.
 FEATURES = [
@@ -96,10 +99,15 @@ FEATURES = [
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("before", nargs="?", default="919458e")
     parser.add_argument("after", nargs="?", default="HEAD")
+    parser.add_argument("--run", action="store_true", help="count the statements that run for each command instead")
 
 
 def run(arguments: argparse.Namespace) -> None:
     commits = (arguments.before, arguments.after)
+    if arguments.run:
+        for line in executed.table(commits):
+            print(line, flush=True)
+        return
     lines = [lines_of(commit) for commit in commits]
     print(f"| feature | {commits[0]} | {commits[1]} |\n|---|---|---|")
     whole, rows = [sum(each.values()) for each in lines], []
