@@ -7,7 +7,7 @@ autoencoder (`autoencoder.jit`) is needed: `encoder.jit` and `decoder.jit` hold 
 from typing import Any
 
 from lexel.convert.family import Family, Layout, Names, convert_tokenizer
-from lexel.convert.names import Rule, count, infer_autoencoder
+from lexel.convert.names import count, infer_autoencoder
 from lexel.convert.vqgan import PROJECTIONS, autoencoder_rules
 from lexel.errors import UsageError
 
@@ -15,7 +15,6 @@ LEFT_OUT = {
     r"(encoder\.patcher|decoder\.unpatcher)\.(wavelets|_arange|patch_size_buffer)": "the Haar wavelet, a constant",
     r"quantizer\.(_basis|implicit_codebook)": "computed from the levels",
 }
-LEVELS: list[Rule] = [(r"quantizer\._levels", "levels")]
 PUBLISHED_LEVELS = [8, 8, 8, 5, 5, 5]
 
 

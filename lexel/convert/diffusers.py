@@ -1,69 +1,44 @@
 """The VQModel of diffusers: `config.json` beside `diffusion_pytorch_model.safetensors`."""
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count
-from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, TABLE, one_of, table_config
+from lexel.convert.names import Rule
+from lexel.convert.vqgan import CODEBOOK, PROJECTIONS, TABLE, Spelling, autoencoder_rules, table_config
 from lexel.errors import UsageError
 
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "shortcut"}
-ATTENTION = {
-    "group_norm": "norm",
-    "to_q": "query",
-    "to_k": "key",
-    "to_v": "value",
-    r"to_out\.0": "out",
-    "query": "query",
-    "key": "key",
-    "value": "value",
-    "proj_attn": "out",  # before diffusers 0.17
-}
-OUTSIDE = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
-MIDDLE = {"0": "block1", "1": "block2"}
+SPELLING = Spelling(
+    level=r"(?:down|up)_blocks\.(\d+)",
+    block=r"resnets\.(\d+)",
+    attention=r"attentions\.(\d+)",
+    middle=r"mid_block\.resnets",
+    middle_attention=r"mid_block\.attentions\.0",
+    downsample=r"downsamplers\.0\.conv",
+    upsample=r"upsamplers\.0\.conv",
+    outside_names={"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"},
+    block_names={"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "shortcut"},
+    attention_names={
+        "group_norm": "norm",
+        "to_q": "query",
+        "to_k": "key",
+        "to_v": "value",
+        "to_out.0": "out",
+        "query": "query",
+        "key": "key",
+        "value": "value",
+        "proj_attn": "out",  # before diffusers 0.17
+    },
+    middle_names={"0": "block1", "1": "block2"},
+    as_run=True,
+)
 # Options of the published configuration with the only values that our design has.
 FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "norm_type": "group"}
 
 
 def rules(names: Names) -> list[Rule]:
-    """Decoder levels are numbered in the order they run, ours by resolution."""
-    last = count(names, r"decoder\.up_blocks\.(\d+)\..*") - 1
-
-    def level(part: str, number: str) -> int:
-        return int(number) if part == "encoder" else last - int(number)
-
-    return [
-        (rf"(encoder|decoder)\.{one_of(OUTSIDE)}\.{END}", lambda m: f"{m[1]}.{OUTSIDE[m[2]]}.{m[3]}"),
-        (
-            rf"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.{one_of(BLOCK)}\.{END}",
-            lambda m: f"{m[1]}.levels.{level(m[1], m[2])}.blocks.{m[3]}.{BLOCK[m[4]]}.{m[5]}",
-        ),
-        (
-            rf"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.attentions\.(\d+)\.{one_of(ATTENTION)}\.{END}",
-            lambda m: f"{m[1]}.levels.{level(m[1], m[2])}.attentions.{m[3]}.{_attention(m[4])}.{m[5]}",
-        ),
-        (
-            rf"(encoder|decoder)\.mid_block\.resnets\.{one_of(MIDDLE)}\.{one_of(BLOCK)}\.{END}",
-            lambda m: f"{m[1]}.middle.{MIDDLE[m[2]]}.{BLOCK[m[3]]}.{m[4]}",
-        ),
-        (
-            rf"(encoder|decoder)\.mid_block\.attentions\.0\.{one_of(ATTENTION)}\.{END}",
-            lambda m: f"{m[1]}.middle.attention.{_attention(m[2])}.{m[3]}",
-        ),
-        (rf"encoder\.down_blocks\.(\d+)\.downsamplers\.0\.conv\.{END}", r"encoder.downsamples.\1.\2"),
-        (
-            rf"decoder\.up_blocks\.(\d+)\.upsamplers\.0\.conv\.{END}",
-            lambda m: f"decoder.upsamples.{last - 1 - int(m[1])}.{m[2]}",
-        ),
-        *PROJECTIONS,
-        *CODEBOOK,
-    ]
-
-
-def _attention(name: str) -> str:
-    return ATTENTION[name.replace(".", r"\.")]
+    return [*autoencoder_rules(names, SPELLING), *PROJECTIONS, *CODEBOOK]
 
 
 def convert(request: Request) -> Conversion:
@@ -82,11 +57,7 @@ def _as_convolution(name: str, tensor: Tensor) -> Tensor:
     return tensor[:, :, None, None] if linear else tensor
 
 
-def config(tensors: Names, source: str) -> dict[str, Any]:
-    return table_config("vq", tensors, source)
-
-
-LAYOUT = Layout("diffusers", rules, {}, [], TABLE, config)
+LAYOUT = Layout("diffusers", rules, {}, [], TABLE, partial(table_config, "vq"))
 FAMILY = Family(
     "diffusers",
     "diffusers VQModel",

@@ -31,13 +31,13 @@ OWN: Sequence[Rule] = [
     ),
     (rf"encoder\.(norm_out|conv_out)_{GRAINS}\.{END}", r"encoder.\2.\1.\3"),
     (
-        rf"encoder\.router\.({'|'.join(ROUTER).replace('.', r'[.]')})\.{END}",
+        rf"encoder\.router\.{one_of(ROUTER)}\.{END}",
         lambda m: f"encoder.router.{ROUTER[m[1]]}.{m[2]}",
     ),
     (rf"decoder\.position_bias(?:_fourier)?\.lff\.ffm\.conv\.{END}", r"decoder.positions.fourier.frequencies.\1"),
     (r"decoder\.position_bias_learned\.row_embed\.weight", "decoder.positions.learned.rows"),
     (r"decoder\.position_bias_learned\.col_embed\.weight", "decoder.positions.learned.columns"),
-    (rf"quantize\.codebook\.({'|'.join(TABLES)})", lambda m: f"quantizer.{TABLES[m[1]]}"),
+    (rf"quantize\.codebook\.{one_of(TABLES)}", lambda m: f"quantizer.{TABLES[m[1]]}"),
 ]
 CODEBOOK = "quantize.codebook.weight"
 STEPS = "quantize.codebook.steps"

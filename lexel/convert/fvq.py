@@ -5,16 +5,16 @@ label. Where that label is always the same, the older bridge is a constant and i
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from lexel.convert import llamagen
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.llamagen import LEFT_OUT, autoencoder_rules
 from lexel.convert.names import Rule, count, infer_autoencoder
-from lexel.convert.vqgan import CODEBOOK, END, PROJECTIONS, TABLE, table_config
+from lexel.convert.vqgan import END, TABLE, table_config
 from lexel.errors import UsageError
 
 BRIDGE = "quantize.qbridge."
@@ -43,9 +43,7 @@ def convert(request: Request) -> Conversion:
     # The patches come as a convolution (width, D, p, p); ours is linear, over (row, column, channel).
     patches = tensors[COMPRESS].permute(0, 2, 3, 1).flatten(1)
     overrides = {"quantizer.patch": tensors[COMPRESS].shape[-1], **request.overrides}
-    return convert_tokenizer(
-        _with_tensors(request, {**tensors, COMPRESS: patches})._replace(overrides=overrides), LAYOUT
-    )
+    return convert_tokenizer(request._replace(overrides=overrides), LAYOUT, {**tensors, COMPRESS: patches})
 
 
 def config(tensors: Names, source: str) -> dict[str, Any]:
@@ -67,15 +65,11 @@ def _convert_modulated(request: Request) -> Conversion:
             "which a tokenizer of images alone cannot use"
         )
     table = modulated_codebook(tensors, request.source)
-    conversion = convert_tokenizer(
-        _with_tensors(
-            request,
-            {name: tensor for name, tensor in tensors.items() if not name.startswith(BRIDGE)} | {EMBEDDING: table},
-        ),
-        BAKED_LAYOUT,
+    bridge = dict.fromkeys(
+        (name for name in tensors if name.startswith(BRIDGE)), "the bridge, a constant: its codebook is imported"
     )
-    reason = "the bridge, a constant: its codebook is imported"
-    bridge = {name: reason for name in tensors if name.startswith(BRIDGE)}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in bridge}
+    conversion = convert_tokenizer(request, BAKED_LAYOUT, {**rest, EMBEDDING: table})
     return conversion._replace(family="fvq", left_out=conversion.left_out | bridge)
 
 
@@ -128,15 +122,7 @@ def _layer(name: str) -> set[str]:
     return {f"{name}.weight", f"{name}.bias"}
 
 
-def _with_tensors(request: Request, tensors: dict[str, Tensor]) -> Request:
-    return request._replace(published=replace(request.published, tensors=tensors))
-
-
-def _autoencoder(names: Names) -> list[Rule]:
-    return [*autoencoder_rules(names), *PROJECTIONS, *CODEBOOK]
-
-
-LAYOUT = Layout("fvq", lambda names: [*_autoencoder(names), *RULES], LEFT_OUT, [], TABLE, config)
+LAYOUT = Layout("fvq", lambda names: [*llamagen.rules(names), *RULES], llamagen.LEFT_OUT, [], TABLE, config)
 FAMILY = Family(
     "fvq",
     "FVQ tokenizers",
@@ -144,9 +130,7 @@ FAMILY = Family(
     convert,
 )
 
-BAKED_LAYOUT = Layout(
-    "fvq_baked", _autoencoder, LEFT_OUT, [], TABLE, lambda tensors, source: table_config("vq", tensors, source)
-)
+BAKED_LAYOUT = llamagen.LAYOUT._replace(family="fvq_baked", config=partial(table_config, "vq"))
 
 
 def _fits_baked(names: Names) -> bool:

@@ -3,18 +3,13 @@
 The names are VQGAN's; what differs is how a code is chosen. Only files with averaged weights can be told apart.
 """
 
+from functools import partial
+
 from lexel.convert import vqgan
-from lexel.convert.family import Family, Layout, convert_tokenizer
+from lexel.convert.family import Family, convert_tokenizer
 from lexel.convert.names import AVERAGED
 
-LAYOUT = Layout(
-    "ibq",
-    vqgan.rules,
-    vqgan.TRAINING,
-    vqgan.UNTRAINED,
-    vqgan.TABLE,
-    lambda tensors, source: vqgan.table_config("ibq", tensors, source),
-)
+LAYOUT = vqgan.LAYOUT._replace(family="ibq", config=partial(vqgan.table_config, "ibq"))
 FAMILY = Family(
     "ibq", "IBQ tokenizers (SEED-Voken)", vqgan.shares_names, lambda request: convert_tokenizer(request, LAYOUT)
 )

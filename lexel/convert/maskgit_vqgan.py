@@ -5,14 +5,12 @@ from typing import Any
 
 from lexel.convert.family import Family, Layout, Names, convert_tokenizer
 from lexel.convert.names import Rule, count, require
-from lexel.convert.vqgan import CODEBOOK, END, TABLE
-
-BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "shortcut"}
+from lexel.convert.vqgan import BLOCK, CODEBOOK, END, TABLE, one_of
 
 
 def rules(theirs: str, ours: str) -> list[Rule]:
     """Rules for the encoder or the decoder under any names."""
-    block = rf"(\d+)\.({'|'.join(BLOCK)})\.{END}"
+    block = rf"(\d+)\.{one_of(BLOCK)}\.{END}"
     return [
         (rf"{theirs}\.(conv_in|norm_out|conv_out)\.{END}", rf"{ours}.\1.\2"),
         (

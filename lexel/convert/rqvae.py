@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import Rule, count, infer_autoencoder
-from lexel.convert.vqgan import PROJECTIONS, autoencoder_rules
+from lexel.convert.vqgan import PROJECTIONS, autoencoder_rules, one_of
 from lexel.errors import UsageError
 
 TABLES = {"weight": "weight", "cluster_size_ema": "counts", "embed_ema": "sums", "steps": "steps"}
-CODEBOOK = rf"quantizer\.codebooks\.(\d+)\.({'|'.join(TABLES)})"
+CODEBOOK = rf"quantizer\.codebooks\.(\d+)\.{one_of(TABLES)}"
 QUANTIZER: list[Rule] = [(CODEBOOK, lambda m: f"quantizer.levels.{m[1]}.{TABLES[m[2]]}")]
 REPEATED = "the shared codebook once more"
 

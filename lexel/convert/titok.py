@@ -6,11 +6,11 @@ from typing import Any
 from lexel.convert import maskgit_vqgan
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import Rule, count, require
-from lexel.convert.vqgan import END
+from lexel.convert.vqgan import END, one_of
 from lexel.errors import UsageError
 
-BLOCK = {"ln_1": "norm1", "attn.in_proj_": "qkv.", "attn.out_proj": "out", "ln_2": "norm2"}
-BLOCK |= {"mlp.c_fc": "fc1", "mlp.c_proj": "fc2"}
+BLOCK = {"ln_1.": "norm1.", "attn.in_proj_": "qkv.", "attn.out_proj.": "out.", "ln_2.": "norm2."}
+BLOCK |= {"mlp.c_fc.": "fc1.", "mlp.c_proj.": "fc2."}
 NORMS = {"ln_pre": "norm_in", "ln_post": "norm_out"}
 PARAMETERS = {
     "class_embedding": "class_token",
@@ -21,16 +21,12 @@ PARAMETERS = {
 }
 RULES: Sequence[Rule] = [
     ("latent_tokens", "encoder.tokens"),
-    (rf"(encoder|decoder)\.({'|'.join(PARAMETERS)})", lambda m: f"{m[1]}.{PARAMETERS[m[2]]}"),
+    (rf"(encoder|decoder)\.{one_of(PARAMETERS)}", lambda m: f"{m[1]}.{PARAMETERS[m[2]]}"),
     (rf"encoder\.patch_embed\.{END}", r"encoder.patches.\1"),
-    (rf"(encoder|decoder)\.(ln_pre|ln_post)\.{END}", lambda m: f"{m[1]}.transformer.{NORMS[m[2]]}.{m[3]}"),
+    (rf"(encoder|decoder)\.{one_of(NORMS)}\.{END}", lambda m: f"{m[1]}.transformer.{NORMS[m[2]]}.{m[3]}"),
     (
-        rf"(encoder|decoder)\.transformer\.(\d+)\.(attn\.in_proj_){END}",
-        lambda m: f"{m[1]}.transformer.blocks.{m[2]}.qkv.{m[4]}",
-    ),
-    (
-        rf"(encoder|decoder)\.transformer\.(\d+)\.(ln_1|ln_2|attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.{END}",
-        lambda m: f"{m[1]}.transformer.blocks.{m[2]}.{BLOCK[m[3]]}.{m[4]}",
+        rf"(encoder|decoder)\.transformer\.(\d+)\.{one_of(BLOCK)}{END}",
+        lambda m: f"{m[1]}.transformer.blocks.{m[2]}.{BLOCK[m[3]]}{m[4]}",
     ),
     (rf"encoder\.conv_out\.{END}", r"to_codes.\1"),
     (rf"decoder\.decoder_embed\.{END}", r"from_codes.\1"),

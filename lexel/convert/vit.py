@@ -9,7 +9,7 @@ from torch import Tensor
 from lexel.autoencoders.vision_transformer import sincos
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import Rule, count, published_section, require
-from lexel.convert.vqgan import END
+from lexel.convert.vqgan import END, one_of
 from lexel.errors import UsageError
 
 BLOCK = {"0.norm": "norm1", "0.fn.to_qkv": "qkv", "0.fn.to_out": "out", "1.norm": "norm2", "1.fn.net.0": "fc1"}
@@ -17,7 +17,7 @@ BLOCK |= {"1.fn.net.2": "fc2"}
 RULES: Sequence[Rule] = [
     (rf"encoder\.to_patch_embedding\.0\.{END}", r"encoder.patches.\1"),
     (
-        rf"(encoder|decoder)\.transformer\.layers\.(\d+)\.({'|'.join(BLOCK).replace('.', r'[.]')})\.{END}",
+        rf"(encoder|decoder)\.transformer\.layers\.(\d+)\.{one_of(BLOCK)}\.{END}",
         lambda m: f"{m[1]}.blocks.{m[2]}.{BLOCK[m[3]]}.{m[4]}",
     ),
     (rf"(encoder|decoder)\.transformer\.norm\.{END}", r"\1.norm.\2"),

@@ -1,50 +1,81 @@
 """VQGAN (taming-transformers), https://arxiv.org/abs/2012.09841, whose naming most later autoencoders share."""
 
-from collections.abc import Sequence
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import AVERAGED, Rule, count, infer_autoencoder
 
+END = r"(weight|bias)"
 BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "shortcut"}
 ATTENTION = {"norm": "norm", "q": "query", "k": "key", "v": "value", "proj_out": "out"}
 MIDDLE = {"block_1": "block1", "block_2": "block2"}
-END = r"(weight|bias)"
+OUTSIDE = {"conv_in": "conv_in", "norm_out": "norm_out", "conv_out": "conv_out"}
 
 
-def one_of(names: dict[str, str]) -> str:
+class Spelling(NamedTuple):
+    """The names of a published convolutional autoencoder's parts: patterns, and tables of their names and ours."""
+
+    level: str = r"(?:down|up)\.(\d+)"
+    block: str = r"block\.(\d+)"  # of a level
+    attention: str = r"attn\.(\d+)"
+    middle: str = "mid"
+    middle_attention: str = r"mid\.attn_1"
+    downsample: str = r"downsample\.conv"
+    upsample: str = r"upsample\.conv"
+    outside_names: Mapping[str, str] = OUTSIDE
+    block_names: Mapping[str, str] = BLOCK
+    attention_names: Mapping[str, str] = ATTENTION
+    middle_names: Mapping[str, str] = MIDDLE
+    as_run: bool = False  # whether decoder levels are numbered in the order they run; ours are by resolution
+
+
+VQGAN = Spelling()
+
+
+def one_of(names: Iterable[str]) -> str:
     """A pattern for any of the published names."""
-    return "(" + "|".join(names) + ")"
+    return f"({'|'.join(map(re.escape, names))})"
 
 
-def autoencoder_rules(names: Names) -> list[Rule]:
+def autoencoder_rules(names: Names, spelling: Spelling = VQGAN) -> list[Rule]:
     """Rules for `encoder.*` and `decoder.*`; decoder levels are followed by an upsampling from some level on."""
-    halvings = count(names, r"encoder\.down\.(\d+)\.downsample\..*")
-    first_upsampled = count(names, r"encoder\.down\.(\d+)\..*") - halvings
+    side, block, attention = "(encoder|decoder)", one_of(spelling.block_names), one_of(spelling.attention_names)
+    levels = count(names, rf"(?:encoder|decoder)\.{spelling.level}\..*")
+    halvings = count(names, rf"encoder\.{spelling.level}\.{spelling.downsample}\..*")
+
+    def level(side: str, number: str) -> int:
+        return levels - 1 - int(number) if spelling.as_run and side == "decoder" else int(number)
+
     return [
-        (rf"(encoder|decoder)\.(conv_in|norm_out|conv_out)\.{END}", r"\1.\2.\3"),
         (
-            rf"(encoder|decoder)\.(?:down|up)\.(\d+)\.block\.(\d+)\.{one_of(BLOCK)}\.{END}",
-            lambda m: f"{m[1]}.levels.{m[2]}.blocks.{m[3]}.{BLOCK[m[4]]}.{m[5]}",
+            rf"{side}\.{one_of(spelling.outside_names)}\.{END}",
+            lambda m: f"{m[1]}.{spelling.outside_names[m[2]]}.{m[3]}",
         ),
         (
-            rf"(encoder|decoder)\.(?:down|up)\.(\d+)\.attn\.(\d+)\.{one_of(ATTENTION)}\.{END}",
-            lambda m: f"{m[1]}.levels.{m[2]}.attentions.{m[3]}.{ATTENTION[m[4]]}.{m[5]}",
+            rf"{side}\.{spelling.level}\.{spelling.block}\.{block}\.{END}",
+            lambda m: f"{m[1]}.levels.{level(m[1], m[2])}.blocks.{m[3]}.{spelling.block_names[m[4]]}.{m[5]}",
         ),
         (
-            rf"(encoder|decoder)\.mid\.{one_of(MIDDLE)}\.{one_of(BLOCK)}\.{END}",
-            lambda m: f"{m[1]}.middle.{MIDDLE[m[2]]}.{BLOCK[m[3]]}.{m[4]}",
+            rf"{side}\.{spelling.level}\.{spelling.attention}\.{attention}\.{END}",
+            lambda m: f"{m[1]}.levels.{level(m[1], m[2])}.attentions.{m[3]}.{spelling.attention_names[m[4]]}.{m[5]}",
         ),
         (
-            rf"(encoder|decoder)\.mid\.attn_1\.{one_of(ATTENTION)}\.{END}",
-            lambda m: f"{m[1]}.middle.attention.{ATTENTION[m[2]]}.{m[3]}",
+            rf"{side}\.{spelling.middle}\.{one_of(spelling.middle_names)}\.{block}\.{END}",
+            lambda m: f"{m[1]}.middle.{spelling.middle_names[m[2]]}.{spelling.block_names[m[3]]}.{m[4]}",
         ),
-        (rf"encoder\.down\.(\d+)\.downsample\.conv\.{END}", r"encoder.downsamples.\1.\2"),
         (
-            rf"decoder\.up\.(\d+)\.upsample\.conv\.{END}",
-            lambda m: f"decoder.upsamples.{int(m[1]) - first_upsampled}.{m[2]}",
+            rf"{side}\.{spelling.middle_attention}\.{attention}\.{END}",
+            lambda m: f"{m[1]}.middle.attention.{spelling.attention_names[m[2]]}.{m[3]}",
+        ),
+        (rf"encoder\.{spelling.level}\.{spelling.downsample}\.{END}", r"encoder.downsamples.\1.\2"),
+        (
+            rf"decoder\.{spelling.level}\.{spelling.upsample}\.{END}",
+            lambda m: f"decoder.upsamples.{level('decoder', m[1]) - (levels - halvings)}.{m[2]}",
         ),
     ]
 
@@ -69,7 +100,7 @@ def rules(names: Names) -> Sequence[Rule]:
 
 
 def table_config(kind: str, tensors: Names, source: str) -> dict[str, Any]:
-    """The configuration of a tokenizer whose quantizer has one table of codes."""
+    """The configuration of a tokenizer whose quantizer has one table of codes and no options of its own."""
     size, dim = tensors["quantizer.weight"].shape
     return {
         "autoencoder": infer_autoencoder(tensors, source),
@@ -82,7 +113,7 @@ def shares_names(names: Names) -> bool:
     return {"encoder.mid.block_1.conv1.weight", "quant_conv.weight", "quantize.embedding.weight"} <= names.keys()
 
 
-LAYOUT = Layout("vqgan", rules, TRAINING, UNTRAINED, TABLE, lambda tensors, source: table_config("vq", tensors, source))
+LAYOUT = Layout("vqgan", rules, TRAINING, UNTRAINED, TABLE, partial(table_config, "vq"))
 FAMILY = Family(
     "vqgan",
     "VQGAN (taming-transformers)",
@@ -102,7 +133,7 @@ GUMBEL_RULES: Sequence[Rule] = [
 GUMBEL_LAYOUT = LAYOUT._replace(
     family="vqgan_gumbel",
     rules=lambda names: [*autoencoder_rules(names), *PROJECTIONS, *GUMBEL_RULES],
-    config=lambda tensors, source: table_config("gumbel", tensors, source),
+    config=partial(table_config, "gumbel"),
 )
 
 

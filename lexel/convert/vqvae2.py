@@ -7,7 +7,7 @@ import torch
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
 from lexel.convert.names import Rule, count, require
-from lexel.convert.vqgan import END
+from lexel.convert.vqgan import END, one_of
 
 NETWORKS = {"enc_b": "encoder.bottom", "enc_t": "encoder.top", "dec_t": "encoder.from_top", "dec": "decoder.pixels"}
 LAYERS = {
@@ -18,13 +18,13 @@ LAYERS = {
 TABLES = {"embed": "weight", "cluster_size": "counts", "embed_avg": "sums", "steps": "steps"}
 LEVELS = {"t": 0, "b": 1}
 RULES: Sequence[Rule] = [
-    (rf"({'|'.join(NETWORKS)})\.blocks\.(\d+)\.{END}", lambda m: f"{NETWORKS[m[1]]}.{m[2]}.{m[3]}"),
+    (rf"{one_of(NETWORKS)}\.blocks\.(\d+)\.{END}", lambda m: f"{NETWORKS[m[1]]}.{m[2]}.{m[3]}"),
     (
-        rf"({'|'.join(NETWORKS)})\.blocks\.(\d+)\.conv\.([13])\.{END}",
+        rf"{one_of(NETWORKS)}\.blocks\.(\d+)\.conv\.([13])\.{END}",
         lambda m: f"{NETWORKS[m[1]]}.{m[2]}.conv{'1' if m[3] == '1' else '2'}.{m[4]}",
     ),
-    (rf"({'|'.join(LAYERS)})\.{END}", lambda m: f"{LAYERS[m[1]]}.{m[2]}"),
-    (rf"quantize_([tb])\.({'|'.join(TABLES)})", lambda m: f"quantizer.parts.{LEVELS[m[1]]}.{TABLES[m[2]]}"),
+    (rf"{one_of(LAYERS)}\.{END}", lambda m: f"{LAYERS[m[1]]}.{m[2]}"),
+    (rf"quantize_([tb])\.{one_of(TABLES)}", lambda m: f"quantizer.parts.{LEVELS[m[1]]}.{TABLES[m[2]]}"),
 ]
 NEEDED = ["quantizer.parts.0.weight", "encoder.bottom.0.weight", "encoder.bottom.2.weight"]
 
