@@ -1,5 +1,6 @@
 """Published checkpoints as Lexel models: one rename table a family, strict in both directions."""
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def convert(
         "source": published.name,
         "family": conversion.family,
         "weights": conversion.weights,
-        "left_out": _summary(conversion.left_out),
+        "left_out": dict(Counter(conversion.left_out.values())),
         **({"taken_off_names": list(published.wrappers)} if published.wrappers else {}),
     }
     return conversion
@@ -140,11 +141,3 @@ def recognise(published: files.Published) -> Family:
             f"name one of {names}"
         )
     return fitting[0]
-
-
-def _summary(left_out: Mapping[str, str]) -> dict[str, int]:
-    """The number of tensors left out for each reason."""
-    counts: dict[str, int] = {}
-    for reason in left_out.values():
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lexel.config import check
 from lexel.convert.files import Published
-from lexel.convert.names import Entry, Picked, Renamed, Rule, apply_overrides, pick_weights, rename, require
+from lexel.convert.names import Entry, Renamed, Rule, apply_overrides, pick_weights, rename, require
 from lexel.generators import Generator
 from lexel.tokenizer import Tokenizer, TokenizerConfig
 
@@ -76,50 +76,21 @@ def convert_tokenizer(
     """
     tensors, made = request.published.tensors if tensors is None else tensors, made or {}
     picked = pick_weights({**tensors, **made}, request.weights, layout.untrained, request.source)
-    renamed = rename_picked(picked, layout, request.source)
+    model, renamed = build_tokenizer(picked.entries, layout, request)
     return Conversion(
         layout.family,
-        build_tokenizer(renamed, layout, request),
+        model,
         {ours: theirs for ours, theirs in renamed.origins.items() if theirs not in made},
         {**picked.left_out, **renamed.left_out},
         picked.weights,
     )
 
 
-def with_tokenizer(conversion: Conversion, inside: Mapping[str, Entry], layout: Layout, request: Request) -> Conversion:
-    """The conversion of a generator with the tokenizer that its file brings along.
-
-    Args:
-        conversion: of the generator, to which the tokenizer is attached.
-        inside: the tokenizer's tensors under their own names; without any, nothing changes.
-        layout: of the tokenizer.
-        request: whose overrides of the tokenizer begin with "tokenizer.".
-    """
-    if not inside or not isinstance(conversion.model, Generator):
-        return conversion
-    names = {name: entry.tensor for name, entry in inside.items()}
-    renamed = rename(inside, layout.rules(names), layout.left_out, request.source, layout.family)
-    own = {
-        name.removeprefix("tokenizer."): value
-        for name, value in request.overrides.items()
-        if name.startswith("tokenizer.")
-    }
-    tokenizer = build_tokenizer(renamed, layout, request._replace(overrides=own))
-    tokenizer.provenance = {"source": request.published.name, "family": layout.family}
-    conversion.model.attach(tokenizer)
-    origins = {f"tokenizer.{name}": origin for name, origin in renamed.origins.items()}
-    return conversion._replace(
-        origins=conversion.origins | origins, left_out=conversion.left_out | renamed.left_out, tokenizer=tokenizer
-    )
-
-
-def rename_picked(picked: Picked, layout: Layout, source: str) -> Renamed:
-    names = {name: entry.tensor for name, entry in picked.entries.items()}
-    return rename(picked.entries, layout.rules(names), layout.left_out, source, layout.family)
-
-
-def build_tokenizer(renamed: Renamed, layout: Layout, request: Request) -> Tokenizer:
+def build_tokenizer(entries: Mapping[str, Entry], layout: Layout, request: Request) -> tuple[Tokenizer, Renamed]:
+    """The tokenizer of tensors under the names that a layout knows, and how they were renamed."""
+    names = {name: entry.tensor for name, entry in entries.items()}
+    renamed = rename(entries, layout.rules(names), layout.left_out, request.source, layout.family)
     require(renamed.tensors, layout.needed, request.source)
     table = apply_overrides(layout.config(renamed.tensors, request.source), request.overrides)
     config = check(table, TokenizerConfig, request.source)
-    return Tokenizer.with_weights(config, renamed.tensors, request.source)
+    return Tokenizer.with_weights(config, renamed.tensors, request.source), renamed

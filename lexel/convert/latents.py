@@ -5,21 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexel.convert.family import Names
-from lexel.convert.masked import Entries, GeneratorLayout, family, join, unchanged
-from lexel.convert.names import count
+from lexel.convert.generators import Entries, GeneratorLayout, family, join
+from lexel.convert.names import count, integer
 
 SD_SCALE = 0.18215  # of the latents of Stable Diffusion's autoencoder
 KL16_SCALE = 0.2325  # of MAR's KL-16
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1280: 16}  # of the published widths; tensors do not tell
-
-
-def _given(options: Mapping[str, Any], name: str, default: int) -> int:
-    value = options.get(name)
-    return value if isinstance(value, int) else default
+HEADS = {1152: 16, 1280: 16}  # of the published widths whose heads have not 64 channels; tensors do not tell
 
 
 def _heads(options: Mapping[str, Any], name: str, width: int) -> int:
-    return _given(options, name, HEADS.get(width, max(1, width // 64)))
+    return integer(options, name, HEADS.get(width, max(1, width // 64)))
 
 
 def _diffusion_config(objective: str) -> Any:
@@ -53,12 +48,10 @@ def _diffusion(family: str, title: str, objective: str) -> GeneratorLayout:
         family,
         title,
         ["x_embedder.proj.weight", "t_embedder.mlp.0.weight", "y_embedder.embedding_table.weight", "pos_embed"],
-        unchanged,
         [
             (r"y_embedder\.embedding_table\.weight", "transformer.classes.weight"),
             (r"((?:pos_embed|x_embedder|t_embedder|blocks|final_layer).*)", r"transformer.network.\1"),
         ],
-        {},
         _diffusion_config(objective),
     )
 
@@ -80,7 +73,7 @@ def _mar_config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
     width, token = tensors["transformer.network.z_proj.weight"].shape
     decoder_width = tensors["transformer.network.decoder_embed.bias"].shape[0]
     length = tensors["transformer.network.diffusion_pos_embed_learned"].shape[1]
-    patch = _given(options, "patch_size", 1)
+    patch = integer(options, "patch_size", 1)
     side = math.isqrt(length) * patch
     hidden = tensors["transformer.network.encoder_blocks.0.mlp.fc1.bias"].shape[0]
     return {
@@ -110,14 +103,13 @@ MAR = GeneratorLayout(
     "mar",
     "MAR, masked autoregressive generators with a diffusion loss",
     ["z_proj.weight", "fake_latent", "class_emb.weight", "diffloss.net.input_proj.weight", "decoder_embed.weight"],
-    _prepare_mar,
     [
         ("classes", "transformer.classes.weight"),
         (r"diffloss\.net\.(.*)", r"transformer.head.\1"),
         (r"((?:z_proj|encoder_|decoder_|mask_token|diffusion_pos).*)", r"transformer.network.\1"),
     ],
-    {},
     _mar_config,
+    prepare=_prepare_mar,
 )
 
 

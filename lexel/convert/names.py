@@ -193,6 +193,20 @@ def published_section(options: Mapping[str, Any], name: str) -> Mapping[str, Any
     return {}
 
 
+def table_at(config: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The table that names lead to, one within the other; empty where they lead to none."""
+    for name in names:
+        inner = config.get(name)
+        config = inner if isinstance(inner, Mapping) else {}
+    return config
+
+
+def integer(options: Mapping[str, Any], name: str, default: int) -> int:
+    """A whole number that options name; `default` where they do not."""
+    value = options.get(name)
+    return value if isinstance(value, int) else default
+
+
 def apply_overrides(table: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Sets dotted options, such as "autoencoder.groups", in a nested table."""
     for name, value in overrides.items():

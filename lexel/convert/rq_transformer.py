@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexel.convert.family import Names
-from lexel.convert.masked import Entries, GeneratorLayout, family
-from lexel.convert.names import count
+from lexel.convert.generators import Entries, GeneratorLayout, family
+from lexel.convert.names import count, integer, table_at
 
 OWN = "transformer.network."
 
@@ -17,25 +17,13 @@ def _prepare(entries: Entries) -> None:
     entries[kind] = entries.pop("cond_emb.weight")
 
 
-def _heads(options: Mapping[str, Any], name: str, width: int) -> int:
-    part = options.get(name)
-    block = part.get("block") if isinstance(part, Mapping) else None
-    given = block.get("n_head") if isinstance(block, Mapping) else None
-    return given if isinstance(given, int) else max(1, width // 64)
-
-
-def _sigmoid_gelu(options: Mapping[str, Any], name: str) -> bool:
-    part = options.get(name)
-    block = part.get("block") if isinstance(part, Mapping) else None
-    return isinstance(block, Mapping) and block.get("gelu") == "v2"
-
-
 def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
     width = tensors[f"{OWN}pos_emb_d"].shape[2]
     positions, depths = tensors[f"{OWN}pos_emb_hw"].shape[1], tensors[f"{OWN}pos_emb_d"].shape[1]
     side = math.isqrt(positions)
-    block = options.get("block_size")
-    rows, columns = (block[0], block[1]) if isinstance(block, list | tuple) and len(block) == 3 else (side, side)
+    size = options.get("block_size")
+    rows, columns = size[:2] if isinstance(size, list | tuple) and len(size) == 3 else (side, side)
+    body, head = (table_at(options, part, "block") for part in ("body", "head"))
     own_tables = f"{OWN}tok_emb.weight" in tensors
     shared = tensors[f"{OWN}classifier.linear.weight"].dim() == 2
     if "transformer.classes.weight" in tensors:
@@ -54,14 +42,14 @@ def _config(tensors: Names, options: Mapping[str, Any]) -> dict[str, Any]:
         "condition": condition,
         "width": width,
         "layers": count(tensors, r"transformer\.network\.body_transformer\.blocks\.(\d+)\..*"),
-        "heads": _heads(options, "body", width),
+        "heads": integer(body, "n_head", max(1, width // 64)),
         "depth_layers": count(tensors, r"transformer\.network\.head_transformer\.blocks\.(\d+)\..*"),
-        "depth_heads": _heads(options, "head", width),
+        "depth_heads": integer(head, "n_head", max(1, width // 64)),
         # Every released model sums; the published default is not to, and tables are never summed.
         "cumulative": not own_tables and bool(options.get("cumsum_depth_ctx", "block_size" not in options)),
         "shared_classifier": shared,
-        "sigmoid_gelu": _sigmoid_gelu(options, "body"),
-        "depth_sigmoid_gelu": _sigmoid_gelu(options, "head"),
+        "sigmoid_gelu": body.get("gelu") == "v2",
+        "depth_sigmoid_gelu": head.get("gelu") == "v2",
     }
     if own_tables:
         config["shared_tables"] = tensors[f"{OWN}tok_emb.weight"].shape[0] == config["codebook_size"] and depths > 1
@@ -74,7 +62,6 @@ LAYOUT = GeneratorLayout(
     "rq_transformer",
     "RQ-Transformer over residual codes",
     ["cond_emb.weight", "pos_emb_cond", "pos_emb_hw", "pos_emb_d", "classifier.linear.weight"],
-    _prepare,
     [
         ("classes", "transformer.classes.weight"),
         ("words", "transformer.words.weight"),
@@ -85,8 +72,9 @@ LAYOUT = GeneratorLayout(
             r"transformer.network.\1",
         ),
     ],
-    {r"tok_emb\.offsets": "computed, not learned"},
     _config,
+    {r"tok_emb\.offsets": "computed, not learned"},
+    _prepare,
 )
 
 FAMILY = family(LAYOUT)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count, infer_autoencoder
+from lexel.convert.names import Rule, count, infer_autoencoder, table_at
 from lexel.convert.vqgan import PROJECTIONS, autoencoder_rules, one_of
 from lexel.errors import UsageError
 
@@ -16,13 +16,6 @@ TABLES = {"weight": "weight", "cluster_size_ema": "counts", "embed_ema": "sums",
 CODEBOOK = rf"quantizer\.codebooks\.(\d+)\.{one_of(TABLES)}"
 QUANTIZER: list[Rule] = [(CODEBOOK, lambda m: f"quantizer.levels.{m[1]}.{TABLES[m[2]]}")]
 REPEATED = "the shared codebook once more"
-
-
-def options(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table `hparams` of a published configuration, wherever it stands; empty where there is none."""
-    arch = config.get("arch", config)
-    found = arch.get("hparams", {}) if isinstance(arch, Mapping) else {}
-    return found if isinstance(found, Mapping) else {}
 
 
 def is_shared(tensors: Names, given: Mapping[str, Any]) -> bool:
@@ -44,7 +37,8 @@ def of_all_depths(given: Mapping[str, Any], name: str, default: Any, source: str
 
 def convert(request: Request) -> Conversion:
     """Codebooks lose their last row, which is padding; a shared one stands once."""
-    tensors, given = dict(request.published.tensors), options(request.published.config)
+    tensors, told = dict(request.published.tensors), request.published.config
+    given = table_at(told, "arch", "hparams") or table_at(told, "hparams")
     depth, shared = count(tensors, r"quantizer\.codebooks\.(\d+)\.weight"), is_shared(tensors, given)
     latents, codes = given.get("latent_shape"), given.get("code_shape")
     fold = 1

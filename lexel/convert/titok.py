@@ -5,7 +5,7 @@ from typing import Any
 
 from lexel.convert import maskgit_vqgan
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count, require
+from lexel.convert.names import Rule, count, require, table_at
 from lexel.convert.vqgan import END, one_of
 from lexel.errors import UsageError
 
@@ -46,13 +46,6 @@ NEEDED = ["encoder.patches.weight", "encoder.positions", "encoder.tokens", "deco
 
 def rules(names: Names) -> list[Rule]:
     return [*RULES, *(CODES if "decoder.ffn.2.weight" in names else PIXELS)]
-
-
-def published_options(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The table `model.vq_model` of a published configuration; empty where there is none."""
-    model = config.get("model", {})
-    options = model.get("vq_model", {}) if isinstance(model, Mapping) else {}
-    return options if isinstance(options, Mapping) else {}
 
 
 def config(tensors: Names, source: str, options: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,7 +104,7 @@ def convert(request: Request) -> Conversion:
     }.items():
         if name in tensors:
             tensors[name] = reshaped(tensors[name])
-    options = published_options(request.published.config)
+    options = table_at(request.published.config, "model", "vq_model")
     layout = Layout(
         "titok",
         rules,

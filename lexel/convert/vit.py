@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lexel.autoencoders.vision_transformer import sincos
 from lexel.convert.family import Conversion, Family, Layout, Names, Request, convert_tokenizer
-from lexel.convert.names import Rule, count, published_section, require
+from lexel.convert.names import Rule, count, integer, published_section, require
 from lexel.convert.vqgan import END, one_of
 from lexel.errors import UsageError
 
@@ -33,12 +33,6 @@ LEFT_OUT = {
 }
 NEEDED = ["encoder.patches.weight", "decoder.pixels.weight"]
 SIDES = ("encoder", "decoder")
-
-
-def published_heads(options: Mapping[str, Any], side: str) -> int | None:
-    """The heads of one side that a published configuration names; None where there is none."""
-    heads = published_section(options, side).get("heads")
-    return heads if isinstance(heads, int) and heads > 0 else None
 
 
 def quantizer_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +60,7 @@ def config(tensors: Names, source: str, options: Mapping[str, Any]) -> dict[str,
     for side in SIDES:
         hidden, width = tensors[f"{side}.blocks.0.fc1.weight"].shape
         inner = tensors[f"{side}.blocks.0.qkv.weight"].shape[0] // 3
-        heads = published_heads(options, side) or inner // 64
+        heads = integer(published_section(options, side), "heads", 0) or inner // 64
         sizes["head_width"] = inner // max(heads, 1)
         depth = count(tensors, rf"{side}\.blocks\.(\d+)\..*")
         sizes[side] = {"width": width, "depth": depth, "heads": heads, "mlp": hidden}
