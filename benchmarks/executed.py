@@ -102,8 +102,7 @@ def prepare(folder: Path) -> None:
     import torch
     from PIL import Image
 
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from published_layouts import random_state, vqgan_shapes
+    from tests.published_layouts import random_state, vqgan_shapes
 
     (folder / "pictures").mkdir()
     for number in range(2):
