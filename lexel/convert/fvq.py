@@ -30,6 +30,7 @@ RULES: list[Rule] = [
     (rf"quantize\.qbridge\.linear_5\.(\d)\.{END}", r"quantizer.bridge.\1.\2"),
 ]
 EMBEDDING = "quantize.embedding.weight"
+BAKED_LAYOUT = llamagen.LAYOUT._replace(family="fvq_baked", config=partial(table_config, "vq"))
 COMPRESS = BRIDGE + "x_embedder.proj.weight"
 LABELS = BRIDGE + "y_embedder.embedding_table.weight"
 
@@ -129,8 +130,6 @@ FAMILY = Family(
     lambda names: EMBEDDING in names and any(name.startswith(BRIDGE) for name in names),
     convert,
 )
-
-BAKED_LAYOUT = llamagen.LAYOUT._replace(family="fvq_baked", config=partial(table_config, "vq"))
 
 
 def _fits_baked(names: Names) -> bool:
