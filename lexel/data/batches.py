@@ -10,7 +10,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -30,7 +30,6 @@ from lexel.distributed import launched
 from lexel.errors import UsageError
 
 OnError = Literal["replace", "stop"]
-
 
 WORTH_WORKERS = 256  # images; starting a process takes as long as reading dozens
 
@@ -81,10 +80,6 @@ class Loading:
         if self.workers is not None and self.workers < 0:
             raise UsageError(f"workers cannot be negative, got {self.workers}")
 
-    def check_unreadable(self, unreadable: Mapping[str, str], images: ImageSet) -> None:
-        """Raises UsageError once more images are unreadable than may be."""
-        check_unreadable(unreadable, len(images), self.max_unreadable)
-
 
 def reading_processes(workers: int | None, images: ImageSet, transform: Transform | None) -> int:
     """How many processes read: `workers`, or as many as pay where that is None."""
@@ -134,7 +129,29 @@ def training_batches(
     )
 
 
-class TrainingBatches(Iterator[Batch]):
+class _Batches:
+    """Base of the iterators: batches of what workers have read, and the images that could not be, by name."""
+
+    def __init__(self, images: ImageSet, loading: Loading) -> None:
+        loading.check(images)
+        self.images, self.loading = images, loading
+        self.unreadable: dict[str, str] = {}
+
+    def _note(self, unreadable: dict[str, str]) -> None:
+        """Takes in what could not be read; raises UsageError once it is more than may be."""
+        if unreadable:
+            self.unreadable.update(unreadable)
+            check_unreadable(self.unreadable, len(self.images), self.loading.max_unreadable)
+
+    def _batch(self, pictures: "Pictures") -> Batch:
+        pixels = torch.from_numpy(np.require(pictures.arrays, requirements=["C", "W"]))
+        numbers, own, labels = torch.tensor(pictures.numbers), self.images.labels, None
+        if own is not None:
+            labels = torch.tensor([own[number] for number in pictures.numbers]).to(self.loading.device)
+        return Batch(to_images(pixels.to(self.loading.device)), labels, numbers.to(self.loading.device))
+
+
+class TrainingBatches(_Batches, Iterator[Batch]):
     """The iterator of `training_batches`. `unreadable` holds the reasons of the pictures replaced so far, by name.
 
     `pace` counts how long reading took, and how long its user waited.
@@ -143,7 +160,7 @@ class TrainingBatches(Iterator[Batch]):
     def __init__(
         self, images: ImageSet, transform: Transform, loading: Loading, seed: int, first_step: int = 0
     ) -> None:
-        loading.check(images)
+        super().__init__(images, loading)
         if loading.batch_size % (loading.processes * loading.micro_batches):
             parts = f" in {loading.micro_batches} micro-batches" if loading.micro_batches > 1 else ""
             raise UsageError(
@@ -151,21 +168,17 @@ class TrainingBatches(Iterator[Batch]):
             )
         if first_step < 0:
             raise UsageError(f"the first step cannot be negative, got {first_step}")
-        self.images, self.loading = images, loading
-        self.unreadable: dict[str, str] = {}
         steps = _TrainingSteps(images, transform, loading, seed)
         readers = reading_processes(loading.workers, images, transform)
         self.pace = Pace(readers)
-        self._read = look_up(steps, CountingSampler(first_step), readers, loading.prefetch)
+        self._read = look_up(steps, itertools.count(first_step), readers, loading.prefetch)
 
     def __next__(self) -> Batch:
         begun = time.perf_counter()
         pictures = next(self._read)
         self.pace.add(len(pictures.numbers), pictures.seconds, time.perf_counter() - begun)
-        if pictures.unreadable:
-            self.unreadable.update(pictures.unreadable)
-            self.loading.check_unreadable(self.unreadable, self.images)
-        return _as_batch(pictures, self.images, self.loading.device)
+        self._note(pictures.unreadable)
+        return self._batch(pictures)
 
 
 def ordered_batches(
@@ -191,32 +204,28 @@ def ordered_batches(
     return OrderedBatches(images, transform, Loading(batch_size, rank, processes, workers, **options))
 
 
-class OrderedBatches:
+class OrderedBatches(_Batches):
     """The iterator of `ordered_batches`. `unreadable` holds the reasons of the pictures left out so far, by name."""
 
     def __init__(self, images: ImageSet, transform: Transform | None, loading: Loading) -> None:
-        loading.check(images)
+        super().__init__(images, loading)
         if transform is None and loading.batch_size != 1:
             raise UsageError(
                 f"pictures in their own size come one by one: batch_size must be 1, got {loading.batch_size}"
             )
-        self.images, self.transform, self.loading = images, transform, loading
-        self.unreadable: dict[str, str] = {}
-        self._batches = _OrderedNumbers(images, transform, loading)
+        share = range(loading.rank, len(images), loading.processes)
+        self._squares = Squares(images, transform, share, loading.batch_size, loading.on_error)
 
     def __len__(self) -> int:
         """Batches, if every picture is readable."""
-        return len(self._batches)
+        return len(self._squares)
 
     def __iter__(self) -> Iterator[Batch]:
-        order = range(len(self._batches))
-        readers = reading_processes(self.loading.workers, self.images, self.transform)
-        for pictures in look_up(self._batches, order, readers, self.loading.prefetch):
-            if pictures.unreadable:
-                self.unreadable.update(pictures.unreadable)
-                self.loading.check_unreadable(self.unreadable, self.images)
+        readers = reading_processes(self.loading.workers, self.images, self._squares.transform)
+        for pictures in look_up(self._squares, range(len(self)), readers, self.loading.prefetch):
+            self._note(pictures.unreadable)
             if pictures.numbers:
-                yield _as_batch(pictures, self.images, self.loading.device)
+                yield self._batch(pictures)
 
 
 class Pictures(NamedTuple):
@@ -271,39 +280,41 @@ class _TrainingSteps:
         raise UsageError(f"none of the {len(self.images)} images can be read; the first, {name}: {reason}")
 
 
-@dataclass
-class _OrderedNumbers:
-    """The batches of one process's share of a set, as a table."""
+@dataclass(frozen=True)
+class Squares:
+    """Batches of some images' squares, as a table; unreadable images are left out.
+
+    `crops` squares of an image follow one another: the centred one, then those at random, each a function of (seed,
+    version, number of the image).
+    """
 
     images: ImageSet
     transform: Transform | None
-    loading: Loading
-    numbers: Sequence[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.numbers = range(self.loading.rank, len(self.images), self.loading.processes)
+    numbers: Sequence[int]
+    batch_size: int
+    on_error: OnError = "replace"
+    crops: int = 1
+    seed: int = 0
 
     def __len__(self) -> int:
-        return math.ceil(len(self.numbers) / self.loading.batch_size)
+        return math.ceil(len(self.numbers) / self.batch_size)
 
     def __getitem__(self, batch: int) -> Pictures:
-        size = self.loading.batch_size
-        numbers = self.numbers[batch * size : (batch + 1) * size]
-        return read_squares(self.images, numbers, self.transform, _centred, self.loading.on_error)
-
-
-def _centred(number: int) -> list[None]:
-    return [None]
-
-
-class CountingSampler:
-    """first, first + 1, first + 2, ... without end; an object that a DataLoader takes for a sampler."""
-
-    def __init__(self, first: int) -> None:
-        self.first = first
-
-    def __iter__(self) -> Iterator[int]:
-        return itertools.count(self.first)
+        arrays, readable, unreadable = [], [], {}
+        for number in self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]:
+            try:
+                picture = self.images.read(number)
+            except UnreadableImage as error:
+                if self.on_error == "stop":
+                    raise
+                unreadable[error.name] = error.reason
+                continue
+            generators = [None, *(crop_generator(self.seed, version, number) for version in range(1, self.crops))]
+            arrays += [picture if self.transform is None else self.transform(picture, one) for one in generators]
+            readable.append(number)
+        if len(arrays) == 1:  # not copied: it may lie in a file and be larger than memory
+            return Pictures(arrays[0][None], readable, unreadable)
+        return Pictures(np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8), readable, unreadable)
 
 
 class ErrorAsItem(Dataset[Any]):
@@ -342,39 +353,3 @@ def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pic
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def read_squares(
-    images: ImageSet,
-    numbers: Sequence[int],
-    transform: Transform | None,
-    generators: Callable[[int], Sequence[np.random.Generator | None]],
-    on_error: OnError = "replace",
-) -> Pictures:
-    """The squares of some pictures, one for each generator of a picture; unreadable pictures are left out."""
-    arrays, readable, unreadable = [], [], {}
-    for number in numbers:
-        try:
-            picture = images.read(number)
-        except UnreadableImage as error:
-            if on_error == "stop":
-                raise
-            unreadable[error.name] = error.reason
-            continue
-        arrays += [picture if transform is None else transform(picture, one) for one in generators(number)]
-        readable.append(number)
-    if len(arrays) == 1:  # not copied: it may lie in a file and be larger than memory
-        return Pictures(arrays[0][None], readable, unreadable)
-    return Pictures(np.stack(arrays) if arrays else np.empty((0, 0, 0, 3), np.uint8), readable, unreadable)
-
-
-def _as_batch(pictures: Pictures, images: ImageSet, device: str | torch.device | None) -> Batch:
-    pixels = torch.from_numpy(np.require(pictures.arrays, requirements=["C", "W"]))
-    numbers = torch.tensor(pictures.numbers)
-    labels = None
-    if images.labels is not None:
-        labels = torch.tensor([images.labels[number] for number in pictures.numbers])
-    if device is not None:
-        pixels, numbers = pixels.to(device), numbers.to(device)
-        labels = None if labels is None else labels.to(device)
-    return Batch(to_images(pixels), labels, numbers)

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from lexel.checkpoint import atomic_write
 from lexel.data.arrays import to_images
-from lexel.data.batches import Pictures, look_up, read_squares, reading_processes
+from lexel.data.batches import Squares, look_up, reading_processes
 from lexel.data.captions import Captions, stored
 from lexel.data.images import ImageSet
-from lexel.data.order import crop_generator
 from lexel.data.tokens.format import (
     FORMAT,
     INDEX,
@@ -183,7 +181,7 @@ def write_tokens(
             read(len(numbers))
             unreadable |= read_shard_description(shard_path(folder, shard, ".json"), manifest).unreadable
         else:
-            versions = _Versions(images, transform, numbers, batch_size, crops, seed)
+            versions = Squares(images, transform, numbers, batch_size, crops=crops, seed=seed)
             unreadable |= _write_shard(folder, shard, versions, encode, plan, readers, read, captions, shaped)
         check_unreadable(unreadable, total, max_unreadable)
     if not all(shard_path(folder, shard, ".json").is_file() for shard in shards):
@@ -248,29 +246,10 @@ def _unlike(first: Any, second: Any, there: str, here: str) -> str:
     return f"{texts[0]} {there}, {texts[1]} {here}"
 
 
-@dataclass(frozen=True)
-class _Versions:
-    """The batches of a shard as a table: every version of some pictures."""
-
-    images: ImageSet
-    transform: Transform | None
-    numbers: range
-    batch_size: int
-    crops: int
-    seed: int
-
-    def __getitem__(self, batch: int) -> Pictures:
-        numbers = self.numbers[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return read_squares(self.images, numbers, self.transform, self._generators)
-
-    def _generators(self, number: int) -> list[np.random.Generator | None]:
-        return [None, *(crop_generator(self.seed, version, number) for version in range(1, self.crops))]
-
-
 def _write_shard(
     folder: Path,
     shard: int,
-    versions: _Versions,
+    versions: Squares,
     encode: Callable[[Tensor], Tensor],
     plan: dict[str, Any],
     workers: int,
@@ -279,13 +258,13 @@ def _write_shard(
     whole: "_Whole | None",
 ) -> dict[str, str]:
     """Writes a shard; the reasons of its unreadable pictures, by name."""
-    images, batches = versions.images, -(-len(versions.numbers) // versions.batch_size)
+    images = versions.images
     unreadable: dict[str, str] = {}
     readable: list[int] = []
     encoded = [np.empty(0 if whole else (0, plan["crops"], *plan["grid"]), plan["dtype"])]
     layouts: list[TokenSpec] = []
     sizes: list[tuple[int, int]] = []
-    for pictures in look_up(versions, range(batches), workers, prefetch=2):
+    for pictures in look_up(versions, range(len(versions)), workers, prefetch=2):
         unreadable.update(pictures.unreadable)
         if whole and pictures.numbers:
             height, width = pictures.arrays.shape[1:3]
