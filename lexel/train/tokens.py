@@ -1,7 +1,7 @@
 """Batches of tokens for a generator: from a token set, or from images that a tokenizer encodes on the way."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from lexel.spacing import evenly_spaced
 from lexel.text_encoder import TextEncoder, caption_features
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
 from lexel.train.validation import SpacedImages, require_readable
+
+Labelled = TypeVar("Labelled", ImageSet, TokenSet)
 
 COUNTED = 100_000  # images, spread over the set, whose tokens make the histogram: more would not change its entropy
 
@@ -44,7 +46,6 @@ class TokenSource:
         self.unreadable: dict[str, str] = {}
         self.pace: Pace | None = None  # of reading images
         self.workers = 0  # processes that read images
-        self._validation_classes: Tensor | None = None  # the training set's number of each class of the validation set
         if data.tokens is not None:
             self._open_tokens(data, recipe.generator)
         else:
@@ -61,6 +62,7 @@ class TokenSource:
                     f"{self.validation.folder} has grids {self.validation.grid}, {tokens.folder} {tokens.grid}; "
                     "encode both at one size"
                 )
+            self.validation = _numbered_alike(tokens, self.validation, str(self.validation.folder))
         else:
             self.training, self.validation = tokens.hold_out(data.validation)
         if self.tokenizer is not None:
@@ -69,8 +71,6 @@ class TokenSource:
         model.check_fits(tokens.token_spec, classes, str(tokens.folder))
         first = [each.features(range(min(1, len(each)))) for each in (tokens, self.validation)]
         _require_captions(model, first)
-        others = self.validation.classes if self.validation.labels is not None else None
-        self._validation_classes = _matching_classes(classes, others, str(self.validation.folder))
         self.names: dict[str, Sequence[str]] = {"training": self.training.names, "validation": self.validation.names}
         if of_captions(model) and tokens.captions_fingerprint:
             self.names["captions"] = [tokens.captions_fingerprint]
@@ -86,7 +86,8 @@ class TokenSource:
         self.transform, self.workers = data.images.make_transform(), data.images.workers
         self.on_error, self.max_unreadable = data.images.on_error, data.images.max_unreadable
         spec = self.tokenizer.token_spec(data.images.size, data.images.size)
-        classes = _classes(self.images)
+        self.image_validation = _numbered_alike(self.images, self.image_validation, "the validation set")
+        classes = None if self.images.labels is None else list(self.images.classes)
         model.check_fits(spec, classes, data.images.source)
         captions: str | TextEncoder | None = data.captions
         if data.text_encoder is not None:
@@ -94,8 +95,6 @@ class TokenSource:
         source, sets = data.images.source, (self.images, self.image_validation)
         self.captions, self.validation_captions = (caption_features(captions, each, source) for each in sets)
         _require_captions(model, [_stored(self.captions, [0]), _stored(self.validation_captions, [0])])
-        others = _classes(self.image_validation)
-        self._validation_classes = _matching_classes(classes, others, "the validation set")
         self.names = {"training": self.images.names, "validation": self.image_validation.names}
         if self.captions is not None:
             self.names["captions"] = [self.captions.fingerprint()]
@@ -124,11 +123,14 @@ class TokenSource:
 
     def measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
         """Every validation image of this process once; with a limit so many of them all, evenly spaced."""
-        for batch in self._measured(batch_size, limit, rank, processes):
-            if batch.labels is None or self._validation_classes is None:
-                yield batch
-            else:
-                yield batch._replace(labels=self._validation_classes[batch.labels])
+        if self.training is not None:
+            tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
+            yield from tokens.ordered_batches(batch_size, rank, processes)
+            return
+        places = SpacedImages(self.image_validation, self.transform, limit, self.workers, self.on_error)
+        for batch in places.read(range(len(places))[rank::processes], batch_size):
+            yield self._encoded(batch, self.validation_captions)
+        self.unreadable.update(places.unreadable)
 
     def conditions(self, condition: Condition, count: int, seed: int) -> Any:
         """Conditions of samples to be measured: every class as often, in a random order; held-out captions.
@@ -145,23 +147,12 @@ class TokenSource:
         rows = torch.cat([condition.of_batch(batch) for batch in self.measured(count, count, 0, 1)])
         return rows[torch.arange(count) % len(rows)]
 
-    def _measured(self, batch_size: int, limit: int | None, rank: int, processes: int) -> Iterator[TokenBatch]:
-        if self.training is not None:
-            tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
-            yield from tokens.ordered_batches(batch_size, rank, processes)
-            return
-        places = SpacedImages(self.image_validation, self.transform, limit, self.workers, self.on_error)
-        for batch in places.read(range(len(places))[rank::processes], batch_size):
-            yield self._encoded(batch, self.validation_captions)
-        self.unreadable.update(places.unreadable)
-
     @torch.no_grad()
     def _encoded(self, batch: Batch, captions: Captions | None) -> TokenBatch:
         assert self.tokenizer is not None
         with self.runtime.autocast():
             indices = self.tokenizer.tokens(self.tokenizer.latents(batch.images.to(self.runtime.device)))
-        features = None if captions is None else _stored(captions, batch.numbers.tolist())
-        return TokenBatch(indices, batch.labels, batch.numbers, features)
+        return TokenBatch(indices, batch.labels, batch.numbers, _stored(captions, batch.numbers.tolist()))
 
 
 def _stored(captions: Captions | None, numbers: Sequence[int]) -> Tensor | None:
@@ -189,28 +180,24 @@ def _require_captions(model: NetworkConfig, first: Sequence[Tensor | None]) -> N
         condition.of_batch(TokenBatch(torch.zeros(0, dtype=torch.long), None, torch.zeros(0), features))
 
 
-def _classes(images: ImageSet) -> list[str] | None:
-    return None if images.labels is None else list(images.classes)
-
-
-def _matching_classes(training: Sequence[str] | None, validation: Sequence[str] | None, source: str) -> Tensor | None:
-    """For each class of the validation set its number in the training set: both number their own classes.
+def _numbered_alike(training: Labelled, validation: Labelled, source: str) -> Labelled:
+    """The validation set, its labels numbered as the training set numbers the classes of the same names.
 
     Raises:
         UsageError: the validation set has a class that the training set does not know, or labels on one side only.
     """
-    if (training is None) != (validation is None):
-        with_labels, without = ("training", "validation") if validation is None else ("validation", "training")
+    if (training.labels is None) != (validation.labels is None):
+        with_labels, without = ("validation", "training") if training.labels is None else ("training", "validation")
         raise UsageError(f"the {with_labels} set has labels, the {without} set ({source}) has none; label both or none")
-    if training is None or validation is None or list(training) == list(validation):
-        return None
-    unknown = [name for name in validation if name not in training]
+    if training.labels is None or training.classes == validation.classes:
+        return validation
+    unknown = [name for name in validation.classes if name not in training.classes]
     if unknown:
         raise UsageError(
             f"{source} has classes that the training set does not know: {', '.join(unknown[:5])}; validate on images "
-            f"of its classes ({', '.join(list(training)[:5])}{', ...' if len(training) > 5 else ''})"
+            f"of its classes ({', '.join(training.classes[:5])}{', ...' if len(training.classes) > 5 else ''})"
         )
-    return torch.tensor([list(training).index(name) for name in validation])
+    return validation.with_classes(training.classes)
 
 
 def entropy_bits(histogram: Tensor) -> float:
