@@ -32,7 +32,7 @@ from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig
 from lexel.train.processes import Processes
 from lexel.train.recipes import TokenizerRecipe
 from lexel.train.tokenizer import train_tokenizer
-from lexel.train.validation import RULES, SpacedImages, require_readable, validate
+from lexel.train.validation import RULES, SpacedImages, validate
 
 pytestmark = pytest.mark.usefixtures("undrawn_charts")
 
@@ -310,9 +310,9 @@ def test_an_unreadable_picture_gives_its_place_to_the_next_readable_one():
 
 
 def test_a_validation_set_without_a_readable_picture_is_refused_before_training():
-    require_readable(Holes(3, holes={0, 1}))
+    Holes(3, holes={0, 1}).first_readable("validation images")
     with pytest.raises(UsageError, match=r"none of the 3 validation images can be read; the first, 000: damaged"):
-        require_readable(Holes(3, holes={0, 1, 2}))
+        Holes(3, holes={0, 1, 2}).first_readable("validation images")
 
 
 def test_a_validation_gives_the_numbers_of_an_evaluation_whatever_its_batches(pictures):

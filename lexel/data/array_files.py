@@ -11,6 +11,7 @@ from lexel.arrays import open_arrays
 from lexel.data.depth import CHANNELS
 from lexel.data.folder import NoSplit
 from lexel.data.images import ArrayImages, ImageSet
+from lexel.data.names import numbered
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
 from lexel.regular import expanded, open_regular
@@ -113,11 +114,9 @@ def array_images(
             classes = [str(number) for number in range(most + 1)] if most < 10**6 else []
         if int(labels.min(initial=0)) < 0 or most >= len(classes):
             raise UsageError(f"{source} has labels from {labels.min()} to {most} for {len(classes)} classes")
-    digits = len(str(max(len(array) - 1, 0)))
-    names = _of_length(source, "names", names, len(array)) or [f"{number:0{digits}d}" for number in range(len(array))]
     return ArrayImages(
         array,
-        names,
+        _of_length(source, "names", names, len(array)) or numbered(len(array)),
         None if labels is None else labels.tolist(),
         (classes or []) if labels is not None else [],
         channels=options.channels,

@@ -1,4 +1,4 @@
-"""Which images are held out for validation, and one numbering of classes on both sides."""
+"""Which images are held out for validation, and numbers of classes, the same on both sides."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,6 +26,13 @@ def hold_out_order(names: Sequence[str], fraction: float) -> tuple[NDArray[np.in
 
 def _digest(name: str) -> bytes:
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
+
+
+def class_numbers(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Labels and classes of images whose classes have these names, numbered in sorted order."""
+    classes = sorted(set(names))
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[name] for name in names], classes
 
 
 def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]) -> list[int]:

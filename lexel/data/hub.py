@@ -7,6 +7,7 @@ from lexel.data.columns import Columns, encoded_image
 from lexel.data.files import Decoding, in_words
 from lexel.data.folder import SPLITS, NoSplit
 from lexel.data.images import EncodedImages, ImageSet, digest
+from lexel.data.names import numbered
 from lexel.data.options import OpenOptions, parse_query
 from lexel.data.shard_locations import expand_locations
 from lexel.data.stream import open_stream
@@ -92,10 +93,8 @@ def open_datasets(location: str, options: OpenOptions) -> ImageSet:
         return open_stream(found, name, wanted, options, undecoded)
     columns = Columns.find(name, found.column_names, wanted)
     labels, classes = columns.labels(name, found.features, found[columns.label] if columns.label else ())
-    digits = len(str(max(len(found) - 1, 0)))
-    names = [f"{number:0{digits}d}" for number in range(len(found))]
     table = found.cast_column(columns.image, undecoded)
-    images = HubImages(options.decoding, table, columns.image, names, labels, classes)
+    images = HubImages(options.decoding, table, columns.image, numbered(len(found)), labels, classes)
     images.captions = columns.captions(name, found[columns.caption] if columns.caption else (), wanted)
     return images
 

@@ -16,7 +16,7 @@ from lexel.data.depth import to_channels, to_depth
 from lexel.data.digests import digest as digest
 from lexel.data.digests import rows
 from lexel.data.digests import size_and_date as size_and_date
-from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, in_words
+from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, first_reason, in_words
 from lexel.data.held_out import hold_out_order, renumbered
 from lexel.data.index_file import Column, is_large, map_index
 from lexel.data.names import ChosenNames, Labels, Names
@@ -75,6 +75,23 @@ class ImageSet:
             UnreadableImage: the picture is damaged.
         """
         raise NotImplementedError
+
+    def first_readable(self, what: str = "images") -> np.ndarray:
+        """The first picture that can be read.
+
+        Args:
+            what: the pictures are, for the error.
+
+        Raises:
+            UsageError: there is none; says why not the first.
+        """
+        unreadable = {}
+        for number in range(len(self)):
+            try:
+                return self.read(number)
+            except UnreadableImage as error:
+                unreadable[error.name] = error.reason
+        raise UsageError(f"none of the {len(self)} {what} can be read; {first_reason(unreadable)}")
 
     def fingerprint(self) -> str:
         """A SHA-256 that changes when a picture is changed, added, removed or renamed.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lexel.data.files import EXTENSIONS, in_words
 from lexel.data.folder import SPLITS, NoSplit
+from lexel.data.held_out import class_numbers
 from lexel.data.images import FileImages, ImageSet
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
@@ -94,6 +95,4 @@ def _labels(path: Path, given: list[str | None]) -> tuple[list[int] | None, list
     if all(label.isdecimal() and len(label) < 7 for label in labels):
         numbers = [int(label) for label in labels]
         return numbers, [str(number) for number in range(max(numbers) + 1)]
-    classes = sorted(set(labels))
-    table = {name: number for number, name in enumerate(classes)}
-    return [table[label] for label in labels], classes
+    return class_numbers(labels)

@@ -169,6 +169,12 @@ class ChosenNames(Names):
     __hash__ = None
 
 
+def numbered(count: int) -> list[str]:
+    """Names of things that have none, "000", "001", ...: their numbers, as long as that of the last one."""
+    digits = len(str(max(count - 1, 0)))
+    return [f"{number:0{digits}d}" for number in range(count)]
+
+
 class Labels(Sequence[int]):
     """Many class numbers in one array, which may lie in a mapped file; equal to a list of the same numbers."""
 

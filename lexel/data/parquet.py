@@ -10,7 +10,9 @@ import numpy as np
 
 from lexel.data.files import Decoding, in_words
 from lexel.data.folder import NoSplit
+from lexel.data.held_out import class_numbers
 from lexel.data.images import EncodedImages, ImageSet, digest, size_and_date
+from lexel.data.names import numbered
 from lexel.data.options import OpenOptions, parse_query
 from lexel.data.shard_locations import expand
 from lexel.errors import UsageError
@@ -112,10 +114,9 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
     places = np.concatenate(groups) if groups else np.empty((0, 3), np.int64)
     if not len(places):
         raise UsageError(f"there are no rows in {path}")
-    digits = len(str(len(places) - 1))
     names = [str(value) for value in columns["name"]]
     if len(set(names)) < len(places):
-        names = [f"{number:0{digits}d}" for number in range(len(places))]
+        names = numbered(len(places))
     labels, classes = _labels(path, columns["label"], classes)
     images = ParquetImages(options.decoding, files, column, places, names, labels, classes)
     if caption and all(isinstance(text, str) for text in columns["caption"]):
@@ -180,9 +181,7 @@ def _labels(path: str, values: list[Any], classes: list[str]) -> tuple[list[int]
     if not values:
         return None, []
     if all(isinstance(value, str) for value in values):
-        found = sorted(set(values))
-        table = {name: number for number, name in enumerate(found)}
-        return [table[value] for value in values], found
+        return class_numbers(values)
     if not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**6 for value in values):
         raise UsageError(f"{path}: labels must be class numbers from 0, or names, for every image")
     most = max(values)

@@ -16,6 +16,7 @@ from lexel.data.columns import Columns, encoded_image
 from lexel.data.files import Decoding, in_words
 from lexel.data.held_out import hold_out_order
 from lexel.data.images import EncodedImages, ImageSet, digest
+from lexel.data.names import numbered
 from lexel.data.options import OpenOptions, whole_number
 from lexel.errors import UsageError
 
@@ -113,8 +114,7 @@ class StreamedImages(EncodedImages):
         labels: Sequence[int] | None,
         classes: Sequence[str],
     ) -> None:
-        digits = len(str(max(rows.count - 1, 0)))
-        super().__init__(decoding, [f"{number:0{digits}d}" for number in range(rows.count)], labels, classes)
+        super().__init__(decoding, numbered(rows.count), labels, classes)
         self.rows, self.column, self.window, self.identity = rows, column, window, dict(identity)
 
     def open(self, number: int) -> IO[bytes]:

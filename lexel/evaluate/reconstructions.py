@@ -18,7 +18,7 @@ from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import Originals
 from lexel.evaluate.results import as_result
 from lexel.evaluate.rules import find_protocol
-from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, size_of_first, transform_of
+from lexel.evaluate.sources import ImageTokenizer, Pictures, on_device, open_set, resized, transform_of
 from lexel.evaluate.stream import discard_partial
 from lexel.memory import check_memory
 from lexel.metrics import Protocol
@@ -208,4 +208,5 @@ def _size(tokenizer: ImageTokenizer, real: Pictures) -> tuple[int, int]:
     """Height and width of the images as the tokenizer gets them; of the first one, where they are whole."""
     if real.size != (0, 0):
         return real.size
-    return _fitting(tokenizer, *size_of_first(real.images))
+    height, width, _ = real.images.first_readable().shape
+    return _fitting(tokenizer, height, width)

@@ -17,8 +17,6 @@ from lexel.data import (
     TRANSFORMS,
     ImageSet,
     Transform,
-    UnreadableImage,
-    first_reason,
     open_images,
     ordered_batches,
     to_images,
@@ -225,27 +223,10 @@ def open_samples(
             raise UsageError(f"{samples.folder} holds tokens; give the tokenizer that made them to decode them")
         return Tokens(samples, tokenizer, where, limit)
     images = open_set(samples, None, None, pixel_limit=pixel_limit, max_unreadable=max_unreadable)
-    height, width = size_of_first(images.as_stored() if protocol.reading == "stored" else images)
+    height, width, _ = (images.as_stored() if protocol.reading == "stored" else images).first_readable().shape
     if height != width:
         raise UsageError(f"samples must be square, got {height} x {width} pixels")
     return Pictures(images, protocol, RequireSize(height), workers, range(min(len(images), limit or len(images))))
-
-
-def size_of_first(images: ImageSet) -> tuple[int, int]:
-    """Height and width of the first picture that can be read.
-
-    Raises:
-        UsageError: there is none.
-    """
-    unreadable: dict[str, str] = {}
-    for number in range(len(images)):
-        try:
-            height, width, _ = images.read(number).shape
-        except UnreadableImage as error:
-            unreadable[error.name] = error.reason
-        else:
-            return height, width
-    raise UsageError(f"none of the {len(images)} images can be read; {first_reason(unreadable)}")
 
 
 def open_set(

@@ -48,7 +48,7 @@ from lexel.train.recipes import TokenizerRecipe
 from lexel.train.session import Session, StepCallback, TrainingResult, require_parts
 from lexel.train.sharding import NAME as SPREAD
 from lexel.train.sharding import SpreadCodebook
-from lexel.train.validation import require_readable, validate
+from lexel.train.validation import validate
 
 __all__ = ["Learner", "TokenizerRecipe", "train_tokenizer"]
 
@@ -256,7 +256,7 @@ def train_tokenizer(
     recipe = recipe.resolved()
     config, data = recipe.train, recipe.data
     images, held_out = open_data(data)
-    require_readable(held_out)
+    held_out.first_readable("validation images")
     processes = Processes(device, config.precision, config.trackers, Path(out))
     names = {"training": images.names, "validation": held_out.names}
     with Session(recipe, out, processes, names, best="psnr", progress=progress) as session:

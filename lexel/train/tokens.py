@@ -19,7 +19,7 @@ from lexel.runtime import Runtime
 from lexel.spacing import evenly_spaced
 from lexel.text_encoder import TextEncoder, caption_features
 from lexel.train.generator_recipe import GeneratorRecipe, GeneratorTrainConfig, TokensConfig
-from lexel.train.validation import SpacedImages, require_readable
+from lexel.train.validation import SpacedImages
 
 Labelled = TypeVar("Labelled", ImageSet, TokenSet)
 
@@ -82,7 +82,7 @@ class TokenSource:
         assert data.images is not None
         assert self.tokenizer is not None
         self.images, self.image_validation = open_data(data.images)
-        require_readable(self.image_validation)
+        self.image_validation.first_readable("validation images")
         self.transform, self.workers = data.images.make_transform(), data.images.workers
         self.on_error, self.max_unreadable = data.images.on_error, data.images.max_unreadable
         spec = self.tokenizer.token_spec(data.images.size, data.images.size)
@@ -152,7 +152,8 @@ class TokenSource:
         assert self.tokenizer is not None
         with self.runtime.autocast():
             indices = self.tokenizer.tokens(self.tokenizer.latents(batch.images.to(self.runtime.device)))
-        return TokenBatch(indices, batch.labels, batch.numbers, _stored(captions, batch.numbers.tolist()))
+        features = None if captions is None else _stored(captions, batch.numbers.tolist())  # which waits for the device
+        return TokenBatch(indices, batch.labels, batch.numbers, features)
 
 
 def _stored(captions: Captions | None, numbers: Sequence[int]) -> Tensor | None:

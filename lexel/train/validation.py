@@ -10,8 +10,6 @@ from torch import Tensor
 from lexel.data import Batch as LoadedBatch
 from lexel.data import ImageSet, Transform, ordered_batches, to_uint8
 from lexel.data.batches import OnError
-from lexel.data.files import UnreadableImage, first_reason
-from lexel.errors import UsageError
 from lexel.evaluate.measure import Options, measure, results_of
 from lexel.evaluate.metric import Batch, Context, Metric, SamplePlan
 from lexel.evaluate.metrics.latents import Latents
@@ -193,22 +191,6 @@ class SpacedImages(Source):
 
     def listing(self) -> str:
         return self._images.fingerprint()
-
-
-def require_readable(images: ImageSet) -> None:
-    """Refuses a set in which not one image can be read.
-
-    Raises:
-        UsageError: with the reason of the first.
-    """
-    unreadable: dict[str, str] = {}
-    for number in range(len(images)):
-        try:
-            images.read(number)
-            return
-        except UnreadableImage as error:
-            unreadable[error.name] = error.reason
-    raise UsageError(f"none of the {len(images)} validation images can be read; {first_reason(unreadable)}")
 
 
 def _sample(rows: Tensor) -> Tensor:
