@@ -63,6 +63,7 @@ def scan(path: str) -> int:
 def timed(what: str, tree: Path) -> dict[str, float]:
     """Seconds of one core and MiB of this process, which does nothing else."""
     from lexel.data.folder import open_folder
+    from lexel.data.options import OpenOptions
     from lexel.data.order import Positions
 
     gc.collect()
@@ -74,7 +75,7 @@ def timed(what: str, tree: Path) -> dict[str, float]:
     elif what == "os.walk":
         sum(len(files) for _, _, files in os.walk(tree))
     else:
-        images = open_folder(tree)
+        images = open_folder(tree, OpenOptions())
         assert images.labels is not None
         assert images.labels[-1] == len(images.classes) - 1
     taken["seconds"] = time.process_time() - begun

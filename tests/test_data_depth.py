@@ -64,6 +64,13 @@ def test_sixteen_bit_pngs_are_rounded_and_can_be_had_whole(tmp_path, channels, i
     assert np.array_equal(whole, np.concatenate([colour, np.full_like(colour[..., :1], 65535)], -1))
 
 
+def test_stored_pixels_of_sixteen_bits_are_not_laid_on_white(tmp_path):
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 11, 4)).astype(np.uint16)
+    (tmp_path / "a.png").write_bytes(png(samples))
+    assert np.array_equal(read_image(tmp_path / "a.png", depth=16, stored=True), samples[..., :3])
+    assert not np.array_equal(read_image(tmp_path / "a.png", depth=16), samples[..., :3])
+
+
 @pytest.mark.parametrize("compression", [None, "deflate"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("channels", [1, 3, 4])

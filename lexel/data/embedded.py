@@ -111,9 +111,7 @@ def photos(location: str, options: OpenOptions) -> ImageSet:
         [path.name for path in paths],
         files=[str(path) for path in paths],
         attribution="Photographs from scikit-image (scikit-image.org) and foolbox (ImageNet)",
-        pixel_limit=options.pixel_limit,
-        channels=options.channels,
-        depth=options.depth,
+        decoding=options.decoding,
     )
 
 

@@ -38,16 +38,6 @@ if find_spec("PIL.AvifImagePlugin") is not None:  # Pillow 11.3 and later
 
 PIXEL_LIMIT = 150_000_000  # 450 MB decoded; a larger picture is more likely a bomb than a photograph
 
-# EXIF orientation: the operation that puts the picture upright.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 ORIENTATION_TAG = 0x0112
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -203,17 +193,14 @@ def _check_size(width: int, height: int, name: str, decoding: Decoding) -> None:
 
 def _heic(data: bytes, name: str, decoding: Decoding) -> np.ndarray:
     _check_size(*heic_size(data), name, decoding)
-    samples = heic_samples(data, decoding.depth)
-    if decoding.depth == 8:  # as for other files of 8 bits
-        return _upright(_converted(Image.fromarray(samples, "RGBA"), decoding.channels, decoding.stored), 1)
-    return to_channels(samples[..., :3] if decoding.stored and decoding.channels != 4 else samples, decoding.channels)
+    return _fitted(heic_samples(data, decoding.depth), 1, decoding)
 
 
 def _nvjpeg(data: bytes, header: Image.Image, device: str, decoding: Decoding) -> np.ndarray:
     pixels = nvjpeg_pixels(data, header.mode == "L", device)
     if pixels.shape[1::-1] != header.size:
         raise ValueError(f"nvJPEG gave an array of {pixels.shape} for {header.width} x {header.height} pixels")
-    image = _converted(Image.fromarray(pixels), decoding.channels, decoding.stored)
+    image = _converted(Image.fromarray(pixels), decoding)
     return to_depth(_upright(image, 1 if decoding.stored else _orientation(header)), decoding.depth)
 
 
@@ -227,7 +214,6 @@ def _open(file: IO[bytes]) -> Image.Image:
 
 
 def _pixels(image: Image.Image, file: IO[bytes], decoding: Decoding) -> np.ndarray:
-    channels, depth, stored = decoding.channels, decoding.depth, decoding.stored
     check_layout(image)
     if decoding.shorter_side is not None and image.format == "JPEG":
         image.draft(None, (decoding.shorter_side, decoding.shorter_side))
@@ -243,43 +229,48 @@ def _pixels(image: Image.Image, file: IO[bytes], decoding: Decoding) -> np.ndarr
                 f"{bits}-bit signed or floating-point pixels (mode {image.mode}) do not say which value is white; "
                 "save it with 8 or 16 bits"
             )
-    orientation = 1 if stored else _orientation(image)  # after loading, which turns TIFF files already
+    orientation = 1 if decoding.stored else _orientation(image)  # after loading, which turns TIFF files already
     if samples is not None and transparent is not None and image.format == "PNG":  # one colour of 16 bits
         opaque = (samples != np.array(transparent, np.uint16)).any(-1, keepdims=True)
         samples = np.concatenate([to_channels(samples, 3), opaque.astype(np.uint16) * np.uint16(65535)], -1)
     if samples is None or image.mode == "CMYK":
         if samples is not None:
             image = Image.fromarray(to_depth(samples, 8), "CMYK")
-        return to_depth(_upright(_converted(image, channels, stored), orientation), depth)
-    if depth == 8 and samples.shape[-1] == 4 and channels != 4:  # as for files of 8 bits
-        image = _converted(Image.fromarray(to_depth(samples, 8), "RGBA"), channels, stored)
-        return _upright(image, orientation)
-    return _turned(to_depth(to_channels(samples, channels), depth), orientation)
+        return to_depth(_upright(_converted(image, decoding), orientation), decoding.depth)
+    return _fitted(samples, orientation, decoding)
 
 
-def _converted(image: Image.Image, channels: int, stored: bool) -> Image.Image:
+def _fitted(samples: np.ndarray, orientation: int, decoding: Decoding) -> np.ndarray:
+    """Samples (H, W, C) with the channels and bits that are wanted, turned upright."""
+    if decoding.channels != 4 and samples.shape[-1] == 4:
+        if decoding.depth == 8:  # as for files of 8 bits
+            return _upright(_converted(Image.fromarray(to_depth(samples, 8), "RGBA"), decoding), orientation)
+        samples = samples[..., :3] if decoding.stored else samples
+    return _turned(to_depth(to_channels(samples, decoding.channels), decoding.depth), orientation)
+
+
+def _converted(image: Image.Image, decoding: Decoding) -> Image.Image:
     """An image of 8 bits with so many channels; without alpha, transparency lies on white unless it is `stored`."""
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if channels != 4 and stored:
+        if decoding.channels != 4 and decoding.stored:
             image = image.convert("RGB")
-        elif channels != 4:
+        elif decoding.channels != 4:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     elif image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
-    mode = CHANNELS[channels]
+    mode = CHANNELS[decoding.channels]
     return image if image.mode == mode else image.convert(mode)
 
 
 def _upright(image: Image.Image, orientation: int) -> np.ndarray:
-    if orientation in UPRIGHT:
-        image = image.transpose(UPRIGHT[orientation])
+    """The pixels (H, W, C) of an image, turned upright."""
     array = np.array(image)
-    return array if array.ndim == 3 else array[..., None]
+    return _turned(array if array.ndim == 3 else array[..., None], orientation)
 
 
 def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Pixels (H, W, C) turned upright."""
+    """Pixels (H, W, C) turned upright by the number that EXIF gives."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

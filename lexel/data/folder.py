@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 from warnings import warn
 
-from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
+from lexel.data.files import EXTENSIONS
 from lexel.data.images import FileImages, ImageSet
 from lexel.data.listing import find_images, holds_images, is_folder
 from lexel.data.names import Names
+from lexel.data.options import OpenOptions
 from lexel.errors import UsageError, some
 
 # How a folder may call its parts; the first of each row is the name used here.
@@ -104,13 +105,7 @@ def part_of_names(source: str, names: Names, split: str | None) -> Part:
     return Part(numbers, chosen, labels, classes)
 
 
-def open_folder(
-    folder: Path,
-    split: str | None = None,
-    pixel_limit: int = PIXEL_LIMIT,
-    channels: int = 3,
-    depth: int = 8,
-) -> ImageSet:
+def open_folder(folder: Path, options: OpenOptions) -> ImageSet:
     """The pictures of a folder, in any nesting.
 
     Where all of them lie in subfolders, the first level names their classes, numbered in sorted order; below a split
@@ -120,7 +115,7 @@ def open_folder(
         NoSplit: there is no such split.
         UsageError: there is no picture.
     """
-    found = layout(folder)
+    found, split = layout(folder), options.split
     top, below_splits = folder, split is None and bool(found.splits)
     if split is not None:
         if split not in found.splits:
@@ -141,14 +136,9 @@ def open_folder(
     if not names:
         raise UsageError(f"there are no images in {folder} (looked for {', '.join(sorted(EXTENSIONS))})")
     labels, classes = classes_of_names(folder, names, 1 if below_splits else 0, ordered=True)
-    images = FileImages(folder, names, labels, classes, pixel_limit=pixel_limit, channels=channels, depth=depth)
+    images = FileImages(folder, names, labels, classes, decoding=options.decoding)
     images.left_out = left_out
     return images
-
-
-def open_file(path: Path, pixel_limit: int = PIXEL_LIMIT, channels: int = 3, depth: int = 8) -> ImageSet:
-    """A set of one picture."""
-    return FileImages(path.parent, [path.name], pixel_limit=pixel_limit, channels=channels, depth=depth)
 
 
 def _why_no_split(folder: Path, split: str, found: Layout) -> str:

@@ -16,7 +16,7 @@ from lexel.data.depth import to_channels, to_depth
 from lexel.data.digests import digest as digest
 from lexel.data.digests import rows
 from lexel.data.digests import size_and_date as size_and_date
-from lexel.data.files import PIXEL_LIMIT, Decoding, UnreadableImage, decode_image, first_reason, in_words
+from lexel.data.files import Decoding, UnreadableImage, decode_image, first_reason, in_words
 from lexel.data.held_out import hold_out_order, renumbered
 from lexel.data.index_file import Column, is_large, map_index
 from lexel.data.names import ChosenNames, Labels, Names
@@ -238,7 +238,7 @@ class FileImages(EncodedImages):
         folder: what the files are relative to.
         names, labels, classes, attribution: as in ImageSet.
         files: the paths of the pictures; by default their names are their paths.
-        pixel_limit, channels, depth: as in `Decoding`.
+        decoding: how bytes become arrays; `Decoding()` by default.
     """
 
     def __init__(
@@ -249,11 +249,9 @@ class FileImages(EncodedImages):
         classes: Sequence[str] = (),
         attribution: str | None = None,
         files: Sequence[str] | None = None,
-        pixel_limit: int = PIXEL_LIMIT,
-        channels: int = 3,
-        depth: int = 8,
+        decoding: Decoding | None = None,
     ) -> None:
-        super().__init__(Decoding(channels, depth, pixel_limit), names, labels, classes, attribution)
+        super().__init__(decoding or Decoding(), names, labels, classes, attribution)
         self.folder = folder
         self._files = None if files is None else Names(files)
 
@@ -261,10 +259,6 @@ class FileImages(EncodedImages):
     def files(self) -> Names:
         """Paths of the pictures, relative to the folder."""
         return self.names if self._files is None else self._files
-
-    @property
-    def pixel_limit(self) -> int:
-        return self.decoding.pixel_limit
 
     def open(self, number: int) -> IO[bytes]:
         return open_regular(self.folder / self.files[number])

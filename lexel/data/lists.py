@@ -45,10 +45,7 @@ def open_list(location: str, options: OpenOptions) -> ImageSet:
         twice = next(name for number, name in enumerate(names) if name in set(names[:number]))
         raise UsageError(f"{path} lists {twice!r} twice")
     labels, classes = _labels(path, [row.get("label") for row in rows])
-    images = FileImages(
-        path.parent, names, labels, classes,
-        pixel_limit=options.pixel_limit, channels=options.channels, depth=options.depth,
-    )  # fmt: skip
+    images = FileImages(path.parent, names, labels, classes, decoding=options.decoding)
     if all("caption" in row for row in rows):
         images.captions = [row["caption"] for row in rows]
     return images

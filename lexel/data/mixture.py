@@ -2,16 +2,13 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lexel.data.images import ImageSet, digest
-from lexel.data.options import OpenOptions
 from lexel.errors import UsageError
-
-Open = Callable[[str, OpenOptions], ImageSet]
 
 
 class Weighted(NamedTuple):
@@ -112,14 +109,3 @@ class Mixture(ImageSet):
         """A part of every set, so that no picture shown twice is on both sides; the held-out ones are shown once."""
         parts = [images.hold_out(fraction) for images in self.sets]
         return Mixture([rest for rest, _ in parts], self.weights), Mixture([held for _, held in parts])
-
-
-def open_mixture(location: str, options: OpenOptions, open_source: Open) -> ImageSet:
-    """The mixture of several sources.
-
-    Raises:
-        NoSplit: one of them has no such split.
-        UsageError: see `parse_mixture`, and what opening the sources raises.
-    """
-    parts = parse_mixture(location)
-    return Mixture([open_source(part.source, options) for part in parts], [part.weight for part in parts])

@@ -11,12 +11,12 @@ from pathlib import Path
 from lexel.data import embedded
 from lexel.data.array_files import open_idx, open_npz
 from lexel.data.files import EXTENSIONS, PIXEL_LIMIT
-from lexel.data.folder import SPLITS, NoSplit, open_file, open_folder
+from lexel.data.folder import SPLITS, NoSplit, open_folder
 from lexel.data.hub import open_datasets
-from lexel.data.images import ImageSet
+from lexel.data.images import FileImages, ImageSet
 from lexel.data.index_file import map_index, source_of
 from lexel.data.lists import open_list
-from lexel.data.mixture import open_mixture
+from lexel.data.mixture import Mixture, parse_mixture
 from lexel.data.options import OpenOptions
 from lexel.data.parquet import open_parquet
 from lexel.data.tar import open_tar
@@ -38,7 +38,7 @@ def _folder(location: str, options: OpenOptions) -> ImageSet:
     path = expanded(location)
     if not path.is_dir():
         raise UsageError(f"{location} is no folder; give a folder of images")
-    return open_folder(path, options.split, options.pixel_limit, options.channels, options.depth)
+    return open_folder(path, options)
 
 
 def _file(location: str, options: OpenOptions) -> ImageSet:
@@ -53,12 +53,13 @@ def _file(location: str, options: OpenOptions) -> ImageSet:
         raise UsageError(f"{path} is no image; give a folder or one of {', '.join(sorted(EXTENSIONS))}")
     if options.split is not None:
         raise NoSplit(f"{path} is a single file and has no split {options.split!r}")
-    return open_file(path, options.pixel_limit, options.channels, options.depth)
+    return FileImages(path.parent, [path.name], decoding=options.decoding)
 
 
 def _mixture(location: str, options: OpenOptions) -> ImageSet:
     """Several sources, each as often as its weight says: `mixture:0.7*folder:photos + 0.3*openmoji`."""
-    return open_mixture(location, options, _opened)
+    parts = parse_mixture(location)
+    return Mixture([_opened(part.source, options) for part in parts], [part.weight for part in parts])
 
 
 SOURCES: dict[str, Opener] = {

@@ -21,6 +21,7 @@ class Transform:
     """Base: a size, and a rule that turns uint8 (H, W, 3) into uint8 (size, size, 3)."""
 
     shrinks: ClassVar[bool] = False  # shows the whole width or height, antialiased: a smaller picture would do
+    even: ClassVar[bool] = False  # the centre is rounded to even, as torchvision does, and not down
 
     def __init__(self, size: int) -> None:
         if size < 1:
@@ -34,8 +35,14 @@ class Transform:
         """Top and left of the crop in a picture of height x width."""
         spare = height - self.size, width - self.size
         if generator is None:
-            return spare[0] // 2, spare[1] // 2
+            return (round(spare[0] / 2), round(spare[1] / 2)) if self.even else (spare[0] // 2, spare[1] // 2)
         return int(generator.integers(spare[0] + 1)), int(generator.integers(spare[1] + 1))
+
+    def _crop(self, array: np.ndarray, generator: np.random.Generator | None) -> np.ndarray:
+        """The crop of a picture's own pixels."""
+        height, width = array.shape[:2]
+        top, left = self._place(height, width, generator)
+        return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
 
 
 class Published(Transform):
@@ -84,16 +91,13 @@ class TiTok(Transform):
     The longer side is rounded down and the centre is rounded to even, as torchvision does.
     """
 
-    shrinks = True
+    shrinks = even = True
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
         height, width = array.shape[:2]
         shorter = min(height, width)
         new_height, new_width = self.size * height // shorter, self.size * width // shorter
-        if generator is None:
-            top, left = round((new_height - self.size) / 2), round((new_width - self.size) / 2)
-        else:
-            top, left = self._place(new_height, new_width, generator)
+        top, left = self._place(new_height, new_width, generator)
         return _resized_crop(Planes(array), new_height, new_width, top, left, self.size)
 
 
@@ -104,11 +108,8 @@ class Crop(Transform):
     """
 
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
-        height, width = array.shape[:2]
-        if min(height, width) < self.size:
-            return TiTok(self.size)(array, generator)
-        top, left = self._place(height, width, generator)
-        return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
+        small = min(array.shape[:2]) < self.size
+        return TiTok(self.size)(array, generator) if small else self._crop(array, generator)
 
 
 class CenterCrop(Transform):
@@ -117,18 +118,13 @@ class CenterCrop(Transform):
     With a generator: a crop anywhere, of the padded picture.
     """
 
+    even = True
+
     def __call__(self, array: np.ndarray, generator: np.random.Generator | None = None) -> np.ndarray:
-        height, width = array.shape[:2]
-        above, left = max(self.size - height, 0) // 2, max(self.size - width, 0) // 2
-        if min(height, width) < self.size:
-            below, right = max(self.size - height, 0) - above, max(self.size - width, 0) - left
-            array = np.pad(array, ((above, below), (left, right), (0, 0)))
-            height, width = array.shape[:2]
-        if generator is None:
-            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        else:
-            top, left = self._place(height, width, generator)
-        return np.ascontiguousarray(array[top : top + self.size, left : left + self.size])
+        lacking = [max(self.size - side, 0) for side in array.shape[:2]]
+        if any(lacking):
+            array = np.pad(array, [*((each // 2, each - each // 2) for each in lacking), (0, 0)])
+        return self._crop(array, generator)
 
 
 class RandomResized(Transform):
@@ -204,21 +200,17 @@ def bilinear(array: np.ndarray, height: int, width: int, top: int, left: int, si
     # Across first, once for every row that is needed. torch, since it does integers three times as fast as numpy.
     rows, place = np.unique(np.concatenate([y0, y1]), return_inverse=True)
     upper, lower = torch.from_numpy(place).view(2, size)
-    if array.dtype == np.uint16:
-        tall = torch.from_numpy(array[rows].astype(np.int64))
-        across = tall.index_select(1, torch.from_numpy(x0)).mul_(torch.from_numpy(left_weight)[:, None])
-        across += tall.index_select(1, torch.from_numpy(x1)).mul_(torch.from_numpy(right_weight)[:, None])
-        mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None])
-        mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None])
-        return ((mixed + 2**21) >> 22).numpy().astype(np.uint16)
-    lines = torch.from_numpy(array[rows])
-    across = lines.index_select(1, torch.from_numpy(x0)).int().mul_(torch.from_numpy(left_weight)[:, None])
-    across += lines.index_select(1, torch.from_numpy(x1)).int().mul_(torch.from_numpy(right_weight)[:, None])
-    across >>= 4  # 11 bits of fraction, cut to 7
-    # Each row's part is cut to 2 bits, then the sum is rounded: OpenCV's own steps.
-    mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None]) >> 16
-    mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None]) >> 16
-    return ((mixed + 2) >> 2).to(torch.uint8).numpy()
+    # Bits of the fraction (11, then 22) that are cut from the sum of a row, from each row's part and, rounded, from the
+    # sum of both: OpenCV's own steps for uint8, and all at the end for uint16.
+    deep = array.dtype == np.uint16
+    of_row, of_part, last, kind = (0, 0, 22, torch.int64) if deep else (4, 16, 2, torch.int32)
+    lines = torch.from_numpy(array[rows].astype(np.int64) if deep else array[rows])
+    across = lines.index_select(1, torch.from_numpy(x0)).to(kind).mul_(torch.from_numpy(left_weight)[:, None])
+    across += lines.index_select(1, torch.from_numpy(x1)).to(kind).mul_(torch.from_numpy(right_weight)[:, None])
+    across >>= of_row
+    mixed = across.index_select(0, upper).mul_(torch.from_numpy(upper_weight)[:, None, None]) >> of_part
+    mixed += across.index_select(0, lower).mul_(torch.from_numpy(lower_weight)[:, None, None]) >> of_part
+    return ((mixed + 2 ** (last - 1)) >> last).numpy().astype(array.dtype)
 
 
 def _taps(length: int, new_length: int, start: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
