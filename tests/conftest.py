@@ -31,10 +31,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """With -n, whole files are shared out: what a file's tests share is then made once."""
     dist = config.getoption("dist", "no")
     if dist == "no":  # a process that shares them out runs none, and needs no torch
+        import torch  # noqa: F401
+        from processes import SERVERS, Server
+
+        SERVERS["torch"] = Server()
         config.pluginmanager.import_plugin("each_process")
     if dist == "load":
         config.option.dist = "loadfile"
         config.option.loadscopereorder = False  # but as `LONGEST` says
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if "processes" in sys.modules:
+        from processes import SERVERS
+
+        while SERVERS:  # the last first: it holds the pipes of those before it
+            SERVERS.popitem()[1].end()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import zlib
 
 import pytest
@@ -9,10 +10,16 @@ import pytest
 gc.disable()  # while everything is imported and collected: nearly nothing of it is garbage
 
 import torch
+from processes import SERVERS, Server
 from random_network import Random, RandomBackbone
 
 from lexel.networks import FEATURE_NETWORKS
 from lexel.networks.backbones import BACKBONES
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # what most tests come to import, and so do the processes that they start
+    import accelerate  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import torch._dynamo
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # every seed keeps a stack trace for each device that may still come: 0.4 ms
@@ -25,6 +32,7 @@ FEATURE_NETWORKS["random"] = Random  # costs nothing and needs no file
 
 def pytest_collection_finish() -> None:
     """What was imported and collected lives to the end: the garbage collector looks through it no more, and seldom."""
+    SERVERS["tests"] = Server()  # while nothing has run: no thread, no device
     gc.freeze()
     atexit.register(gc.unfreeze)  # extension modules count what is not freed at the end, and tell
     gc.enable()

@@ -1,7 +1,7 @@
 """Sums, rows and values over processes."""
 
 import torch
-import torch.multiprocessing as mp
+from processes import run_together
 
 from lexel import distributed
 
@@ -15,9 +15,8 @@ def test_a_single_process_is_the_identity():
     assert distributed.broadcast("a") == "a"
 
 
-def _with_two(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _with_two(rank: int, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=2)
     rows = distributed.all_rows(torch.full((rank + 1, 2), float(rank)))
     total = distributed.all_sum(torch.tensor([rank + 1.0]))
     value = torch.tensor([float(rank)], requires_grad=True)
@@ -29,8 +28,9 @@ def _with_two(rank: int, store: str, out: str) -> None:
 
 
 def test_two_processes_see_the_same_rows_sums_and_values(tmp_path):
-    arguments = (str(tmp_path / "store"), str(tmp_path))
-    mp.start_processes(_with_two, arguments, nprocs=2, start_method="forkserver")
+    run_together(
+        f"import os\nfrom {__name__} import _with_two\n_with_two(int(os.environ['RANK']), {str(tmp_path)!r})", []
+    )
     for rank in range(2):
         rows, total, mean, grad, gathered, broadcast = torch.load(tmp_path / f"{rank}.pt")
         assert rows.tolist() == [[0, 0], [1, 1], [1, 1]]  # in the order of ranks, with different numbers of rows

@@ -1,16 +1,15 @@
 """The Triton kernels against float64: by Triton's interpreter on the CPU, on the device itself with -m gpu.
 
-The interpreter is chosen before triton is first imported, so the default run starts a process of its own for it: one
+The interpreter is chosen before triton is first imported, so the default run has a process of its own for it: one
 for the files of all kernels.
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import SERVERS
 from torch import Tensor
 
 from lexel.errors import UsageError
@@ -41,12 +40,11 @@ def outcome(z: Tensor, codebook: Tensor, implementation: str, dtype: torch.dtype
 @pytest.mark.skipif(INTERPRETED, reason="the process that this test starts")
 def test_the_kernels_pass_their_tests_under_the_interpreter():
     files = sorted(Path(__file__).parent.glob("test_*_triton.py"))
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout + result.stderr
+    script = "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))"
+    arguments = ["-rA", "-p", "no:cacheprovider", *files]
+    (said,) = SERVERS["torch"].run(script, arguments, [{"TRITON_INTERPRET": 1, "OMP_NUM_THREADS": 1}])
     for file in files:
-        assert f"PASSED tests/{file.name}" in result.stdout
+        assert f"PASSED tests/{file.name}" in said
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter stands in for the device")

@@ -2,16 +2,14 @@
 
 import ast
 import functools
-import json
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import SERVERS
 
 import lexel
 import lexel.cli
@@ -62,17 +60,22 @@ def home(path: Path) -> str:
 
 
 @functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All of a file's syntax tree, from its root on."""
+    return [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+
+
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Modules of lexel that a file imports, wherever the import stands, but for type checking."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     typing_only = {
         id(node)
-        for block in ast.walk(tree)
+        for block in nodes(path)
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lexel":
@@ -143,7 +146,7 @@ def test_no_file_is_longer_than_can_be_read_at_once():
 
 def used_before_they_stand(path: Path) -> list[str]:
     """Constants that a file's functions use above the line where they are given, though they need no function of it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = nodes(path)[0]
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     given = {
         target.id: node
@@ -154,7 +157,7 @@ def used_before_they_stand(path: Path) -> list[str]:
     }
     return [
         name.id
-        for name in ast.walk(tree)
+        for name in nodes(path)
         if isinstance(name, ast.Name)
         and name.id in given
         and name.lineno < given[name.id].lineno
@@ -175,46 +178,12 @@ def test_help_needs_neither_torch_nor_numpy():
     assert "train" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
 
 
-FORKS = """import json, os, sys, traceback
-import torch
-for line in sys.stdin:
-    if child := os.fork():
-        print(os.waitpid(child, 0)[1], flush=True)
-        continue
-    os.dup2(2, 1)
-    try:
-        exec(json.loads(line), {})
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-"""
+def alone(text: str) -> None:
+    """Runs a text in a process of its own that has imported torch and nothing of Lexel."""
+    SERVERS["torch"].run(text)
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[[str], None]]:
-    """Runs a text in a process of its own, forked from one that has imported torch and nothing else.
-
-    Not by multiprocessing, whose one server of forks keeps what the first test to start it had it import.
-    """
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", FORKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as server,
-    ):
-
-        def run_forked(text: str) -> None:
-            server.stdin.write(json.dumps(text) + "\n")
-            server.stdin.flush()
-            status = server.stdout.readline().strip()
-            errors.seek(0)
-            assert status == "0", errors.read()
-
-        yield run_forked
-
-
-def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_libraries(alone):
+def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_libraries():
     absent = ["typer", "rich", "pydantic", "accelerate", "huggingface_hub", "tomli_w", "jinja2", "matplotlib"]
     alone(
         f"import sys; sys.modules.update(dict.fromkeys({absent}))\n"
@@ -222,7 +191,7 @@ def test_quantizers_kernels_losses_and_metrics_import_without_the_command_lines_
     )
 
 
-def test_the_compiler_is_not_imported_by_a_step(alone):
+def test_the_compiler_is_not_imported_by_a_step():
     alone("""import sys, torch
 from lexel.quantizers import QUANTIZERS
 for kind in QUANTIZERS:
@@ -235,7 +204,7 @@ for kind in QUANTIZERS:
 
 
 @pytest.mark.skipif(find_spec("skimage") is None, reason="pip install scikit-image")
-def test_photographs_are_read_without_importing_their_packages(alone):
+def test_photographs_are_read_without_importing_their_packages():
     alone("""import sys
 from lexel.data import open_images
 images = open_images("photos")
@@ -252,7 +221,7 @@ MODELS = [  # of every kind of autoencoder, generator and condition that makes w
 HEAVY = [*COMPILER, "matplotlib", "sklearn", "scipy", "accelerate", "wandb", "diffusers", "onnx"]
 
 
-def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_commands_need(alone, tmp_path):
+def test_loading_and_using_a_model_imports_neither_the_compiler_nor_what_other_commands_need(tmp_path):
     alone(
         f"""import sys, torch, lexel
 from lexel.autoencoders import VQGANConfig
@@ -274,8 +243,9 @@ assert not late, late"""
     )
 
 
-# Every command, and the heavy modules that it may import. Each runs in a fork of one process, so that what one imports
-# is not there for those after it. A name that does not exist ends a command after its first imports.
+# Every command, and the heavy modules that it may import. They run one after another in one process, where none of them
+# may come; a command that may import some runs in a fork of it. A name that does not exist ends a command after its
+# first imports.
 NONE: set[str] = set()
 LINES = [
     ("list quantizers", NONE),
@@ -313,7 +283,7 @@ UNUSED = [
 ]
 
 
-def test_a_command_imports_only_what_it_uses(alone, tmp_path):
+def test_a_command_imports_only_what_it_uses(tmp_path):
     assert {line.split()[0] for line, _ in LINES} == {command.name for command in lexel.cli.app.registered_commands}
     alone(
         f"""import contextlib, io, os, sys, numpy, torch
@@ -337,9 +307,9 @@ os.mkdir(here + "/pictures")
 for number in range(2):
     noise = numpy.random.default_rng(number).integers(0, 256, (8, 8, 3), numpy.uint8)
     Image.fromarray(noise).save(f"{{here}}/pictures/{{number}}.png")
-failed = []
+failed, unused = [], set({UNUSED})
 for line, allowed in {LINES}:
-    if child := os.fork():
+    if allowed and (child := os.fork()):
         failed += [line] if os.waitpid(child, 0)[1] else []
         continue
     sys.argv = ["lexel", *line.replace("HERE", here).split()]
@@ -348,9 +318,12 @@ for line, allowed in {LINES}:
             lexel.cli.main()
         except SystemExit as end:
             assert end.code in (None, 0) or "nothing" in line, (line, errors.getvalue())
-    late = sorted((set({UNUSED}) - allowed) & set(sys.modules))
+    late = sorted((unused - allowed) & set(sys.modules))
     if late:
         print(line, late, file=sys.stderr, flush=True)
-    os._exit(bool(late))
+        failed.append(line)
+        unused -= set(late)  # told of the first command that imports it
+    if allowed:
+        os._exit(bool(late))
 assert not failed, failed"""
     )

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing, nn
+from processes import run_together
+from torch import nn
 from torch.nn import functional as F
 
 from lexel.errors import UsageError
@@ -481,22 +482,23 @@ def test_lecam_goes_on_from_its_saved_state():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def _lecam_in_a_process(rank: int, rendezvous: str, out: str, steps: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+STEPS = [(noise(8, 1, 2, 2, seed=2 * step), noise(8, 1, 2, 2, seed=2 * step + 1) - 0.5) for step in range(3)]
+
+
+def _lecam_in_a_process(rank: int, out: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=rank, world_size=2)
     lecam = LeCAM(decay=0.5)
     mine = slice(0, 3) if rank == 0 else slice(3, 8)  # an uneven split
-    losses = [lecam(real[mine], fake[mine]) for real, fake in steps]
+    losses = [lecam(real[mine], fake[mine]) for real, fake in STEPS]
     torch.save({"losses": losses, **lecam.state_dict()}, f"{out}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_average_as_one_does_on_the_joined_batch(tmp_path):
-    steps = [(noise(8, 1, 2, 2, seed=2 * step), noise(8, 1, 2, 2, seed=2 * step + 1) - 0.5) for step in range(3)]
-    arguments = (str(tmp_path / "rendezvous"), str(tmp_path), steps)
-    multiprocessing.start_processes(_lecam_in_a_process, arguments, nprocs=2, start_method="forkserver")
+    call = f"_lecam_in_a_process(int(os.environ['RANK']), {str(tmp_path)!r})"
+    run_together(f"import os\nfrom {__name__} import _lecam_in_a_process\n{call}", [])
     lecam = LeCAM(decay=0.5)
-    losses = torch.stack([lecam(real, fake) for real, fake in steps])
+    losses = torch.stack([lecam(real, fake) for real, fake in STEPS])
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     for found in (first, second):
         torch.testing.assert_close(found["real_mean"], lecam.real_mean)

@@ -98,7 +98,7 @@ from lexel.train.processes import Processes
 write = RunFolder.log
 def slow(run, *line):  # a network file system: the other processes read before this one has written
     if run.writes:
-        time.sleep(0.3)
+        time.sleep(0.1)
     write(run, *line)
 RunFolder.log = slow
 done = train(load_recipe(sys.argv[1]), sys.argv[2], device="cpu")
