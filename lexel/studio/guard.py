@@ -6,10 +6,10 @@ origin, and where other machines may connect it must bring the token.
 """
 
 import hmac
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import MutableHeaders
+from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -46,12 +46,18 @@ class Guard:
             return
         if scope["type"] != "http":
             return  # no other protocol is spoken
-        answer = self.refusal(scope)
-        await (answer or self.app)(scope, receive, with_headers(send))
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await (self.refusal(scope) or self.app)(scope, receive, with_headers)
 
     def refusal(self, scope: Scope) -> Response | None:
         """The answer to a request that must not go on; None where it may."""
-        headers = Headers(scope=scope)
+        request = HTTPConnection(scope)
+        headers = request.headers
         host = headers.get("host", "")
         if self.hosts is not None and name_of(host) not in self.hosts:
             return _refused("this studio answers to its own address only, such as http://127.0.0.1")
@@ -63,13 +69,12 @@ class Guard:
             return _refused("a page of another site asked; open the studio itself")
         if self.token is None:
             return None
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        if given and self._is_token(given):
+        if self._is_token(request.query_params.get("token", "")):
             answer = RedirectResponse(scope["path"], status_code=303)
             answer.set_cookie(COOKIE, self.token, httponly=True, samesite="strict")
             return answer
         bearer = headers.get("authorization", "").removeprefix("Bearer ")
-        if self._is_token(_cookie(headers.get("cookie", ""))) or self._is_token(bearer):
+        if self._is_token(request.cookies.get(COOKIE, "")) or self._is_token(bearer):
             return None
         return _refused("this studio needs the token of the address that `lexel studio` printed", 401)
 
@@ -83,28 +88,6 @@ def name_of(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-def with_headers(send: Send) -> Send:
-    """Adds the headers that keep other sites out of the page."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [
-                *message["headers"],
-                *((name.encode(), value.encode()) for name, value in HEADERS.items()),
-            ]
-        await send(message)
-
-    return sending
-
-
-def _cookie(header: str) -> str:
-    try:
-        found = SimpleCookie(header).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
 
 
 def _refused(reason: str, status: int = 403) -> Response:

@@ -20,12 +20,10 @@ def read_upload(data: bytes, channels: int = 3) -> np.ndarray:
     """The picture in an upload, upright: uint8 (H, W, channels).
 
     Raises:
-        UsageError: it is empty, too large, or no picture that can be read.
+        UsageError: it is empty, has too many pixels, or is no picture that can be read.
     """
     if not data:
         raise UsageError("no picture arrived; choose a JPEG, PNG or WebP file")
-    if len(data) > UPLOAD_BYTES:
-        raise UsageError(f"the picture has {len(data):,} bytes, the limit is {UPLOAD_BYTES:,}; make it smaller")
     try:
         return decode_image(io.BytesIO(data), "the picture", Decoding(channels, pixel_limit=UPLOAD_PIXELS))
     except UnreadableImage as error:

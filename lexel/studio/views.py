@@ -160,13 +160,6 @@ def as_tokens(indices: Any, shape: Any) -> Tensor:
     return torch.tensor(indices, dtype=torch.long).view(*shape)
 
 
-def check_given(entry: Entry, given: Any) -> Tensor | None:
-    """Tokens that stay, -1 where new ones are wanted."""
-    if given is None:
-        return None
-    return as_tokens(given, list(entry.generator.sampled_shape))
-
-
 def generate(entry: Entry, options: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """Samples images; the job gets what is there so far.
 
@@ -180,7 +173,9 @@ def generate(entry: Entry, options: Mapping[str, Any], job: Job) -> dict[str, An
     """
     generator, tokenizer = entry.generator, entry.tokenizer
     count = integer(options, "count", 4, 1, SAMPLES)
-    given = check_given(entry, options.get("given"))
+    given = options.get("given")
+    if given is not None:  # tokens that stay, -1 where new ones are wanted
+        given = as_tokens(given, list(generator.sampled_shape))
     condition: Any = count
     if generator.condition.kind == "class":
         label = str(options.get("class", "0"))
