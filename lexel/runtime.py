@@ -174,6 +174,17 @@ def is_cached(path: Path) -> bool:
         return False
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The context in which PyTorch computes on one thread, so that numbers do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class PeakMemory:
     """The most memory that was in use since this was made: of the GPU where there is one, else of the process."""
 

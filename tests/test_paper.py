@@ -10,7 +10,7 @@ from PIL import Image
 from lexel.config import to_toml
 from lexel.errors import UsageError
 from lexel.paper import generators, read_tables, run, run_tables
-from lexel.paper.plan import OWN, Budget, base_recipes, choose_tables, make_plan
+from lexel.paper.plan import OWN, base_recipes, choose_tables, make_plan
 from lexel.train.generator import GeneratorRecipe
 from lexel.train.tokenizer import TokenizerRecipe
 
@@ -146,7 +146,7 @@ def test_an_unknown_table_is_refused_with_those_there_are(pictures, tmp_path):
 
 def test_own_tables_are_whole_recipes_and_their_generators_fit_their_tokens(tmp_path):
     known = read_tables(OWN)
-    plan = make_plan(known, base_recipes(str(tmp_path), budget=Budget(20, 20)), choose_tables(known))
+    plan = make_plan(known, base_recipes(str(tmp_path), steps=20, generator_steps=20), choose_tables(known))
     assert all(isinstance(planned.recipe, TokenizerRecipe) for planned in plan.tokenizers.values())
     for name in plan.generators:
         recipe = plan.generator(name, tmp_path, 3)

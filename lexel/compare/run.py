@@ -22,7 +22,7 @@ from lexel.loading import load_tokenizer
 from lexel.metrics.protocols import PROTOCOLS
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.runtime import PeakMemory
-from lexel.train.session import Progress
+from lexel.train.session import Progress, TrainingResult
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
 METRICS = ("psnr", "lpips", "usage", "frechet")
@@ -96,18 +96,24 @@ def compare(
     return ComparisonResult(out / "compare.html", summarise(results), finished)
 
 
-class Finished(Config, extra="allow"):
-    """The required fields of a run's result in a comparison; others are allowed."""
+class FinishedRun(Config, extra="allow"):
+    """The required fields of the result of a run that was trained and measured; others are allowed."""
 
     name: str
+    recipe: dict[str, Any]
+    asked: Any
+    stopped: str | None
+    metrics: dict[str, float | None]
+
+
+class Finished(FinishedRun):
+    """The required fields of a run's result in a comparison."""
+
     quantizer: str
     codebook_size: int = Field(ge=1)
     codebook_dim: int = Field(ge=1)
     seed: int
-    recipe: dict[str, Any]
     asked: list[Any]
-    stopped: str | None
-    metrics: dict[str, float | None]
     bits: float | None = None
     images_per_second: float | None = None
     peak_memory_bytes: int | None = None
@@ -124,7 +130,7 @@ def read_finished(path: Path, form: type[Config] = Finished) -> dict[str, Any]:
     return result
 
 
-def earlier_result(folder: Path, recipe: Config, asked: Any, form: type[Config] = Finished) -> dict[str, Any] | None:
+def earlier_result(folder: Path, recipe: Config, asked: Any, form: type[Config]) -> dict[str, Any] | None:
     """The result that an earlier call left in a run folder; None where there is none.
 
     Raises:
@@ -142,6 +148,48 @@ def earlier_result(folder: Path, recipe: Config, asked: Any, form: type[Config] 
     return result
 
 
+def result_of(
+    folder: Path,
+    recipe: Config,
+    asked: Any,
+    facts: Mapping[str, Any],
+    train: Callable[[], TrainingResult[Any]],
+    measure: Callable[[], Mapping[str, Any]],
+    form: type[Config] = FinishedRun,
+) -> dict[str, Any] | None:
+    """The result of a run, trained and measured unless an earlier call did both; None where a signal ended the training.
+
+    Args:
+        folder: of the run, where the result is kept.
+        recipe: of the run.
+        asked: what is measured; a result of something else is refused.
+        facts: what is known of the run before.
+        train: trains it.
+        measure: called once it is trained: `metrics` and whatever else there is to tell.
+        form: the fields that a result must have.
+
+    Raises:
+        UsageError: an earlier result is damaged, or is that of another recipe or measurement.
+    """
+    earlier = earlier_result(folder, recipe, asked, form)
+    if earlier is not None:
+        return earlier
+    result = {**facts, "recipe": as_table(recipe), "asked": asked, "stopped": None}
+    memory = PeakMemory()
+    try:
+        trained = train()
+    except TrainingStopped as stopped:
+        result |= {"stopped": str(stopped), "metrics": {}}
+    else:
+        if not trained.finished:
+            return None
+        result["peak_memory_bytes"] = memory.read(next(trained.model.parameters()).device)
+        result["images_per_second"] = RunFolder.read(folder).last_lines("train")[-1]["images_per_second"]
+        result |= measure()
+    write_result(folder / RESULT, result)
+    return read_json(folder / RESULT)
+
+
 def train_and_measure(
     planned: PlannedRun,
     folder: Path,
@@ -151,56 +199,47 @@ def train_and_measure(
     progress: Callable[[Progress], None],
 ) -> dict[str, Any] | None:
     """Trains and measures one run, or reads its result if it is finished; None where a signal ended the training."""
-    asked = [sorted(metrics), limit]
-    earlier = earlier_result(folder, planned.recipe, asked)
-    if earlier is not None:
-        return earlier
-    result: dict[str, Any] = {
-        "name": planned.name,
-        "quantizer": planned.label,
-        "codebook_size": planned.codebook_size,
-        "codebook_dim": planned.codebook_dim,
-        "seed": planned.seed,
-        "recipe": as_table(planned.recipe),
-        "asked": asked,
-        "stopped": None,
-    }
-    memory = PeakMemory()
-    try:
-        trained = train_tokenizer(planned.recipe, folder, device=device, progress=progress)
-    except TrainingStopped as stopped:
-        result |= {"stopped": str(stopped), "metrics": {}}
-    else:
-        if not trained.finished:
-            return None
-        result["peak_memory_bytes"] = memory.read(next(trained.model.parameters()).device)
-        result["images_per_second"] = RunFolder.read(folder).last_lines("train")[-1]["images_per_second"]
+    recipe = planned.recipe
+
+    def measure() -> dict[str, Any]:
         tokenizer = load_tokenizer(folder)
-        data = planned.recipe.data
-        rules = replace(PROTOCOLS["lexel"], transform=data.transform, lpips=("vgg",))
-        coded = planned.recipe.model.quantizer["kind"] != UNQUANTIZED
+        quantizer = tokenizer.quantizer
+        coded = recipe.model.quantizer["kind"] != UNQUANTIZED
         measured = evaluate_tokenizer(
             tokenizer,
-            open_data(data)[1],
-            rules,
-            size=data.size,
+            open_data(recipe.data)[1],
+            replace(PROTOCOLS["lexel"], transform=recipe.data.transform, lpips=("vgg",)),
+            size=recipe.data.size,
             metrics=[name for name in metrics if coded or name != "usage"],
             network=NETWORK,
             limit=limit,
-            batch_size=planned.recipe.train.batch_size,
+            batch_size=recipe.train.batch_size,
             device=device,
-            workers=data.workers,
+            workers=recipe.data.workers,
         )
-        quantizer = tokenizer.quantizer
-        result |= {
+        return {
             "bits": (quantizer.books or 1) * math.log2(quantizer.codebook_size) if coded else None,
             "metrics": measured["metrics"],
             "intervals": measured["intervals"],
             "warnings": measured["warnings"],
             "images": measured["data"]["images"],
         }
-    write_result(folder / RESULT, result)
-    return read_json(folder / RESULT)
+
+    return result_of(
+        folder,
+        recipe,
+        [sorted(metrics), limit],
+        {
+            "name": planned.name,
+            "quantizer": planned.label,
+            "codebook_size": planned.codebook_size,
+            "codebook_dim": planned.codebook_dim,
+            "seed": planned.seed,
+        },
+        lambda: train_tokenizer(recipe, folder, device=device, progress=progress),
+        measure,
+        Finished,
+    )
 
 
 def gradient_health(folder: Path) -> dict[str, float]:

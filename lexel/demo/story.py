@@ -1,12 +1,9 @@
 """Trains, measures and generates; `demo` is the order in which things happen."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from lexel import config
 from lexel.codec import Codec
@@ -17,7 +14,7 @@ from lexel.evaluate import read_result
 from lexel.loading import load_generator, load_tokenizer
 from lexel.report import write_report
 from lexel.run_folder import TrainingStopped
-from lexel.runtime import ProgressCallback, runtime
+from lexel.runtime import ProgressCallback, one_thread, runtime
 from lexel.train.generator import GeneratorRecipe, train_generator
 from lexel.train.session import Progress
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
@@ -90,6 +87,7 @@ def demo(
         UsageError: a device or a precision that is not there.
         TrainingStopped: a signal ended a training; what was learned is saved.
     """
+    tell = progress or (lambda stage, done, total, note: None)
     watch = Stopwatch()
     out, place = Path(out), runtime(device, precision)
     folders = Folders(out / "vq", out / "tokenizer", out / "tokens/train", out / "tokens/validation", out / "generator")
@@ -97,17 +95,17 @@ def demo(
     if steps is not None:
         changes += [f"train.steps={steps}", f"train.validate_every={steps}"]
     recipe = config.load(config.find_recipe("openmoji"), TokenizerRecipe, changes)
-    images = open_data(recipe.data, _counts(progress, "drawings"))  # rendered once, before two processes ask for them
+    images = open_data(recipe.data, _counts(tell, "drawings"))  # rendered once, before two processes ask for them
     watch.ended("drawings")
-    with SecondCore() as beside, _one_thread():
+    with SecondCore() as beside, one_thread():
         overrides = [word for change in changes for word in ("--set", change)]
         vq = beside.start(
             "train", "openmoji", "--out", str(folders.vq), "--device", device, *overrides, "--set",
             "model.quantizer.kind=vq",
         )  # fmt: skip
-        _train_tokenizer(recipe, folders.tokenizer, device, _steps(progress, "IBQ and VQ"))
+        _train_tokenizer(recipe, folders.tokenizer, device, _steps(tell, "IBQ and VQ"))
         watch.ended("training IBQ, VQ beside it")
-        _report(progress, "waiting for VQ")
+        tell("waiting for VQ", 0, 1, "")
         vq.result()
         watch.ended("waiting for VQ")
         measured = [
@@ -120,22 +118,22 @@ def demo(
         ]  # fmt: skip
         codec = Codec(load_tokenizer(folders.tokenizer), place, recipe.data.make_transform(), batch_size=64)
         for split, folder in (("train", folders.training_tokens), ("validation", folders.validation_tokens)):
-            codec.encode(recipe.data.source, folder, split, progress=_counts(progress, "tokens"))
+            codec.encode(recipe.data.source, folder, split, progress=_counts(tell, "tokens"))
         watch.ended("encoding")
-        _train_generator(folders, changes, device, _steps(progress, "generator"))
+        _train_generator(folders, changes, device, _steps(tell, "generator"))
         watch.ended("training the generator, measuring beside it")
-        _report(progress, "measuring")
+        tell("measuring", 0, 1, "")
         for result in measured:
             result.result()
         watch.ended("waiting for the measures")
     generator = load_generator(folders.generator).to(codec.runtime.device)
-    tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counts(progress, "drawing"))
+    tokens = generator.sample(page.labels(generator), cfg_scale=2.0, top_p=0.96, progress=_counts(tell, "drawing"))
     watch.ended("drawing")
     results = {
         name: read_result(folder / "evaluation.json")
         for name, folder in (("VQ", folders.vq), ("IBQ", folders.tokenizer))
     }
-    _report(progress, "page")
+    tell("page", 0, 1, "")
     story = page.Story(
         runs={"VQ": folders.vq, "IBQ": folders.tokenizer},
         results=results,
@@ -152,17 +150,13 @@ def demo(
     return DemoResult(written, table, watch.parts)
 
 
-def _train_tokenizer(
-    recipe: TokenizerRecipe, folder: Path, device: str, progress: Callable[[Progress], None] | None
-) -> None:
+def _train_tokenizer(recipe: TokenizerRecipe, folder: Path, device: str, progress: Callable[[Progress], None]) -> None:
     trained = train_tokenizer(recipe, folder, device=device, progress=progress)
     _check_finished(trained.finished)
     write_report(folder)
 
 
-def _train_generator(
-    folders: Folders, changes: list[str], device: str, progress: Callable[[Progress], None] | None
-) -> None:
+def _train_generator(folders: Folders, changes: list[str], device: str, progress: Callable[[Progress], None]) -> None:
     data = [
         f"data.tokens='{folders.training_tokens}'",
         f"data.validation='{folders.validation_tokens}'",
@@ -179,26 +173,9 @@ def _check_finished(finished: bool) -> None:
         raise TrainingStopped("stopped before the end; all that was learned is saved, and the same command goes on")
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _steps(tell: StageCallback, stage: str) -> Callable[[Progress], None]:
+    return lambda now: tell(stage, now.step, now.steps, f"{now.images_per_second:.0f} images/s")
 
 
-def _report(progress: StageCallback | None, stage: str) -> None:
-    if progress is not None:
-        progress(stage, 0, 1, "")
-
-
-def _steps(progress: StageCallback | None, stage: str) -> Callable[[Progress], None] | None:
-    if progress is None:
-        return None
-    return lambda now: progress(stage, now.step, now.steps, f"{now.images_per_second:.0f} images/s")
-
-
-def _counts(progress: StageCallback | None, stage: str) -> ProgressCallback | None:
-    return None if progress is None else lambda done, total: progress(stage, done, total or done, "")
+def _counts(tell: StageCallback, stage: str) -> ProgressCallback:
+    return lambda done, total: tell(stage, done, total or done, "")

@@ -8,19 +8,16 @@ from typing import Any
 import numpy as np
 
 from lexel.arrays import open_arrays
-from lexel.checkpoint import read_json
 from lexel.codec import Codec
-from lexel.compare.plan import as_table
-from lexel.compare.run import RESULT, earlier_result
+from lexel.compare.run import result_of
 from lexel.compare.summary import NETWORK
-from lexel.config import Config
 from lexel.data import ImageSet
 from lexel.data.config import DataConfig
-from lexel.evaluate import evaluate_samples, write_result
+from lexel.evaluate import evaluate_samples
 from lexel.generators import Generator
 from lexel.loading import load_generator, load_tokenizer
-from lexel.run_folder import RunFolder, TrainingStopped
-from lexel.runtime import PeakMemory, runtime
+from lexel.run_folder import RunFolder
+from lexel.runtime import runtime
 from lexel.samples import write_samples
 from lexel.spacing import evenly_spaced
 from lexel.train.generator import train_generator
@@ -29,16 +26,6 @@ from lexel.train.session import Progress
 
 SAMPLES = "samples.npz"
 METRICS = ("frechet", "precision_recall")
-
-
-class Finished(Config, extra="allow"):
-    """The required fields of a row's result; others are allowed."""
-
-    name: str
-    recipe: dict[str, Any]
-    asked: dict[str, Any]
-    stopped: str | None
-    metrics: dict[str, float | None]
 
 
 def encode(tokenizer: Path, out: Path, training: ImageSet, measuring: ImageSet, data: DataConfig, device: str) -> None:
@@ -62,33 +49,28 @@ def train_and_measure_generator(
 
     Images are sampled of the classes of evenly spaced real ones, so that both have the same share of each.
     """
-    asked = {"samples": count, **sampling}
-    earlier = earlier_result(folder, recipe, asked, Finished)
-    if earlier is not None:
-        return earlier
-    result: dict[str, Any] = {"name": name, "kind": recipe.generator.kind, "asked": asked, "stopped": None}
-    result |= {"metrics": {}, "recipe": as_table(recipe)}
-    memory = PeakMemory()
-    try:
-        trained = train_generator(recipe, folder, device=device, progress=progress)
-    except TrainingStopped as stopped:
-        result["stopped"] = str(stopped)
-    else:
-        if not trained.finished:
-            return None
-        run = RunFolder.read(folder)
-        result["peak_memory_bytes"] = memory.read(trained.model.device)
-        result["images_per_second"] = run.last_lines("train")[-1]["images_per_second"]
-        validation = [{}, *run.last_lines("validation")][-1]
-        result |= {key: validation.get(key) for key in ("bits_per_token", "histogram_bits", "loss")}
+
+    def measure() -> dict[str, Any]:
         generator = load_generator(folder)
-        result["parameters"] = sum(parameter.numel() for parameter in generator.transformer.parameters())
         seconds = sample(generator, folder / SAMPLES, measuring, sampling, count, recipe.train.seed, device)
-        result["seconds_per_image"] = seconds / count
         measured = evaluate_samples(folder / SAMPLES, measuring, metrics=METRICS, network=NETWORK, device=device)
-        result |= {"metrics": measured["metrics"], "warnings": measured["warnings"]}
-    write_result(folder / RESULT, result)
-    return read_json(folder / RESULT)
+        validation = [{}, *RunFolder.read(folder).last_lines("validation")][-1]
+        return {
+            **{key: validation.get(key) for key in ("bits_per_token", "histogram_bits", "loss")},
+            "parameters": sum(parameter.numel() for parameter in generator.transformer.parameters()),
+            "seconds_per_image": seconds / count,
+            "metrics": measured["metrics"],
+            "warnings": measured["warnings"],
+        }
+
+    return result_of(
+        folder,
+        recipe,
+        {"samples": count, **sampling},
+        {"name": name, "kind": recipe.generator.kind},
+        lambda: train_generator(recipe, folder, device=device, progress=progress),
+        measure,
+    )
 
 
 def sample(

@@ -99,23 +99,14 @@ def read_tables(path: str | Path = OWN) -> Tables:
     return check(read(path), Tables, Path(path).name)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """The length of a row's training; None leaves the base recipe's length."""
-
-    steps: int | None = None  # of each tokenizer
-    generator_steps: int | None = None  # of each generator
-
-    @staticmethod
-    def shorten(train: dict[str, Any], steps: int | None) -> None:
-        """Sets the steps of a section `train`, and what is counted in them along."""
-        if steps is None:
-            return
-        train["steps"] = steps
-        half = max(1, steps // 2)
-        train |= {"validate_every": half, "save_every": half, "log_every": max(1, min(50, steps // 4))}
-        if "schedule" in train:
-            train["schedule"] = {**train["schedule"], "warm_up": max(1, steps // 20)}
+def shorten(train: dict[str, Any], steps: int | None) -> None:
+    """Sets the steps of a section `train`, and what is counted in them along; None leaves them."""
+    if steps is None:
+        return
+    half = max(1, steps // 2)
+    train |= {"steps": steps, "validate_every": half, "save_every": half, "log_every": max(1, min(50, steps // 4))}
+    if "schedule" in train:
+        train["schedule"] = {**train["schedule"], "warm_up": max(1, steps // 20)}
 
 
 @dataclass(frozen=True)
@@ -205,7 +196,8 @@ class BaseRecipes(NamedTuple):
 def base_recipes(
     data: str,
     size: int | None = None,
-    budget: Budget | None = None,
+    steps: int | None = None,
+    generator_steps: int | None = None,
     seed: int = 0,
     overrides: Sequence[str] = (),
     generator_overrides: Sequence[str] = (),
@@ -215,7 +207,7 @@ def base_recipes(
     Args:
         data: the pictures: what `data.source` takes.
         size: pixels a side; the base recipe's by default.
-        budget: how long.
+        steps, generator_steps: of each tokenizer and generator; the base recipes' by default.
         seed: of weights, data order and samples.
         overrides: `section.key=value` of the tokenizers' base recipe.
         generator_overrides: of the generators' base recipe.
@@ -223,12 +215,11 @@ def base_recipes(
     Raises:
         UsageError: an option does not fit.
     """
-    budget = budget or Budget()
     changes = [f"data.source={data}", *([f"data.size={size}"] if size else []), *overrides]
     base = override(read(find_recipe(BASE)), changes, TokenizerRecipe)
     generator_base = override(read(find_recipe(GENERATOR_BASE)), generator_overrides, GeneratorRecipe)
-    budget.shorten(base["train"], budget.steps)
-    budget.shorten(generator_base["train"], budget.generator_steps)
+    shorten(base["train"], steps)
+    shorten(generator_base["train"], generator_steps)
     base["train"] |= {"seed": seed, "collapse_patience": 0}  # a collapse is a result too
     generator_base["train"]["seed"] = seed
     return BaseRecipes(base, generator_base, check(dict(base), TokenizerRecipe, f"{BASE}.toml"))

@@ -13,7 +13,7 @@ from lexel.evaluate import write_result
 from lexel.loading import load_tokenizer
 from lexel.paper.generators import encode, train_and_measure_generator
 from lexel.paper.page import write_html
-from lexel.paper.plan import OWN, Budget, TablesPlan, base_recipes, choose_tables, make_plan, read_tables
+from lexel.paper.plan import OWN, TablesPlan, base_recipes, choose_tables, make_plan, read_tables
 from lexel.spacing import evenly_spaced
 from lexel.train.session import Progress
 
@@ -73,7 +73,7 @@ def run_tables(
     out, begun = Path(out), time.monotonic()
     known = read_tables(tables)
     chosen = choose_tables(known, only)
-    base = base_recipes(data, size, Budget(steps, generator_steps), seed, overrides, generator_overrides)
+    base = base_recipes(data, size, steps, generator_steps, seed, overrides, generator_overrides)
     training, measuring = open_data(base.recipe.data)
     measuring = measuring.subset(evenly_spaced(len(measuring), limit))
     plan = make_plan(known, base, chosen)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def line_chart(
         return Figure("")
     with _canvas(4.6, 2.4) as canvas:
         axes = canvas.subplots()
-        for colour, (name, (steps, values)) in zip(_colours(len(lines)), lines.items(), strict=True):
+        for colour, (name, (steps, values)) in zip(cycle(COLOURS), lines.items(), strict=False):
             axes.plot(
                 steps, values, color=colour, label=name, linewidth=1.8, marker="o" if points or len(steps) < 3 else None
             )
@@ -106,7 +107,7 @@ def code_histogram(histograms: Mapping[str, NDArray[Any]]) -> Figure:
         return Figure("")
     with _canvas(4.6, 2.4) as canvas:
         axes = canvas.subplots()
-        for colour, (name, histogram) in zip(_colours(len(histograms)), histograms.items(), strict=True):
+        for colour, (name, histogram) in zip(cycle(COLOURS), histograms.items(), strict=False):
             counts = np.sort(histogram.ravel())[::-1] / max(1, histogram.sum())
             share = np.linspace(0, 1, len(counts))
             axes.plot(share, np.maximum(counts * len(counts), 1e-3), color=colour, label=name, linewidth=1.6)
@@ -182,10 +183,6 @@ def latent_map(latents: NDArray[Any], codes: NDArray[Any]) -> Figure:
         axes.legend(frameon=False, fontsize=9, markerscale=2.5)
         caption = "Codes and held-out latents on their two main axes. Codes that lie among the latents can be chosen."
         return Figure(_svg(canvas, dpi=150), caption)
-
-
-def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
 @contextmanager

@@ -23,7 +23,10 @@ def write_report(folder: str | Path) -> Path:
     run = files.contents()
     reference = reference_for(folder)
     sections_of = generator_sections if "generator" in run.recipe else tokenizer_sections
-    sections = [*sections_of(run, reference), *choices_section(run), *recipe_section(files.recipe)]
+    losses = loss_curves(run.train, reference.train if reference else ())
+    charts = [Section("Losses", figures=losses), Section("Timing", figures=timing_figures(run.train))]
+    shown = [each for each in (*sections_of(run, reference), *charts) if each.figures or each.findings]
+    sections = [*shown, *choices_section(run), *recipe_section(files.recipe)]
     behind = "" if reference is None else f" {reference.caption(settings_of(run.recipe))}"
     return write_page(files.report, f"Run {run.name}", lead(run) + behind, sections, tiles(run))
 
@@ -55,7 +58,7 @@ def tiles(run: Run) -> list[tuple[str, str]]:
 
 
 def tokenizer_sections(run: Run, reference: ReferenceCurves | None = None) -> list[Section]:
-    """Everything a tokenizer's run has to show, in reading order."""
+    """What a tokenizer's run shows that others do not, in reading order."""
     sections = []
     if run.validation and "usage" in run.validation[-1]:
         findings = diagnose(outline(run.recipe["model"]["quantizer"]), run.validation, run.train)
@@ -73,14 +76,11 @@ def tokenizer_sections(run: Run, reference: ReferenceCurves | None = None) -> li
         caption = "PSNR in dB of the first held-out images, from the first of their tokens"
         chart = line_chart(line, caption, over="bits of an image", points=True)
         sections.append(Section("Rate against quality", figures=[chart]))
-    sections.append(Section("Evaluations", figures=loss_curves(run.evaluations)))
-    sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
-    sections.append(Section("Timing", figures=timing_figures(run.train)))
-    return [section for section in sections if section.figures or section.findings]
+    return [*sections, Section("Evaluations", figures=loss_curves(run.evaluations))]
 
 
 def generator_sections(run: Run, reference: ReferenceCurves | None = None) -> list[Section]:
-    """Everything a generator's run has to show, in reading order."""
+    """What a generator's run shows that others do not, in reading order."""
     sections = []
     if "samples" in run.last:
         figure = picture_rows(
@@ -88,10 +88,7 @@ def generator_sections(run: Run, reference: ReferenceCurves | None = None) -> li
             "One sample of each of the first classes after the last step, without guidance.",
         )
         sections.append(Section("Samples", figures=[figure], wide=True))
-    sections.append(Section("Bits per token", figures=generator_figures(run, reference)))
-    sections.append(Section("Losses", figures=loss_curves(run.train, reference.train if reference else ())))
-    sections.append(Section("Timing", figures=timing_figures(run.train)))
-    return [section for section in sections if section.figures]
+    return [*sections, Section("Bits per token", figures=generator_figures(run, reference))]
 
 
 def choices_section(run: Run) -> list[Section]:

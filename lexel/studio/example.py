@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lexel.checkpoint import atomic
 from lexel.config import check
 from lexel.loading import find_run
-from lexel.runtime import cache_folder
+from lexel.runtime import cache_folder, one_thread
 from lexel.studio.pictures import drawings
 from lexel.train.tokenizer import TokenizerRecipe, train_tokenizer
 
@@ -33,12 +32,8 @@ def example_run(folder: Path | None = None, steps: int = STEPS) -> Path:
     if not data.is_file():
         with atomic(data) as partial, partial.open("wb") as file:
             np.savez_compressed(file, arr_0=drawings(PICTURES, SIZE))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the networks are too small for more
-    try:
+    with one_thread():  # the networks are too small for more
         train_tokenizer(check(recipe(data, steps), TokenizerRecipe, "the studio's example"), folder, device="cpu")
-    finally:
-        torch.set_num_threads(threads)
     return folder
 
 
