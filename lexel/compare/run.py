@@ -157,7 +157,7 @@ def result_of(
     measure: Callable[[], Mapping[str, Any]],
     form: type[Config] = FinishedRun,
 ) -> dict[str, Any] | None:
-    """The result of a run, trained and measured unless an earlier call did both; None where a signal ended the training.
+    """A run's result: an earlier call's, else after training and measuring; None where a signal ended the training.
 
     Args:
         folder: of the run, where the result is kept.
