@@ -23,7 +23,7 @@ from lexel.data.tokens import TokenSet, write_tokens
 from lexel.errors import UsageError
 from lexel.evaluate import evaluate_samples
 from lexel.generators import Generator, GeneratorConfig, Masked, NextTokenConfig
-from lexel.generators.next_token.network import build
+from lexel.generators.next_token.network import Transformer
 from lexel.loading import load_generator
 from lexel.run_folder import RunFolder, TrainingStopped
 from lexel.run_log import SPEEDS, read_metrics
@@ -132,7 +132,7 @@ def test_parameter_groups_are_the_published_ones(parity):
     from test_transformer import ours
 
     published = torch.load(parity / "ar.pt", weights_only=True)["groups"]
-    model = build(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
+    model = Transformer(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for found, expected in zip(parameter_groups(model), published, strict=True):
         assert {names[id(parameter)] for parameter in found["params"]} == {ours(name) for name in expected["names"]}

@@ -13,7 +13,7 @@ from lexel.errors import UsageError
 from lexel.generators.next_token.blocks import apply_rope, rope_table
 from lexel.generators.next_token.config import NextTokenConfig, factorise
 from lexel.generators.next_token.heads import FactorisedHead, PlainHead, join_tokens, split_tokens
-from lexel.generators.next_token.network import Transformer, build
+from lexel.generators.next_token.network import Transformer
 from lexel.train import load_recipe
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def ours(name: str) -> str:
 def published(parity: Path) -> tuple[Transformer, dict]:
     fixture = torch.load(parity / "ar.pt", weights_only=True)
     config = NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4)
-    model = build(config)
+    model = Transformer(config)
     model.load_state_dict({ours(name): value for name, value in fixture["state_dict"].items()})
     assert isinstance(model.prediction, PlainHead)
     return model.eval(), fixture
@@ -116,7 +116,7 @@ def test_positions_are_the_published_ones(parity):
 def test_a_fresh_model_has_the_published_statistics(parity):
     fixture = torch.load(parity / "ar.pt", weights_only=True)
     torch.manual_seed(0)
-    model = build(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
+    model = Transformer(NextTokenConfig(codebook_size=512, rows=4, columns=4, classes=10, width=64, layers=2, heads=4))
     state = model.state_dict()
     for name, expected in fixture["init_stats"].items():
         if "[" in name:
@@ -147,7 +147,7 @@ def test_published_sizes_have_the_published_parameter_counts(size):
     recipe, *options = size
     config = load_recipe(f"generator_{recipe}", [f"generator.{option}" for option in options]).generator
     with torch.device("meta"):
-        model = build(config)
+        model = Transformer(config)
     assert isinstance(model.prediction, FactorisedHead) == recipe.startswith("factorised")
     # VQGAN's classes are numbers of codes, so that its counts have no table of them.
     classes = 1001 * model.config.width if recipe.startswith("vqgan") else 0
@@ -156,7 +156,7 @@ def test_published_sizes_have_the_published_parameter_counts(size):
 
 @pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT])
 def test_a_token_changes_no_prediction_up_to_its_own(config):
-    model = shake(build(config)).double()
+    model = shake(Transformer(config)).double()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([1, 3])
     before = model(indices, labels)
@@ -171,14 +171,14 @@ def test_a_token_changes_no_prediction_up_to_its_own(config):
 
 
 def test_the_class_reaches_every_prediction():
-    model = shake(build(TINY))
+    model = shake(Transformer(TINY))
     indices = torch.zeros(1, 6, dtype=torch.long)
     (a,), (b,) = model(indices, torch.tensor([0])), model(indices, torch.tensor([1]))
     assert ((a - b).abs().amax(-1) > 1e-3).all()
 
 
 def test_labels_are_dropped_in_training_only_and_at_the_stated_rate():
-    model = build(TINY)
+    model = Transformer(TINY)
     labels = torch.zeros(20_000, dtype=torch.long)
     torch.manual_seed(0)
     dropped = model.train().condition.drop(labels)
@@ -189,7 +189,7 @@ def test_labels_are_dropped_in_training_only_and_at_the_stated_rate():
 
 @pytest.mark.parametrize("config", [TINY, PAIRS, START, GPT])
 def test_recomputed_activations_give_the_same_gradients(config):
-    model = shake(build(config)).train()
+    model = shake(Transformer(config)).train()
     indices = torch.randint(30, (2, 6), generator=torch.Generator().manual_seed(0))
     gradients = []
     for model.checkpointing in (False, True):
@@ -202,7 +202,7 @@ def test_recomputed_activations_give_the_same_gradients(config):
 
 
 def test_positions_survive_half_precision():
-    model = build(TINY).bfloat16()
+    model = Transformer(TINY).bfloat16()
     table = model.positions(torch.empty(0, dtype=torch.bfloat16))
     assert torch.equal(table[1:], rope_table((2, 3), 16, CPU))
 
@@ -235,5 +235,5 @@ def test_large_vocabularies_are_factorised_by_themselves():
 )
 def test_impossible_shapes_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as error:
-        build(check({**TINY.model_dump(), **options}, NextTokenConfig, "recipe"))
+        Transformer(check({**TINY.model_dump(), **options}, NextTokenConfig, "recipe"))
     assert "\n" not in str(error.value)

@@ -18,8 +18,8 @@ from lexel.conditions import Condition
 from lexel.config import Config as BaseConfig
 from lexel.config import check
 from lexel.errors import UsageError
-from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter, watched
-from lexel.generators.config import GENERATORS, GROUP, GeneratorConfig, NetworkConfig
+from lexel.generators.batch import SampleBatch, for_each, free_bytes, reporter
+from lexel.generators.config import GeneratorConfig, NetworkConfig, family_of
 from lexel.generators.pretrained import WithTokenizer
 from lexel.generators.pruning import pruned
 from lexel.generators.sampling import check_filters, guidance_scales
@@ -61,7 +61,7 @@ class Generator(WithTokenizer):
             return super().__new__(cls)
         if config is None:
             raise UsageError("a generator needs a GeneratorConfig")
-        return super().__new__(registry.lookup(GENERATORS, config.transformer.kind, "generator", GROUP))
+        return super().__new__(family_of(config.transformer))
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__(config)
@@ -288,21 +288,19 @@ class Generator(WithTokenizer):
         done = []
         for begin in range(0, count, size):
             end = min(begin + size, count)
-            rows = prepared[begin:end]
+            rows, part = prepared[begin:end], tokens[begin:end].clone()
             batch = SampleBatch(
                 condition=rows,
                 null=self.condition.null(rows) if guided else None,
-                tokens=tokens[begin:end].clone(),
+                tokens=part,
                 scales=scales,
                 filters=filters,
                 seed=seed,
                 numbers=numbers[begin:end],
                 options=own,
                 dtype=dtype,
-                report=reporter(progress, begin, end - begin, count, network.tokens),
+                report=reporter(progress, watch, part, begin, count),
             )
-            if watch is not None:
-                batch = batch._replace(report=watched(batch.report, watch, batch.tokens))
             done.append(self._sample(batch))
             batch.report(1.0)
         return torch.cat(done).view(count, *self.sampled_shape) if done else tokens.new_zeros(0, *self.sampled_shape)

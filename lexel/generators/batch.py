@@ -92,24 +92,21 @@ def for_each(value: float | Sequence[float], parts: int, name: str) -> list[floa
 
 
 def reporter(
-    progress: ProgressCallback | None, before: int, images: int, count: int, tokens: int
+    progress: ProgressCallback | None, watch: Callable[[Tensor], None] | None, tokens: Tensor, before: int, count: int
 ) -> Callable[[float], None]:
-    """Turns the share of one batch that is done into tokens done of tokens in all."""
-    if progress is None:
-        return lambda share: None
-    return lambda share: progress(before * tokens + round(images * tokens * share), count * tokens)
+    """What is told of a batch's tokens (b, T), with so many of `count` images before it: the share that is done.
 
+    `progress` is called with tokens done of tokens in all, `watch` with the tokens as they are.
+    """
+    images, length = tokens.shape
 
-def watched(
-    report: Callable[[float], None], watch: Callable[[Tensor], None], tokens: Tensor
-) -> Callable[[float], None]:
-    """A report that shows the tokens of the batch too."""
+    def report(share: float) -> None:
+        if progress is not None:
+            progress(before * length + round(images * length * share), count * length)
+        if watch is not None:
+            watch(tokens)
 
-    def both(share: float) -> None:
-        report(share)
-        watch(tokens)
-
-    return both
+    return report
 
 
 def free_bytes(device: torch.device, held: int) -> int:

@@ -63,7 +63,7 @@ class LatentGenerator(Generator):
             if tokens.shape[1:] != self.sampled_shape or not tokens.dtype.is_floating_point:
                 wanted = ", ".join(["B", *map(str, self.sampled_shape)])
                 raise UsageError(f"tokens must be latents ({wanted}), got {tokens.dtype} {tuple(tokens.shape)}")
-            return tokens.to(self._float) * config.scale
+            return tokens.to(self.dtype) * config.scale
         indices = self.flat(tokens).view(len(tokens), *self.grid)
         vectors = self.quantizer().indices_to_codes(indices).detach()
         if vectors.shape[1] != config.channels:
@@ -71,7 +71,7 @@ class LatentGenerator(Generator):
                 f"generator.channels = {config.channels} does not fit codes of length {vectors.shape[1]}; "
                 f"set generator.channels = {vectors.shape[1]}"
             )
-        return vectors.to(self._float) * config.scale
+        return vectors.to(self.dtype) * config.scale
 
     def tokens(self, latents: Tensor) -> Tensor:
         """The tokens that sampled latents (B, channels, *grid) stand for: latents again, or int64 nearest codes."""
@@ -79,15 +79,22 @@ class LatentGenerator(Generator):
         plain = latents.float() / config.scale
         return plain if config.continuous else self.quantizer().assign(plain)
 
-    def known(self, batch: SampleBatch) -> tuple[Tensor | None, Tensor | None]:
+    def known(self, batch: SampleBatch) -> tuple[Tensor, Tensor] | None:
         """Latents of given tokens (B, channels, *grid) and where they lie, bool (B, *grid); None without any."""
         if self.settings.continuous:
-            return None, None
+            return None
         tokens = batch.tokens.view(-1, *self.grid)
         places = tokens != FREE
         if not bool(places.any()):
-            return None, None
+            return None
         return self.latents(tokens.clamp_min(0)), places
+
+    def sampled(self, batch: SampleBatch, latents: Tensor) -> Tensor:
+        """The tokens of sampled latents, where none are given: (B, T), or latents (B, channels, *grid)."""
+        tokens = self.tokens(latents)
+        if self.settings.continuous:
+            return tokens
+        return torch.where(batch.tokens == FREE, tokens.flatten(1), batch.tokens)
 
     def refuse_filters(self, batch: SampleBatch) -> None:
         """Refuses filters of logits: latents are not drawn from a list."""
@@ -98,11 +105,7 @@ class LatentGenerator(Generator):
     def noise(self, batch: SampleBatch, block: int) -> Tensor:
         """Standard normal numbers like the latents, from each image's own stream: (B, channels, *grid)."""
         shape = (self.settings.channels, *self.grid)
-        return normal(batch.uniforms(block, math.prod(shape))).view(-1, *shape).to(self._float)
-
-    @property
-    def _float(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return normal(batch.uniforms(block, math.prod(shape))).view(-1, *shape).to(self.dtype)
 
 
 def normal(uniforms: Tensor) -> Tensor:

@@ -47,7 +47,11 @@ class ConditionedNetwork(nn.Module):
 
     def pooled(self, prepared: Tensor) -> Tensor:
         """One vector an image, (B, width), of a checked condition; in training it is dropped to the null condition."""
-        return self.condition.pooled(self.condition(self.condition.drop(prepared)))[:, 0]
+        return self.vector(self.condition.drop(prepared))
+
+    def vector(self, prepared: Tensor) -> Tensor:
+        """`pooled`, with no condition dropped: for sampling."""
+        return self.condition.pooled(self.condition(prepared))[:, 0]
 
     def run(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output; recomputed in the backward pass where `checkpointing` says so."""

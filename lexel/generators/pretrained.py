@@ -37,6 +37,11 @@ class WithTokenizer(Pretrained):
         return next(self.parameters()).device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the weights."""
+        return next(self.parameters()).dtype
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer whose tokens these are.
 

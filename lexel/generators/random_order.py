@@ -5,7 +5,7 @@ positions, added one step earlier), so that one network learns every order; towa
 become raster order, in which images are sampled.
 """
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +58,6 @@ class RandomOrderOptions(Config):
     """
 
     order: Literal["raster", "given_first"] = "raster"
-
-
-class Cache(NamedTuple):
-    """Keys and values of the positions that have run, for each block: (R, heads, T, head_dim) each."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
 
 
 class Block(nn.Module):
@@ -149,15 +142,11 @@ class RandomOrderTransformer(ConditionedNetwork):
         count = tokens.shape[1]
         first = self.first.expand(len(rows), 1, -1)
         x = torch.cat([first, rows, self.tokens(tokens)], 1)
-        places = torch.cat(
-            [self.positions[: self.prefix].expand(len(rows), -1, -1), self._placed(orders[:, :count])], 1
-        )
+        before, own = self.positions.split([self.prefix, orders.shape[1]])
+        places = torch.cat([before.expand(len(rows), -1, -1), own[orders[:, :count]]], 1)
         following = self.targets[orders[:, : count + 1]]  # (B, T' + 1, C), fewer where nothing follows the last token
         following = F.pad(following, (0, 0, self.prefix - 1, x.shape[1] - self.prefix + 1 - following.shape[1]))
         return x + places + following
-
-    def _placed(self, orders: Tensor) -> Tensor:
-        return self.positions[self.prefix :][orders]
 
     def finish(self, x: Tensor, vector: Tensor) -> Tensor:
         """Logits after hidden states."""

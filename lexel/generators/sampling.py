@@ -4,7 +4,7 @@ Nothing here knows a network; everything works on rows of logits (B, V).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,19 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
     return unconditional + scale * (conditional - unconditional)
 
 
+# Schedules of guidance: the numbers they take, and the scale at token t of n.
+SCHEDULES: dict[str, tuple[tuple[float, ...], Callable[..., float]]] = {
+    "constant": ((), lambda scale, t, n: scale),
+    "linear": ((1.0,), lambda scale, t, n, start: start + (scale - start) * t / max(n - 1, 1)),
+    "ramp": ((), lambda scale, t, n: 1 + (scale - 1) * t / n),
+    "cosine-power": (
+        (1.0,),
+        lambda scale, t, n, power: 1 + (scale - 1) * (1 - math.cos(math.pi * (t / n) ** power)) / 2,
+    ),
+    "interval": ((0.25, 1.0), lambda scale, t, n, begin, end: scale if begin <= t / n < end else 1.0),
+}
+
+
 def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
     """The scale at every token of an image.
 
@@ -41,36 +54,22 @@ def guidance_scales(schedule: str, scale: float, tokens: int) -> list[float]:
         UsageError: the name is unknown or its numbers are wrong.
     """
     name, _, text = schedule.partition(":")
-    defaults = {"constant": (), "linear": (1.0,), "ramp": (), "cosine-power": (1.0,), "interval": (0.25, 1.0)}
-    if name not in defaults:
-        raise unknown("cfg_schedule", name, defaults)
+    if name not in SCHEDULES:
+        raise unknown("cfg_schedule", name, SCHEDULES)
+    defaults, formula = SCHEDULES[name]
     try:
-        numbers = tuple(float(part) for part in text.split(",")) if text else defaults[name]
+        numbers = tuple(float(part) for part in text.split(",")) if text else defaults
     except ValueError:
         numbers = ()
-    if len(numbers) != len(defaults[name]) or not all(math.isfinite(number) for number in numbers):
-        example = ",".join(str(number) for number in defaults[name])
+    if len(numbers) != len(defaults) or not all(math.isfinite(number) for number in numbers):
+        example = ",".join(str(number) for number in defaults)
         wanted = f"{name}:{example}" if example else name
         raise UsageError(f"cfg_schedule {schedule!r} has the wrong numbers; write it like {wanted!r}")
-
-    if name == "linear":
-        (start,) = numbers
-        return [start + (scale - start) * t / max(tokens - 1, 1) for t in range(tokens)]
-    if name == "ramp":
-        return [1 + (scale - 1) * t / tokens for t in range(tokens)]
-    if name == "cosine-power":
-        (power,) = numbers
-        if power < 0:
-            raise UsageError(f"cfg_schedule {schedule!r}: the power must be at least 0")
-        return [1 + (scale - 1) * (1 - math.cos(math.pi * (t / tokens) ** power)) / 2 for t in range(tokens)]
-    if name == "interval":
-        begin, end = numbers
-        if not 0 <= begin <= end <= 1:
-            raise UsageError(
-                f"cfg_schedule {schedule!r}: begin and end are shares of the image, 0 <= begin <= end <= 1"
-            )
-        return [scale if begin <= t / tokens < end else 1.0 for t in range(tokens)]
-    return [scale] * tokens
+    if name == "cosine-power" and numbers[0] < 0:
+        raise UsageError(f"cfg_schedule {schedule!r}: the power must be at least 0")
+    if name == "interval" and not 0 <= numbers[0] <= numbers[1] <= 1:
+        raise UsageError(f"cfg_schedule {schedule!r}: begin and end are shares of the image, 0 <= begin <= end <= 1")
+    return [formula(scale, token, tokens, *numbers) for token in range(tokens)]
 
 
 # ---------------------------------------------------------------------------------------------- filters

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lexel.config import Config
 from lexel.errors import UsageError
-from lexel.generators.base import FREE
 from lexel.generators.batch import SampleBatch
 from lexel.generators.continuous.network import DenoisingMLP, MaskedEncoderDecoder, rows_at
 from lexel.generators.flow.diffusion import Diffusion, cosine_betas, spaced_steps
@@ -85,21 +84,8 @@ class ContinuousNetwork(ConditionedNetwork):
 
     def __init__(self, config: ContinuousConfig) -> None:
         super().__init__(config, config.width)
-        width, depth, heads = config.decoder
-        self.network = MaskedEncoderDecoder(
-            config.length,
-            config.token_channels,
-            config.width,
-            config.layers,
-            config.heads,
-            width,
-            depth,
-            heads,
-            config.mlp_ratio,
-            config.buffer,
-            config.norm_eps,
-        )
-        self.head = DenoisingMLP(config.token_channels, width, config.head_width, config.head_layers)
+        self.network = MaskedEncoderDecoder(config)
+        self.head = DenoisingMLP(config)
         self.network.initialise()
         self.head.initialise()
         if isinstance(self.condition, nn.Embedding):
@@ -186,12 +172,11 @@ class Continuous(LatentGenerator):
         self.refuse_filters(batch)
         config = self.settings
         shape = (batch.options.diffusion_steps + 1, config.length, config.token_channels)
-        noise = normal(batch.uniforms(1, math.prod(shape))).view(-1, *shape).to(self._float)
+        noise = normal(batch.uniforms(1, math.prod(shape))).view(-1, *shape).to(self.dtype)
         orders = batch.uniforms(0, config.length).argsort(1)  # each image's own; what comes first stays hidden longest
-        latents, places = self.known(batch)
-        if latents is None or places is None:
-            latents = noise.new_zeros(len(noise), config.channels, *self.grid)
-            places = torch.zeros(len(noise), *self.grid, dtype=torch.bool, device=noise.device)
+        latents = noise.new_zeros(len(noise), config.channels, *self.grid)
+        places = torch.zeros(len(noise), *self.grid, dtype=torch.bool, device=noise.device)
+        latents, places = self.known(batch) or (latents, places)
         whole = self.patchify(places[:, None].expand(-1, config.channels, *self.grid)).all(2)  # patches all of it given
         given = whole.gather(1, orders)
         orders = orders.gather(1, given.long().argsort(dim=1, stable=True))  # hidden tokens first, then given ones
@@ -200,8 +185,7 @@ class Continuous(LatentGenerator):
         for count in hidden.unique().tolist():  # images with equally many hidden tokens go together
             rows = (hidden == count).nonzero()[:, 0]
             filled[rows] = self._fill(batch, rows, filled[rows], orders[rows], noise[rows], count)
-        sampled = self.tokens(self.unpatchify(filled))
-        return sampled if config.continuous else torch.where(batch.tokens == FREE, sampled.flatten(1), batch.tokens)
+        return self.sampled(batch, self.unpatchify(filled))
 
     def _fill(
         self, batch: SampleBatch, rows: Tensor, latents: Tensor, orders: Tensor, noise: Tensor, hidden: int
@@ -209,7 +193,7 @@ class Continuous(LatentGenerator):
         """Latents (N, T, D) of the images `rows` of a batch, with the first `hidden` tokens of their orders drawn."""
         network, length, steps = self.transformer, self.settings.length, batch.options.steps
         schedule = Diffusion(cosine_betas(STEPS)).respaced(spaced_steps(STEPS, batch.options.diffusion_steps))
-        vectors = [network.condition.pooled(network.condition(each[rows]))[:, 0] for each in batch.conditions]
+        vectors = [network.vector(each[rows]) for each in batch.conditions]
         for number in range(steps):
             before, hidden = hidden, hidden_after(length, hidden, number, steps)
             if before == hidden:

@@ -1,60 +1,45 @@
 """Masked autoregression over continuous tokens with a diffusion head (MAR, https://arxiv.org/abs/2406.11838)."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from lexel.generators.blocks import Block, call
-from lexel.generators.flow.network import FinalLayer, TimeEmbedding
+from lexel.generators.flow.network import FinalLayer, TimeEmbedding, modulate
+
+if TYPE_CHECKING:
+    from lexel.generators.continuous.generator import ContinuousConfig
 
 
 class MaskedEncoderDecoder(nn.Module):
     """Visible tokens through an encoder, all positions through a decoder: a vector z for each position.
 
     Args:
-        tokens: number of tokens of an image, T.
-        channels: length of a token, D.
-        encoder_width, encoder_depth, encoder_heads: size of the encoder.
-        decoder_width, decoder_depth, decoder_heads: size of the decoder.
-        mlp_ratio: hidden width of the MLPs by their width.
-        buffer: copies of the condition before the tokens.
-        norm_eps: epsilon of the blocks' norms.
+        config: sizes of both, of tokens, and of the buffer of copies of the condition before them.
     """
 
-    def __init__(
-        self,
-        tokens: int,
-        channels: int,
-        encoder_width: int,
-        encoder_depth: int,
-        encoder_heads: int,
-        decoder_width: int,
-        decoder_depth: int,
-        decoder_heads: int,
-        mlp_ratio: float = 4.0,
-        buffer: int = 64,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, config: "ContinuousConfig") -> None:
         super().__init__()
-        self.buffer = buffer
-        length = tokens + buffer
-        self.z_proj = nn.Linear(channels, encoder_width)
-        self.z_proj_ln = nn.LayerNorm(encoder_width, eps=1e-6)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, encoder_width))
+        width, (decoder_width, decoder_layers, decoder_heads) = config.width, config.decoder
+        self.buffer = config.buffer
+        length = config.length + config.buffer
+        self.z_proj = nn.Linear(config.token_channels, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, width))
         self.encoder_blocks = nn.ModuleList(
-            Block(encoder_width, encoder_heads, mlp_ratio, norm_eps) for _ in range(encoder_depth)
+            Block(width, config.heads, config.mlp_ratio, config.norm_eps) for _ in range(config.layers)
         )
-        self.encoder_norm = nn.LayerNorm(encoder_width, eps=norm_eps)
-        self.decoder_embed = nn.Linear(encoder_width, decoder_width)
+        self.encoder_norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.decoder_embed = nn.Linear(width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, decoder_width))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_width, decoder_heads, mlp_ratio, norm_eps) for _ in range(decoder_depth)
+            Block(decoder_width, decoder_heads, config.mlp_ratio, config.norm_eps) for _ in range(decoder_layers)
         )
-        self.decoder_norm = nn.LayerNorm(decoder_width, eps=norm_eps)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, tokens, decoder_width))
+        self.decoder_norm = nn.LayerNorm(decoder_width, eps=config.norm_eps)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, config.length, decoder_width))
 
     def initialise(self) -> None:
         """Sets every initial value: normals of 0.02 for embeddings, Xavier for linear layers."""
@@ -118,10 +103,6 @@ def rows_at(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
-
-
 class ResidualBlock(nn.Module):
     """A modulated MLP with a residual, for rows (N, C)."""
 
@@ -133,27 +114,20 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation(condition).chunk(3, -1)  # (N, C) each
-        return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))
-
-
-class RowOutput(FinalLayer):
-    """The last, modulated layer for rows (N, C)."""
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
-        return self.linear(_modulate(self.norm_final(x), shift, scale))
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
 
 class DenoisingMLP(nn.Module):
     """Noised tokens (N, D), steps (N,) and conditions z (N, Z) to noise and variance (N, 2D), token by token."""
 
-    def __init__(self, channels: int, condition_width: int, width: int, depth: int) -> None:
+    def __init__(self, config: "ContinuousConfig") -> None:
         super().__init__()
+        channels, width = config.token_channels, config.head_width
         self.time_embed = TimeEmbedding(width)
-        self.cond_embed = nn.Linear(condition_width, width)
+        self.cond_embed = nn.Linear(config.decoder[0], width)
         self.input_proj = nn.Linear(channels, width)
-        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
-        self.final_layer = RowOutput(width, 2 * channels)
+        self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(config.head_layers))
+        self.final_layer = FinalLayer(width, 2 * channels)
 
     def initialise(self) -> None:
         """Sets every initial value: blocks and output start as nothing."""

@@ -4,6 +4,7 @@ Latents are those of a continuous tokenizer, or the vectors of codes, as VQGAN-L
 generates on its codebook.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -89,18 +90,7 @@ class FlowNetwork(ConditionedNetwork):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__(config, config.width)
-        rows, columns = config.shape
-        outputs = config.channels * (2 if config.learned_variance else 1)
-        self.network = DiffusionTransformer(
-            (rows, columns),
-            config.channels,
-            outputs,
-            config.patch,
-            config.width,
-            config.layers,
-            config.heads,
-            config.mlp_ratio,
-        )
+        self.network = DiffusionTransformer(config)
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):
             nn.init.normal_(self.condition.weight, std=0.02)
@@ -155,7 +145,8 @@ class Flow(LatentGenerator):
         low, high = transport.interval(transport.training_margin)
         uniform = torch.rand(len(latents), device=latents.device, dtype=latents.dtype)
         time = training_times(uniform, config.times, config.stratified) * (high - low) + low
-        return {"flow": transport.loss(lambda z, t: self._output(z, t, vector), latents, noise, time).mean()}
+        predict = lambda z, t: self.transformer(z, t, vector)[:, : config.channels]  # noqa: E731
+        return {"flow": transport.loss(predict, latents, noise, time).mean()}
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         network, latents = self.transformer.network, self.latents(tokens)
@@ -165,12 +156,7 @@ class Flow(LatentGenerator):
             end = self.transport.interval(self.transport.sampling_margin)[1]
         time = latents.new_full((len(latents),), end)
         vector = self.transformer.pooled(condition.to(latents.device))
-        return network.states(latents, network.t_embedder(time) + vector, layers=layers)
-
-    def _output(self, latents: Tensor, time: Tensor, vector: Tensor) -> Tensor:
-        """The prediction alone, (B, channels, h, w)."""
-        output = self.transformer(latents, time, vector)
-        return output[:, : self.settings.channels]
+        return network.states(latents, network.modulation(time, vector), layers=layers)
 
     # ------------------------------------------------------------------------------------------ sampling
 
@@ -186,38 +172,33 @@ class Flow(LatentGenerator):
     def _sample(self, batch: SampleBatch) -> Tensor:
         self.refuse_filters(batch)
         config, options = self.settings, batch.options
-        vector = self.transformer.condition.pooled(self.transformer.condition(batch.condition))[:, 0]
-        null = None
-        if batch.null is not None:
-            null = self.transformer.condition.pooled(self.transformer.condition(batch.null))[:, 0]
+        vector = self.transformer.vector(batch.condition)
+        null = None if batch.null is None else self.transformer.vector(batch.null)
         field = Guided(self.transformer, vector, null, batch.scales[0][0], options.guided_channels)
         if options.guidance == "projected":
             if null is None:
                 raise UsageError('guidance = "projected" reaches nothing without guidance; set cfg_scale above 1')
             field.projected = ProjectedGuidance()
-        sampled = self._diffuse(batch, field) if config.objective == "diffusion" else self._flow(batch, field)
-        tokens = self.tokens(sampled)
-        if config.continuous:
-            return tokens
-        return torch.where(batch.tokens == -1, tokens.flatten(1), batch.tokens)
+        latents = self._diffuse(batch, field) if config.objective == "diffusion" else self._flow(batch, field)
+        return self.sampled(batch, latents)
 
     def _flow(self, batch: SampleBatch, field: "Guided") -> Tensor:
         options, transport, channels = batch.options, self.transport, self.settings.channels
         method, steps = options.method or "euler", options.steps or 50
         if method in ("ddpm", "ddim"):
             raise UsageError(f"method {method!r} belongs to diffusion; a flow takes euler, heun, midpoint or sde")
-        known, places = self.known(batch)
+        given = self.known(batch)
         noise = point = self.noise(batch, 0)
         interval = transport.interval(transport.sampling_margin)
         output = lambda z, t: field(z, t)[:, :channels]  # noqa: E731
         if method == "sde":
-            if known is not None:
+            if given is not None:
                 raise UsageError("tokens can be given to the ODE samplers only: method euler, heun or midpoint")
             draw = lambda number: self.noise(batch, number + 1)  # noqa: E731
             points = solve_sde(transport, output, noise, steps, draw, SDE(), interval)
         else:
             velocity = lambda z, t: transport.velocity(output(z, t), z, t)  # noqa: E731
-            hold = None if known is None else Held(transport, known, noise, places)
+            hold = None if given is None else held(transport, *given, noise)
             points = solve_ode(velocity, noise, steps + 1, method, interval, hold)
         for number, reached in enumerate(points):
             point = reached
@@ -231,10 +212,11 @@ class Flow(LatentGenerator):
             raise UsageError(f"method {method!r} belongs to flows; diffusion takes ddpm or ddim")
         kept = ddim_steps(STEPS, count) if method == "ddim" else spaced_steps(STEPS, count)
         schedule = Diffusion(linear_betas(STEPS)).respaced(kept)
-        known, places = self.known(batch)
+        given = self.known(batch)
         start = point = self.noise(batch, 0)
         for number, step in enumerate(reversed(range(count))):
-            if known is not None and places is not None:  # given places follow the noise they would have here
+            if given is not None:  # given places follow the noise they would have here
+                known, places = given
                 steps = torch.full((len(point),), step, device=point.device)
                 point = torch.where(places[:, None], schedule.noised(known, steps, start), point)
             original = torch.full((len(point),), kept[step], device=point.device)
@@ -280,14 +262,6 @@ class Guided:
         return torch.cat([guided, conditional[:, self.channels :]], 1)
 
 
-class Held:
-    """Holds given places on their own path from noise to what is given, at every time of an ODE."""
-
-    def __init__(self, transport: Transport, known: Tensor, noise: Tensor, places: Tensor | None) -> None:
-        self.transport, self.known, self.noise = transport, known, noise
-        self.places = None if places is None else places[:, None]
-
-    def __call__(self, point: Tensor, time: Tensor) -> Tensor:
-        if self.places is None:
-            return point
-        return torch.where(self.places, self.transport.between(self.known, self.noise, time)[0], point)
+def held(transport: Transport, known: Tensor, places: Tensor, noise: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Holds given places (B, h, w) on their own path from noise to what is known, at every time of an ODE."""
+    return lambda point, time: torch.where(places[:, None], transport.between(known, noise, time)[0], point)

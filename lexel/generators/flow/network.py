@@ -1,7 +1,7 @@
 """Diffusion transformer: patches of latents, time and condition by AdaLN (DiT, https://arxiv.org/abs/2212.09748)."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from lexel.generators.blocks import MLP, Attention, call
 from lexel.generators.flow.diffusion import time_features
 from lexel.runtime import on_meta
+
+if TYPE_CHECKING:
+    from lexel.generators.flow.generator import FlowConfig
 
 TIME_WIDTH = 256
 
@@ -39,8 +42,8 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Shifts and scales tokens (N, T, C) by (N, C)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+    """Shifts and scales the vectors of x by those of a condition."""
+    return x * (1 + scale) + shift
 
 
 class Block(nn.Module):
@@ -55,13 +58,14 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, 1)  # (N, C) each
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, C)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, C)
+        """Tokens (N, T, C) under a condition (N, 1, C)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, -1)  # (N, 1, C) each
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (N, T, C)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (N, T, C)
 
 
 class FinalLayer(nn.Module):
-    """Tokens to pixels of patches, modulated by the condition."""
+    """Vectors (..., C) to outputs (..., outputs), modulated by the condition."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -70,8 +74,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, 1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))  # (N, T, outputs)
+        shift, scale = self.adaLN_modulation(condition).chunk(2, -1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 class PatchEmbedding(nn.Module):
@@ -89,37 +93,21 @@ class DiffusionTransformer(nn.Module):
     """Noised latents (N, C, H, W), times (N,) and conditions (N, width) to outputs (N, outputs, H, W).
 
     Args:
-        grid: height and width of the latents.
-        channels: channels of the latents.
-        outputs: channels of the output: twice `channels` where a variance is learned.
-        patch: side of a patch, in latents.
-        width: channels of the transformer.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: hidden width of the MLP by `width`.
+        config: sizes of latents, patches and transformer; with `learned_variance` there are two outputs for a channel.
     """
 
     pos_embed: Tensor
 
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        channels: int,
-        outputs: int,
-        patch: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-    ) -> None:
+    def __init__(self, config: "FlowConfig") -> None:
         super().__init__()
-        self.grid, self.patch = grid, patch
-        self.x_embedder = PatchEmbedding(channels, patch, width)
+        width, self.patch = config.width, config.patch
+        self.patches = config.shape[0] // config.patch, config.shape[1] // config.patch  # rows and columns of them
+        outputs = config.channels * (2 if config.learned_variance else 1)
+        self.x_embedder = PatchEmbedding(config.channels, config.patch, width)
         self.t_embedder = TimeEmbedding(width)
-        rows, columns = grid[0] // patch, grid[1] // patch
-        self.pos_embed = nn.Parameter(sinusoidal_positions(rows, columns, width), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(width, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch * patch * outputs)
+        self.pos_embed = nn.Parameter(sinusoidal_positions(*self.patches, width), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio) for _ in range(config.layers))
+        self.final_layer = FinalLayer(width, config.patch**2 * outputs)
 
     def initialise(self) -> None:
         """Sets every initial value: Xavier for linear layers, zeros where blocks and output must start as nothing."""
@@ -142,16 +130,19 @@ class DiffusionTransformer(nn.Module):
         run: Callable[..., Tensor] = call,
     ) -> Tensor:
         """Outputs (N, outputs, H, W). `run` calls a block: a place to recompute activations."""
-        condition = self.t_embedder(time) + condition  # (N, width)
-        x = self.final_layer(self.states(z, condition, run), condition)  # (N, T, p * p * outputs)
-        rows, columns = self.grid[0] // self.patch, self.grid[1] // self.patch
-        patches = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (N, r, c, p, q, outputs)
+        modulation = self.modulation(time, condition)
+        x = self.final_layer(self.states(z, modulation, run), modulation)  # (N, T, p * p * outputs)
+        patches = x.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, self.patches)  # (N, r, c, p, q, outputs)
         return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)  # (N, outputs, H, W)
+
+    def modulation(self, time: Tensor, condition: Tensor) -> Tensor:
+        """What modulates every token, (N, 1, width): time (N,) and condition (N, width) added up."""
+        return (self.t_embedder(time) + condition)[:, None]
 
     def states(
         self, z: Tensor, modulation: Tensor, run: Callable[..., Tensor] = call, layers: int | None = None
     ) -> Tensor:
-        """States (N, T, width) after so many blocks, all by default; time and condition, added up, modulate them."""
+        """States (N, T, width) after so many blocks, all by default."""
         x = self.x_embedder(z) + self.pos_embed.to(z.dtype)  # (N, T, width)
         for block in self.blocks[:layers]:
             x = run(block, x, modulation)

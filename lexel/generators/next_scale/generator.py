@@ -74,18 +74,7 @@ class NextScaleNetwork(ConditionedNetwork):
 
     def __init__(self, config: NextScaleConfig) -> None:
         super().__init__(config, config.width)
-        self.network = ScaleTransformer(
-            tuple(config.scales),
-            config.codebook_size,
-            config.codebook_dim,
-            config.width,
-            config.layers,
-            config.heads,
-            config.mlp_ratio,
-            config.normalised,
-            config.shared_modulation,
-            config.norm_eps,
-        )
+        self.network = ScaleTransformer(config)
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):
             nn.init.trunc_normal_(self.condition.weight, std=math.sqrt(1 / config.width / 3))
@@ -136,7 +125,7 @@ class NextScale(Generator):
     @torch.no_grad()
     def _inputs(self, flat: Tensor) -> Tensor:
         """The network's inputs for tokens (B, T): previews (B, T - T1, D) of the scales but the first."""
-        return self.multiscale().next_inputs(flat, self._grid).to(self._dtype)
+        return self.multiscale().next_inputs(flat, self._grid).to(self.dtype)
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         network, flat = self.transformer.network, self.flat(tokens)
@@ -166,10 +155,6 @@ class NextScale(Generator):
         """The grid of latents: the last scale's."""
         return (self.settings.scales[-1], self.settings.scales[-1])
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
     # ------------------------------------------------------------------------------------------ sampling
 
     def decisions(self, options: Any) -> int:
@@ -185,15 +170,14 @@ class NextScale(Generator):
         config, network, quantizer = self.settings, self.transformer.network, self.multiscale()
         count, tokens = len(batch.tokens), batch.tokens
         uniforms = batch.uniforms(0, config.tokens)
-        condition = self.transformer.condition
-        vector = torch.cat([condition.pooled(condition(rows))[:, 0] for rows in batch.conditions])
+        vector = torch.cat([self.transformer.vector(rows) for rows in batch.conditions])
         sums = torch.zeros(count, config.codebook_dim, *self._grid, device=self.device)
         sums = sums.to(torch.promote_types(quantizer.codebook.dtype, torch.float32))
         vectors, cache = sums.new_zeros(count, 0, config.codebook_dim), cast(Cache | None, None)
         first = 0
         for scale, side in enumerate(config.scales):
             end = first + side * side
-            x = network.embed(vectors.to(self._dtype).repeat(len(batch.conditions), 1, 1), vector, first, side * side)
+            x = network.embed(vectors.to(self.dtype).repeat(len(batch.conditions), 1, 1), vector, first, side * side)
             logits, cache = network.blocks_forward(x, vector, None, cache)
             drawn = batch.draw(logits, scale, uniforms[:, first:end])
             tokens[:, first:end] = torch.where(tokens[:, first:end] == FREE, drawn, tokens[:, first:end])

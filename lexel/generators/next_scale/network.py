@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.generators.blocks import MLP, call
+
+if TYPE_CHECKING:
+    from lexel.generators.next_scale.generator import NextScaleConfig
 
 LARGEST_SCALE = 4.605170249938965  # log(100) in float32, as the published code has it
 
@@ -94,44 +97,25 @@ class ScaleTransformer(nn.Module):
     """Code vectors of the scales before (B, T - 1, D) and a condition (B, width) to logits (B, T, K).
 
     Args:
-        sides: tokens along a side of each scale, from small to large.
-        codebook_size: codes, K.
-        codebook_dim: length of a code, D.
-        width, depth, num_heads, mlp_ratio: size of the transformer.
-        normalised: queries and keys are unit vectors.
-        shared_modulation: one layer makes every block's modulation.
-        norm_eps: epsilon of the norms.
+        config: scales, codes and the size of the transformer.
     """
 
-    def __init__(
-        self,
-        sides: tuple[int, ...],
-        codebook_size: int,
-        codebook_dim: int,
-        width: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        normalised: bool = True,
-        shared_modulation: bool = False,
-        norm_eps: float = 1e-6,
-    ) -> None:
+    def __init__(self, config: "NextScaleConfig") -> None:
         super().__init__()
-        lengths = [side * side for side in sides]
-        self.word_embed = nn.Linear(codebook_dim, width)
-        self.pos_start = nn.Parameter(torch.zeros(1, lengths[0], width))
-        self.pos_1LC = nn.Parameter(torch.zeros(1, sum(lengths), width))
-        self.lvl_embed = nn.Embedding(len(sides), width)
-        self.lengths = lengths
+        width, shared = config.width, config.shared_modulation
+        self.lengths = [side * side for side in config.scales]
+        self.word_embed = nn.Linear(config.codebook_dim, width)
+        self.pos_start = nn.Parameter(torch.zeros(1, self.lengths[0], width))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, sum(self.lengths), width))
+        self.lvl_embed = nn.Embedding(len(config.scales), width)
         self.shared_ada_lin: nn.Module = nn.Identity()
-        if shared_modulation:
+        if shared:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.shared_modulation = shared_modulation
-        self.blocks = nn.ModuleList(
-            ScaleBlock(width, num_heads, mlp_ratio, norm_eps, normalised, shared_modulation) for _ in range(depth)
-        )
-        self.head_nm = ModulatedNorm(width, norm_eps)
-        self.head = nn.Linear(width, codebook_size)
+        self.shared_modulation = shared
+        sizes = (width, config.heads, config.mlp_ratio, config.norm_eps, config.normalised, shared)
+        self.blocks = nn.ModuleList(ScaleBlock(*sizes) for _ in range(config.layers))
+        self.head_nm = ModulatedNorm(width, config.norm_eps)
+        self.head = nn.Linear(width, config.codebook_size)
 
     def initialise(self) -> None:
         """Sets every initial value, so that blocks and head start as nearly nothing."""

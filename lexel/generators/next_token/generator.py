@@ -100,7 +100,7 @@ class NextToken(Generator):
 
     def hidden(self, tokens: Tensor, condition: Tensor, layers: int | None = None) -> Tensor:
         layers = chosen_layers(layers, len(self.transformer.blocks))
-        return self.transformer.hidden(self.flat(tokens), condition.to(tokens.device), layers)
+        return self.transformer.states(self.flat(tokens), condition.to(tokens.device), layers)[0]
 
     @torch.no_grad()
     def likelihood(

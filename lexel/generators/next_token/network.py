@@ -111,30 +111,24 @@ class Transformer(ConditionedNetwork):
         rope = self.positions(x)[: x.shape[1]]
         return self.dropout(x if self.learned_positions is None else x + rope), rope, rows, first
 
-    def hidden(self, indices: Tensor, condition: Tensor, layers: int) -> Tensor:
-        """States (B, T, C) after so many blocks: at each token's place, of the condition and the tokens before it."""
-        x, rope, rows, _ = self.inputs(indices, condition)
-        vector = () if self.modulation is None else (self.condition.pooled(rows),)
+    def states(
+        self, indices: Tensor, condition: Tensor, layers: int | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """States after so many blocks, all by default: at each token's place, of the condition and the tokens before.
+
+        Returns:
+            the states (B, T, C), the vector (B, 1, C) that modulates, and what the head needs of the tokens.
+        """
+        x, rope, rows, first = self.inputs(indices, condition)
+        vector = None if self.modulation is None else self.condition.pooled(rows)
         for block in self.blocks[:layers]:
-            x = self.run(block, x, rope, *vector)
-        return x[:, rows.shape[1] - 1 :]
+            x = self.run(block, x, rope) if vector is None else self.run(block, x, rope, vector)
+        return x[:, rows.shape[1] - 1 :], vector, first
 
     def forward(self, indices: Tensor, condition: Tensor) -> tuple[Tensor, ...]:
         """Logits (B, T, V) of each sub-vocabulary for indices (B, T) and a checked condition (B, ...)."""
-        x, rope, rows, first = self.inputs(indices, condition)
-        if self.modulation is None:
-            for block in self.blocks:
-                x = self.run(block, x, rope)
-            return self.prediction.predict(self, x[:, rows.shape[1] - 1 :], first, self.norm)
-
-        vector = self.condition.pooled(rows)  # (B, 1, C)
-        for block in self.blocks:
-            x = self.run(block, x, rope, vector)
+        x, vector, first = self.states(indices, condition)
+        if self.modulation is None or vector is None:
+            return self.prediction.predict(self, x, first, self.norm)
         scale, shift = self.modulation(F.silu(vector)).chunk(2, -1)
-        finish = lambda x: self.norm(x) * (1 + scale) + shift  # noqa: E731
-        return self.prediction.predict(self, x[:, rows.shape[1] - 1 :], first, finish)
-
-
-def build(config: NextTokenConfig) -> Transformer:
-    """The transformer that a config describes, freshly initialised."""
-    return Transformer(config)
+        return self.prediction.predict(self, x, first, lambda x: self.norm(x) * (1 + scale) + shift)

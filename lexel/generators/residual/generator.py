@@ -86,24 +86,7 @@ class ResidualNetwork(ConditionedNetwork):
 
     def __init__(self, config: ResidualConfig) -> None:
         super().__init__(config, config.width)
-        self.network = ResidualTransformer(
-            config.positions,
-            config.books,
-            config.codebook_size,
-            config.codebook_dim or None,
-            self.condition.length,
-            config.width,
-            config.layers,
-            config.heads,
-            config.depth_layers,
-            config.depth_heads or config.heads,
-            config.cumulative,
-            config.shared_classifier,
-            config.sigmoid_gelu,
-            config.dropout,
-            config.shared_tables,
-            config.depth_sigmoid_gelu,
-        )
+        self.network = ResidualTransformer(config, self.condition.length)
         self.network.initialise()
         if isinstance(self.condition, nn.Embedding):
             nn.init.normal_(self.condition.weight, std=0.02)
@@ -193,9 +176,7 @@ class ResidualGenerator(Generator):
                 f"generator.books = {self.settings.books} and generator.codebook_dim = {self.settings.codebook_dim} do "
                 f"not fit a tokenizer with codes {tuple(table.shape)}"
             )
-        depth = torch.arange(codes.shape[-1], device=codes.device)
-        dtype = next(self.parameters()).dtype
-        return table[depth, codes].to(dtype)
+        return table[torch.arange(codes.shape[-1], device=codes.device), codes].to(self.dtype)
 
     # ------------------------------------------------------------------------------------------ sampling
 

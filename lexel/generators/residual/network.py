@@ -1,13 +1,16 @@
 """Transformer over positions and depths of residual codes (RQ-Transformer, https://arxiv.org/abs/2203.01941)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.generators.blocks import call
+
+if TYPE_CHECKING:
+    from lexel.generators.residual.generator import ResidualConfig
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of each block: (B, heads, tokens so far, width / heads)
 
@@ -126,56 +129,31 @@ class ResidualTransformer(nn.Module):
     """A spatial transformer over positions, and a small one over the depths of a position.
 
     Args:
-        positions: number of positions, T.
-        depths: codes a position, D.
-        codebook_size: codes a depth, K.
-        codebook_dim: length of a code vector; None learns vectors of its own.
+        config: positions, depths, codes and the size of both transformers.
         condition_length: vectors of the condition, L.
-        width: channels.
-        body_depth, body_heads, head_depth, head_heads: blocks and attention heads of the two transformers.
-        cumulative: the head sees the sum of the codes before; otherwise the last one.
-        shared_classifier: one classifier for all depths.
-        sigmoid_gelu: the sigmoid approximation of GELU in the body.
-        dropout: of residual branches.
-        shared_tables: learned vectors are the same for every depth.
-        depth_sigmoid_gelu: the sigmoid approximation of GELU in the head.
     """
 
-    def __init__(
-        self,
-        positions: int,
-        depths: int,
-        codebook_size: int,
-        codebook_dim: int | None,
-        condition_length: int,
-        width: int,
-        body_depth: int,
-        body_heads: int,
-        head_depth: int,
-        head_heads: int,
-        cumulative: bool = True,
-        shared_classifier: bool = True,
-        sigmoid_gelu: bool = False,
-        dropout: float = 0.0,
-        shared_tables: bool = False,
-        depth_sigmoid_gelu: bool = False,
-    ) -> None:
+    def __init__(self, config: "ResidualConfig", condition_length: int) -> None:
         super().__init__()
-        self.depths, self.cumulative = depths, cumulative
+        width, depths, codes, dropout = config.width, config.books, config.codebook_size, config.dropout
+        self.cumulative = config.cumulative
         self.pos_emb_cond = nn.Parameter(torch.zeros(1, condition_length, width))
-        self.pos_emb_hw = nn.Parameter(torch.zeros(1, positions, width))
+        self.pos_emb_hw = nn.Parameter(torch.zeros(1, config.positions, width))
         self.pos_emb_d = nn.Parameter(torch.zeros(1, depths, width))
         self.tok_emb: DepthEmbedding | None = None
         self.input_mlp: nn.Linear | None = None
         self.head_mlp: nn.Linear | None = None
-        if codebook_dim is None:
-            self.tok_emb = DepthEmbedding(depths, codebook_size, width, shared_tables)
+        if config.codebook_dim == 0:
+            self.tok_emb = DepthEmbedding(depths, codes, width, config.shared_tables)
         else:
-            self.input_mlp = nn.Linear(codebook_dim, width)
-            self.head_mlp = nn.Linear(codebook_dim, width)
-        self.body_transformer = CausalTransformer(width, body_depth, body_heads, sigmoid_gelu, dropout)
-        self.head_transformer = CausalTransformer(width, head_depth, head_heads, depth_sigmoid_gelu, dropout)
-        self.classifier = Classifier(width, codebook_size, None if shared_classifier else depths)
+            self.input_mlp = nn.Linear(config.codebook_dim, width)
+            self.head_mlp = nn.Linear(config.codebook_dim, width)
+        self.body_transformer = CausalTransformer(width, config.layers, config.heads, config.sigmoid_gelu, dropout)
+        depth_heads = config.depth_heads or config.heads
+        self.head_transformer = CausalTransformer(
+            width, config.depth_layers, depth_heads, config.depth_sigmoid_gelu, dropout
+        )
+        self.classifier = Classifier(width, codes, None if config.shared_classifier else depths)
 
     def initialise(self) -> None:
         """Sets every initial value: normals of 0.02, zeros for biases."""
