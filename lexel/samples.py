@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lexel.arrays import read_array
+from lexel.arrays import NpzWriter, read_array
 from lexel.checkpoint import atomic
 from lexel.conditions import CaptionFeatures
 from lexel.data import ImageSet, Transform, to_uint8
 from lexel.data.captions import CaptionFile
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
-from lexel.metrics.statistics import NpzWriter
 from lexel.networks import FeatureNetwork
 from lexel.runtime import ProgressCallback, Runtime
 from lexel.text_encoder import TextEncoder

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fuzz import counts, survives
 
+from lexel.arrays import NpzWriter
 from lexel.errors import UsageError
-from lexel.metrics import Moments, NpzImages, NpzWriter, ReferenceStatistics, read_statistics, write_statistics
+from lexel.metrics import Moments, NpzImages, ReferenceStatistics, read_statistics, write_statistics
 
 NETWORK = {"name": "random", "fingerprint": "0" * 64, "dims": 5, "resize": "clean", "logit_bias": True}
 

@@ -64,7 +64,8 @@ class Networks:
         wanted = self.protocol.network
         if self.name is not None:
             return self.name
-        if wanted != "inception" or self.weights is not None or _cached("inception"):
+        cached = is_cached(cache_folder() / "networks" / "inception.safetensors")
+        if wanted != "inception" or self.weights is not None or cached:
             return wanted
         if not self.warnings:
             self.warnings.append(
@@ -79,10 +80,6 @@ class Networks:
         built = networks.build(name, weights, self.protocol.resize if own else None, bias).to(self.device)
         # On a CPU this layout is the faster one, most of all for depthwise convolutions.
         return built.to(memory_format=torch.channels_last) if self.device.type == "cpu" else built  # type: ignore[call-overload]
-
-
-def _cached(name: str) -> bool:
-    return is_cached(cache_folder() / "networks" / f"{name}.safetensors")
 
 
 def described(network: FeatureNetwork | None) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ image's codes, its bare indices (the probe learns a vector for each), or a gener
 condition, so that no label is in them.
 """
 
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lexel import __version__
 from lexel.config import check
 from lexel.data import PIXEL_LIMIT
 from lexel.data.images import digest
@@ -26,6 +24,7 @@ from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
 from lexel.evaluate.feature_files import FeatureFiles
 from lexel.evaluate.labelled import Labelled, StageCallback, holds_tokens, images_as_tokens, token_sets
+from lexel.evaluate.results import versions
 from lexel.parts import Part
 from lexel.runtime import ProgressCallback, Runtime, runtime
 from lexel.tokenizer import Tokenizer
@@ -176,12 +175,7 @@ def probe(
         "tokenizer": training.made_by,
         "generator": None if generator is None else generator.fingerprint(),
         "warnings": warnings,
-        "versions": {
-            "lexel": __version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
         "device": str(where.device),
         "precision": precision,
         "seconds": round(time.monotonic() - started, 1),

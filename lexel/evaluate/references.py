@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lexel import checkpoint
+from lexel.arrays import open_arrays
 from lexel.data import ImageSet
 from lexel.data.images import digest
 from lexel.data.unreadable import too_many
@@ -24,7 +25,6 @@ from lexel.metrics import (
     MomentState,
     Protocol,
     ReferenceStatistics,
-    arrays_in,
     read_statistics,
     write_statistics,
 )
@@ -79,9 +79,11 @@ def reference_statistics(
     cached = cache_folder() / "statistics" / f"{key}.npz"
     if options.cache and known is None:
         found = broadcast(_found(cached, warnings) if rank() == 0 else None)
-        # One that left out more than may be is taken anew, for what it left out to be named.
-        if found is not None and _within(found, options.max_unreadable):
-            return found
+        if found is not None:
+            left_out = found.about.get("unreadable", 0)
+            # One that left out more than may be is taken anew, for what it left out to be named.
+            if not too_many(left_out, found.pooled.n + left_out, options.max_unreadable):
+                return found
     device = next(network.buffers()).device
     plan = SamplePlan.of(len(source), protocol)
     context = Context(protocol, plan, source.size, device, network)
@@ -139,19 +141,6 @@ def write_to_cache(path: Path, write: Any, warnings: list[str]) -> None:
         warnings.append(f"the cache {path.parent} cannot be written ({error.strerror or error}): nothing is kept")
 
 
-def cached_originals(
-    metrics: Mapping[str, Metric], source: Pictures, protocol: Protocol
-) -> "dict[str, tuple[Path, Metric]]":
-    """Cache files of the metrics' states over the originals, by the metric's name."""
-    listing = source.listing() if any(metric.of_originals for metric in metrics.values()) else ""
-    files = {}
-    for name, metric in metrics.items():
-        if any(part in metric.states for part in metric.of_originals):
-            key = digest([listing, reference_choices(protocol), described(metric.context.network), GROUPS, name])
-            files[name] = (cache_folder() / "statistics" / f"{key}.pt", metric)
-    return files
-
-
 class Originals:
     """A cache of metrics' states over the originals: the next tokenizer on the same images takes half the time.
 
@@ -165,10 +154,15 @@ class Originals:
     def __init__(
         self, metrics: Mapping[str, Metric], source: Pictures, protocol: Protocol, warnings: list[str]
     ) -> None:
-        self._files = cached_originals(metrics, source, protocol)
+        self._files: dict[str, tuple[Path, Metric]] = {}  # by the metric's name
         self._warnings = warnings
         self._found: dict[str, dict[str, Any]] = {}
-        for name, (path, metric) in self._files.items():
+        cached = {name: metric for name, metric in metrics.items() if metric.states.keys() & {*metric.of_originals}}
+        listing = source.listing() if cached else ""
+        for name, metric in cached.items():
+            key = digest([listing, reference_choices(protocol), described(metric.context.network), GROUPS, name])
+            path = cache_folder() / "statistics" / f"{key}.pt"
+            self._files[name] = path, metric
             if broadcast(rank() == 0 and self._read(name, path, metric)):
                 for part in metric.of_originals:
                     state = metric.states.pop(part)
@@ -202,12 +196,6 @@ class Originals:
         return True
 
 
-def _within(found: ReferenceStatistics, allowed: float) -> bool:
-    """Whether no more of a reference was unreadable than may be."""
-    left_out = found.about.get("unreadable", 0)
-    return not too_many(left_out, found.pooled.n + left_out, allowed)
-
-
 def _found(path: Path, warnings: list[str]) -> ReferenceStatistics | None:
     """The statistics in a file of the cache; None, and a warning, where it is damaged."""
     if not is_cached(path):
@@ -227,15 +215,16 @@ def _open_reference(
     ADM's files hold both: statistics of the whole set, and images of which precision and recall take the features.
     """
     if isinstance(reference, ImageSet) or Path(reference).suffix not in ARRAYS:
-        images = open_set(reference, split, protocol.size, 3, options.pixel_limit, options.max_unreadable)
-        return None, Pictures(images, protocol, transform_of(protocol), options.workers)
+        real = open_set(reference, split, protocol.size, 3, options.pixel_limit, options.max_unreadable)
+        return None, Pictures(real, protocol, transform_of(protocol), options.workers)
     path = expanded(reference)
-    arrays = arrays_in(path)
-    if "arr_0" in arrays and "mu" not in arrays:
+    with open_arrays(path) as arrays:
+        images, statistics = "arr_0" in arrays, "mu" in arrays
+    if images and not statistics:
         return None, Archive(path)
     known = read_statistics(path)
     _check_statistics(known, path, protocol, network)
-    complete = known.features is not None or "arr_0" not in arrays
+    complete = known.features is not None or not images
     return known, None if complete else Archive(path, limit=protocol.reference_features)
 
 

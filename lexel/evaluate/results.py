@@ -204,19 +204,19 @@ def as_result(
             "size": list(source.size),
             "unreadable": counted(visited.unreadable),
         },
-        "versions": {
-            "lexel": __version__,
-            "commit": commit(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": {**versions(), "commit": commit()},
         "device": str(where.device),
         "machine": machine(where.device),
         "precision": identity["precision"],
         "processes": processes(),
         "seconds": round(time.monotonic() - started, 1),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result was made with."""
+    python = platform.python_version()
+    return {"lexel": __version__, "torch": torch.__version__, "numpy": np.__version__, "python": python}
 
 
 def _difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Difference:

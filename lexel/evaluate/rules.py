@@ -2,7 +2,6 @@
 
 from lexel import networks, registry
 from lexel.data import TRANSFORMS
-from lexel.errors import unknown
 from lexel.evaluate.metrics import GROUP, METRICS
 from lexel.evaluate.sources import NATIVE
 from lexel.losses.perceptual import NETWORKS
@@ -19,8 +18,8 @@ def find_protocol(name: str | Protocol) -> Protocol:
     found = protocol(name)
     if isinstance(name, str):
         return found
-    if found.transform not in TRANSFORMS and found.transform != NATIVE:
-        raise unknown("transform", found.transform, TRANSFORMS)
+    if found.transform != NATIVE:
+        registry.lookup(TRANSFORMS, found.transform, "transform")
     registry.lookup(networks.FEATURE_NETWORKS, found.network, "feature network", networks.GROUP)
     for network in found.lpips:
         registry.lookup(NETWORKS, network, "LPIPS network")

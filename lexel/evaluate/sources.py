@@ -23,9 +23,10 @@ from lexel.data import (
 )
 from lexel.data.images import digest
 from lexel.data.tokens import INDEX, TokenSet
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.metrics import NpzImages, Protocol
 from lexel.metrics.pixels import divided_in_float64
+from lexel.registry import lookup
 from lexel.regular import expanded
 from lexel.runtime import Runtime
 from lexel.token_spec import TokenSpec
@@ -82,8 +83,7 @@ class Pictures(Source):
         self._transform, self._workers = transform, workers
         self._in_float64 = protocol.division == "float64" and images.depth == 8
         self.size = (0, 0) if transform is None else (transform.size, transform.size)
-        labels = self.images.labels
-        self.sorted_by_class = labels is not None and _ascending(labels)
+        self.sorted_by_class = _ascending(self.images.labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -114,8 +114,7 @@ class Archive(Source):
         self.size = (self._images.shape[1], self._images.shape[2])
         with open_arrays(path) as arrays:
             if "arr_1" in arrays and np.issubdtype(arrays.header("arr_1").dtype, np.integer):
-                labels = arrays.read("arr_1").ravel()[: self._count].tolist()
-                self.sorted_by_class = _ascending(labels)
+                self.sorted_by_class = _ascending(arrays.read("arr_1").ravel()[: self._count].tolist())
 
     def __len__(self) -> int:
         return self._count
@@ -143,8 +142,7 @@ class Tokens(Source):
         if self._count:
             images, _ = next(self.batches([0], 1))
             self.size = (images.shape[-2], images.shape[-1])
-        labels = None if tokens.labels is None else tokens.labels[: self._count].tolist()
-        self.sorted_by_class = labels is not None and _ascending(labels)
+        self.sorted_by_class = _ascending(None if tokens.labels is None else tokens.labels[: self._count].tolist())
 
     def __len__(self) -> int:
         return self._count
@@ -243,9 +241,9 @@ def open_set(
     return open_images(source, split, size, channels=channels, pixel_limit=pixel_limit, max_unreadable=max_unreadable)
 
 
-def _ascending(labels: Sequence[int]) -> bool:
+def _ascending(labels: Sequence[int] | None) -> bool:
     """Whether there are several classes and they come one after the other."""
-    return len(set(labels)) > 1 and all(a <= b for a, b in pairwise(labels))
+    return labels is not None and len(set(labels)) > 1 and all(a <= b for a, b in pairwise(labels))
 
 
 def resized(protocol: Protocol, size: int | Literal["native"] | None) -> Protocol:
@@ -259,6 +257,4 @@ def transform_of(protocol: Protocol) -> Transform | None:
     """The transform of a protocol; None leaves images whole."""
     if protocol.transform == NATIVE:
         return None
-    if protocol.transform not in TRANSFORMS:
-        raise unknown("transform", protocol.transform, TRANSFORMS)
-    return TRANSFORMS[protocol.transform](protocol.size)
+    return lookup(TRANSFORMS, protocol.transform, "transform")(protocol.size)

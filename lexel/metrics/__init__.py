@@ -11,9 +11,7 @@ from lexel.metrics.pixels import psnr, psnr_of, squared_error, ssim
 from lexel.metrics.protocols import PROTOCOLS, Protocol
 from lexel.metrics.statistics import (
     NpzImages,
-    NpzWriter,
     ReferenceStatistics,
-    arrays_in,
     read_statistics,
     write_statistics,
 )
@@ -30,13 +28,11 @@ __all__ = [
     "MomentState",
     "Moments",
     "NpzImages",
-    "NpzWriter",
     "PrecisionRecall",
     "Protocol",
     "ReferenceStatistics",
     "ScoreState",
     "WindowUsage",
-    "arrays_in",
     "contiguous_splits",
     "deal",
     "frechet_distance",

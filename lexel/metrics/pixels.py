@@ -24,7 +24,6 @@ ROUNDINGS = {
 }
 CHANNELS = ("rgb", "luma")
 WINDOW_SIDES = {"uniform": 7, "gaussian": 11}  # pixels
-WINDOWS = tuple(WINDOW_SIDES)
 
 
 def on_unit_scale(images: Tensor, rounding: str = "float") -> Tensor:
@@ -98,8 +97,8 @@ def ssim(
         data_range: the range that the two stabilising constants are made for. The images here span 1; published code
             that passes 2 gets far higher values.
     """
-    if window not in WINDOWS:
-        raise unknown("SSIM window", window, WINDOWS)
+    if window not in WINDOW_SIDES:
+        raise unknown("SSIM window", window, WINDOW_SIDES)
     a, b = _prepared(images, reconstructions, rounding, channels)
     weights, sample_factor = _window(window)
     if min(a.shape[-2:]) < len(weights):

@@ -233,7 +233,7 @@ def protocol(name: str | Protocol) -> Protocol:
     for what, given, choices in (
         *(("rounding", rounding, pixels.ROUNDINGS) for rounding in roundings),
         *(("channels", channels, pixels.CHANNELS) for channels in (name.psnr.channels, name.ssim.channels)),
-        ("SSIM window", name.ssim.window, pixels.WINDOWS),
+        ("SSIM window", name.ssim.window, pixels.WINDOW_SIDES),
         ("resize rule", name.resize, RESIZE),
         ("division", name.division, DIVISIONS),
         ("file", name.file, FILES),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lexel.arrays import ONLY, ArrayFile, NpzWriter, open_arrays
+from lexel.arrays import ONLY, ArrayFile, open_arrays
 from lexel.checkpoint import atomic
 from lexel.errors import UsageError
 from lexel.metrics.moments import Moments
@@ -91,16 +91,6 @@ def _about(text: str, path: Path) -> dict[str, Any]:
     return about
 
 
-def arrays_in(path: str | Path) -> set[str]:
-    """The names of the arrays in an .npz file.
-
-    Raises:
-        UsageError: there is no such file, or it is no .npz.
-    """
-    with open_arrays(path) as arrays:
-        return set(arrays.names)
-
-
 def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
     """Writes statistics as .npz (`mu`, `sigma`, ... in float64), atomically."""
     path = Path(path)
@@ -157,6 +147,3 @@ class NpzImages:
                     chosen = torch.tensor(list(numbers[first : position + 1]))
                     yield chosen, torch.from_numpy(np.stack(chunk))
                     chunk = []
-
-
-__all__ = ["NpzImages", "NpzWriter", "ReferenceStatistics", "arrays_in", "read_statistics", "write_statistics"]

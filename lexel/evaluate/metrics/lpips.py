@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lexel import checkpoint
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.evaluate.metric import Batch, Context, Metric, too_small
 from lexel.losses import LPIPS
 from lexel.losses.perceptual import NETWORKS
 from lexel.metrics import MeanState
 from lexel.metrics.pixels import on_unit_scale
+from lexel.registry import lookup
 
 
 class LPIPSDistance(Metric):
@@ -22,8 +23,7 @@ class LPIPSDistance(Metric):
         super().__init__(context)
         self.networks: dict[str, LPIPS] = {}
         for name in context.protocol.lpips:
-            if name not in NETWORKS:
-                raise unknown("LPIPS network", name, NETWORKS)
+            lookup(NETWORKS, name, "LPIPS network")
             try:
                 network = (loaded or {}).get(name) or LPIPS(name).to(context.device)
             except UsageError as error:  # its weights are not found
