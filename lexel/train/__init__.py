@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
 from lexel import config
 
@@ -64,17 +64,13 @@ def train(
     from lexel.report import write_report
     from lexel.train.recipes import TokenizerRecipe
 
-    result: TrainingResult[Tokenizer] | TrainingResult[Generator]
+    loop: Any
     if isinstance(recipe, TokenizerRecipe):
-        from lexel.train.tokenizer import train_tokenizer
-
-        tokenizer = cast("Tokenizer | None", initial)
-        result = train_tokenizer(recipe, out, device=device, initial=tokenizer, progress=progress)
+        from lexel.train.tokenizer import train_tokenizer as loop
     else:
-        from lexel.train.generator import train_generator
-
-        generator = cast("Generator | None", initial)
-        result = train_generator(recipe, out, device=device, initial=generator, progress=progress)
+        from lexel.train.generator import train_generator as loop
+    result: TrainingResult[Tokenizer] | TrainingResult[Generator]
+    result = loop(recipe, out, device=device, initial=initial, progress=progress)
     if launched_rank() == 0:
         write_report(out)
     return result

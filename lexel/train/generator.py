@@ -110,11 +110,13 @@ class Learner:
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         average = {} if self.average is None else {"average": self.average.state_dict()}
+        optimizer = get_optimizer_state_dict(self.generator, self.optimizer, options=whole)
+        return {**self._plain(), "model": self.tensors(), **average, "optimizer": optimizer}
+
+    def _plain(self) -> dict[str, Any]:
+        """The part of the state that no process holds a share of."""
         return {
             "config": self.generator.config.model_dump(mode="json"),
-            "model": self.tensors(),
-            **average,
-            "optimizer": get_optimizer_state_dict(self.generator, self.optimizer, options=whole),
             "scaler": self.scaler.state_dict(),
             "means": self.means.state_dict(),
         }
@@ -129,13 +131,7 @@ class Learner:
         group = self._writers
         assert group is not None
         tensors, groups = self._shared_tensors()
-        plain = {
-            "config": self.generator.config.model_dump(mode="json"),
-            "param_groups": groups,
-            "scaler": self.scaler.state_dict(),
-            "means": self.means.state_dict(),
-        }
-        return plain, lambda folder: shards.begin(folder, tensors, group)
+        return {**self._plain(), "param_groups": groups}, lambda folder: shards.begin(folder, tensors, group)
 
     def _shared_tensors(self) -> tuple[dict[str, Any], Any]:
         """Weights and moments, of which each process holds its share or all; and the optimizer's options."""
@@ -208,10 +204,8 @@ class Learner:
         norm = optimizer_step(self.optimizer, self.scaler, list(self.generator.parameters()), self.config.clip)
         if self.average is not None:
             self.average.update(self.generator)
-        if self.config.fsdp:
-            from torch.distributed.tensor import DTensor
-
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if hasattr(norm, "full_tensor"):  # of weights spread over the processes
+            norm = norm.full_tensor()
         if logged.keys() == {"nll"}:  # the loss is the likelihood: told in bits, as validation tells it
             logged = {"bits_per_token": total / math.log(2)}
         return {"loss": total, **logged, "gradient_norm": norm}

@@ -51,10 +51,8 @@ class Objective(nn.Module):
     def __init__(self, train: "TrainConfig", model: TokenizerConfig, size: int) -> None:
         super().__init__()
         self.weights = dict(train.weights)
-        losses: dict[str, Loss] = {}
-        for name in image_terms(train):
-            if name != "adversarial" and train.weights.get(name):
-                losses[name] = loss_of(train, name)
+        weighed = [name for name in image_terms(train) if name != "adversarial" and train.weights.get(name)]
+        losses = {name: loss_of(train, name) for name in weighed}
         self.losses = nn.ModuleDict(losses)
         for name, loss in losses.items():
             if loss.colour and model.autoencoder.channels != 3:

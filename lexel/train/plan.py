@@ -124,11 +124,7 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
     with without_weights():
         images = torch.empty(batch, recipe.data.channels, recipe.data.size, recipe.data.size)
         z, kept = kept_for_backward(tokenizer, partial(encoded, tokenizer), images)
-        _, of_decoder = kept_for_backward(tokenizer, tokenizer.decoder, decodable(tokenizer, z))
-    learned = sum(parameter.numel() for parameter in tokenizer.parameters())
-    frozen = sum(count for name, count in parameters.items() if name.endswith("(frozen)"))
-    kept += of_decoder
-    with without_weights():
+        kept += kept_for_backward(tokenizer, tokenizer.decoder, decodable(tokenizer, z))[1]
         if "discriminator" in networks:  # real and made, while the tokenizer's graph waits
             kept += 2 * kept_for_backward(networks["discriminator"], networks["discriminator"], images)[1]
         losses = {name: loss for name, loss in networks.items() if isinstance(loss, Loss)}
@@ -138,6 +134,8 @@ def _tokenizer(recipe: TokenizerRecipe, processes: int) -> Plan:
         for loss in losses.values():
             inputs = LossInputs(images, images.clone().requires_grad_(True), features)
             kept += kept_for_backward(loss, loss, inputs)[1]
+    learned = sum(parameter.numel() for parameter in tokenizer.parameters())
+    frozen = sum(count for name, count in parameters.items() if name.endswith("(frozen)"))
     memory = {
         "weights and optimizers": (sum(parameters.values()) - frozen) * LEARNED,
         "average of the weights": learned * 4,

@@ -107,13 +107,12 @@ class Processes:
 
     # ------------------------------------------------------------------------------------------ numbers and decisions
 
-    def reduce(self, values: Sequence[Tensor | float], operation: str = "mean") -> list[float]:
-        """The means (or "sum", "max") over processes of a few scalars. Waits for the device."""
+    def reduce(self, values: Sequence[Tensor | float], largest: bool = False) -> list[float]:
+        """The means (or the largest) over processes of a few scalars. Waits for the device."""
         stacked = torch.stack([torch.as_tensor(value).detach().cpu().double() for value in values])
         if self._hosts is not None:
-            dist.all_reduce(stacked, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM, self._hosts)
-            if operation == "mean":
-                stacked /= self.count
+            dist.all_reduce(stacked, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, self._hosts)
+            stacked /= 1 if largest else self.count
         return stacked.tolist()
 
     def any(self, flag: bool) -> bool:

@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -14,7 +14,7 @@ from lexel import registry
 from lexel.autoencoders import AUTOENCODERS
 from lexel.config import Config
 from lexel.data.config import DataConfig
-from lexel.errors import UsageError, unknown
+from lexel.errors import UsageError
 from lexel.losses import DISCRIMINATOR_LOSSES, DISCRIMINATORS, GENERATOR_LOSSES, discriminator, perturbation
 from lexel.quantizers import QUANTIZERS
 from lexel.runtime import without_weights
@@ -156,13 +156,8 @@ class DiscriminatorConfig(Config):
 
     @model_validator(mode="after")
     def _known(self) -> "DiscriminatorConfig":
-        tables: dict[str, Mapping[str, Any]] = {
-            "loss": DISCRIMINATOR_LOSSES,
-            "generator_loss": GENERATOR_LOSSES,
-        }
-        for name, table in tables.items():
-            if getattr(self, name) not in table:
-                raise unknown(name, getattr(self, name), table)
+        registry.lookup(DISCRIMINATOR_LOSSES, self.loss, "loss")
+        registry.lookup(GENERATOR_LOSSES, self.generator_loss, "generator_loss")
         refuse_unused(self, ("lecam_decay",), self.lecam > 0, "lecam")
         refuse_unused(self, ("adaptive_over",), self.adaptive, "adaptive")
         network = registry.lookup(DISCRIMINATORS, self.kind, "discriminator", discriminator.GROUP)

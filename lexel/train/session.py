@@ -358,7 +358,7 @@ class Session:
         assert self._learner is not None
         assert self._first_bad is not None
         scaler = self._learner.scaler
-        found = self.processes.reduce(list(-self._first_bad), "max")
+        found = self.processes.reduce(list(-self._first_bad), largest=True)
         since = {name: -value for name, value in zip(GUARDED, found, strict=True) if math.isfinite(value)}
         if scaler.is_enabled():
             since.pop("gradient_norm", None)
