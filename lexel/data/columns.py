@@ -5,11 +5,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self
 
-from lexel.data.parquet import CAPTION, LABEL
+from lexel.data.files import Decoding
+from lexel.data.images import EncodedImages
 from lexel.data.remote import is_remote, open_location
 from lexel.errors import UsageError
 
 IMAGE = ("image", "img", "jpg", "jpeg", "png", "webp")
+LABEL = ("label", "labels", "cls", "class", "fine_label")
+CAPTION = ("caption", "text", "txt", "prompt")
+
+
+def find_column(
+    name: str | Path, columns: Sequence[str], wanted: Mapping[str, str], kind: str, usual: Sequence[str]
+) -> str | None:
+    """The column of a kind that is asked for, or the first with a usual name; None where it may be missing.
+
+    Raises:
+        UsageError: there is none of the name that is asked for, or none of images.
+    """
+    column = wanted.get(kind) or next((one for one in usual if one in columns), None)
+    if column not in columns and (column or kind == "image"):
+        what = f"no column {column!r}" if column else f"no column of images ({', '.join(usual)})"
+        raise UsageError(f"{name} has {what}; its columns are {', '.join(columns)}: add ?{kind}=COLUMN")
+    return column
 
 
 class Columns(NamedTuple):
@@ -31,14 +49,8 @@ class Columns(NamedTuple):
         Raises:
             UsageError: there is no column of images, or none of a name that is asked for.
         """
-        found = []
-        for kind, usual in (("image", IMAGE), ("label", LABEL), ("caption", CAPTION)):
-            column = wanted.get(kind) or next((one for one in usual if one in columns), None)
-            if column not in columns and (column or kind == "image"):
-                what = f"no column {column!r}" if column else "no column of images"
-                raise UsageError(f"{name} has {what}; its columns are {', '.join(columns)}: add ?{kind}=COLUMN")
-            found.append(column)
-        image, label, caption = found
+        kinds = (("image", IMAGE), ("label", LABEL), ("caption", CAPTION))
+        image, label, caption = (find_column(name, columns, wanted, kind, usual) for kind, usual in kinds)
         assert image is not None
         return cls(image, label, caption)
 
@@ -72,6 +84,32 @@ class Columns(NamedTuple):
         if "caption" in wanted:
             raise UsageError(f"{name}: the column {self.caption!r} must hold a text for every image")
         return None
+
+
+class TableImages(EncodedImages):
+    """Pictures of the rows of a table of the `datasets` library, decoded as files are; base of sets and streams.
+
+    Args:
+        decoding: how bytes become arrays.
+        rows: by number; the image column is not decoded.
+        column: of the images.
+        names, labels, classes: as in ImageSet.
+    """
+
+    def __init__(
+        self,
+        decoding: Decoding,
+        rows: Any,
+        column: str,
+        names: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: Sequence[str],
+    ) -> None:
+        super().__init__(decoding, names, labels, classes)
+        self.rows, self.column = rows, column
+
+    def open(self, number: int) -> IO[bytes]:
+        return encoded_image(self.rows[number][self.column])
 
 
 def encoded_image(value: Any) -> IO[bytes]:

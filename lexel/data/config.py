@@ -102,28 +102,26 @@ def open_data(config: DataConfig, progress: ProgressCallback | None = None) -> t
         except NoSplit:
             return opened(config.source)
 
-    validation = config.validation
-    if validation is None:
-        try:
-            measuring = opened(config.source, "validation")
-            training = opened(config.source, "train")
-            return _cached(config, training, measuring)
-        except NoSplit:
-            validation = HELD_OUT
-    if isinstance(validation, str):
-        if validation in SPLITS:
-            return _cached(config, opened(config.source, "train"), opened(config.source, validation))
-        return _cached(config, training_part(), opened(validation))
-    everything = training_part()
-    if len(everything) == 1:
-        warn(f"{config.source} has a single image; it is used for training and for validation", stacklevel=2)
-        return _cached(config, everything, everything)
-    return _cached(config, *everything.hold_out(validation))
+    def both_parts() -> tuple[ImageSet, ImageSet]:
+        validation = config.validation
+        if validation is None:
+            try:
+                measuring = opened(config.source, "validation")
+                return opened(config.source, "train"), measuring
+            except NoSplit:
+                validation = HELD_OUT
+        if isinstance(validation, str):
+            if validation in SPLITS:
+                return opened(config.source, "train"), opened(config.source, validation)
+            return training_part(), opened(validation)
+        everything = training_part()
+        if len(everything) == 1:
+            warn(f"{config.source} has a single image; it is used for training and for validation", stacklevel=3)
+            return everything, everything
+        return everything.hold_out(validation)
 
-
-def _cached(config: DataConfig, training: ImageSet, measuring: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Both sets, each with its decoded pictures in memory where they are read in this process."""
-    if config.workers == 0 and config.memory > 0:
+    training, measuring = both_parts()
+    if config.workers == 0 and config.memory > 0:  # read in this process, which keeps what it has decoded
         limit = int(config.memory * 2**30)
         return CachedImages(training, limit), CachedImages(measuring, limit)
     return training, measuring

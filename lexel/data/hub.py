@@ -1,12 +1,11 @@
 """Image sets of the `datasets` library: a name on its hub, or a folder that `save_to_disk` wrote."""
 
-from collections.abc import Sequence
-from typing import IO, Any
+from typing import Any
 
-from lexel.data.columns import Columns, encoded_image
-from lexel.data.files import Decoding, in_words
+from lexel.data.columns import Columns, TableImages
+from lexel.data.files import in_words
 from lexel.data.folder import SPLITS, NoSplit
-from lexel.data.images import EncodedImages, ImageSet, digest
+from lexel.data.images import ImageSet, digest
 from lexel.data.names import numbered
 from lexel.data.options import OpenOptions, parse_query
 from lexel.data.shard_locations import expand_locations
@@ -17,33 +16,11 @@ from lexel.regular import expanded
 KEYS = ("config", "revision", "files", "split", "image", "label", "caption", "streaming", "count", "window")
 
 
-class HubImages(EncodedImages):
-    """Pictures of a map-style `datasets.Dataset`, decoded as files are.
-
-    Args:
-        decoding: how bytes become arrays.
-        table: the data set, its image column set not to decode.
-        column: of the images.
-        names, labels, classes: as in ImageSet.
-    """
-
-    def __init__(
-        self,
-        decoding: Decoding,
-        table: Any,
-        column: str,
-        names: Sequence[str],
-        labels: Sequence[int] | None,
-        classes: Sequence[str],
-    ) -> None:
-        super().__init__(decoding, names, labels, classes)
-        self.table, self.column = table, column
-
-    def open(self, number: int) -> IO[bytes]:
-        return encoded_image(self.table[number][self.column])
+class HubImages(TableImages):
+    """Pictures of a map-style `datasets.Dataset`."""
 
     def fingerprint(self) -> str:
-        return digest(["datasets", self.table._fingerprint, len(self), self.column])
+        return digest(["datasets", self.rows._fingerprint, len(self), self.column])
 
 
 def open_datasets(location: str, options: OpenOptions) -> ImageSet:

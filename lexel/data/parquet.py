@@ -8,6 +8,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from lexel.data.columns import CAPTION, LABEL, find_column
 from lexel.data.files import Decoding, in_words
 from lexel.data.folder import NoSplit
 from lexel.data.held_out import class_numbers
@@ -19,8 +20,6 @@ from lexel.errors import UsageError
 from lexel.regular import open_regular
 
 IMAGE = ("image", "img", "jpg", "jpeg", "png", "image_bytes", "bytes")
-LABEL = ("label", "labels", "cls", "class", "fine_label")
-CAPTION = ("caption", "text", "txt", "prompt")
 NAME = ("name", "file_name", "filename", "path", "key", "__key__")
 
 
@@ -85,9 +84,10 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
     path, _, query = location.partition("?")
     if options.split is not None:
         raise NoSplit(f"{path} has no split {options.split!r}; give its files alone")
-    wanted = parse_query(f"parquet:{path}", query, ("image", "label", "caption", "name"))
+    kinds = {"image": IMAGE, "label": LABEL, "caption": CAPTION, "name": NAME}
+    wanted = parse_query(f"parquet:{path}", query, [*kinds])
     files = expand(path, ".parquet")
-    column = label = caption = name = ""
+    found: dict[str, str | None] = {}
     classes: list[str] = []
     groups, columns = [], {"label": [], "caption": [], "name": []}  # type: ignore[var-annotated]
     for number, file in enumerate(files):
@@ -96,17 +96,14 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
                 table = pq.ParquetFile(handle)
                 schema = table.schema_arrow
                 if number == 0:
-                    column = _column(file, schema, wanted.get("image"), IMAGE, needed="image")
-                    label = _column(file, schema, wanted.get("label"), LABEL)
-                    caption = _column(file, schema, wanted.get("caption"), CAPTION)
-                    name = _column(file, schema, wanted.get("name"), NAME)
-                    classes = _classes(schema, label)
+                    found = {kind: find_column(file, schema.names, wanted, kind, kinds[kind]) for kind in kinds}
+                    classes = _classes(schema, found["label"])
                 for group in range(table.num_row_groups):
                     rows = table.metadata.row_group(group).num_rows
                     groups.append(np.stack([np.full(rows, number), np.full(rows, group), np.arange(rows)], 1))
-                for what, source in (("label", label), ("caption", caption), ("name", name)):
-                    if source:
-                        columns[what] += table.read([source]).column(0).to_pylist()
+                for kind, values in columns.items():
+                    if found[kind]:
+                        values += table.read([found[kind]]).column(0).to_pylist()
         except _damage() as error:
             if isinstance(error, UsageError):
                 raise
@@ -118,8 +115,8 @@ def open_parquet(location: str, options: OpenOptions) -> ImageSet:
     if len(set(names)) < len(places):
         names = numbered(len(places))
     labels, classes = _labels(path, columns["label"], classes)
-    images = ParquetImages(options.decoding, files, column, places, names, labels, classes)
-    if caption and all(isinstance(text, str) for text in columns["caption"]):
+    images = ParquetImages(options.decoding, files, str(found["image"]), places, names, labels, classes)
+    if found["caption"] and all(isinstance(text, str) for text in columns["caption"]):
         images.captions = columns["caption"]
     return images
 
@@ -154,20 +151,7 @@ def _read_group(path: Path, group: int, column: str) -> Any:
         raise OSError(f"{path} is damaged: {in_words(error)[:200]}") from None
 
 
-def _column(file: Path, schema: Any, wanted: str | None, usual: Sequence[str], needed: str = "") -> str:
-    """The name of a column: the one that is wanted, or the first of the usual ones; empty where it need not be."""
-    if wanted is not None and wanted not in schema.names:
-        raise UsageError(f"{file} has no column {wanted!r}; its columns are {', '.join(schema.names)}")
-    found = wanted or next((name for name in usual if name in schema.names), "")
-    if needed and not found:
-        raise UsageError(
-            f"{file} has no column of images ({', '.join(usual)}); its columns are {', '.join(schema.names)}: "
-            f"add ?{needed}=COLUMN"
-        )
-    return found
-
-
-def _classes(schema: Any, label: str) -> list[str]:
+def _classes(schema: Any, label: str | None) -> list[str]:
     """The names of classes that the `datasets` library keeps in a file's metadata."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -9,13 +9,13 @@ import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 from warnings import warn
 
-from lexel.data.columns import Columns, encoded_image
+from lexel.data.columns import Columns, TableImages
 from lexel.data.files import Decoding, in_words
 from lexel.data.held_out import hold_out_order
-from lexel.data.images import EncodedImages, ImageSet, digest
+from lexel.data.images import ImageSet, digest
 from lexel.data.names import numbered
 from lexel.data.options import OpenOptions, whole_number
 from lexel.errors import UsageError
@@ -66,17 +66,13 @@ class Forwards:
         if self._read is None or number < self._next:
             self._forget()
             self._next = max(0, number - number % self.kept)
-            self._read = self._begun(self._next)
+            # By `iter`, since iterating over a stream shares it between the workers of a loader.
+            self._read = (self.stream.skip(self._next) if self._next else self.stream).iter(batch_size=1)
         while self._next <= number:
             self._rows[self._next] = self._following()
             self._rows.pop(self._next - 2 * self.kept, None)
             self._next += 1
         return self._rows[number]
-
-    def _begun(self, first: int) -> Iterator[dict[str, list[Any]]]:
-        """The stream from a row on. By `iter`, since iterating over it shares it between the workers of a loader."""
-        begun: Iterator[dict[str, list[Any]]] = (self.stream.skip(first) if first else self.stream).iter(batch_size=1)
-        return begun
 
     def _following(self) -> dict[str, Any]:
         assert self._read is not None
@@ -92,8 +88,8 @@ class Forwards:
         return {**self.__dict__, "_rows": {}, "_read": None}
 
 
-class StreamedImages(EncodedImages):
-    """Pictures of a stream, decoded as files are.
+class StreamedImages(TableImages):
+    """Pictures of a stream.
 
     Args:
         decoding: how bytes become arrays.
@@ -114,11 +110,8 @@ class StreamedImages(EncodedImages):
         labels: Sequence[int] | None,
         classes: Sequence[str],
     ) -> None:
-        super().__init__(decoding, numbered(rows.count), labels, classes)
-        self.rows, self.column, self.window, self.identity = rows, column, window, dict(identity)
-
-    def open(self, number: int) -> IO[bytes]:
-        return encoded_image(self.rows[number][self.column])
+        super().__init__(decoding, rows, column, numbered(rows.count), labels, classes)
+        self.window, self.identity = window, dict(identity)
 
     def fingerprint(self) -> str:
         """Of the stream's name, its number of images, labels and captions: their pixels are not read for it."""

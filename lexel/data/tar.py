@@ -162,20 +162,17 @@ def _open_shards(
     own = np.concatenate([index.labels for index in indexes])
     captions = Names.joined([index.captions for index in indexes])
     labels, classes = None, []
-    chosen = np.arange(len(names))
-    if (own != NO_LABEL).any() and options.split is None:
-        if (own == NO_LABEL).any():
-            warn(
-                f"{location}: no labels are used, since {(own == NO_LABEL).sum():,} of {len(own):,} images have none",
-                stacklevel=3,
-            )
-        else:
-            labels, classes = own.tolist(), [str(number) for number in range(int(own.max()) + 1)]
-    else:
+    chosen, labelled = np.arange(len(names)), own != NO_LABEL
+    if options.split is not None or not labelled.any():
         part = part_of_names(location, names, options.split)
         chosen, names, labels, classes = np.array(part.numbers, np.int64), part.names, part.labels, part.classes
-        if (own[chosen] != NO_LABEL).all() and len(chosen):
-            labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
+    elif not labelled.all():
+        warn(
+            f"{location}: no labels are used, since {(~labelled).sum():,} of {len(own):,} images have none",
+            stacklevel=3,
+        )
+    if labelled[chosen].all() and len(chosen):
+        labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
     images = TarImages(options.decoding, shards, versions, places[chosen], names, labels, classes)
     if not captions.blank:
         images.captions = captions.take(chosen)
@@ -208,14 +205,12 @@ def index_shards(
     shards: Sequence[Location], versions: Sequence[Version | None], options: OpenOptions
 ) -> list[ShardIndex]:
     """The index of every shard: from the cache where size and date of the shard are the same, else made anew."""
-    done = 0
-    indexes = []
+    indexes: list[ShardIndex] = []
     with ThreadPoolExecutor(min(8, len(shards))) as pool:
         for index in pool.map(_indexed, shards, versions):
             indexes.append(index)
-            done += 1
             if options.progress is not None:
-                options.progress(done, len(shards))
+                options.progress(len(indexes), len(shards))
     return indexes
 
 

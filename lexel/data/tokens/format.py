@@ -142,6 +142,16 @@ def index_dtype(codebook_size: int) -> np.dtype[Any]:
     return np.min_scalar_type(codebook_size - 1)
 
 
+def find_manifest(folder: Path) -> Path | None:
+    """What a folder says of its tokens, be their writing finished or not; None for a folder of something else."""
+    return next((folder / name for name in (INDEX, MANIFEST_PARTIAL) if (folder / name).is_file()), None)
+
+
+def plan_of(facts: dict[str, Any]) -> dict[str, Any]:
+    """The plan of an encoding, of all that its `tokens.json` says."""
+    return {name: value for name, value in facts.items() if name not in (CHECKSUM, "shards")}
+
+
 def read_manifest(path: Path) -> tuple[Manifest, dict[str, Any]]:
     """Reads a `tokens.json` or `unfinished.json`, checked, and all its keys.
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from lexel.checkpoint import atomic
 from lexel.data.tokens.format import (
-    CHECKSUM,
-    INDEX,
-    MANIFEST_PARTIAL,
     Manifest,
     features_path,
+    find_manifest,
+    plan_of,
     read_manifest,
     read_shard_description,
     shard_path,
@@ -72,11 +71,11 @@ def merge_tokens(folder: str | Path, parts: Sequence[str | Path], progress: Prog
 
 def _plan(source: Path) -> tuple[Manifest, dict[str, Any]]:
     """The encoding's options as a part records them."""
-    found = next((source / name for name in (INDEX, MANIFEST_PARTIAL) if (source / name).is_file()), None)
+    found = find_manifest(source)
     if found is None:
         raise UsageError(f"{source} holds no tokens; give folders that `lexel encode --part I/N` wrote")
-    manifest, plan = read_manifest(found)
-    return manifest, {name: value for name, value in plan.items() if name not in (CHECKSUM, "shards")}
+    manifest, facts = read_manifest(found)
+    return manifest, plan_of(facts)
 
 
 def _take(source: Path, folder: Path, shard: int, manifest: Manifest) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 
 from lexel.checkpoint import atomic, atomic_write
 from lexel.data.tokens.format import (
-    CHECKSUM,
     INDEX,
     features_path,
     index_dtype,
+    plan_of,
     read_manifest,
     read_shard_description,
     sealed,
@@ -44,9 +44,8 @@ def remap_tokens(
     """
     folder, facts = Path(folder), tokens.facts
     dtype = index_dtype(len(kept))
-    plan: dict[str, Any] = {name: value for name, value in facts.items() if name not in (CHECKSUM, "shards")}
     origin = {"pruned_from": tokens.fingerprint, "codebook_size": tokens.codebook_size}
-    plan |= {
+    plan = plan_of(facts) | {
         "codebook_size": len(kept),
         "dtype": dtype.name,
         "fingerprint": fingerprint,

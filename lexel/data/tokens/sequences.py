@@ -324,9 +324,8 @@ def export_sequences(
     sides = sides or max((side for grid in grids for side in grid), default=0)
     grid = largest(tokens.books, sides) if grids else tokens.grid
     form = SequenceFormat(grid, tokens.codebook_size, offset, rows, ends, sides)
-    if grids:
-        for grid in grids:
-            form.of_grid((*form.grid[:-2], *grid))  # raises where sides are too few
+    for grid in grids:
+        form.of_grid((*form.grid[:-2], *grid))  # raises where sides are too few
     if text_ids is not None and tokens.captions is None:
         raise UsageError(f"the tokens in {tokens.folder} have no captions")
     index = [0]

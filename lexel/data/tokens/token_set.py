@@ -129,9 +129,7 @@ class TokenSet:
         manifest, facts = read_manifest(folder / INDEX)
         if manifest.shards is None:
             raise UsageError(f"{folder / INDEX} is damaged: it does not say how many shards there are")
-        shards = []
-        for number in range(manifest.shards):
-            shards.append(_complete_shard(folder, number, manifest))
+        shards = [_complete_shard(folder, number, manifest) for number in range(manifest.shards)]
         tokens = cls(folder, manifest, facts, shards, verify)
         if len(tokens.names) + len(tokens.unreadable) > manifest.images:
             raise UsageError(

@@ -29,6 +29,7 @@ from lexel.data.tokens.format import (
     digest,
     digest_of_names,
     features_path,
+    find_manifest,
     index_dtype,
     read_manifest,
     read_shard_description,
@@ -222,11 +223,10 @@ def begin(folder: Path, plan: dict[str, Any]) -> Manifest:
     """Makes the folder ours, or checks that it is ours already; what it says of its tokens."""
     if folder.is_file():
         raise UsageError(f"{folder} is a file; give a folder for the tokens")
-    for name in (INDEX, MANIFEST_PARTIAL):
-        if (folder / name).is_file():
-            manifest, found = read_manifest(folder / name)
-            check_plan(found, plan, f"{folder} holds tokens made in another way")
-            return manifest
+    if path := find_manifest(folder):
+        manifest, found = read_manifest(path)
+        check_plan(found, plan, f"{folder} holds tokens made in another way")
+        return manifest
     # Another process may begin at this very moment: what it writes first is not foreign.
     ours = (".partial-", "shard-", MANIFEST_PARTIAL, INDEX)
     if folder.is_dir() and any(not path.name.startswith(ours) for path in folder.iterdir()):
