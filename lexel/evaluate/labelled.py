@@ -12,15 +12,13 @@ from lexel.config import check
 from lexel.data import ImageSet, first_reason, ordered_batches
 from lexel.data.config import HELD_OUT, DataConfig, open_data
 from lexel.data.images import digest
-from lexel.data.tokens import INDEX, TokenSet, write_tokens
-from lexel.data.tokens.format import MANIFEST_PARTIAL
+from lexel.data.tokens import TokenSet, write_tokens
 from lexel.data.tokens.write import shards_of
 from lexel.data.unreadable import check_unreadable
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.parts import Part
 from lexel.provenance import public_name
-from lexel.regular import expanded
 from lexel.runtime import Runtime
 from lexel.token_spec import TokenSpec
 from lexel.tokenizer import Tokenizer
@@ -45,11 +43,6 @@ class Labelled(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def holds_tokens(source: str | Path) -> bool:
-    """Whether a folder holds tokens, be their writing finished or not."""
-    return any((expanded(source) / name).is_file() for name in (INDEX, MANIFEST_PARTIAL))
 
 
 def token_sets(

@@ -13,12 +13,12 @@ from lexel.data import PIXEL_LIMIT
 from lexel.data.unreadable import check_unreadable, too_many
 from lexel.distributed import broadcast, gather, processes, rank
 from lexel.errors import UsageError
-from lexel.evaluate.features import Networks
+from lexel.evaluate.features import Networks, described
 from lexel.evaluate.metric import Batch, Context, Metric, Values, unmet
 from lexel.evaluate.sources import Source
 from lexel.evaluate.stream import Partial, Visited
 from lexel.machine import commit
-from lexel.metrics import ReferenceStatistics
+from lexel.metrics import Protocol, ReferenceStatistics
 from lexel.parts import Part
 from lexel.runtime import ProgressCallback
 
@@ -198,6 +198,21 @@ def check_alike(measured: Mapping[str, list[str]], left_out: Mapping[str, str]) 
             raise UsageError(
                 f"processes 0 and {number} cannot measure the same ({lacking}); give every machine the same weights"
             )
+
+
+def identity_of(
+    kind: str, protocol: Protocol, metrics: Mapping[str, Metric], networks: Networks, source: Source, precision: str
+) -> dict[str, Any]:
+    """What an evaluation is of, as plain data: partial states of another one are refused."""
+    return {
+        "kind": kind,
+        "protocol": protocol.choices(),
+        "metrics": sorted(metrics),
+        "network": described(networks.main),
+        "weights": {name: metric.about() for name, metric in metrics.items()},
+        "source": source.listing(),
+        "precision": precision,
+    }
 
 
 def part_measured(part: Part, visited: Visited, warnings: Sequence[str]) -> dict[str, Any]:

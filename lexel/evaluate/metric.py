@@ -282,11 +282,8 @@ class Metric:
 
 def unmet(metric: type[Metric], context: Context) -> str | None:
     """Why a metric cannot be taken in this context; None where it can."""
-    missing = context.missing()
-    for need in NEEDS:
-        if need in metric.needs and need in missing:
-            return missing[need]
-    return metric.impossible(context)
+    reasons = (reason for need, reason in context.missing().items() if need in metric.needs)
+    return next(reasons, None) or metric.impossible(context)
 
 
 def too_small(context: Context, smallest: int, what: str) -> str | None:

@@ -19,13 +19,15 @@ from lexel.config import check
 from lexel.data import PIXEL_LIMIT
 from lexel.data.images import digest
 from lexel.data.tokens import TokenSet
+from lexel.data.tokens.format import find_manifest
 from lexel.data.unreadable import counted
 from lexel.errors import UsageError, unknown
 from lexel.evaluate.classifiers import PROBES, LogisticRegression, Probe, ProbeConfig, Table, fit
 from lexel.evaluate.feature_files import FeatureFiles
-from lexel.evaluate.labelled import Labelled, StageCallback, holds_tokens, images_as_tokens, token_sets
+from lexel.evaluate.labelled import Labelled, StageCallback, images_as_tokens, token_sets
 from lexel.evaluate.results import versions
 from lexel.parts import Part
+from lexel.regular import expanded
 from lexel.runtime import ProgressCallback, Runtime, runtime
 from lexel.tokenizer import Tokenizer
 
@@ -105,7 +107,7 @@ def probe(
     warnings: list[str] = []
     report = progress or (lambda stage, done, total: None)
 
-    if isinstance(source, TokenSet) or holds_tokens(source):
+    if isinstance(source, TokenSet) or find_manifest(expanded(source)):
         if size is not None:
             raise UsageError("size is of images; tokens have theirs")
         if folder is not None and features != "hidden":

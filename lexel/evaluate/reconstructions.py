@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from lexel.data import ImageSet
 from lexel.distributed import join
 from lexel.errors import UsageError
-from lexel.evaluate.features import Networks, described
-from lexel.evaluate.measure import Options, build_metrics, measure, part_measured, results_of
+from lexel.evaluate.features import Networks
+from lexel.evaluate.measure import Options, build_metrics, identity_of, measure, part_measured, results_of
 from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import Originals
@@ -105,16 +105,8 @@ def evaluate_tokenizer(
             with where.autocast():  # a square that does not fit is refused by the tokenizer
                 return reconstruct(tokenizer, chosen, images, numbers, padded=size == "native")
 
-        identity = {
-            "kind": "reconstruction",
-            "protocol": chosen.choices(),
-            "metrics": sorted(built),
-            "tokenizer": tokenizer.fingerprint(),
-            "network": described(networks.main),
-            "weights": {name: metric.about() for name, metric in built.items()},
-            "source": real.listing(),
-            "precision": options.precision,
-        }
+        identity = identity_of("reconstruction", chosen, built, networks, real, options.precision)
+        identity["tokenizer"] = tokenizer.fingerprint()
         visited = measure(real, built, reconstructed, options, identity)
         if options.part is not None:
             return part_measured(options.part, visited, warnings)

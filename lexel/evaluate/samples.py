@@ -1,6 +1,5 @@
 """Evaluation of generated images against real ones."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from lexel.data import ImageSet
 from lexel.data.tokens import TokenSet
 from lexel.distributed import join
 from lexel.errors import UsageError
-from lexel.evaluate.features import Networks, described
-from lexel.evaluate.measure import Options, build_metrics, measure, part_measured, results_of
+from lexel.evaluate.features import Networks
+from lexel.evaluate.measure import Options, build_metrics, identity_of, measure, part_measured, results_of
 from lexel.evaluate.metric import Batch, Context, SamplePlan
 from lexel.evaluate.metrics import wanted
 from lexel.evaluate.references import fingerprint_of, reference_statistics
@@ -22,7 +21,6 @@ from lexel.evaluate.rules import find_protocol
 from lexel.evaluate.sources import ImageTokenizer, open_samples, resized
 from lexel.evaluate.stream import discard_partial
 from lexel.metrics import Protocol, ReferenceStatistics
-from lexel.networks import FeatureNetwork
 from lexel.runtime import exact_float32, runtime
 
 
@@ -83,26 +81,22 @@ def evaluate_samples(
     with exact_float32(where.device.type):
         networks = Networks(chosen, network, weights, where.device)
 
-        def reference_of(used: FeatureNetwork, own: bool) -> ReferenceStatistics:
-            return reference_statistics(
-                reference,
-                chosen,
-                used,
-                split=split,
-                spatial=own and "spatial_frechet" in classes,
-                warnings=warnings,
-                options=dataclasses.replace(
-                    options, limit=None, part=None, resume=None if whole is None else whole / f"reference-{used.name}"
-                ),
-            )
-
         known: dict[str | None, ReferenceStatistics] = {}
         for name in dict.fromkeys(kind.network for kind in classes.values() if "features" in kind.needs):
             used = networks.get(name)
             if used is None:
                 continue
+            own_folder = None if whole is None else whole / f"reference-{used.name}"
             try:
-                known[name] = reference_of(used, name is None)
+                known[name] = reference_statistics(
+                    reference,
+                    chosen,
+                    used,
+                    split=split,
+                    spatial=name is None and "spatial_frechet" in classes,
+                    warnings=warnings,
+                    options=options.changed({"limit": None, "part": None, "resume": own_folder}),
+                )
             except UsageError as error:
                 if name is None:
                     raise
@@ -120,16 +114,8 @@ def evaluate_samples(
         def batch_of(images: Tensor, numbers: Tensor) -> Batch:
             return Batch(chosen, numbers, images.to(where.device))
 
-        identity = {
-            "kind": "generation",
-            "protocol": chosen.choices(),
-            "metrics": sorted(built),
-            "network": described(networks.main),
-            "weights": {name: metric.about() for name, metric in built.items()},
-            "source": fake.listing(),
-            "reference": {name or "": fingerprint_of(statistics) for name, statistics in known.items()},
-            "precision": options.precision,
-        }
+        identity = identity_of("generation", chosen, built, networks, fake, options.precision)
+        identity["reference"] = {name or "": fingerprint_of(statistics) for name, statistics in known.items()}
         visited = measure(fake, built, batch_of, options, identity)
         if options.part is not None:
             return part_measured(options.part, visited, warnings)

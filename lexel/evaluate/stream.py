@@ -95,10 +95,12 @@ class Partial:
             for path in sorted(self.folder.glob(self._pattern)):
                 state = checkpoint.load_state(path)
                 states = state.get("states")
-                if state.get("identity") != self.identity or not isinstance(states, Mapping):
-                    raise self._foreign()
-                if not metrics.keys() <= states.keys():
-                    raise self._foreign()
+                ours = state.get("identity") == self.identity
+                if not ours or not isinstance(states, Mapping) or not metrics.keys() <= states.keys():
+                    raise UsageError(
+                        f"{self.folder} holds the partial state of another evaluation; finish it with the same "
+                        "arguments, delete it, or give another folder"
+                    )
                 try:
                     part = Visited(len(visited.done))
                     part.load_state_dict(state.get("seen") or {})
@@ -123,12 +125,6 @@ class Partial:
     def save(self, metrics: Mapping[str, Metric], visited: Visited) -> None:
         kept = {name: metric.state_dict() for name, metric in metrics.items()}
         checkpoint.save_state(self.path, {"identity": self.identity, "states": kept, "seen": visited.state_dict()})
-
-    def _foreign(self) -> UsageError:
-        return UsageError(
-            f"{self.folder} holds the partial state of another evaluation; finish it with the same arguments, delete"
-            " it, or give another folder"
-        )
 
 
 def discard_partial(resume: str | Path | None) -> None:
