@@ -81,7 +81,6 @@ class BlurDiscriminator(nn.Module):
     """
 
     batch_norm: ClassVar[bool] = False
-    blur: Tensor
 
     def __init__(self, layers: int = 3, width: int = 128, taps: int = 4) -> None:
         super().__init__()
@@ -100,7 +99,7 @@ class BlurDiscriminator(nn.Module):
             nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding=2)
         )
         row = torch.tensor([math.comb(taps - 1, tap) for tap in range(taps)]) / 2 ** (taps - 1)
-        self.register_buffer("blur", torch.outer(row, row), persistent=False)
+        self.blur = nn.Buffer(torch.outer(row, row), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, h, w), high for patches taken for real, for images (B, 3, H, W) in [-1, 1]."""

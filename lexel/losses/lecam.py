@@ -19,14 +19,11 @@ class LeCAM(nn.Module):
         decay: of the running means, in [0, 1); the part of the old mean that is kept at each step.
     """
 
-    real_mean: Tensor
-    fake_mean: Tensor
-
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("real_mean", torch.zeros(()))
-        self.register_buffer("fake_mean", torch.zeros(()))
+        self.real_mean = nn.Buffer(torch.zeros(()))
+        self.fake_mean = nn.Buffer(torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         """Mean squared excess of real logits over the mean fake one, and of the mean real one over fake logits.

@@ -58,12 +58,9 @@ class Affine(ProjectedVQ):
         self._recall = Recall()
         self._recalled: tuple[Tensor, ...] | None = None  # the statistics of a forward pass that is repeated
         self.weight = nn.Parameter(torch.randn(codebook_size, codebook_dim))
-        self.register_buffer("mean", torch.zeros(codebook_dim))
-        self.register_buffer("covariance", torch.zeros(codebook_dim, codebook_dim).fill_diagonal_(1))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
-        self.mean: Tensor
-        self.covariance: Tensor
-        self.steps: Tensor
+        self.mean = nn.Buffer(torch.zeros(codebook_dim))
+        self.covariance = nn.Buffer(torch.zeros(codebook_dim, codebook_dim).fill_diagonal_(1))
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))  # training batches seen
         self.follow_use(restart_below)
 
     def _root(self, covariance: Tensor) -> Tensor:
@@ -118,7 +115,7 @@ class Affine(ProjectedVQ):
         mean = all_sum(vectors.sum(0)) / count
         centred = vectors - mean
         covariance = all_sum(centred.T @ centred) / count
-        self.steps += 1
+        self.steps.add_(1)
         rate = (1 / self.steps).clamp_min(1 - self.decay).to(mean)  # a plain mean until it is one of 1 / (1 - decay)
         self.mean.lerp_(mean, rate)
         self.covariance.lerp_(covariance, rate)

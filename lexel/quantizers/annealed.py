@@ -1,7 +1,7 @@
 """Quantizers with an annealed temperature: the base of Soft VQ and Gumbel."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.errors import UsageError
 from lexel.quantizers import bounds
@@ -18,15 +18,13 @@ class Annealed(Quantizer):
         tau_end: temperature at progress 1, above 0.
     """
 
-    progress: Tensor
-
     def __init__(self, codebook_size: int, codebook_dim: int, tau_start: float, tau_end: float) -> None:
         super().__init__(codebook_size, codebook_dim)
         if not (tau_start > 0 and tau_end > 0):
             raise UsageError(f"tau_start and tau_end must be above 0, got {tau_start} and {tau_end}")
         self.tau_start = bounds.temperature("tau_start", tau_start)
         self.tau_end = bounds.temperature("tau_end", tau_end)
-        self.register_buffer("progress", torch.zeros(()))
+        self.progress = nn.Buffer(torch.zeros(()))
 
     @property
     def temperature(self) -> Tensor:

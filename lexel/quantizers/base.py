@@ -205,8 +205,7 @@ class Table(Quantizer):
     def __init__(self, codebook_size: int, codebook_dim: int, similarity: Similarity = "l2") -> None:
         super().__init__(codebook_size, codebook_dim)
         self.similarity = choose("similarity", similarity, SIMILARITIES)
-        self.register_buffer("weight", torch.zeros(codebook_size, codebook_dim))  # filled by `of` or by a checkpoint
-        self.weight: Tensor
+        self.weight: Tensor = nn.Buffer(torch.zeros(codebook_size, codebook_dim))  # filled by `of` or by a checkpoint
 
     @classmethod
     def of(cls, codebook: Tensor, similarity: Similarity = "l2") -> Self:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.distributed import all_rows, all_sum
 from lexel.kernels import nearest
@@ -24,7 +24,7 @@ from lexel.quantizers.base import (
     full_precision,
     lookup,
 )
-from lexel.quantizers.living import Recoded
+from lexel.quantizers.living import Recoded, times_chosen
 from lexel.quantizers.running import Recall, recomputing, statistics_move
 
 
@@ -76,14 +76,10 @@ class EMA(Quantizer):
         self.exact_in_training = not self.look_up_first
         self.gradient = choose("gradient", gradient, GRADIENTS)
         self._recall = Recall()
-        self.register_buffer("weight", torch.randn(codebook_size, codebook_dim))
-        self.register_buffer("counts", torch.ones(codebook_size))  # average number of latents per batch
-        self.register_buffer("sums", self.weight.clone())  # average sum of those latents
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # training batches seen
-        self.weight: Tensor
-        self.counts: Tensor
-        self.sums: Tensor
-        self.steps: Tensor
+        self.weight = nn.Buffer(torch.randn(codebook_size, codebook_dim))
+        self.counts = nn.Buffer(torch.ones(codebook_size))  # average number of latents per batch
+        self.sums = nn.Buffer(self.weight.clone())  # average sum of those latents
+        self.steps = nn.Buffer(torch.zeros((), dtype=torch.int64))  # training batches seen
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
@@ -111,12 +107,11 @@ class EMA(Quantizer):
             self.place(members >= 0, centres, members.clamp_min(1))
         elif self.restart_below > 0 and not self.look_up_first:
             self._restart(vectors, int(self.steps))
-        self.steps += 1
+        self.steps.add_(1)
 
         indices = nearest(vectors, self.weight)
         codes = lookup(indices, self.weight)
-        counts = torch.zeros_like(self.counts).index_add_(0, indices, torch.ones_like(indices, dtype=vectors.dtype))
-        self.counts.lerp_(all_sum(counts), 1 - self.decay)
+        self.counts.lerp_(times_chosen(indices, self.counts), 1 - self.decay)
         self.sums.lerp_(all_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors)), 1 - self.decay)
         if self.restart_below > 0 and self.look_up_first:
             self._restart(vectors, int(self.steps))

@@ -3,7 +3,7 @@ to choose.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lexel.distributed import all_sum
 from lexel.kernels import index_backpropagation, nearest
@@ -62,8 +62,7 @@ class IBQAffine(Affine):
         self.identity = bounds.number("identity", identity, 0, 1)
         self.mixing = choose("mixing", mixing, ("blend", "latents"))
         self.rows = None if rows is None else bounds.integer("rows", rows, 1, 2**31)
-        self.register_buffer("error", torch.zeros(()))  # running mean of |z - e|^2
-        self.error: Tensor
+        self.error = nn.Buffer(torch.zeros(()))  # running mean of |z - e|^2
 
     def _statistics(self) -> tuple[Tensor, ...]:
         trace = self.covariance.trace().clamp_min(torch.finfo(torch.float32).tiny)

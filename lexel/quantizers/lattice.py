@@ -30,16 +30,11 @@ class Lattice(nn.Module):
         shares = [len(range(i, channels, len(levels))) for i in range(len(levels))]  # bincount knows no meta device
         dimensions = [channel % len(levels) for channel in range(channels)]
         # Derived from the arguments, so they are no part of the state.
-        self.register_buffer("levels", torch.tensor(levels), persistent=False)
-        self.register_buffer("steps", torch.tensor(steps), persistent=False)
-        self.register_buffer("dimension_of_channel", torch.tensor(dimensions), persistent=False)
-        self.register_buffer("channels_per_dimension", torch.tensor(shares), persistent=False)
-        self.register_buffer("one", torch.ones(()), persistent=False)
-        self.levels: Tensor  # (d,)
-        self.steps: Tensor  # (d,) what one digit adds to the index
-        self.dimension_of_channel: Tensor  # (D,)
-        self.channels_per_dimension: Tensor  # (d,)
-        self.one: Tensor  # 1, in the precision that codes have
+        self.levels = nn.Buffer(torch.tensor(levels), persistent=False)  # (d,)
+        self.steps = nn.Buffer(torch.tensor(steps), persistent=False)  # (d,) what one digit adds to the index
+        self.dimension_of_channel = nn.Buffer(torch.tensor(dimensions), persistent=False)  # (D,)
+        self.channels_per_dimension = nn.Buffer(torch.tensor(shares), persistent=False)  # (d,)
+        self.one = nn.Buffer(torch.ones(()), persistent=False)  # 1, in the precision that codes have
 
     def index(self, digits: Tensor) -> Tensor:
         """int64 (...,) from digits (..., d)."""

@@ -23,6 +23,12 @@ class Recoded(NamedTuple):
     state: dict[str, Tensor]
 
 
+def times_chosen(indices: Tensor, counts: Tensor) -> Tensor:
+    """How many latents of all processes chose each code: as `counts` (K,) in shape and type, of their indices."""
+    ones = torch.ones(indices.numel(), dtype=counts.dtype, device=indices.device)
+    return all_sum(torch.zeros_like(counts).index_add_(0, indices.flatten(), ones))
+
+
 class LivingCodebook(nn.Module):
     """Dead codes restarted, pruning and growth of a codebook; the base of `Quantizer`.
 
@@ -37,10 +43,7 @@ class LivingCodebook(nn.Module):
     # Tensors of the state with a row for each code, the one that makes the codes first; () where no table does.
     code_tables: tuple[str, ...] = ("weight",)
     restart_below: float = 0.0  # codes that fewer latents a batch choose, on average, start again at latents; 0: never
-    counts: Tensor
-    counted: Tensor
     clustering: bool = False  # whether codes move towards latents, those the most that are chosen the least
-    use: Tensor
     _step_begins: bool | None = None  # None: `anneal` has never told
 
     def rows_for(self, codes: Tensor) -> Tensor:
@@ -62,8 +65,8 @@ class LivingCodebook(nn.Module):
         self.restart_below = bounds.number("restart_below", restart_below, 0)
         if self.restart_below > 0:
             start = torch.full((self.codebook_size,), max(self.restart_below, 1.0))
-            self.register_buffer("counts", start)  # average number of latents per batch
-            self.register_buffer("counted", torch.zeros((), dtype=torch.int64))  # training batches
+            self.counts = nn.Buffer(start)  # average number of latents per batch
+            self.counted = nn.Buffer(torch.zeros((), dtype=torch.int64))  # training batches
             self.batch_dependent = True
 
     def anneal(self, progress: float) -> None:
@@ -86,10 +89,8 @@ class LivingCodebook(nn.Module):
     def count_chosen(self, z: Tensor, indices: Tensor) -> None:
         """In training, after latents z chose `indices`: the running counts of all processes move."""
         if self.restart_below > 0 and self.training and statistics_move(z):
-            ones = torch.ones(indices.numel(), dtype=self.counts.dtype, device=indices.device)
-            chosen = torch.zeros_like(self.counts).index_add_(0, indices.flatten(), ones)
-            self.counts.lerp_(all_sum(chosen), 1 - DECAY)
-            self.counted += 1
+            self.counts.lerp_(times_chosen(indices, self.counts), 1 - DECAY)
+            self.counted.add_(1)
 
     def _restart(self, vectors: Tensor, step: int) -> None:
         """Dead codes become random rows of the latents (N, D) of all processes."""
@@ -121,7 +122,7 @@ class LivingCodebook(nn.Module):
         """Takes a constructor's option `clustering`; the state then has how often codes are chosen."""
         self.clustering = clustering
         if clustering:
-            self.register_buffer("use", torch.zeros(self.codebook_size))  # each code's running share of the latents
+            self.use = nn.Buffer(torch.zeros(self.codebook_size))  # each code's running share of the latents
             self.batch_dependent = True
 
     @torch.no_grad()
@@ -136,9 +137,7 @@ class LivingCodebook(nn.Module):
             return
         own, compared = (x.movedim(1, -1).flatten(0, -2) for x in (z, self.as_compared(z)))
         rows = all_rows(own)
-        ones = torch.ones(indices.numel(), dtype=self.use.dtype, device=indices.device)
-        chosen = torch.zeros_like(self.use).index_add_(0, indices.flatten(), ones)
-        self.use.lerp_(all_sum(chosen) / len(rows), 1 - DECAY)
+        self.use.lerp_(times_chosen(indices, self.use) / len(rows), 1 - DECAY)
         table = self._first_table()
         closest = rows[nearest(cast(Tensor, self.codebook), all_rows(compared), self.similarity)].to(table.dtype)
         share = torch.exp(-self.use * (10 * self.codebook_size / (1 - DECAY)) - 1e-3).to(table.dtype)

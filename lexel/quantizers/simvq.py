@@ -26,8 +26,7 @@ class SimVQ(ProjectedVQ):
         self, codebook_size: int, codebook_dim: int, bias: bool = True, gradient: str = "straight_through"
     ) -> None:
         super().__init__(codebook_size, codebook_dim, gradient)
-        self.register_buffer("table", torch.randn(codebook_size, codebook_dim).mul_(codebook_dim**-0.5))
-        self.table: Tensor
+        self.table = nn.Buffer(torch.randn(codebook_size, codebook_dim).mul_(codebook_dim**-0.5))
         self.projection = nn.Linear(codebook_dim, codebook_dim, bias=bias)
 
     def rows_for(self, codes: Tensor) -> Tensor:

@@ -62,8 +62,7 @@ class VQGANLC(ProjectedVQ):
                     f"got {' x '.join(map(str, given.shape))}"
                 )
             features.copy_(given)
-        self.register_buffer("bank", features)
-        self.bank: Tensor
+        self.bank = nn.Buffer(features)
         widths = [feature_dim, codebook_dim] if hidden is None else [feature_dim, hidden, codebook_dim]
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
