@@ -90,6 +90,13 @@ class Quantizer(LivingCodebook):
         if self.stores_table:
             bounds.table(codebook_size, codebook_dim)
 
+    def take_after(self, part: "Quantizer") -> None:
+        """Says of a quantizer made of others what one of these says of itself."""
+        self.LOSS_WEIGHTS, self.similarity, self.gradient = part.LOSS_WEIGHTS, part.similarity, part.gradient
+        self.straight_through, self.exact_in_training = part.straight_through, part.exact_in_training
+        self.batch_dependent, self.comparable_norms = part.batch_dependent, part.comparable_norms
+        self.starts_collapsed = part.starts_collapsed
+
     @property
     def latent_dim(self) -> int:
         """Channels of the latents that `forward` takes; those of the codes but for means with variances."""

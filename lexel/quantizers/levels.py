@@ -2,8 +2,8 @@
 https://arxiv.org/abs/1906.00446).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,16 +33,14 @@ class Levels(Quantizer):
             raise UsageError("an autoencoder with several levels takes quantizers with one index a position")
         self.parts = nn.ModuleList(parts)
         self.shares = tuple(shares)
-        self.LOSS_WEIGHTS = first.LOSS_WEIGHTS
-        self.similarity, self.gradient = first.similarity, first.gradient
-        self.straight_through, self.batch_dependent = first.straight_through, first.batch_dependent
-        self.comparable_norms, self.starts_collapsed = first.comparable_norms, first.starts_collapsed
+        self.take_after(first)
 
     def part(self, level: int) -> Quantizer:
         """The quantizer of a level."""
-        part = self.parts[level]
-        assert isinstance(part, Quantizer)
-        return part
+        return cast(Quantizer, self.parts[level])
+
+    def __iter__(self) -> Iterator[Quantizer]:
+        return (self.part(level) for level in range(len(self.parts)))
 
     def split(self, cells: Tensor) -> tuple[Tensor, ...]:
         """Cells (..., T) of all levels as one tensor a level."""
@@ -53,11 +51,11 @@ class Levels(Quantizer):
 
     @property
     def codebook(self) -> Tensor:
-        return torch.cat([self.part(level).codebook for level in range(len(self.parts))])
+        return torch.cat([part.codebook for part in self])
 
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
-        results = [self.part(level)(part) for level, part in enumerate(self.split(z))]
+        results = [part(cells) for part, cells in zip(self, self.split(z), strict=True)]
         losses = {name: torch.stack([result.losses[name] for result in results]).sum() for name in results[0].losses}
         z_q, indices = (torch.cat([result[place] for result in results], -1) for place in (0, 1))
         return Quantized(z_q, indices, losses)
@@ -65,28 +63,28 @@ class Levels(Quantizer):
     @torch.no_grad()
     @full_precision
     def assign(self, z: Tensor) -> Tensor:
-        return torch.cat([self.part(level).assign(part) for level, part in enumerate(self.split(z))], -1)
+        return torch.cat([part.assign(cells) for part, cells in zip(self, self.split(z), strict=True)], -1)
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
-        parts = [self.part(level).indices_to_codes(part) for level, part in enumerate(self.split(indices))]
-        return torch.cat(parts, -1)
+        parts = zip(self, self.split(indices), strict=True)
+        return torch.cat([part.indices_to_codes(cells) for part, cells in parts], -1)
 
     def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
-        parts = {f"parts.{level}": self.part(level).prune(table, kept) for level in range(len(self.parts))}
+        parts = {f"parts.{level}": part.prune(table, kept) for level, part in enumerate(self)}
         return Recoded(parts["parts.0"].table, state_with_parts(self, parts))
 
     def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
         raise UsageError("a tokenizer of several levels cannot grow: finer latents depend on coarser codes")
 
     def bake(self) -> "Quantizer":
-        return Levels([self.part(level).bake() for level in range(len(self.parts))], self.shares)
+        return Levels([part.bake() for part in self], self.shares)
 
     def searcher(self) -> Any:
         raise UsageError("a tokenizer of several levels cannot be exported: its finer latents depend on coarser codes")
 
     def anneal(self, progress: float) -> None:
-        for level in range(len(self.parts)):
-            self.part(level).anneal(progress)
+        for part in self:
+            part.anneal(progress)
 
     def dead_codes(self, seen: Any) -> Any:
         return self.part(0).dead_codes(seen)

@@ -2,6 +2,7 @@
 (VAR https://arxiv.org/abs/2404.02905).
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +51,6 @@ class Multiscale(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     stores_table = False  # the base does
-    comparable_norms = False  # a latent is compared with a sum of codes
 
     def __init__(
         self,
@@ -75,13 +75,9 @@ class Multiscale(Quantizer):
         self.smoothers = nn.ModuleList(_Smoother(codebook_dim) for _ in range(count))
         self._grids: dict[int, set[tuple[int, ...]]] = {}  # what has been quantized, by its number of tokens
         self.smoother_of_scale = _spread(len(self.scales), count)
+        self.take_after(self.base)
         self.LOSS_WEIGHTS = {**Multiscale.LOSS_WEIGHTS, **self.base.LOSS_WEIGHTS}
-        self.similarity = self.base.similarity
-        self.gradient = self.base.gradient
-        self.straight_through = self.base.straight_through
-        self.exact_in_training = self.base.exact_in_training
-        self.batch_dependent = self.base.batch_dependent
-        self.starts_collapsed = self.base.starts_collapsed
+        self.comparable_norms = False  # a latent is compared with a sum of codes
 
     @property
     def codebook(self) -> Tensor:
@@ -140,10 +136,7 @@ class Multiscale(Quantizer):
         options = (self.codebook_size, self.codebook_dim, self.scales, "table", None, self.smoothing, count)
         baked = Multiscale(*options)
         baked.base, baked.similarity = table, table.similarity
-        for new, old in zip(baked.smoothers, self.smoothers, strict=True):
-            assert isinstance(new, _Smoother)
-            assert isinstance(old, _Smoother)
-            new.freeze(old)
+        baked.smoothers = nn.ModuleList(_frozen(smoother) for smoother in self.smoothers)
         return baked.eval()
 
     def searcher(self) -> nn.Module:
@@ -264,27 +257,27 @@ class Multiscale(Quantizer):
 
 
 class _Smoother(nn.Module):
-    """A 3 x 3 convolution over channels that keeps the grid."""
+    """A 3 x 3 convolution over channels that keeps the grid, in the precision of its input."""
+
+    weight: Tensor
+    bias: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         start = nn.Conv2d(channels, channels, 3)
-        self.weight, self.bias = start.weight, start.bias
-
-    def freeze(self, source: "_Smoother") -> None:
-        """Takes the numbers of another one and learns no more."""
-        weight, bias = source.weight.detach().clone(), _given(source.bias).detach().clone()
-        del self.weight, self.bias
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
+        self.weight, self.bias = start.weight, start.get_parameter("bias")
 
     def forward(self, h: Tensor) -> Tensor:
-        return F.conv2d(h, self.weight.to(h.dtype), _given(self.bias).to(h.dtype), padding=1)
+        return F.conv2d(h, self.weight.to(h.dtype), self.bias.to(h.dtype), padding=1)
 
 
-def _given(bias: Tensor | None) -> Tensor:
-    assert bias is not None
-    return bias
+def _frozen(module: nn.Module) -> nn.Module:
+    """A copy that learns no more: its parameters are buffers."""
+    copied = copy.deepcopy(module)
+    for name, parameter in module.named_parameters():
+        delattr(copied, name)
+        copied.register_buffer(name, parameter.detach().clone())
+    return copied
 
 
 class _Folded:

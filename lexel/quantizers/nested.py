@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lexel.errors import UsageError
-from lexel.nested_dropout import KEEP, Keep, NestedDropout
+from lexel.nested_dropout import Keep, NestedDropout
 from lexel.quantizers import bounds
-from lexel.quantizers.base import GRADIENTS, Quantized, choose, full_precision
+from lexel.quantizers.base import GRADIENTS, Quantized, full_precision
 from lexel.quantizers.residual import Residual
 from lexel.quantizers.stacked import mean_terms
 
@@ -62,7 +62,7 @@ class Nested(Residual):
         self.exact_in_training = False
         bounds.number("full", full, 0, 1)
         bounds.integer("least", least, 1, depth)
-        self.dropout = NestedDropout(depth, choose("keep", keep, KEEP), full, least)
+        self.dropout = NestedDropout(depth, keep, full, least)
 
     @property
     def prefix_lengths(self) -> list[int]:

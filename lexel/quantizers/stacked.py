@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,22 +34,13 @@ class Stacked(Quantizer):
         self.base_table = {"kind": base, **(base_options or {})}
         self.levels = nn.ModuleList(build_base(base, codebook_size, dim, base_options) for dim in dims)
         self.books = len(dims)
-        self.LOSS_WEIGHTS = self[0].LOSS_WEIGHTS
-        self.similarity = self[0].similarity
-        self.gradient = self[0].gradient
-        self.straight_through = self[0].straight_through
-        self.exact_in_training = self[0].exact_in_training
-        self.batch_dependent = self[0].batch_dependent
-        self.comparable_norms = self[0].comparable_norms
-        self.starts_collapsed = self[0].starts_collapsed
+        self.take_after(self[0])
 
     def __len__(self) -> int:
         return self.books
 
     def __getitem__(self, q: int) -> Quantizer:
-        level = self.levels[q % len(self.levels)]  # a shared book stands once
-        assert isinstance(level, Quantizer)
-        return level
+        return cast(Quantizer, self.levels[q % len(self.levels)])  # a shared book stands once
 
     def __iter__(self) -> Iterator[Quantizer]:
         return (self[q] for q in range(self.books))
