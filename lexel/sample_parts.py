@@ -58,8 +58,7 @@ def write_part(
         raise UsageError(f"{out} cannot be made in parts; give --out a name with {' or '.join(ENDINGS)}")
     count = samples.how_many(condition)
     known = given if given is None or len(given) == 1 else given.expand(count, *given.shape[1:])
-    at_once = max(samples.AT_ONCE, options.get("batch_size") or 0) if candidates == 1 else samples.AT_ONCE // candidates
-    numbers = part.blocks(count, max(1, at_once))
+    numbers = part.blocks(count, samples.images_at_once(candidates, options.get("batch_size")))
     if not numbers:
         return None
     path = out.with_name(f"{out.stem}.part-{part.number}-of-{part.parts}{out.suffix}")

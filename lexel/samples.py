@@ -1,6 +1,7 @@
 """Images from a generator, written as they come: a grid to look at, a set to measure, or the tokens themselves."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -146,33 +147,27 @@ def write_samples(
             raise UsageError(f"tokens are given for {len(given)} images; 1 or {count} are needed")
         given = given.expand(count, *given.shape[1:])
     generator = generator.to(runtime.device).eval()
-    if ending == ".npy" and candidates == 1:
-        parts = _sampled(generator, condition, count, runtime, first_number, given, progress, settings)
-        _save_tokens(out, parts)
+    if ending == ".npy" and candidates == 1:  # without images, and so without a tokenizer
+        _save_tokens(out, _sampled(generator, condition, runtime, first_number, given, progress, settings))
         return _written(generator, condition, out, settings)
     decoder = (tokenizer or generator.tokenizer).to(runtime.device)
     if runtime.device.type == "cuda":  # half-precision convolutions are fastest with channels last
         decoder = decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator.check_tokenizer(decoder.fingerprint(), "the tokenizer")
-    if candidates == 1:
-        parts = _sampled(generator, condition, count, runtime, first_number, given, progress, settings)
-    else:
-        judge = Judge(candidates, classifier, decoder, runtime)
-        parts = _best(generator, judge, condition, runtime, first_number, given, progress, settings)
+    judge = None if candidates == 1 else Judge(candidates, classifier, decoder, runtime)
+    parts = _sampled(generator, condition, runtime, first_number, given, progress, settings, judge)
+    pictures = (_pictures(decoder, part, runtime, rounding) for part in parts)
     if ending == ".npy":
         _save_tokens(out, parts)
-        return _written(generator, condition, out, settings)
-    pictures = (_pictures(decoder, part, runtime, rounding) for part in parts)
-    if ending == ".npz":
+    elif ending == ".npz":
         first = next(pictures)
         with NpzWriter(out, (count, *first.shape[1:])) as writer:
-            writer.add(first)
-            for more in pictures:
-                writer.add(more)
-        return _written(generator, condition, out, settings)
-    grid = picture_grid(np.concatenate(list(pictures)), columns)
-    with atomic(out) as path:
-        Image.fromarray(grid).save(path)
+            for some in chain([first], pictures):
+                writer.add(some)
+    else:
+        grid = picture_grid(np.concatenate(list(pictures)), columns)
+        with atomic(out) as path:
+            Image.fromarray(grid).save(path)
     return _written(generator, condition, out, settings)
 
 
@@ -186,7 +181,7 @@ def sampled_images(
     **settings: Any,
 ) -> Iterator[np.ndarray]:
     """Images of a generator, uint8 (n, H, W, 3), a batch at a time; the arguments are those of `write_samples`."""
-    for part in _sampled(generator, condition, how_many(condition), runtime, first_number, None, None, settings):
+    for part in _sampled(generator, condition, runtime, first_number, None, None, settings):
         yield _pictures(tokenizer, part, runtime, rounding)
 
 
@@ -218,30 +213,41 @@ def cut(condition: Condition, begin: int, end: int) -> Condition:
     return condition[begin:end]
 
 
+def images_at_once(candidates: int, batch_size: int | None) -> int:
+    """Images that are sampled, decoded and written together: where parts are cut, too."""
+    return max(AT_ONCE, batch_size or 0) if candidates == 1 else max(1, AT_ONCE // candidates)
+
+
 def _sampled(
     generator: Generator,
     condition: Condition,
-    count: int,
     runtime: Runtime,
     first: int,
     given: torch.Tensor | None,
     progress: ProgressCallback | None,
     settings: Mapping[str, Any],
+    judge: "Judge | None" = None,
 ) -> Iterator[torch.Tensor]:
-    """Tokens of the images, as many at once as are decoded and written together."""
-    at_once = max(AT_ONCE, settings.get("batch_size") or 0)
+    """Tokens of the images, some at a time; with a judge the best of m candidates.
+
+    The candidates of image n are the images n m to n m + m - 1 of the random stream.
+    """
+    if judge is not None:
+        condition = judge.labels(generator, condition)
+    count, each = how_many(condition), 1 if judge is None else judge.candidates
+    at_once = images_at_once(each, settings.get("batch_size"))
     for begin in range(0, count, at_once):
         end = min(begin + at_once, count)
-        report = None if progress is None else _images_done(progress, begin, end - begin, count)
-        known = None if given is None else given[begin:end].to(runtime.device)
-        yield generator.sample(
-            cut(condition, begin, end),
-            image_numbers=range(first + begin, first + end),
-            given=known,
+        some = cut(condition, begin, end)
+        tokens = generator.sample(
+            some if judge is None else torch.as_tensor(some).repeat_interleave(each),
+            image_numbers=range((first + begin) * each, (first + end) * each),
+            given=None if given is None else given[begin:end].repeat_interleave(each, 0).to(runtime.device),
             dtype=runtime.half,
-            progress=report,
+            progress=None if progress is None else _images_done(progress, begin, end - begin, count),
             **settings,
         )
+        yield tokens if judge is None else judge.best(tokens, torch.as_tensor(some))
 
 
 class Judge:
@@ -267,6 +273,22 @@ class Judge:
         self.candidates, self.tokenizer, self.runtime = candidates, tokenizer, runtime
         self.classifier = classifier.to(runtime.device)
 
+    def labels(self, generator: Generator, condition: Condition) -> torch.Tensor:
+        """The class of each image, int64 (N,), on the generator's device.
+
+        Raises:
+            UsageError: the generator has no classes, or others than the classifier.
+        """
+        if isinstance(condition, int) or generator.condition.kind != "class":
+            raise UsageError("candidates are chosen by their class; the generator has none")
+        known = getattr(generator.condition, "classes", 0)
+        if self.classifier.classes != known:
+            raise UsageError(
+                f"the classifier {self.classifier.name} knows {self.classifier.classes} classes, the generator {known};"
+                " they must be the same, in the same order"
+            )
+        return generator.condition.check(condition)
+
     def best(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The best of every `candidates` images of tokens (N * candidates, *grid), of classes (N,): (N, *grid)."""
         with self.runtime.autocast():
@@ -276,44 +298,6 @@ class Judge:
         scores = probabilities.gather(2, labels.view(-1, 1, 1).expand(-1, self.candidates, 1))[..., 0]
         rows = torch.arange(len(labels), device=tokens.device) * self.candidates + scores.argmax(1)
         return tokens[rows]
-
-
-def _best(
-    generator: Generator,
-    judge: Judge,
-    condition: Condition,
-    runtime: Runtime,
-    first: int,
-    given: torch.Tensor | None,
-    progress: ProgressCallback | None,
-    settings: Mapping[str, Any],
-) -> Iterator[torch.Tensor]:
-    """The best candidates. Those of image n are the images n m to n m + m - 1 of the random stream."""
-    if isinstance(condition, int) or generator.condition.kind != "class":
-        raise UsageError("candidates are chosen by their class; the generator has none")
-    known = getattr(generator.condition, "classes", 0)
-    if judge.classifier.classes != known:
-        raise UsageError(
-            f"the classifier {judge.classifier.name} knows {judge.classifier.classes} classes, the generator {known}; "
-            "they must be the same, in the same order"
-        )
-    labels = generator.condition.check(condition)
-    each = judge.candidates
-    many = labels.repeat_interleave(each)
-    repeated = None if given is None else given.repeat_interleave(each, 0)
-    at_once = max(1, AT_ONCE // each)
-    for begin in range(0, len(labels), at_once):
-        end = min(begin + at_once, len(labels))
-        report = None if progress is None else _images_done(progress, begin, end - begin, len(labels))
-        tokens = generator.sample(
-            many[begin * each : end * each],
-            image_numbers=range((first + begin) * each, (first + end) * each),
-            given=None if repeated is None else repeated[begin * each : end * each].to(runtime.device),
-            dtype=runtime.half,
-            progress=report,
-            **settings,
-        )
-        yield judge.best(tokens, labels[begin:end])
 
 
 def read_tokens(path: str | Path, grid: tuple[int, ...] = (0, 0)) -> torch.Tensor:
