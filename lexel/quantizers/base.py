@@ -81,6 +81,9 @@ class Quantizer(LivingCodebook):
     exact_in_training: bool = True  # z_q is what the indices name in training too, not an average, part or older code
     can_be_sharded: bool = False  # the rows of `weight` may be spread over processes (`lexel.quantizers.sharding`)
     sharded: bool = False  # they are: `weight` has this process's rows, and all processes call together
+    advice: Advice = Advice(  # what `dead_codes` says
+        "codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder"
+    )
     starts_collapsed: bool = False  # all codes are alike before the first training steps, by design
 
     def __init__(self, codebook_size: int, codebook_dim: int) -> None:
@@ -181,9 +184,7 @@ class Quantizer(LivingCodebook):
         Args:
             seen: the newest validation line of a run: `usage`, `perplexity`, `gradient_ratio` and so on.
         """
-        return Advice(
-            "codes fall behind where latents do not go", "train longer, or lower the learning rate of the encoder"
-        )
+        return self.advice
 
     def loss(self, losses: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
         """The weighted sum of the terms; weights default to LOSS_WEIGHTS.

@@ -2,8 +2,6 @@
 https://arxiv.org/abs/2406.06525).
 """
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +9,6 @@ from torch import Tensor, nn
 from lexel.quantizers.base import (
     GRADIENTS,
     ONLY_CHOSEN_LEARN,
-    Advice,
     Quantized,
     Quantizer,
     choose,
@@ -43,6 +40,7 @@ class Cosine(Quantizer):
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     similarity = "cosine"
     straight_through = True
+    advice = ONLY_CHOSEN_LEARN
     comparable_norms = False  # only directions are compared
 
     def __init__(
@@ -81,6 +79,3 @@ class Cosine(Quantizer):
 
     def indices_to_codes(self, indices: Tensor, grid: tuple[int, ...] | None = None) -> Tensor:
         return F.normalize(F.embedding(indices, self.weight), dim=-1).movedim(-1, 1)
-
-    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
-        return ONLY_CHOSEN_LEARN

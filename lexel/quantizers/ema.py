@@ -55,6 +55,10 @@ class EMA(Quantizer):
     straight_through = True
     batch_dependent = True
     code_tables = ("weight", "counts", "sums")
+    advice = Advice(
+        "codes move only when latents choose them",
+        "restart dead codes (restart_below), or start the codes from the data's own latents",
+    )
 
     def __init__(
         self,
@@ -129,9 +133,3 @@ class EMA(Quantizer):
         state = recoded.state
         state["sums"] = state["weight"] * state["counts"][:, None]
         return recoded
-
-    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
-        return Advice(
-            "codes move only when latents choose them",
-            "restart dead codes (restart_below), or start the codes from the data's own latents",
-        )

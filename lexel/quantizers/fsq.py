@@ -40,15 +40,10 @@ class FSQ(LatticeQuantizer):
         if any(not isinstance(level, int) or isinstance(level, bool) for level in chosen):
             raise UsageError(f"levels must be integers, got {list(chosen)}")
         if math.prod(chosen) != codebook_size or min(chosen, default=0) < 2:
-            if codebook_size > MOST_FACTORED:
-                raise UsageError(
-                    f"levels must be at least 2 each and multiply to codebook_size {codebook_size}, got {list(chosen)}"
-                )
-            suggestion = list(choose_levels(codebook_size, codebook_dim))
-            raise UsageError(
-                f"levels must be at least 2 each and multiply to codebook_size {codebook_size}, got {list(chosen)}; "
-                f"try {suggestion}"
-            )
+            known = codebook_size <= MOST_FACTORED
+            hint = f"; try {list(choose_levels(codebook_size, codebook_dim))}" if known else ""
+            needed = f"levels must be at least 2 each and multiply to codebook_size {codebook_size}"
+            raise UsageError(f"{needed}, got {list(chosen)}{hint}")
         if max(chosen) > MOST_LEVELS:
             raise UsageError(f"a dimension has at most {MOST_LEVELS} levels, got {list(chosen)}; give more channels")
         if len(chosen) > codebook_dim:

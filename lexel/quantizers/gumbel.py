@@ -3,8 +3,6 @@
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +20,6 @@ from lexel.quantizers.base import (
     full_precision,
     lookup,
 )
-from lexel.quantizers.living import Recoded
 
 
 class Gumbel(Annealed):
@@ -45,6 +42,7 @@ class Gumbel(Annealed):
     LOSS_WEIGHTS = {"kl": 5e-4}
     batch_dependent = True  # on noise
     code_tables = ("weight", "logits.weight", "logits.bias")
+    why_fixed = "a layer of its own chooses the codes, and knows none for new ones"
 
     def __init__(
         self,
@@ -66,9 +64,6 @@ class Gumbel(Annealed):
 
     def searcher(self) -> nn.Module:
         return MatrixSearch(self.codebook, self.logits.weight, self.logits.bias)
-
-    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
-        raise UsageError("Gumbel cannot grow: a layer of its own chooses the codes, and knows none for new ones")
 
     @torch.no_grad()
     @full_precision

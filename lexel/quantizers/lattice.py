@@ -6,7 +6,6 @@ at D > d it is the same lattice, repeated, so that every channel counts and code
 """
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +65,10 @@ class LatticeQuantizer(Quantizer):
     straight_through = True  # past the rounding; FSQ's gradient still goes through its tanh, BSQ's through its norm
     stores_table = False
     code_tables = ()
+    advice = Advice(
+        "the latents sit on one side of the lattice's thresholds",
+        "raise the weight of the entropy terms (fsq has none: widen the latents with a norm before the quantizer)",
+    )
     comparable_norms = False  # the codes are where they are, and latents of any length choose them
     lattice: Lattice
 
@@ -95,12 +98,6 @@ class LatticeQuantizer(Quantizer):
 
     def searcher(self) -> nn.Module:
         return self  # arithmetic on every channel, with nothing to search
-
-    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
-        return Advice(
-            "the latents sit on one side of the lattice's thresholds",
-            "raise the weight of the entropy terms (fsq has none: widen the latents with a norm before the quantizer)",
-        )
 
 
 def sample_entropy(log_p: list[Tensor]) -> Tensor:

@@ -26,6 +26,8 @@ class Levels(Quantizer):
         shares: cells of each level, as a ratio: (1, 4) where the finer grid has twice the rows and columns.
     """
 
+    why_fixed = "finer latents of a tokenizer depend on coarser codes"
+
     def __init__(self, parts: Sequence[Quantizer], shares: Sequence[int]) -> None:
         first = parts[0]
         super().__init__(first.codebook_size, first.codebook_dim)
@@ -72,9 +74,6 @@ class Levels(Quantizer):
     def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
         parts = {f"parts.{level}": part.prune(table, kept) for level, part in enumerate(self)}
         return Recoded(parts["parts.0"].table, state_with_parts(self, parts))
-
-    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
-        raise UsageError("a tokenizer of several levels cannot grow: finer latents depend on coarser codes")
 
     def bake(self) -> "Quantizer":
         return Levels([part.bake() for part in self], self.shares)

@@ -43,6 +43,7 @@ class LivingCodebook(nn.Module):
     # Tensors of the state with a row for each code, the one that makes the codes first; () where no table does.
     code_tables: tuple[str, ...] = ("weight",)
     restart_below: float = 0.0  # codes that fewer latents a batch choose, on average, start again at latents; 0: never
+    why_fixed: str | None = None  # why no code can be added; None where `code_tables` decide
     clustering: bool = False  # whether codes move towards latents, those the most that are chosen the least
     _step_begins: bool | None = None  # None: `anneal` has never told
 
@@ -171,6 +172,8 @@ class LivingCodebook(nn.Module):
         Raises:
             UsageError: no code can be added to this method's.
         """
+        if self.why_fixed is not None:
+            raise UsageError(f"{type(self).__name__} cannot grow: {self.why_fixed}")
         state = self._state_with_rows("added")
         children = parents.bincount(minlength=self.codebook_size)[parents]
         split = children > 1

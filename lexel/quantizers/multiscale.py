@@ -51,6 +51,7 @@ class Multiscale(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     stores_table = False  # the base does
+    why_fixed = "its codes see what coarser scales leave, not the latents"
 
     def __init__(
         self,
@@ -120,9 +121,6 @@ class Multiscale(Quantizer):
 
     def prune(self, table: Mapping[str, Any], kept: Tensor) -> Recoded:
         return around_base(self, table, {"base": self.base.prune(self.base_table, kept)}, len(kept))
-
-    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
-        raise UsageError("Multiscale cannot grow: its codes see what coarser scales leave, not the latents")
 
     def anneal(self, progress: float) -> None:
         self.base.anneal(progress)

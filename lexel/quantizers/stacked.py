@@ -26,6 +26,7 @@ class Stacked(Quantizer):
 
     books: int
     stores_table = False  # its levels do
+    why_fixed = "its books see what others leave, not the latents"
 
     def __init__(
         self, codebook_size: int, codebook_dim: int, base: str, base_options: Mapping[str, Any] | None, dims: list[int]
@@ -52,9 +53,6 @@ class Stacked(Quantizer):
         """As `Quantizer.prune`: every book keeps the same codes, so that one map of indices serves all."""
         levels = {f"levels.{q}": self[q].prune(self.base_table, kept) for q in range(len(self.levels))}
         return around_base(self, table, levels, len(kept))
-
-    def grow(self, table: Mapping[str, Any], parents: Tensor, codes: Tensor) -> Recoded:
-        raise UsageError(f"{type(self).__name__} cannot grow: its books see what others leave, not the latents")
 
     def anneal(self, progress: float) -> None:
         for level in self:

@@ -1,7 +1,5 @@
 """Vector quantization: the nearest entry of a learned table (https://arxiv.org/abs/1711.00937)."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +7,6 @@ from lexel.kernels import SIMILARITIES, Similarity
 from lexel.quantizers.base import (
     GRADIENTS,
     ONLY_CHOSEN_LEARN,
-    Advice,
     Quantized,
     Quantizer,
     choose,
@@ -39,6 +36,7 @@ class VQ(Quantizer):
 
     LOSS_WEIGHTS = {"codebook": 1.0, "commitment": 0.25}
     straight_through = True
+    advice = ONLY_CHOSEN_LEARN
     can_be_sharded = True
 
     def __init__(
@@ -65,6 +63,3 @@ class VQ(Quantizer):
         z_q = self.indices_to_codes(indices)
         self.cluster(z, indices)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
-
-    def dead_codes(self, seen: Mapping[str, float]) -> Advice:
-        return ONLY_CHOSEN_LEARN
