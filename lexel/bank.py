@@ -1,12 +1,14 @@
 """Banks of features for VQGAN-LC, from the pictures of a folder and any encoder at hand."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lexel import networks
-from lexel.data import PIXEL_LIMIT, TRANSFORMS, first_reason, open_images, ordered_batches
+from lexel.data import PIXEL_LIMIT, TRANSFORMS, Batch, first_reason, open_images, ordered_batches
 from lexel.errors import UsageError
 from lexel.loading import own_transform
 from lexel.memory import check_memory
@@ -60,40 +62,24 @@ def make_bank(
     check_free(out)
     if seed < 0:
         raise UsageError(f"seed must be 0 or more, got {seed}")
+    take: Callable[[Batch], Tensor]  # features (B, n, F) of a batch
     if isinstance(encoder, Tokenizer):
-        transform = own_transform(encoder, size)
+        transform, channels = own_transform(encoder, size), encoder.channels
         encoder.grid(transform.size, transform.size)  # raises where the size does not fit
         check_memory(encoder, runtime, transform.size, transform.size, batch_size)
-        channels = encoder.channels
+        take = partial(_latents, encoder.to(runtime.device).eval(), runtime, features_per_image, seed)
     else:
         transform, channels = TRANSFORMS["published"](size or NETWORK_SIZE), 3
+        take = partial(_pooled, networks.build(encoder).to(runtime.device))
     images = open_images(
         data, split, transform.size, channels=channels, pixel_limit=pixel_limit, max_unreadable=max_unreadable
     )
     if per_class and images.labels is None:
         raise UsageError("a bank for each class needs pictures with classes: one folder a class")
-    network = None if isinstance(encoder, Tokenizer) else networks.build(encoder).to(runtime.device)
-    if isinstance(encoder, Tokenizer):
-        encoder.to(runtime.device).eval()
     features, labels, done = [], [], 0
     batches = ordered_batches(images, transform, batch_size, max_unreadable=max_unreadable)
     for batch in batches:
-        pictures = batch.images.to(runtime.device)
-        if network is not None:
-            found = network(pictures).pooled[:, None]
-        else:
-            assert isinstance(encoder, Tokenizer)
-            with runtime.autocast():
-                found = encoder.latents(pictures).flatten(2).transpose(1, 2)  # (B, h w, D)
-            # Which positions are taken depends on the picture alone, not on the batch it came in.
-            scores = torch.stack(
-                [
-                    torch.rand(found.shape[1], generator=torch.Generator().manual_seed(seed + int(n)))
-                    for n in batch.numbers
-                ]
-            )
-            chosen = scores.argsort(1)[:, :features_per_image].to(found.device)
-            found = found.gather(1, chosen[..., None].expand(-1, -1, found.shape[2]))
+        found = take(batch._replace(images=batch.images.to(runtime.device)))
         features.append(found.flatten(0, 1).float().cpu())
         if batch.labels is not None:
             labels.append(batch.labels.repeat_interleave(found.shape[1]))
@@ -105,3 +91,18 @@ def make_bank(
     bank = build_bank(torch.cat(features), codes, torch.cat(labels) if per_class else None, seed)
     save_bank(bank, out)
     return bank
+
+
+def _pooled(network: networks.FeatureNetwork, batch: Batch) -> Tensor:
+    """One feature a picture: (B, 1, F)."""
+    return network(batch.images).pooled[:, None]
+
+
+def _latents(tokenizer: Tokenizer, runtime: Runtime, count: int, seed: int, batch: Batch) -> Tensor:
+    """Latents (B, count, D) at random positions of each picture, which depend on the picture, not on its batch."""
+    with runtime.autocast():
+        latents = tokenizer.latents(batch.images).flatten(2).transpose(1, 2)  # (B, h w, D)
+    generators = [torch.Generator().manual_seed(seed + int(number)) for number in batch.numbers]
+    scores = torch.stack([torch.rand(latents.shape[1], generator=generator) for generator in generators])
+    chosen = scores.argsort(1)[:, :count].to(latents.device)
+    return latents.gather(1, chosen[..., None].expand(-1, -1, latents.shape[2]))
