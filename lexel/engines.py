@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from warnings import warn
 
-from lexel.errors import UsageError
+from lexel.errors import UsageError, optional
 from lexel.registry import lookup
 
 Command = Sequence[str]  # arguments of `lexel`
@@ -35,7 +35,8 @@ def run_command(arguments: Command) -> int:
 
 def local(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
     """On this machine, `at_once` (by default 1) at a time."""
-    _only(options, {"at_once"}, "local")
+    if unknown := options.keys() - {"at_once"}:
+        raise UsageError(f"the engine local has no option {min(unknown)!r}; it has at_once")
     at_once = options.get("at_once", 1)
     if not isinstance(at_once, int) or at_once < 1:
         raise UsageError(f"at_once is the number of parts that run at a time, 1 or more; got {at_once!r}")
@@ -48,10 +49,7 @@ def slurm(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) 
 
     `cluster` = "local" runs submitit's processes on this machine.
     """
-    try:
-        import submitit  # type: ignore[import-not-found]
-    except ImportError:
-        raise UsageError("the engine slurm needs submitit: pip install 'lexel[slurm]'") from None
+    submitit = optional("submitit", "the engine slurm needs submitit: pip install 'lexel[slurm]'")
     own = dict(options)
     try:
         executor = submitit.AutoExecutor(folder=notes / "%j", cluster=own.pop("cluster", "slurm"))
@@ -96,10 +94,7 @@ def _left_queue(job: str) -> bool:
 
 def by_ray(commands: Sequence[Command], notes: Path, options: Mapping[str, Any]) -> list[int]:
     """By Ray, on the cluster that RAY_ADDRESS names or on this machine; options are its tasks' own: `num_gpus`, ..."""
-    try:
-        import ray  # type: ignore[import-not-found]
-    except ImportError:
-        raise UsageError("the engine ray needs Ray: pip install 'lexel[ray]'") from None
+    ray = optional("ray", "the engine ray needs Ray: pip install 'lexel[ray]'")
     if not ray.is_initialized():  # and it stays so for another try: Ray ends with this process
         ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=False)
     try:
@@ -176,9 +171,3 @@ def run_all(
 
 def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _only(options: Mapping[str, Any], known: set[str], engine: str) -> None:
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise UsageError(f"the engine {engine} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")

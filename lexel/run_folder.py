@@ -25,7 +25,7 @@ from lexel.checkpoint import CONFIG, atomic, load_state, read_json, save_state
 from lexel.config import Config
 from lexel.errors import UsageError
 from lexel.regular import expanded
-from lexel.run_log import CHOICES, Run, Snapshot, Snapshots, Thinned, is_number, last_metrics, read_metrics
+from lexel.run_log import CHOICES, Run, Snapshot, Thinned, is_number, last_metrics, read_metrics
 from lexel.same_recipe import check_same_recipe
 
 NUMBERED = re.compile(r"[0-9]{8,}")  # a checkpoint or a snapshot, by its step
@@ -120,7 +120,7 @@ class RunFolder:
         for line in read_metrics(self.metrics):
             kinds.get(line["kind"], evaluations).append(line)
         train, validation, chosen = (each.lines for each in kinds.values())
-        snapshots = Snapshots(self.snapshot_steps(), self.snapshot_path)
+        snapshots = {step: Snapshot(self.snapshot_path(step)) for step in self.snapshot_steps()}
         return Run(
             name or self.path.name,
             self.path,

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -167,29 +167,6 @@ class Snapshot(Mapping[str, NDArray[Any]]):
         return len(self.names)
 
 
-class Snapshots(Mapping[int, Snapshot]):
-    """The snapshots of a run by their steps, ascending; a long run has thousands, and none is held.
-
-    Args:
-        steps: of all snapshots.
-        path: the file of a step.
-    """
-
-    def __init__(self, steps: Iterable[int], path: Callable[[int], Path]) -> None:
-        self._steps, self._path = dict.fromkeys(sorted(steps)), path
-
-    def __getitem__(self, step: int) -> Snapshot:
-        if step not in self._steps:
-            raise KeyError(step)
-        return Snapshot(self._path(step))
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-
 @dataclass(frozen=True)
 class Run:
     """The contents of a run folder; see `RunFolder.contents`.
@@ -200,7 +177,7 @@ class Run:
         recipe: as tables; empty where there is none.
         train, validation, evaluations: lines of `metrics.jsonl`, thinned where there are thousands; the last of the
             protocols that the recipe lists.
-        snapshots: by step.
+        snapshots: by step, ascending; none is read before it is looked at.
         choices: lines of what was chosen for the device, one for each start.
     """
 

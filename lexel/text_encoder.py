@@ -11,7 +11,7 @@ import torch
 from lexel import checkpoint
 from lexel.data.captions import CaptionFile, Captions
 from lexel.data.images import ImageSet, digest
-from lexel.errors import UsageError
+from lexel.errors import UsageError, optional
 from lexel.provenance import public_name
 from lexel.runtime import Runtime
 
@@ -106,11 +106,7 @@ class TextVocabulary:
 
 
 def _transformers() -> Any:
-    try:
-        import transformers  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UsageError("text encoders need transformers: pip install 'lexel[text]'") from None
-    return transformers
+    return optional("transformers", "text encoders need transformers: pip install 'lexel[text]'")
 
 
 class EncodedCaptions:

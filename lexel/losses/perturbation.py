@@ -109,11 +109,9 @@ def nearest_codes(rows: Tensor, codebook: Tensor, count: int, similarity: str = 
     if similarity == "cosine":
         rows, codebook = F.normalize(rows, dim=1), F.normalize(codebook, dim=1)
     bias = 0.5 * codebook.square().sum(1) if similarity == "l2" else codebook.new_zeros(len(codebook))
-    found = []
     with without_autocast(rows.device):
-        for part in rows.split(max(1, ELEMENTS // len(codebook))):
-            found.append((part @ codebook.T - bias).topk(count, dim=1).indices)
-    return torch.cat(found) if found else torch.empty(0, count, dtype=torch.int64, device=rows.device)
+        parts = rows.split(max(1, ELEMENTS // len(codebook)))
+        return torch.cat([(part @ codebook.T - bias).topk(count, dim=1).indices for part in parts])
 
 
 PERTURBATIONS: dict[str, type[NearCodes]] = {"near_codes": NearCodes}

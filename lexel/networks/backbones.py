@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel import checkpoint, registry
-from lexel.errors import UsageError
+from lexel.errors import UsageError, optional
 from lexel.networks import weights as pretrained
 from lexel.networks.efficientnet_lite import EfficientNetLayers, EfficientNetLite0, EfficientNetLite2, standardised
 from lexel.networks.frozen import IMAGENET, Constant, Standardise, freeze, frozen_with
@@ -195,10 +195,7 @@ def vision_model(source: str, folder: Path) -> nn.Module:
     Raises:
         UsageError: transformers is not installed, or the folder holds no such network.
     """
-    try:
-        import transformers  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        raise UsageError(f"the network {source} needs transformers: pip install 'lexel[text]'") from None
+    transformers = optional("transformers", f"the network {source} needs transformers: pip install 'lexel[text]'")
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **local)
