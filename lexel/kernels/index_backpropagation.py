@@ -13,6 +13,7 @@ from lexel.kernels.inputs import (
     PRODUCTS,
     Implementation,
     Inputs,
+    OnRows,
     Products,
     Similarity,
     as_scores,
@@ -23,7 +24,6 @@ from lexel.kernels.inputs import (
     incoming,
     is_traced,
     loss_terms,
-    no_transform,
     second_derivatives,
 )
 
@@ -142,7 +142,9 @@ def _backward(*options: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tiled.backward(Inputs(*fields), tiled.ForwardState(*state), soft, hard, sample, batch, implementation)
 
 
-class _IndexBackpropagation(torch.autograd.Function):
+class _IndexBackpropagation(OnRows):
+    NAME = NAME
+
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup)
 
@@ -154,14 +156,6 @@ class _IndexBackpropagation(torch.autograd.Function):
             d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, state, *given)
         gradients = (d_queries, d_keys, None if codes is None else d_codes)
         return *differentiable_once(NAME, gradients, (queries, keys, codes, *given)), *[None] * len(ctx.options)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise no_transform(NAME, "vmap")
-
-    @staticmethod
-    def jvp(ctx: Any, *args: Any) -> Any:
-        raise no_transform(NAME, "jvp")
 
 
 # Custom operators are opaque to torch.compile: the step around them compiles without a graph break.

@@ -2,7 +2,7 @@
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +150,19 @@ def differentiable_once(
     return tuple(None if g is None else _Refused.apply(what, g, *given) for g in gradients)
 
 
-def no_transform(what: str, transform: str) -> UsageError:
-    """The error for a function transform that a kernel does not have."""
-    return UsageError(f"{what} cannot be transformed by torch.func's {transform}; call it on rows (N, D)")
+class OnRows(torch.autograd.Function):
+    """A function of rows that refuses the transforms of torch.func, by its NAME."""
+
+    NAME: ClassVar[str]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, *args: Any) -> Any:
+        raise cls.refusal("vmap")
+
+    @classmethod
+    def jvp(cls, ctx: Any, *args: Any) -> Any:
+        raise cls.refusal("jvp")
+
+    @classmethod
+    def refusal(cls, transform: str) -> UsageError:
+        return UsageError(f"{cls.NAME} cannot be transformed by torch.func's {transform}; call it on rows (N, D)")

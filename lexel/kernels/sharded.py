@@ -62,7 +62,7 @@ def nearest(z: Tensor, shard: Tensor, similarity: Similarity = "l2") -> Tensor:
     check_rows(z, shard)
     check_similarity(similarity)
     with torch.autocast(z.device.type, enabled=False):
-        queries, keys, distance = as_scores(_wide_enough(z), _wide_enough(shard), similarity)
+        queries, keys, distance = as_scores(at_least_float32(z), at_least_float32(shard), similarity)
         return _own(_best(_gathered(queries), keys, distance))
 
 
@@ -100,9 +100,12 @@ def index_backpropagation(
     check_rows(z, shard)
     check_similarity(similarity)
     with torch.autocast(z.device.type, enabled=False):
-        z, shard = _wide_enough(z), _wide_enough(shard)
+        z, shard = at_least_float32(z), at_least_float32(shard)
         queries, keys, distance = as_scores(z, shard, similarity)
-        share = _Share(
+        own = Inputs(
+            queries,
+            keys,
+            None if keys is shard else shard,
             distance,
             temperature,
             entropy_temperature,
@@ -111,37 +114,22 @@ def index_backpropagation(
             entropy_parts,
             entropy_processes,
         )
-        z_q, chosen, indices, sample, batch = _Sharded.apply(queries, keys, None if keys is shard else shard, share)
+        z_q, chosen, indices, sample, batch = _Sharded.apply(*own)
         terms = loss_terms(z, z_q, chosen)
         if entropy:
             terms |= {"entropy_sample": sample, "entropy_batch": batch}
     return z_q, indices, terms
 
 
-class _Share(NamedTuple):
-    """Options of a call."""
-
-    distance: bool
-    temperature: float
-    entropy_temperature: float
-    entropy: bool
-    rows: int
-    parts: int  # of the rows of a process
-    together: int  # processes that share a batch entropy
-
-    def inputs(self, queries: Tensor, keys: Tensor, codes: Tensor | None) -> Inputs:
-        """The rows of all processes and the codes of this one, as the tiled implementation takes them."""
-        parts = self.parts * processes() // self.together
-        return Inputs(queries, keys, codes, *self[:5], parts, 1)
-
-    def own_parts(self) -> slice:
-        """The parts of all rows in which this process has rows."""
-        first = rank() * self.parts if self.together == 1 else rank() // self.together
-        return slice(first, first + self.parts)
+def _of_all(own: Inputs, everyones: Tensor) -> Inputs:
+    """The rows of all processes and the codes of this one, as the tiled implementation takes them."""
+    return own._replace(queries=everyones, parts=own.parts * processes() // own.together, together=1)
 
 
-def _wide_enough(rows: Tensor) -> Tensor:
-    return at_least_float32(rows)
+def _own_parts(own: Inputs) -> slice:
+    """The parts of all rows in which this process has rows."""
+    first = rank() * own.parts if own.together == 1 else rank() // own.together
+    return slice(first, first + own.parts)
 
 
 def _gathered(rows: Tensor) -> Tensor:
@@ -190,7 +178,7 @@ class _Lookup(torch.autograd.Function):
     def forward(ctx: Any, indices: Tensor, shard: Tensor) -> Tensor:
         everyones = _gathered(indices)
         ctx.save_for_backward(everyones, shard)
-        return _own(_looked_up(everyones, shard.detach())).clone()
+        return _own(_looked_up(everyones, shard)).clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
@@ -202,26 +190,27 @@ class _Lookup(torch.autograd.Function):
 
 class _Sharded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, queries: Tensor, keys: Tensor, codes: Tensor | None, share: _Share) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, ...]:
+        own = Inputs(*fields)
+        queries, keys, codes, *ctx.options = own
         everyones = _gathered(queries)
-        inputs = share.inputs(everyones, keys.detach(), None if codes is None else codes.detach())
-        indices = _best(everyones, inputs.keys, share.distance)
-        z_q = _own(_looked_up(indices, inputs.keys if codes is None else codes.detach())).clone()
-        found = _entropies(inputs, share) if share.entropy else None
-        ctx.share, ctx.found = share, found
+        indices = _best(everyones, keys, own.distance)
+        z_q = _own(_looked_up(indices, keys if codes is None else codes)).clone()
+        ctx.found = found = _entropies(_of_all(own, everyones)) if own.entropy else None
         ctx.save_for_backward(everyones, keys, codes, indices)
         ctx.set_materialize_grads(False)
         zero = queries.new_zeros(())
         sample = zero if found is None else _own(found.entropies).mean().to(queries.dtype)
-        batch = zero.clone() if found is None else found.batch[share.own_parts()].mean().to(queries.dtype)
-        own = _own(indices).clone()
-        ctx.mark_non_differentiable(own)
-        return z_q, z_q.clone(), own, sample, batch
+        batch = zero.clone() if found is None else found.batch[_own_parts(own)].mean().to(queries.dtype)
+        own_indices = _own(indices).clone()
+        ctx.mark_non_differentiable(own_indices)
+        return z_q, z_q.clone(), own_indices, sample, batch
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         everyones, keys, codes, indices = ctx.saved_tensors
-        inputs, share = ctx.share.inputs(everyones, keys, codes), ctx.share
+        own = Inputs(everyones, keys, codes, *ctx.options)
+        inputs = _of_all(own, everyones)
         soft, hard, sample, batch = incoming(grads)
         # A loss without some term gives the same None in every process: what follows is done by all or by none.
         with torch.no_grad():
@@ -234,14 +223,14 @@ class _Sharded(torch.autograd.Function):
             if soft is not None:
                 _soft(inputs, _gathered(soft), into, logit_sum)
             if ctx.found is not None and (sample is not None or batch is not None):
-                _entropy_slopes(inputs, share, ctx.found, sample, batch, into, logit_sum)
-            if share.distance:
+                _entropy_slopes(inputs, own, ctx.found, sample, batch, into, logit_sum)
+            if inputs.distance:
                 into.keys.addcmul_(keys, logit_sum[:, None], value=-2)
             if hard is not None:
                 _add_chosen(into.keys if codes is None else into.codes, indices, _gathered(hard))
-            own = _own(all_sum(into.queries)).to(everyones.dtype)
-            gradients = (own, into.keys / processes(), None if codes is None else into.codes / processes())
-        return *differentiable_once(NAME, gradients, (everyones, keys, codes, *grads)), None
+            d_queries = _own(all_sum(into.queries)).to(everyones.dtype)
+            gradients = (d_queries, into.keys / processes(), None if codes is None else into.codes / processes())
+        return *differentiable_once(NAME, gradients, (everyones, keys, codes, *grads)), *[None] * len(ctx.options)
 
 
 def _soft(inputs: Inputs, g: Tensor, into: tiled.Gradients, logit_sum: Tensor) -> None:
@@ -279,7 +268,7 @@ class _Found(NamedTuple):
     batch: Tensor  # (parts,) float64, its entropy
 
 
-def _entropies(inputs: Inputs, share: _Share) -> _Found:
+def _entropies(inputs: Inputs) -> _Found:
     queries, keys, bias, tau = inputs.queries, inputs.keys, tiled._bias(inputs), inputs.entropy_temperature
     # What is far below the best of this process is farther below the best of all.
     slack = tau * (math.log(len(keys) * processes()) + tiled.CUT[queries.dtype])
@@ -313,21 +302,22 @@ def _scaled(inputs: Inputs, some: Tensor, bias: Tensor | None) -> Tensor:
 
 def _entropy_slopes(
     inputs: Inputs,
-    share: _Share,
+    own: Inputs,
     found: _Found,
     sample: Tensor | None,
     batch: Tensor | None,
     into: tiled.Gradients,
     logit_sum: Tensor,
 ) -> None:
-    """Adds the gradients of both entropies."""
+    """Adds the gradients of both entropies; `own` has the options of this process's call."""
     queries, keys, bias = inputs.queries, inputs.keys, tiled._bias(inputs)
     zero = found.mean.new_zeros(1)
     each = all_rows(zero if sample is None else sample.double().view(1))  # of every process
     of_rows = each.repeat_interleave(len(queries) // processes()) / (len(queries) // processes())
     # A process's batch entropy is the mean over its parts, or that of its group.
-    own = all_rows(zero if batch is None else batch.double().view(1))
-    of_parts = own.repeat_interleave(share.parts) / share.parts if share.together == 1 else own
+    of_parts = all_rows(zero if batch is None else batch.double().view(1))
+    if own.together == 1:
+        of_parts = of_parts.repeat_interleave(own.parts) / own.parts
     of_parts = of_parts.view(inputs.parts, -1).sum(1) / (len(queries) // inputs.parts)
     slope = (found.mean + EPS).log() + found.mean / (found.mean + EPS)  # -dA/dQ, (parts, K / P)
     part = tiled._part(inputs, torch.arange(len(queries), device=queries.device))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.kernels.inputs import differentiable_once, no_transform
+from lexel.kernels.inputs import OnRows, differentiable_once
 from lexel.quantizers import bounds
 from lexel.quantizers.annealed import Annealed
 from lexel.quantizers.base import (
@@ -100,7 +100,9 @@ def soft_assign(
     return average, indices
 
 
-class _SoftAssign(torch.autograd.Function):
+class _SoftAssign(OnRows):
+    NAME = NAME
+
     @staticmethod
     def forward(
         z: Tensor, keys: Tensor, bias: Tensor, values: Tensor, temperature: Tensor, tile: int
@@ -146,11 +148,3 @@ class _SoftAssign(torch.autograd.Function):
                 bias_grad[part] = slope.sum(0)
         gradients = (z_grad, keys_grad, bias_grad, values_grad)
         return *differentiable_once(NAME, gradients, (z, keys, bias, values, gradient)), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        raise no_transform(NAME, "vmap")
-
-    @staticmethod
-    def jvp(ctx: Any, *args: Any) -> Any:
-        raise no_transform(NAME, "jvp")
