@@ -1,9 +1,9 @@
 """The contract every autoencoder keeps: images to latents on a grid, and back."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.config import Config
@@ -14,14 +14,32 @@ class AutoencoderConfig(Config):
     """The options of one kind of autoencoder; every kind has a subclass of its own, discriminated by `kind`."""
 
     LARGEST: ClassVar[int] = 2**24
+    LATER: ClassVar[Mapping[str, Any]] = {"channels": 3}  # options that came later, with what was meant before
 
     kind: str
     channels: int = Field(default=3, ge=1)  # of the images
 
     def identity(self) -> dict[str, Any]:
-        """The table that fingerprints are taken of: options that came later count where they are not the default."""
+        """The table that fingerprints are taken of: options that came later count where they change something."""
         table = self.model_dump(mode="json")
-        return {name: value for name, value in table.items() if name != "channels" or value != 3}
+        return {name: value for name, value in table.items() if name not in self.LATER or value != self.LATER[name]}
+
+
+class FixedSize(AutoencoderConfig):
+    """The options of a kind that takes images of one size."""
+
+    size: int | list[int] = 256  # of the images: of both sides, or [height, width]
+
+    @model_validator(mode="after")
+    def _size_is_of_two_sides(self) -> Self:
+        if not isinstance(self.size, int) and len(self.size) != 2:
+            raise ValueError(f"size must be one number or [height, width], got {self.size}")
+        return self
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
 
 class Autoencoder(nn.Module):
@@ -35,6 +53,7 @@ class Autoencoder(nn.Module):
     """
 
     config_class: ClassVar[type[AutoencoderConfig]]
+    LAST: ClassVar[str] = "conv_out.weight"  # the decoder's last weight; `last_layer` may say it otherwise
     axes: ClassVar[int] = 2  # of the grid: 2 for maps, 1 for sequences
     # Cells of each level, as a ratio, where latents lie on several grids; the encoder then is called with the images
     # and with a function (level, latents (B, D, *grid)) to the level's codes, and has no projections.
@@ -75,7 +94,7 @@ class Autoencoder(nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """The decoder's last weight, where the adaptive weight of the adversarial loss is taken."""
-        raise NotImplementedError
+        return self.decoder.get_parameter(self.LAST)
 
     @property
     def sizes(self) -> str:
@@ -91,7 +110,8 @@ class Autoencoder(nn.Module):
             UsageError: images of this size do not fit.
         """
         factor = self._factor
-        if height < 1 or width < 1 or height % factor or width % factor:
+        fits = min(height, width) > 0 and not height % factor and not width % factor
+        if not fits or (height, width) != (self.fixed_size or (height, width)):
             raise UsageError(f"images need {self.sizes}, got {height} x {width}")
         return height // factor, width // factor
 

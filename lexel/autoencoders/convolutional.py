@@ -55,17 +55,13 @@ def _divisor(width: int, at_most: int) -> int:
 
 
 class Convolutional(Autoencoder):
-    """An autoencoder whose grid is the image, divided, and whose decoder ends in `conv_out`."""
+    """An autoencoder whose grid is the image, divided."""
 
     config: ConvolutionalConfig
 
     @property
     def downsampling(self) -> int:
         return self.config.downsampling
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.decoder.get_parameter("conv_out.weight")
 
 
 class Level(nn.Module):

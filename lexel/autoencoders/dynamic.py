@@ -5,7 +5,7 @@ Facts of sizes, names and conventions are those of CrossmodalGroup/DynamicVector
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from lexel.autoencoders import vqgan
+from lexel.autoencoders.base import AutoencoderConfig, FixedSize
 from lexel.autoencoders.convolutional import (
     Convolutional,
     ConvolutionalConfig,
@@ -27,14 +28,15 @@ from lexel.errors import UsageError, unknown
 from lexel.runtime import without_autocast
 
 
-class DynamicConfig(ConvolutionalConfig):
+class DynamicConfig(FixedSize, ConvolutionalConfig):
     """The size of DQ-VAE's encoder and decoder, and the share of regions that are to be fine."""
+
+    LATER = {"routing": "learned", "entropy_threshold": None, "router_groups": None, "router_hidden": True}
 
     kind: Literal["dynamic"] = "dynamic"
     residual_blocks: int = Field(default=2, ge=1)  # in each level of the encoder
     attention_levels: list[int] = [3, 4]  # of the encoder, with attention after every block
     decoder_attention_levels: list[int] = [3]  # likewise of the decoder, which has one level less
-    size: int | list[int] = 256  # of the images: of both sides, or [height, width]
     positions: list[Literal["fourier", "learned"]] = ["fourier", "learned"]  # what the decoder is told of places
     share: float = Field(default=0.5, ge=0, le=1)  # of the regions that are to be fine: the budget
     # Who chooses: a router that learns within the budget, or the entropy of a region's grey values (`patch_entropy`):
@@ -61,27 +63,16 @@ class DynamicConfig(ConvolutionalConfig):
             raise ValueError(f"{self.groups} groups do not divide z_channels {self.z_channels}")
         if self.router_groups and self.z_channels % self.router_groups:
             raise ValueError(f"router_groups = {self.router_groups} does not divide z_channels {self.z_channels}")
-        if not isinstance(self.size, int) and len(self.size) != 2:
-            raise ValueError(f"size must be one number or [height, width], got {self.size}")
         if min(self.sides) < 1 or any(side % (2 * self.downsampling) for side in self.sides):
             raise ValueError(f"size must be a multiple of {2 * self.downsampling}, got {self.size}")
         return self
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
 
     @property
     def downsampling(self) -> int:
         """Pixels of a side for one fine latent; coarse ones have twice as many."""
         return 2 ** (len(self.multipliers) - 2)
 
-    def identity(self) -> dict[str, Any]:
-        """The whole table, but for options of the routing that are what every model of before had."""
-        before = {"routing": "learned", "entropy_threshold": None, "router_groups": None, "router_hidden": True}
-        same = {name for name, value in before.items() if getattr(self, name) == value}
-        return self.model_dump(mode="json", exclude=same)
+    identity = AutoencoderConfig.identity
 
 
 class Dynamic(Convolutional):
@@ -118,11 +109,6 @@ class Dynamic(Convolutional):
     @property
     def fixed_size(self) -> tuple[int, int]:
         return self.config.sides
-
-    def grid(self, height: int, width: int) -> tuple[int, ...]:
-        if (height, width) != self.fixed_size:
-            raise UsageError(f"images need {self.sizes}, got {height} x {width}")
-        return super().grid(height, width)
 
     def image_size(self, grid: tuple[int, ...]) -> tuple[int, int]:
         if tuple(grid) != self.grid(*self.fixed_size):

@@ -3,12 +3,13 @@ first stage predicts. Facts are those of the PyTorch port in bytedance/1d-tokeni
 """
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from lexel.autoencoders.base import AutoencoderConfig
 from lexel.autoencoders.convolutional import Convolutional, ConvolutionalConfig, Upsample, conv3x3, norm
 from lexel.autoencoders.vision_transformer import from_unit, to_unit
 
@@ -16,12 +17,13 @@ from lexel.autoencoders.vision_transformer import from_unit, to_unit
 class MaskGITConfig(ConvolutionalConfig):
     """The size of MaskGIT's encoder and decoder; the defaults are the published ones."""
 
+    LATER = {"middle_blocks": None}
+
     kind: Literal["maskgit"] = "maskgit"
     residual_blocks: int = Field(default=2, ge=1)  # in each level, and between the deepest levels
     middle_blocks: int | None = Field(default=None, ge=1)  # between the deepest levels, where it is another number
 
-    def identity(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"middle_blocks"} if self.middle_blocks is None else None)
+    identity = AutoencoderConfig.identity
 
 
 class MaskGIT(Convolutional):

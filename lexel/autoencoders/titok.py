@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lexel.autoencoders.base import Autoencoder, AutoencoderConfig
+from lexel.autoencoders.base import Autoencoder, FixedSize
 from lexel.autoencoders.first_tokens import FirstTokens, NestedConfig
 from lexel.autoencoders.maskgit import Decoder as PixelDecoder
 from lexel.autoencoders.maskgit import MaskGITConfig
@@ -35,11 +35,12 @@ class TextConfig(Config):
     width: int = Field(default=768, ge=1)  # channels of its features
 
 
-class TiTokConfig(AutoencoderConfig):
+class TiTokConfig(FixedSize):
     """The sizes of TiTok's encoder and decoder; the defaults are those of TiTok-B-64 in one stage."""
 
+    LATER = {**FixedSize.LATER, "nested": None}
+
     kind: Literal["titok"] = "titok"
-    size: int | list[int] = 256  # of the images: of both sides, or [height, width]
     patch: int = Field(default=16, ge=1)  # pixels of a side of the patches that the transformers see
     tokens: int = Field(default=64, ge=1)  # 1-D tokens of an image
     encoder: DividedSize = DividedSize(width=768, depth=12, heads=12)
@@ -58,8 +59,6 @@ class TiTokConfig(AutoencoderConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "TiTokConfig":
-        if not isinstance(self.size, int) and len(self.size) != 2:
-            raise ValueError(f"size must be one number or [height, width], got {self.size}")
         if min(self.sides) < 1 or any(side % self.patch for side in self.sides):
             raise ValueError(f"patch = {self.patch} does not divide size = {self.size}")
         if (self.head == "codes") != (self.proxy is not None):
@@ -78,13 +77,8 @@ class TiTokConfig(AutoencoderConfig):
 
     def identity(self) -> dict[str, Any]:
         table = super().identity()
-        absent = {"start", "nested"} if self.nested is None else {"start"}  # weights are the same however they started
-        return {name: value for name, value in table.items() if name not in absent}
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return (self.size, self.size) if isinstance(self.size, int) else (self.size[0], self.size[1])
+        del table["start"]  # weights are the same however they started
+        return table
 
     @property
     def patches(self) -> tuple[int, int]:

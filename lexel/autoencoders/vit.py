@@ -40,6 +40,7 @@ class ViT(Autoencoder):
     """
 
     config_class = ViTConfig
+    LAST = "pixels.weight"
     config: ViTConfig
 
     def __init__(self, config: ViTConfig) -> None:
@@ -54,10 +55,6 @@ class ViT(Autoencoder):
     @property
     def downsampling(self) -> int:
         return self.config.patch
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.decoder.get_parameter("pixels.weight")
 
 
 class Encoder(nn.Module):

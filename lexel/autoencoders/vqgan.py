@@ -4,7 +4,7 @@ Residual blocks at every level, attention at the deepest.
 """
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from lexel.errors import UsageError
 class VQGANConfig(ConvolutionalConfig):
     """The size of VQGAN's encoder and decoder; an image is downsampled by 2^(levels - 1), times `patch`."""
 
+    LATER = {**ConvolutionalConfig.LATER, "projection_kernel": 1, "fold": 1}
+
     kind: Literal["vqgan"] = "vqgan"
     attention_levels: list[int] = [4]  # levels with attention after every block
     middle_attention: bool = True  # attention between the two blocks in the middle
@@ -43,11 +45,6 @@ class VQGANConfig(ConvolutionalConfig):
         if self.downsamplings is not None and not 0 <= self.downsamplings < len(levels):
             raise ValueError(f"downsamplings must be in [0, {len(levels)}), got {self.downsamplings}")
         return self
-
-    def identity(self) -> dict[str, Any]:
-        table = super().identity()
-        later = ("projection_kernel", "fold")
-        return {name: value for name, value in table.items() if name not in later or value != 1}
 
     @property
     def downsampling(self) -> int:
