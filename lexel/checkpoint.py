@@ -35,6 +35,7 @@ OF_PICKLES = (pickle.UnpicklingError, struct.error, LookupError, TypeError, Attr
 OF_ARCHIVES = (zipfile.BadZipFile, zlib.error, RuntimeError)  # the last for encrypted members, and by PyTorch for all
 DAMAGE = (*OF_PICKLES, *OF_ARCHIVES, EOFError, OSError, ValueError, OverflowError, MemoryError)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+IN_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+")  # a repository, or a file in one
 
 
 @contextmanager
@@ -182,6 +183,17 @@ def find_folder(source: str | Path, files: Iterable[str] = (CONFIG, WEIGHTS)) ->
 
     with from_hub(f"{source} is neither a folder here nor a repository the hub gives"):
         return Path(snapshot_download(source, allow_patterns=list(files)))
+
+
+def check_there(source: str | Path) -> None:
+    """Whether a published checkpoint may be had: cheap, and before what reads one is imported.
+
+    Raises:
+        UsageError: the source is neither a path here nor, by its form, a repository of the hub or a file in one.
+    """
+    path = expanded(source)
+    if not (path.is_file() or path.is_dir()) and (isinstance(source, Path) or not IN_HUB.fullmatch(source)):
+        raise UsageError(f"{source} does not exist; give a checkpoint file, a folder with one, or a hub id")
 
 
 @contextmanager

@@ -45,6 +45,7 @@ def load(
     """
     run = None if family is not None else find_run(source)
     if run is None and (family is not None or not _is_ours(source)):
+        checkpoint.check_there(source)
         from lexel.convert import convert
 
         return convert(source, family, weights, overrides).model

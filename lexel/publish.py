@@ -46,10 +46,10 @@ def push_to_hub(
     Raises:
         UsageError: the folder is no model, or the hub refuses.
     """
-    from huggingface_hub import HfApi
-
     with tempfile.TemporaryDirectory() as folder:
         stage(run, folder, results=results, licence=licence, weights=weights, repository=repository)
+        from huggingface_hub import HfApi
+
         with checkpoint.from_hub(f"the hub does not take {repository}"):
             api = HfApi(token=token)
             api.create_repo(repository, private=private, exist_ok=True)
@@ -70,13 +70,11 @@ def stage(
 
     Names of data and files lose their folders, which tell of the machine and its user.
     """
-    from lexel.evaluate import read_result
-
     folder = Path(folder)
     if folder.resolve() == Path(run).resolve():
         raise UsageError(f"{folder} is the run itself; give another folder to write to")
     model = loading.load(run, weights=weights)
-    measured = [read_result(path) for path in results]
+    measured = _read(results)
     model.save_pretrained(folder, provenance=provenance.without_folders(model.provenance))
     files = RunFolder.read(run)
     recipe = config.to_toml(provenance.without_folders(files.read_recipe())) if files.recipe.is_file() else None
@@ -85,6 +83,14 @@ def stage(
     pictures = _sample_strip(files, folder / "samples.png")
     card = _card(model, recipe, repository, measured, licence, pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read(results: Sequence[str | Path]) -> list[dict[str, Any]]:
+    if not results:
+        return []
+    from lexel.evaluate import read_result
+
+    return [read_result(path) for path in results]
 
 
 def _sample_strip(run: RunFolder, path: Path) -> str | None:

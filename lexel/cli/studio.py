@@ -35,6 +35,10 @@ def studio(
     """Opens a local page to try models: reconstruct, edit tokens, browse codes, generate, watch runs, read results."""
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise UsageError("the studio needs Starlette and uvicorn: pip install 'lexel[studio]'")
+    from lexel.checkpoint import check_there
+
+    for model in models or ():
+        check_there(model)
     from lexel.studio import serve
 
     def opened(address: str) -> None:

@@ -119,9 +119,8 @@ def _find(source: str | Path) -> Path:
     if path.is_dir():
         found = sorted(file.name for file in path.iterdir() if file.is_file())
         return path / _choose(found, str(source), f"{source}/")
-    if isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)+", source):
-        return _download(source)
-    raise UsageError(f"{source} does not exist; give a checkpoint file, a folder with one, or a hub id")
+    checkpoint.check_there(source)
+    return _download(str(source))
 
 
 def _download(source: str) -> Path:

@@ -21,7 +21,6 @@ from lexel.run_folder import RunFolder
 from lexel.run_log import Run
 from lexel.runtime import runtime
 from lexel.studio import results
-from lexel.studio.example import example_run
 from lexel.studio.pictures import drawings
 from lexel.tokenizer import Tokenizer
 
@@ -74,6 +73,8 @@ class Entry:
         with self.lock:
             if self.loaded is None:
                 if self.made_here:
+                    from lexel.studio.example import example_run  # which trains
+
                     self.folder = example_run()
                     self.source = str(self.folder)
                 self.loaded = load(self.source)

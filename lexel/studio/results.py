@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lexel.checkpoint import read_json
-from lexel.compare.summary import table as compared_table
 from lexel.errors import UsageError
 from lexel.evaluate import compare_results, read_result
 from lexel.leaderboard import CODE, HIGHER_IS_BETTER, bits_of, code_of, conditions
@@ -109,9 +108,11 @@ def _comparison(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UsageError(f"{path} is gone; open the studio anew")
+    from lexel.compare.summary import table  # imports training
+
     found = read_json(path)
     try:
-        head, *rows = compared_table(found["rows"])
+        head, *rows = table(found["rows"])
         return {"head": head, "rows": rows, "runs": len(found["runs"])}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise UsageError(f"{path} is no comparison of `lexel compare`: {type(error).__name__} {error}") from None
