@@ -26,8 +26,8 @@ FEATURES = [
     (
         "kernels",
         "kernels/*",
-        "kernels/__init__ kernels/index_backpropagation kernels/oracle kernels/inputs kernels/search kernels/tiled "
-        "kernels/scores kernels/triton_*",
+        "kernels/__init__ kernels/index_backpropagation kernels/oracle kernels/inputs kernels/search kernels/nearest "
+        "kernels/passes kernels/operators kernels/tiled kernels/scores kernels/triton_*",
     ),
     (
         "the quantizers of then",

@@ -13,6 +13,7 @@ from lexel.arrays import NpzWriter, read_array
 from lexel.checkpoint import atomic
 from lexel.conditions import CaptionFeatures
 from lexel.data import ImageSet, Transform, to_uint8
+from lexel.data.arrays import picture_grid
 from lexel.data.captions import CaptionFile
 from lexel.errors import UsageError
 from lexel.generators import Generator, NextToken
@@ -355,19 +356,6 @@ def _pictures(
 ) -> np.ndarray:
     with runtime.autocast():
         return to_uint8(tokenizer.decode(indices), rounding)
-
-
-def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2, scale: int = 1) -> np.ndarray:
-    """Pictures (N, H, W, 3), each pixel `scale` wide, in rows of so many columns, on white: uint8 (H', W', 3)."""
-    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, _ = pictures.shape
-    columns = min(columns or int(np.ceil(np.sqrt(count))), count)
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for number, picture in enumerate(pictures):
-        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
-        grid[top : top + height, left : left + width] = picture
-    return grid
 
 
 class Nearest(NamedTuple):

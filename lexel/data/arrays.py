@@ -43,6 +43,19 @@ def to_display(array: np.ndarray) -> np.ndarray:
     return array if channels == 3 else np.concatenate([array, array[..., -1:]], -1)[..., :3]
 
 
+def picture_grid(pictures: np.ndarray, columns: int | None = None, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Pictures (N, H, W, 3), each pixel `scale` wide, in rows of so many columns, on white: uint8 (H', W', 3)."""
+    pictures = pictures.repeat(scale, axis=1).repeat(scale, axis=2)
+    count, height, width, _ = pictures.shape
+    columns = min(columns or int(np.ceil(np.sqrt(count))), count)
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for number, picture in enumerate(pictures):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        grid[top : top + height, left : left + width] = picture
+    return grid
+
+
 def pad_to_multiple(images: Tensor, factor: int, mode: Literal["edge", "reflect"] = "edge") -> Tensor:
     """Images (..., H, W) made larger at the right and the bottom, so that both sides are multiples of factor.
 

@@ -13,11 +13,12 @@ from lexel import report
 from lexel.checkpoint import atomic
 from lexel.codec import Codec
 from lexel.data import ImageSet, Transform, to_images, to_uint8
+from lexel.data.arrays import picture_grid
 from lexel.generators import Generator
 from lexel.report import Figure, Section
 from lexel.run_folder import RunFolder
 from lexel.run_log import Run
-from lexel.samples import nearest_pictures, picture_grid
+from lexel.samples import nearest_pictures
 from lexel.spacing import evenly_spaced
 
 COLUMNS = 12  # held-out drawings side by side

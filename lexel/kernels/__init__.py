@@ -11,7 +11,7 @@ from lexel.kernels.inputs import (
     Similarity,
     has_half_products,
 )
-from lexel.kernels.search import nearest
+from lexel.kernels.nearest import nearest
 
 __all__ = [
     "IMPLEMENTATIONS",

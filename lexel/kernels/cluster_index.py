@@ -8,8 +8,8 @@ from torch import Tensor
 from lexel.errors import UsageError
 from lexel.kernels.clustering import kmeans
 from lexel.kernels.inputs import Similarity, as_scores, check_rows, check_similarity
+from lexel.kernels.nearest import nearest
 from lexel.kernels.scores import minus_squares
-from lexel.kernels.search import nearest
 from lexel.runtime import at_least_float32
 
 ROWS = 4096  # latents searched for together

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lexel.kernels.search import nearest
+from lexel.kernels.nearest import nearest
 
 
 @torch.no_grad()

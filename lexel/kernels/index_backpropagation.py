@@ -3,12 +3,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.distributed import processes
 from lexel.errors import UsageError, unknown
-from lexel.kernels import oracle, tiled
+from lexel.kernels import oracle, passes, tiled
 from lexel.kernels.inputs import (
     PRODUCTS,
     Implementation,
@@ -24,10 +23,7 @@ from lexel.kernels.inputs import (
     incoming,
     is_traced,
     loss_terms,
-    second_derivatives,
 )
-
-NAME = "index backpropagation"
 
 
 def index_backpropagation(
@@ -112,7 +108,9 @@ def index_backpropagation(
         if chosen_implementation == "oracle":
             z_q, chosen, indices, sample, batch = oracle.index_backpropagation(inputs)
         elif is_traced(queries, keys):
-            z_q, chosen, indices, sample, batch, *_ = _forward_operator(*inputs, chosen_implementation)
+            from lexel.kernels import operators
+
+            z_q, chosen, indices, sample, batch, *_ = operators.index_backpropagation(*inputs, chosen_implementation)
         else:
             z_q, chosen, indices, sample, batch, *_ = _IndexBackpropagation.apply(*inputs, chosen_implementation)
         terms = loss_terms(z, z_q, chosen)
@@ -121,81 +119,17 @@ def index_backpropagation(
     return z_q, indices, terms
 
 
-def _forward(*options: Any) -> tuple[Tensor, ...]:
-    """z_q, the chosen codes, and the state of `tiled.forward`, from the fields of Inputs and an implementation."""
-    inputs = Inputs(*options[:-1])
-    state = tiled.forward(inputs, options[-1])
-    z_q = F.embedding(state.indices, inputs.keys if inputs.codes is None else inputs.codes)
-    return z_q, z_q.clone(), *state
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    queries, keys, codes, *ctx.options = inputs
-    ctx.save_for_backward(queries, keys, codes, *output[2:])
-    ctx.mark_non_differentiable(output[2], *output[5:])
-    ctx.set_materialize_grads(False)  # a loss of one term pays for that term only
-
-
-def _backward(*options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and codes from the fields of Inputs, an implementation, and what came back."""
-    *fields, implementation, state, soft, hard, sample, batch = options
-    return tiled.backward(Inputs(*fields), tiled.ForwardState(*state), soft, hard, sample, batch, implementation)
-
-
 class _IndexBackpropagation(OnRows):
-    NAME = NAME
+    NAME = passes.NAME
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup)
+    forward = staticmethod(passes.forward)
+    setup_context = staticmethod(passes.keep)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         queries, keys, codes, *state = ctx.saved_tensors
         given = incoming(grads)
         with torch.no_grad():
-            d_queries, d_keys, d_codes = _backward(queries, keys, codes, *ctx.options, state, *given)
+            d_queries, d_keys, d_codes = passes.backward(queries, keys, codes, *ctx.options, state, *given)
         gradients = (d_queries, d_keys, None if codes is None else d_codes)
-        return *differentiable_once(NAME, gradients, (queries, keys, codes, *given)), *[None] * len(ctx.options)
-
-
-# Custom operators are opaque to torch.compile: the step around them compiles without a graph break.
-_OPTIONS = (  # the fields of Inputs, and an implementation
-    "Tensor queries, Tensor keys, Tensor? codes, bool distance, float temperature, float entropy_temperature, "
-    "bool entropy, int rows, int parts, int together, bool half, str implementation"
-)
-_GRADS = "Tensor? soft, Tensor? hard, Tensor? sample, Tensor? batch"
-_forward_operator = torch.library.custom_op(
-    "lexel::index_backpropagation", _forward, mutates_args=(), schema=f"({_OPTIONS}) -> ({', '.join(['Tensor'] * 11)})"
-)
-_backward_operator = torch.library.custom_op(
-    "lexel::index_backpropagation_backward",
-    _backward,
-    mutates_args=(),
-    schema=f"({_OPTIONS}, Tensor[] state, {_GRADS}) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_operator.register_fake
-def _(queries: Tensor, keys: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs(queries, keys, *rest[:-1])
-    return torch.empty_like(queries), torch.empty_like(queries), *tiled.empty_state(inputs)
-
-
-@_backward_operator.register_fake
-def _(queries: Tensor, keys: Tensor, codes: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    d_codes = queries.new_empty(0) if codes is None else torch.empty_like(codes)
-    return torch.empty_like(queries), torch.empty_like(keys), d_codes
-
-
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    queries, keys, codes, *state = ctx.saved_tensors
-    gradients = _backward_operator(queries, keys, codes, *ctx.options, state, *incoming(grads))
-    return *gradients[:2], None if codes is None else gradients[2], *[None] * len(ctx.options)
-
-
-def _no_gradients(ctx: Any, *grads: Tensor | None) -> None:
-    raise second_derivatives(NAME)
-
-
-_forward_operator.register_autograd(_gradients, setup_context=_setup)
-_backward_operator.register_autograd(_no_gradients)
+        return *differentiable_once(passes.NAME, gradients, (queries, keys, codes, *given)), *[None] * len(ctx.options)

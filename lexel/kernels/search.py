@@ -10,21 +10,14 @@ bfloat16.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lexel.kernels import oracle
 from lexel.kernels.inputs import (
-    Implementation,
-    Similarity,
-    as_scores,
-    check_rows,
-    check_similarity,
     choose_implementation,
     has_half_products,
-    is_traced,
 )
 from lexel.kernels.rounding import APART, GROUP, Norms, Rounded, prepared, rounded, row_errors, scan_error
 from lexel.kernels.scores import (
@@ -42,35 +35,6 @@ SMALLEST_HALF = 64  # dimensions from which a CPU scans faster in bfloat16: belo
 LARGEST_INT8 = 2**16  # dimensions: above, sums may leave an int32
 LEAST_INT8 = 256, 16384  # rows and codes from which on making a table in int8 pays
 NEAR_GROUPS = {torch.int8: 64}  # groups scored again for a row before a finer scan is cheaper; WIDTH for other scans
-
-
-@torch.no_grad()
-def nearest(
-    z: Tensor, codebook: Tensor, similarity: Similarity = "l2", implementation: Implementation = "auto"
-) -> Tensor:
-    """The index of the best row of codebook (K, D) for each row of z (N, D): int64 (N,).
-
-    Decided in exact arithmetic on the inputs as they come in (under autocast too); ties go to the lowest index.
-
-    Args:
-        similarity: "l2" takes the smallest distance, "dot" the largest product, "cosine" the smallest angle.
-        implementation: as in `index_backpropagation`.
-
-    Raises:
-        UsageError: shapes do not fit, the batch is empty, or a name is unknown.
-    """
-    check_rows(z, codebook)
-    check_similarity(similarity)
-    chosen = choose_implementation(implementation, z)
-    dtype = torch.promote_types(z.dtype, torch.float32)
-    with torch.autocast(z.device.type, enabled=False):
-        queries, keys, distance = as_scores(z.to(dtype), codebook.to(dtype), similarity)
-        if chosen == "oracle":
-            return oracle.nearest(queries, keys, distance)
-        if is_traced(queries, keys):
-            return _search_operator(queries, keys, distance, chosen)
-        indices: Tensor = _Search.apply(queries, keys, distance, chosen)
-        return indices
 
 
 class Candidates(NamedTuple):
@@ -140,46 +104,10 @@ def _triton_near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None, slack
     return joined(blocks)
 
 
-def _search(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
+def best_codes(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
+    """The best code of each row: int64 (N,)."""
     bias = minus_squares(keys) if distance else None
     return near_codes(queries, keys, bias, implementation=implementation).best
-
-
-class _Search(torch.autograd.Function):
-    """The search as torch.func sees it: it has no derivative, and under vmap each member is searched by itself."""
-
-    forward = staticmethod(_search)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None]:
-        return None, None, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], queries: Tensor, keys: Tensor, *rest: Any) -> Any:
-        parts = [
-            [part] * info.batch_size if dim is None else list(part.unbind(dim))
-            for part, dim in zip((queries, keys), in_dims, strict=False)
-        ]
-        found = [_Search.apply(each, table, *rest) for each, table in zip(*parts, strict=True)]
-        return torch.stack(found), 0
-
-    @staticmethod
-    def jvp(ctx: Any, *args: Any) -> None:
-        return None
-
-
-@torch.library.custom_op("lexel::search", mutates_args=())
-def _search_operator(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
-    return _search(queries, keys, distance, implementation)
-
-
-@_search_operator.register_fake
-def _(queries: Tensor, keys: Tensor, distance: bool, implementation: str) -> Tensor:
-    return queries.new_empty(len(queries), dtype=torch.int64)
 
 
 def search_on(device: torch.device, rows: int, codes: int, dims: int) -> str:

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lexel.data import to_display
-from lexel.samples import picture_grid
+from lexel.data.arrays import picture_grid, to_display
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas

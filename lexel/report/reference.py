@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import lexel
-from lexel.autoencoders import AUTOENCODERS
 from lexel.checkpoint import atomic, read_json
-from lexel.config import flatten
+from lexel.config import Config, flatten
 from lexel.errors import UsageError, some
-from lexel.generators import GENERATORS
 from lexel.provenance import without_folders
 from lexel.run_folder import RunFolder
 from lexel.run_log import SPEEDS, is_number
@@ -176,7 +174,14 @@ def same_network(settings: Mapping[str, Any], others: Mapping[str, Any]) -> bool
         if not network:
             continue
         named = network.get(kind, usual)
-        fields = GENERATORS[named].Config if part == "generator." else AUTOENCODERS[named].config_class
+        if part == "generator.":  # networks are imported where two recipes are compared
+            from lexel.generators import GENERATORS
+
+            fields: type[Config] = GENERATORS[named].Config
+        else:
+            from lexel.autoencoders import AUTOENCODERS
+
+            fields = AUTOENCODERS[named].config_class
         prefix = kind.removesuffix("kind")
         for name, field in fields.model_fields.items():
             if not field.is_required() and field.default is not None:
