@@ -7,7 +7,6 @@ therefore runs in what the processor multiplies fastest: int8 on CPUs with VNNI,
 bfloat16.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -81,9 +80,7 @@ def near_codes(
     if implementation == "triton" and scan == torch.bfloat16:
         return _triton_near_codes(queries, keys, bias, slack, together)
     norms, table = prepared(keys, scan)
-    maxima = functools.partial(_group_maxima, table)
-    blocks = [_near_block(rows, keys, bias, slack, scan, norms, maxima) for rows in queries.split(together)]
-    return joined(blocks)
+    return joined([_near_block(rows, keys, bias, slack, scan, norms, table) for rows in queries.split(together)])
 
 
 def _triton_near_codes(queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, together: int) -> Candidates:
@@ -139,9 +136,9 @@ def _near_block(
     slack: float,
     scan: torch.dtype,
     norms: Norms,
-    group_maxima: Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor],
+    table: Rounded | None,
 ) -> Candidates:
-    maxima = group_maxima(queries, keys, bias, scan)  # (n, groups)
+    maxima = _group_maxima(table, queries, keys, bias, scan)  # (n, groups)
     best = maxima.amax(1).to(queries.dtype)
     below = slack + 2 * scan_error(queries, bias, scan, norms)
     if scan not in (queries.dtype, torch.int8) and bias is None:
@@ -178,16 +175,13 @@ def _near_block(
     near_scores = scores.new_full((len(queries), WIDTH), -torch.inf).index_put(where, scores[listed])
     first = (near_scores >= (maximum - ties)[:, None]).int().argmax(1, keepdim=True)
     some = wide.nonzero().squeeze(1)
-    found = Candidates(near.gather(1, first).squeeze(1), near, near_scores, wide, _counts(some, len(where[0])))
+    total = torch.tensor([len(some), len(where[0])])
+    found = Candidates(near.gather(1, first).squeeze(1), near, near_scores, wide, total)
     if len(some) and scan != queries.dtype:  # too many codes for this precision: a finer one may tell them apart
         return finer(found, some, queries, keys, bias, slack, norms)
     if len(some):
         found.best[some] = search_exactly(queries[some], keys, bias)
     return found
-
-
-def _counts(wide: Tensor, listed: int) -> Tensor:
-    return torch.tensor([len(wide), listed])
 
 
 def finer(
@@ -200,7 +194,7 @@ def finer(
     norms: Norms,
 ) -> Candidates:
     """Candidates where `some` rows, which a coarse scan could not decide, are scanned again in full precision."""
-    again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, functools.partial(_group_maxima, None))
+    again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, table=None)
     pairs = zip(found[:4], again[:4], strict=True)
     best, codes, scores, wide = (whole.index_copy(0, some, part) for whole, part in pairs)
     counts = torch.stack([again.counts[0], found.counts[1] + again.counts[1]])
@@ -277,9 +271,8 @@ def _codes_of_groups(
     queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, norms: Norms, rows: Tensor, groups: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The pairs (row, code) within the pairs (row, group) that float32 cannot tell from the best."""
-    per_tile = APART
-    first = groups.div(per_tile, rounding_mode="floor") * TILE + groups % per_tile
-    codes = first[:, None] + per_tile * torch.arange(GROUP, device=rows.device)  # (pairs, GROUP)
+    first = groups.div(APART, rounding_mode="floor") * TILE + groups % APART
+    codes = first[:, None] + APART * torch.arange(GROUP, device=rows.device)  # (pairs, GROUP)
     pair, member = (codes < len(keys)).nonzero(as_tuple=True)
     rows, codes = rows[pair], codes[pair, member]
     scores = sampled_products(queries, keys, rows, codes)

@@ -63,17 +63,17 @@ def rows_at_a_time(size: int, cuda: bool) -> int:
 
 
 def empty_state(inputs: Inputs) -> ForwardState:
-    """The state of `forward` in its shapes and types, without values."""
+    """The state of `forward` in its shapes and types, and without entropies in its values but for the search's."""
     queries, rows = inputs.queries, len(inputs.queries) if inputs.entropy else 0
     return ForwardState(
         queries.new_empty(len(queries), dtype=torch.int64),
-        queries.new_empty(()),
-        queries.new_empty(()),
+        queries.new_zeros(()),
+        queries.new_zeros(()),
         queries.new_empty((rows, WIDTH), dtype=torch.int64),
         queries.new_empty((rows, WIDTH), dtype=torch.float64),
         queries.new_empty(inputs.parts * len(inputs.keys) if inputs.entropy else 0, dtype=torch.float64),
         queries.new_empty(rows, dtype=torch.bool),
-        queries.new_empty((), dtype=torch.float64),
+        queries.new_ones((), dtype=torch.float64),
         torch.empty(2, dtype=torch.int64, device="cpu"),
     )
 
@@ -84,13 +84,7 @@ def forward(inputs: Inputs, implementation: str = "tiled") -> ForwardState:
     slack = tau * (math.log(len(keys)) + CUT[queries.dtype]) if inputs.entropy else 0.0
     near = near_codes(queries, keys, bias, slack, implementation=implementation)
     if not inputs.entropy:
-        return empty_state(inputs)._replace(
-            indices=near.best,
-            sample=queries.new_zeros(()),
-            batch=queries.new_zeros(()),
-            share=queries.new_ones((), dtype=torch.float64),
-            counts=near.counts,
-        )
+        return empty_state(inputs)._replace(indices=near.best, counts=near.counts)
 
     # A wide row's list is empty, and its softmax is no number: it takes part below.
     q = (near.scores / tau).softmax(1).masked_fill(near.wide[:, None], 0.0)
