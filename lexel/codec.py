@@ -96,6 +96,7 @@ class Codec:
             side = transform.size if tile is None else min(tile, transform.size)
             check_memory(tokenizer, runtime, side, side, batch_size)
         self.tokenizer = tokenizer.to(runtime.device).eval()
+        self.model: Tokenizer | Tiled = self.tiled or self.tokenizer  # what pictures go through
         self.runtime = runtime
         self.transform = transform
         self.batch_size = batch_size
@@ -122,9 +123,8 @@ class Codec:
         height, width = images.shape[-2:]
         with self.runtime.autocast(), torch.no_grad():
             padded = self.tokenizer.pad(images.to(self.runtime.device))
-            model = self.tokenizer if self.tiled is None else self.tiled
             self._measure_seam(padded, "the first batch")
-            return crop_back(model.decode(model.encode(padded)), height, width)
+            return crop_back(self.model.decode(self.model.encode(padded)), height, width)
 
     def _measure_seam(self, images: Tensor, name: str) -> None:
         """Sets `seam` by the first images (B, C, H, W) that have one, on a window that holds one each way."""
@@ -243,24 +243,22 @@ class Codec:
         sets = [self.open(source, max_unreadable=max_unreadable) for source in sources]
         total = sum(map(len, sets))
         unreadable: dict[str, str] = {}
-        pictures: Iterable[tuple[str, np.ndarray | Strips]]
-        if self.tiled is not None and self.transform is None:
-            pictures = (one for images in sets for one in self._tiled_pictures(images, unreadable, side_by_side))
-        else:
-            pairs = (pair for images in sets for pair in self.pairs(images, unreadable))
-            pictures = (
-                (name, np.concatenate([original, reconstruction], axis=1) if side_by_side else reconstruction)
-                for name, original, reconstruction in pairs
-            )
         check_targets((name for images in sets for name in images.names), out)
 
-        def within() -> Iterator[tuple[str, np.ndarray | Strips]]:
-            for picture in pictures:
-                check_unreadable(unreadable, total, max_unreadable)
-                yield picture
+        def pictures() -> Iterator[tuple[str, np.ndarray | Strips]]:
+            for images in sets:
+                made: Iterable[tuple[str, np.ndarray | Strips]] = (
+                    (pair.name, np.concatenate(pair[1:], 1) if side_by_side else pair.reconstruction)
+                    for pair in self.pairs(images, unreadable)
+                )
+                if self.tiled is not None and self.transform is None:
+                    made = self._tiled_pictures(images, unreadable, side_by_side)
+                for picture in made:
+                    check_unreadable(unreadable, total, max_unreadable)
+                    yield picture
             check_unreadable(unreadable, total, max_unreadable)
 
-        written = write_pngs(within(), out, total, progress)
+        written = write_pngs(pictures(), out, total, progress)
         if not written:
             raise UsageError(f"none of the pictures can be used; {first_reason(unreadable)}")
         return CodecResult(written, unreadable)
@@ -308,10 +306,9 @@ class Codec:
         spec = None if side is None else tokenizer.token_spec(side, side)
 
         def indices(images: Tensor) -> Tensor:
-            model = tokenizer if self.tiled is None else self.tiled
             self._measure_seam(images, "the first batch")
             with self.runtime.autocast():
-                return model.encode(images.to(self.runtime.device)).cpu()
+                return self.model.encode(images.to(self.runtime.device)).cpu()
 
         def layout(height: int, width: int) -> TokenSpec:
             self._check_whole(height, width)
@@ -372,21 +369,16 @@ class Codec:
 
     def _pictures_of(self, tokens: TokenSet, batch: TokenBatch) -> Sequence[np.ndarray | Strips]:
         """The pictures of a batch, uint8 (H, W, 3); without what was padded, where they have their own sizes."""
+        sizes = None if tokens.sizes is None else tokens.sizes[batch.numbers.numpy()].tolist()
         if self.tiled is not None:
-            if tokens.sizes is None:
-                one = self.tokenizer.image_size(self.tokenizer.grid_of(batch.indices, None))
-                own = [one] * len(batch.indices)
-            else:
-                own = [(int(height), int(width)) for height, width in tokens.sizes[batch.numbers.numpy()]]
+            own = sizes or [self.tokenizer.image_size(self.tokenizer.grid_of(batch.indices, None))] * len(batch.indices)
             return [self._strips(batch.indices[row : row + 1], *size) for row, size in enumerate(own)]
-        if tokens.sizes is None:
+        if sizes is None:
             return list(self.pictures(batch.indices))
-        sizes = tokens.sizes[batch.numbers.numpy()]
-        grid = self.tokenizer.grid(*self.tokenizer.fitting_size(*sizes[0].tolist()))
+        grid = self.tokenizer.grid(*self.tokenizer.fitting_size(*sizes[0]))
         with self.runtime.autocast():
             images = self.tokenizer.decode(batch.indices.to(self.runtime.device), grid=grid)
-        pairs = zip(images, sizes.tolist(), strict=True)
-        return [to_uint8(crop_back(image[None], *size))[0] for image, size in pairs]
+        return [to_uint8(crop_back(image[None], *size))[0] for image, size in zip(images, sizes, strict=True)]
 
     def pictures(self, indices: Tensor) -> np.ndarray:
         """The pictures of indices (B, *grid): uint8 (B, H, W, 3)."""
