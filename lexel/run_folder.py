@@ -115,22 +115,13 @@ class RunFolder:
         """
         if not self.metrics.is_file():
             raise UsageError(f"{self.path} is no run folder: it has no {self.metrics.name}")
-        kinds = {"train": Thinned(), "validation": Thinned(), CHOICES: Thinned()}
-        evaluations = Thinned()
+        train, validation, choices, evaluations = (Thinned() for _ in range(4))
+        kinds = {"train": train, "validation": validation, CHOICES: choices}
         for line in read_metrics(self.metrics):
             kinds.get(line["kind"], evaluations).append(line)
-        train, validation, chosen = (each.lines for each in kinds.values())
         snapshots = {step: Snapshot(self.snapshot_path(step)) for step in self.snapshot_steps()}
-        return Run(
-            name or self.path.name,
-            self.path,
-            self.read_recipe(),
-            train,
-            validation,
-            evaluations.lines,
-            snapshots,
-            chosen,
-        )
+        name, recipe = name or self.path.name, self.read_recipe()
+        return Run(name, self.path, recipe, train.lines, validation.lines, evaluations.lines, snapshots, choices.lines)
 
     def claim(self, recipe: Config) -> None:
         """Makes the folder this recipe's, and this process's until `release`.

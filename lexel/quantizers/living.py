@@ -113,9 +113,7 @@ class LivingCodebook(nn.Module):
         self.counts[which] = counts.to(self.counts.dtype)
 
     def _first_table(self) -> Tensor:
-        table = getattr(self, self.code_tables[0])
-        assert isinstance(table, Tensor)
-        return table
+        return cast(Tensor, getattr(self, self.code_tables[0]))
 
     # ---------------------------------------------------------------------------------------------- clustering
 

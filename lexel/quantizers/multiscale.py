@@ -192,8 +192,8 @@ class Multiscale(Quantizer):
         """The sums (B, D, *grid) that indices (B, T) name; `grid` as in `split`."""
         grid = self.latent_grid(tuple(indices.shape[1:])) if grid is None else grid
         folded = _Folded(grid, len(indices))
-        parts = [folded.indices(part) for part in self.split(indices, grid)]
-        flat = torch.cat([part.flatten(1) for part in parts], 1)
+        # (B, *frames, h, w) of each scale as (B', h w)
+        flat = torch.cat([part.flatten(0, -3).flatten(1) for part in self.split(indices, grid)], 1)
         return folded.unfold(self.partial_sums(flat, folded.grid)[-1])
 
     @torch.no_grad()
@@ -297,10 +297,6 @@ class _Folded:
     def flat(self, indices: list[Tensor]) -> Tensor:
         """Indices (B', *scale) of each scale as (B, T)."""
         return torch.cat([part.reshape(self.batch, -1) for part in indices], 1)
-
-    def indices(self, part: Tensor) -> Tensor:
-        """Indices (B, *frames, h, w) of a scale as (B', h, w)."""
-        return part.reshape(-1, *part.shape[-2:])
 
 
 def _reduce(rest: Tensor, grid: Sequence[int]) -> Tensor:
