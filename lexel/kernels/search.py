@@ -19,14 +19,7 @@ from lexel.kernels.inputs import (
     has_half_products,
 )
 from lexel.kernels.rounding import APART, GROUP, Norms, Rounded, prepared, rounded, row_errors, scan_error
-from lexel.kernels.scores import (
-    TILE,
-    exact_scores,
-    minus_squares,
-    sampled_products,
-    search_exactly,
-    unit,
-)
+from lexel.kernels.scores import TILE, exact_scores, minus_squares, sampled_products, search_exactly, unit
 
 ROWS = 1024  # rows scanned together
 WIDTH = 16  # near codes listed for a row; a row with more is wide

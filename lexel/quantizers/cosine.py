@@ -6,15 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lexel.quantizers.base import (
-    GRADIENTS,
-    ONLY_CHOSEN_LEARN,
-    Quantized,
-    Quantizer,
-    choose,
-    full_precision,
-    vq_terms,
-)
+from lexel.quantizers.base import GRADIENTS, ONLY_CHOSEN_LEARN, Quantized, Quantizer, choose, full_precision, vq_terms
 
 
 class Cosine(Quantizer):

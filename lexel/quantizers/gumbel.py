@@ -11,15 +11,7 @@ from torch import Tensor, nn
 from lexel.errors import UsageError
 from lexel.kernels import nearest
 from lexel.quantizers.annealed import Annealed
-from lexel.quantizers.base import (
-    MatrixSearch,
-    Quantized,
-    Quantizer,
-    as_grid,
-    as_vectors,
-    full_precision,
-    lookup,
-)
+from lexel.quantizers.base import MatrixSearch, Quantized, Quantizer, as_grid, as_vectors, full_precision, lookup
 
 
 class Gumbel(Annealed):

@@ -11,14 +11,7 @@ from torch import Tensor
 from lexel.distributed import mean_over_processes
 from lexel.errors import UsageError
 from lexel.quantizers import bounds
-from lexel.quantizers.base import (
-    GRADIENTS,
-    Quantized,
-    as_grid,
-    as_vectors,
-    choose,
-    full_precision,
-)
+from lexel.quantizers.base import GRADIENTS, Quantized, as_grid, as_vectors, choose, full_precision
 from lexel.quantizers.lattice import Lattice, LatticeQuantizer, entropy, mean_distribution, sample_entropy
 from lexel.quantizers.statistics import Groups, Statistics, check_statistics, groups
 

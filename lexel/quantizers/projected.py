@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 
 from lexel.kernels import nearest
-from lexel.quantizers.base import (
-    GRADIENTS,
-    Quantized,
-    Quantizer,
-    choose,
-    full_precision,
-    lookup,
-    vq_terms,
-)
+from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, choose, full_precision, lookup, vq_terms
 from lexel.quantizers.living import Recoded
 from lexel.quantizers.running import transformed
 

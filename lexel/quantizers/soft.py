@@ -9,13 +9,7 @@ from torch import Tensor, nn
 from lexel.kernels.inputs import OnRows, differentiable_once
 from lexel.quantizers import bounds
 from lexel.quantizers.annealed import Annealed
-from lexel.quantizers.base import (
-    Quantized,
-    as_grid,
-    as_vectors,
-    choose,
-    full_precision,
-)
+from lexel.quantizers.base import Quantized, as_grid, as_vectors, choose, full_precision
 
 TILE = 4096  # codes in hand at a time
 NAME = "the soft assignment of Soft VQ"

@@ -4,15 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from lexel.kernels import SIMILARITIES, Similarity
-from lexel.quantizers.base import (
-    GRADIENTS,
-    ONLY_CHOSEN_LEARN,
-    Quantized,
-    Quantizer,
-    choose,
-    full_precision,
-    vq_terms,
-)
+from lexel.quantizers.base import GRADIENTS, ONLY_CHOSEN_LEARN, Quantized, Quantizer, choose, full_precision, vq_terms
 
 
 class VQ(Quantizer):
