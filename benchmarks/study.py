@@ -25,11 +25,14 @@ FINALISTS = {
     "affine at 0.25": ("affine_c25", None),
     "affine": ("affine", "ste_c10"),
     "IBQ": ("ibq", None),
-    "ibq_affine": ("ibq_affine", "half_c05"),
+    "ibq_affine": ("ibq_affine", None),
+    "blended": ("ibq_affine_blend", "half_c05"),
 }
 SETTINGS = {
     "cifar10": "CIFAR-10",
+    "cifar10-all": "all of CIFAR-10",
     "photos_64": "photographs, 64 px",
+    "photos_64-all": "all photographs, 64 px",
     "openmoji": "drawings, 32 px, 16 tokens",
 }
 DETAILS = [

@@ -209,7 +209,7 @@ def dense_mixture(table: Tensor, z: Tensor, g: Tensor, width: float, identity: f
 
 @pytest.mark.parametrize("identity", [0.0, 0.5, 1.0])
 def test_on_the_affine_table_gradients_are_those_of_the_softmax_at_the_measured_width(identity):
-    made = IBQAffine(40, 6, identity=identity).double()
+    made = IBQAffine(40, 6, identity=identity, mixing="blend").double()
     for seed in range(3):
         made(normal(4, 6, 10, seed=seed))
     with frozen_statistics():
@@ -240,19 +240,26 @@ def turns(step: int, z: Tensor, g: Tensor, **options) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("grid", [(12,), (3, 4)])
 def test_latents_that_take_turns_get_the_mean_of_the_blend_over_the_steps(grid):
     z, g = normal(2, 6, *grid, seed=7), normal(2, 6, *grid, seed=8)
-    blended = turns(4, z, g, identity=0.75)
-    each = [turns(4 + step, z, g, identity=0.75, mixing="latents") for step in range(4)]
+    blended = turns(4, z, g, identity=0.75, mixing="blend")
+    each = [turns(4 + step, z, g, identity=0.75) for step in range(4)]
     for number, expected in enumerate(blended):
         torch.testing.assert_close(torch.stack([found[number] for found in each]).mean(0), expected)
     straight = torch.stack([(found[0] == g).flatten(2).all(1) for found in each])  # (steps, B, places)
     assert (straight.sum(0) == 3).all()  # once in four steps through the softmax
 
 
-@pytest.mark.parametrize(("identity", "places", "expected"), [(0.0, 5, 5), (0.75, 3, 1), (0.75, 1, 1), (0.5, 7, 4)])
-def test_however_few_places_there_are_one_takes_its_turn(identity, places, expected):
+@pytest.mark.parametrize(("identity", "places", "expected"), [(0.0, 5, 5), (0.75, 4, 1), (0.75, 9, 2), (0.5, 7, 4)])
+def test_of_the_places_the_share_left_by_the_straight_gradient_take_their_turn(identity, places, expected):
     z, g = normal(3, 6, places, seed=7), normal(3, 6, places, seed=8)
-    found = turns(4, z, g, identity=identity, mixing="latents")[0]
+    found = turns(4, z, g, identity=identity)[0]
     assert ((found != g).any(1).sum(1) == expected).all()
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_grids_too_small_for_turns_are_blended(places):
+    z, g = normal(3, 6, places, seed=7), normal(3, 6, places, seed=8)
+    for found, expected in zip(turns(4, z, g), turns(4, z, g, mixing="blend"), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_where_codes_are_dense_index_backpropagation_alone_hands_the_gradient_on_as_it_is():

@@ -37,9 +37,9 @@ class IBQAffine(Affine):
         decay: of the running mean and covariance.
         identity: the share of the decoder's gradient that reaches the latents as it is, as plain straight-through has
             it; the rest goes through the softmax. 0 is index backpropagation alone, 1 leaves the softmax out.
-        mixing: "blend", every latent gets both in these shares; "latents", the share `identity` of each picture's
-            latents gets the gradient as it is and the others, in turn, that of the softmax: the same on the mean, for
-            so much less time.
+        mixing: "latents", the share `identity` of each picture's latents gets the gradient as it is and the others, in
+            turn, that of the softmax; "blend", every latent gets both in these shares: the same on the mean, for
+            1 / (1 - identity) times the softmax's cost. Grids of fewer places than that are always blended.
         rows: how many latents the backward pass takes at a time, as in `IBQ`.
         restart_below: codes that fewer latents a batch choose, on average, start again at latents; 0 is never.
     """
@@ -52,15 +52,15 @@ class IBQAffine(Affine):
         codebook_size: int,
         codebook_dim: int,
         decay: float = 0.99,
-        identity: float = 0.5,
-        mixing: str = "blend",
+        identity: float = 0.75,
+        mixing: str = "latents",
         rows: int | None = None,
         restart_below: float = 0.0,
     ) -> None:
         super().__init__(codebook_size, codebook_dim, decay, restart_below=restart_below)
         self.gradient = "own"
         self.identity = bounds.number("identity", identity, 0, 1)
-        self.mixing = choose("mixing", mixing, ("blend", "latents"))
+        self.mixing = choose("mixing", mixing, ("latents", "blend"))
         self.rows = None if rows is None else bounds.integer("rows", rows, 1, 2**31)
         self.error = nn.Buffer(torch.zeros(()))  # running mean of |z - e|^2
 
@@ -82,7 +82,7 @@ class IBQAffine(Affine):
             indices = nearest(vectors, table)
             chosen = lookup(indices, table)
             gradient = chosen + vectors
-        elif self.mixing == "blend":
+        elif self.mixing == "blend" or z[0, 0].numel() * (1 - self.identity) < 1:
             soft, indices = self._soft(vectors, table, width)
             chosen = lookup(indices, table)
             gradient = (1 - self.identity) * soft + self.identity * (chosen + vectors)
@@ -115,7 +115,7 @@ class IBQAffine(Affine):
         The same places in every picture, evenly spread, and with each step the next.
         """
         places = z[0, 0].numel()
-        count = min(places, max(1, round((1 - self.identity) * places)))
+        count = round((1 - self.identity) * places)
         place = torch.arange(places, device=z.device)
         spread = (place * count % places < count).int()  # `count` ones, as evenly spread as can be
         shifted = (spread.argsort(descending=True, stable=True) + step) % places
