@@ -178,8 +178,8 @@ class NextScale(Generator):
         for scale, side in enumerate(config.scales):
             end = first + side * side
             x = network.embed(vectors.to(self.dtype).repeat(len(batch.conditions), 1, 1), vector, first, side * side)
-            logits, cache = network.blocks_forward(x, vector, None, cache)
-            drawn = batch.draw(logits, scale, uniforms[:, first:end])
+            x, cache = network.states(x, vector, None, cache)
+            drawn = batch.draw(network.logits(x, vector), scale, uniforms[:, first:end])
             tokens[:, first:end] = torch.where(tokens[:, first:end] == FREE, drawn, tokens[:, first:end])
             if scale + 1 < len(config.scales):
                 sums = quantizer.refine(sums, scale, tokens[:, first:end].view(count, side, side))

@@ -168,26 +168,6 @@ class ScaleTransformer(nn.Module):
         place = slice(first, first + count)
         return x + self.lvl_embed(self.levels(x.device)[place]) + self.pos_1LC[:, place]  # (B, count, C)
 
-    def blocks_forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        mask: Tensor | None = None,
-        cache: Cache | None = None,
-        run: Callable[..., Any] = call,
-    ) -> tuple[Tensor, Cache]:
-        """Logits (B, T, K) of embedded tokens (B, T, C), and the KV cache with them.
-
-        Args:
-            x: embedded tokens.
-            condition: (B, C).
-            mask: which tokens may see which; None lets all see all.
-            cache: of the tokens before.
-            run: calls a block: a place to recompute activations.
-        """
-        x, grown = self.states(x, condition, mask, cache, run)
-        return self.head(self.head_nm(x, condition)), grown
-
     def states(
         self,
         x: Tensor,
@@ -197,7 +177,16 @@ class ScaleTransformer(nn.Module):
         run: Callable[..., Any] = call,
         layers: int | None = None,
     ) -> tuple[Tensor, Cache]:
-        """States (B, T, C) after so many blocks, all of them by default, and their KV cache; see `blocks_forward`."""
+        """States (B, T, C) after so many blocks, all of them by default, and the KV cache with them.
+
+        Args:
+            x: embedded tokens (B, T, C).
+            condition: (B, C).
+            mask: which tokens may see which; None lets all see all.
+            cache: of the tokens before.
+            run: calls a block: a place to recompute activations.
+            layers: how many blocks.
+        """
         modulation = condition
         if self.shared_modulation:
             modulation = self.shared_ada_lin(condition).unflatten(-1, (1, 6, -1))  # (B, 1, 6, C)
@@ -207,8 +196,10 @@ class ScaleTransformer(nn.Module):
             grown.append(state)
         return x, grown
 
+    def logits(self, states: Tensor, condition: Tensor) -> Tensor:
+        """Logits (B, T, K) after all blocks' states (B, T, C)."""
+        return self.head(self.head_nm(states, condition))
+
     def forward(self, vectors: Tensor, condition: Tensor, run: Callable[..., Any] = call) -> Tensor:
-        count = sum(self.lengths)
-        return self.blocks_forward(
-            self.embed(vectors, condition, 0, count), condition, self.mask(condition.device), run=run
-        )[0]
+        x = self.embed(vectors, condition, 0, sum(self.lengths))
+        return self.logits(self.states(x, condition, self.mask(x.device), run=run)[0], condition)
