@@ -81,8 +81,9 @@ FEATURES = [
     (
         "importers of the layouts of then",
         "convert/*",
-        "convert/__init__ convert/cosmos convert/diffusers convert/f* convert/ibq convert/llamagen convert/names "
-        "convert/open_magvit2 convert/simvq convert/torchscript convert/transformers convert/vqgan convert/vqgan_lc",
+        "convert/__init__ convert/cosmos convert/diffusers convert/f* convert/generators convert/ibq "
+        "convert/llamagen convert/names convert/open_magvit2 convert/simvq convert/torchscript convert/transformers "
+        "convert/vqgan convert/vqgan_lc",
     ),
     (
         "whole folders, samples, banks, export, publish, inspect",

@@ -204,20 +204,17 @@ def _result(
     plan: Sequence[tuple[int, int]],
     finished: bool,
 ) -> Halving:
-    page = out / "halving.html"
+    result = Halving(out / "halving.html", rounds, dropped, None, None, None, "", finished)
     if not finished:
-        words = f"{len(rounds)} of {len(plan)} rounds are done"
-        return Halving(page, rounds, dropped, None, None, None, words, False)
+        return result._replace(verdict=f"{len(rounds)} of {len(plan)} rounds are done")
     first, second = rounds[-1][:2]
-    winner = first["quantizer"]
     if mean_of(first, by) is None:
-        words = "no training of the last round came to its end: nothing can be recommended"
-        return Halving(page, rounds, dropped, None, None, None, words, True)
+        return result._replace(verdict="no training of the last round came to its end: nothing can be recommended")
+    result = result._replace(winner=first["quantizer"])
     if mean_of(second, by) is None:
-        words = f"take {winner}: {second['quantizer']} did not come to its end"
-        return Halving(page, rounds, dropped, winner, None, None, words, True)
+        return result._replace(verdict=f"take {result.winner}: {second['quantizer']} did not come to its end")
     margin, noise = margin_and_noise(first, second, by)
-    return Halving(page, rounds, dropped, winner, margin, noise, verdict(first, second, by), True)
+    return result._replace(margin=margin, noise=noise, verdict=verdict(first, second, by))
 
 
 def _write(out: Path, recipe: TokenizerRecipe, result: Halving, by: str, plan: Sequence[tuple[int, int]]) -> None:

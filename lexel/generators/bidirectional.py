@@ -170,10 +170,7 @@ class Bert(Bidirectional):
         return cast(Tensor, self.dropout(self.norm(self.embed(tokens, condition) + self.types.weight[0])))
 
     def forward(self, tokens: Tensor, condition: Tensor, dropped: Tensor | None = None) -> Tensor:
-        x = self.entered(tokens, condition)  # (B, L + T, C)
-        for block in self.blocks:
-            x = self.run(block, x)
-        return cast(Tensor, self.head(x[:, -tokens.shape[1] :]))  # (B, T, K)
+        return cast(Tensor, self.head(self.hidden(tokens, condition, len(self.blocks))))  # (B, T, K)
 
 
 class UViT(Bidirectional):

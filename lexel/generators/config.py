@@ -1,7 +1,7 @@
 """The options of generators: those that all families share, and how a table becomes those of one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import (
@@ -107,6 +107,10 @@ class NetworkConfig(Config):
             ours = ", ".join(f"generator.{name} = {getattr(self, name)}" for name in wrong)
             theirs = ", ".join(f"generator.{name} = {found[name]}" for name in wrong)
             raise UsageError(f"{ours} does not fit the tokens of {source}; set {theirs}")
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of the options that are not at their defaults."""
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
 
     @classmethod
     def from_folder(cls, table: Mapping[str, Any]) -> dict[str, Any]:

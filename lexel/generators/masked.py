@@ -77,9 +77,8 @@ class MaskedConfig(NetworkConfig):
                 raise UsageError(f"decoder_heads must divide decoder_width: {self.decoder_heads}, {self.decoder_width}")
         else:
             idle = ["decoder_width", "decoder_layers", "decoder_heads", "decoder_hidden", "dropped", "norm_eps"]
-        for name in idle:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise UsageError(f"{name} reaches nothing with network = {self.network!r}; leave it out")
+        for name in self.changed(idle):
+            raise UsageError(f"{name} reaches nothing with network = {self.network!r}; leave it out")
         return self
 
 
@@ -195,10 +194,8 @@ class Masked(Generator):
         masked = ranks < (count * shares).round().clamp(min=1)[:, None]
         logits = self.transformer(flat.masked_fill(masked, self.mask), condition)
         weights = masked.to(logits.dtype).masked_fill(~masked, self.settings.unmasked_weight)
-        return {
-            "masked_nll": (cross_entropy(logits, flat, self.settings.label_smoothing) * weights).sum()
-            / (weights.sum() + 1e-8)
-        }
+        nll = cross_entropy(logits, flat, self.settings.label_smoothing)
+        return {"masked_nll": (nll * weights).sum() / (weights.sum() + 1e-8)}
 
     def mage_losses(self, flat: Tensor, condition: Tensor, rates: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """`losses` of MAGE with its random numbers given.

@@ -164,20 +164,25 @@ def code_map(originals: NDArray[Any], indices: NDArray[Any]) -> Figure:
     return picture_rows([originals, maps], f"Which code stands where (one colour a code); distinct codes: {distinct}.")
 
 
+def in_plane(points: NDArray[Any]) -> NDArray[Any]:
+    """Points (n, D) on their two main axes: (n, 2); those of one dimension lie on a line."""
+    centred = points - points.mean(axis=0)
+    flat = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+    return np.pad(flat, ((0, 0), (0, 2 - flat.shape[1])))
+
+
 def latent_map(latents: NDArray[Any], codes: NDArray[Any]) -> Figure:
     """Latents (n, D) and codes (m, D) in the plane of the latents' and codes' two main directions."""
     latents, codes = (rows[np.isfinite(rows).all(1)] for rows in (latents, codes))
     both = np.concatenate([latents, codes]).astype(np.float64)
     if not len(both):
         return Figure("", "No latent and no code is finite.")
-    centre = both.mean(axis=0)
-    directions = np.linalg.svd(both - centre, full_matrices=False)[2][:2]
-    if len(directions) < 2:  # one-dimensional codes lie on a line
-        directions = np.concatenate([directions, np.zeros_like(directions)])
+    flat = in_plane(both)
     with _canvas(4.6, 4.2) as canvas:
         axes = canvas.subplots()
-        for points, colour, name in [(latents, COLOURS[1], "latents"), (codes, COLOURS[0], "codes")]:
-            x, y = ((points - centre) @ directions.T).T
+        parts = np.split(flat, [len(latents)])
+        for points, colour, name in zip(parts, (COLOURS[1], COLOURS[0]), ("latents", "codes"), strict=True):
+            x, y = points.T
             axes.scatter(x, y, s=7, color=colour, alpha=0.45, linewidths=0, label=name, rasterized=True)
         axes.legend(frameon=False, fontsize=9, markerscale=2.5)
         caption = "Codes and held-out latents on their two main axes. Codes that lie among the latents can be chosen."

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lexel.data import to_images, to_uint8
 from lexel.errors import UsageError
+from lexel.report.figures import in_plane
 from lexel.spacing import evenly_spaced
 from lexel.studio import pictures
 from lexel.studio.jobs import Job
@@ -136,12 +137,7 @@ def code_points(entry: Entry, book: int = 0, job: Job | None = None) -> dict[str
     job.progress(2, 3)
     latents = z.movedim(1, -1).flatten(0, -2) if z.shape[1] == table.shape[1] else table[:0]
     latents = latents[evenly_spaced(len(latents), min(len(latents), POINTS))]
-    points = torch.cat([latents, table[codes]])
-    points = points - points.mean(0)
-    axes = torch.linalg.svd(points, full_matrices=False)[2][:2]
-    flat = points @ axes.T
-    if flat.shape[1] < 2:  # codes of one dimension lie on a line
-        flat = torch.cat([flat, torch.zeros_like(flat)], 1)
+    flat = in_plane(torch.cat([latents, table[codes]]).numpy())
     rounded = [[round(x, 4), round(y, 4)] for x, y in flat.tolist()]
     return {
         "latents": rounded[: len(latents)],

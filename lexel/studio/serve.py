@@ -5,6 +5,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
@@ -69,19 +70,15 @@ def _listen(host: str, port: int | None) -> socket.socket:
         UsageError: the address or port cannot be had.
     """
     ports = [port] if port is not None else [*range(PORT, PORT + TRIED), 0]
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    options: dict[str, Any] = {}
+    if ":" in host:
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": socket.has_dualstack_ipv6()}
     reason = ""
     for number in ports:
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, number))
+            return socket.create_server((host, number), **options)
         except OSError as error:
-            listening.close()
             reason = error.strerror or str(error)
-            continue
-        listening.listen()
-        return listening
     raise UsageError(f"cannot listen on {host}, port {ports[0]}: {reason}; choose another --host or --port")
 
 

@@ -102,15 +102,14 @@ class Diffusion:
 
     def posterior(self, output: Tensor, noised: Tensor, step: Tensor) -> Posterior:
         """The distribution of the step before, from the model's output (N, 2C or C, ...) at `noised` (N, C, ...)."""
-        if output.shape[1] == noised.shape[1]:
+        noise, *share = output.split(noised.shape[1], 1)
+        if share:  # of the logarithm of the largest variance; the rest is of the smallest
+            part = (share[0] + 1) / 2
+            most, least = (_at(values, step, noised) for values in (self.betas.log(), self.log_variance))
+            log_variance = part * most + (1 - part) * least
+        else:
             largest = torch.cat([self.log_variance[:1], self.betas[1:].log()])
-            return self._posterior(output, _at(largest, step, noised).expand_as(noised), noised, step)
-        noise, share = output.split(noised.shape[1], 1)
-        share = (share + 1) / 2  # of the logarithm of the largest variance; the rest is of the smallest
-        log_variance = share * _at(self.betas.log(), step, noised) + (1 - share) * _at(self.log_variance, step, noised)
-        return self._posterior(noise, log_variance, noised, step)
-
-    def _posterior(self, noise: Tensor, log_variance: Tensor, noised: Tensor, step: Tensor) -> Posterior:
+            log_variance = _at(largest, step, noised).expand_as(noised)
         scale = (1 / self.cumulative).sqrt()
         clean = _at(scale, step, noised) * noised - _at((1 / self.cumulative - 1).sqrt(), step, noised) * noise
         mean = _at(self.clean_part, step, noised) * clean + _at(self.noised_part, step, noised) * noised

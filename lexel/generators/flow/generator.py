@@ -58,12 +58,8 @@ class FlowConfig(LatentConfig):
         if self.width % self.heads or self.width % 4:
             raise UsageError(f"width must be a multiple of 4 and of heads, got {self.width} and {self.heads} heads")
         if self.objective == "diffusion":
-            idle = [
-                name
-                for name in ("path", "prediction", "weighting", "times", "stratified")
-                if name in self.model_fields_set
-            ]
-            if idle and any(getattr(self, name) != type(self).model_fields[name].default for name in idle):
+            idle = self.changed(("path", "prediction", "weighting", "times", "stratified"))
+            if idle:
                 raise UsageError(f'{", ".join(idle)} reach nothing with objective = "diffusion"; leave them out')
         elif self.prediction == "velocity" and self.weighting != "none":
             raise UsageError('weighting reaches nothing with prediction = "velocity"; leave it out')

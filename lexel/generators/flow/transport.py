@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lexel.errors import unknown
-
 Velocity = Callable[[Tensor, Tensor], Tensor]  # x (N, C, ...) and times (N,) to velocities like x
 
 
@@ -54,9 +52,6 @@ PATHS: dict[str, Callable[[Tensor], Parts]] = {
     "gvp": trigonometric_path,
     "vp": variance_preserving_path,
 }
-PREDICTIONS = ("velocity", "noise", "score")
-WEIGHTINGS = ("none", "velocity", "likelihood")
-DIFFUSIONS = ("sigma", "linear", "decreasing", "increasing_decreasing", "sbdm", "constant")
 
 
 class Transport:
@@ -66,18 +61,9 @@ class Transport:
         path: a name in PATHS.
         prediction: `velocity`, `noise` or `score`.
         weighting: of the loss of `noise` and `score`: `none`, `velocity` or `likelihood`.
-
-    Raises:
-        UsageError: one of the names is unknown.
     """
 
     def __init__(self, path: str = "linear", prediction: str = "velocity", weighting: str = "none") -> None:
-        if path not in PATHS:
-            raise unknown("path", path, PATHS)
-        if prediction not in PREDICTIONS:
-            raise unknown("prediction", prediction, PREDICTIONS)
-        if weighting not in WEIGHTINGS:
-            raise unknown("weighting", weighting, WEIGHTINGS)
         self.path, self.prediction, self.weighting = path, prediction, weighting
         straight = prediction == "velocity" and path != "vp"
         # Where a division by a share of the path is needed, time keeps away from the ends.
@@ -144,8 +130,6 @@ class Transport:
             "decreasing": lambda: 0.25 * (norm * torch.cos(math.pi * time) + 1).square(),
             "increasing_decreasing": lambda: norm * torch.sin(math.pi * time).square(),
         }
-        if form not in forms:
-            raise unknown("diffusion", form, forms)
         return forms[form]()
 
 
@@ -192,12 +176,7 @@ def solve_ode(
         method: a name in ODE_STEPS.
         interval: first and last time.
         hold: changes a point at a time, as where parts of it are given.
-
-    Raises:
-        UsageError: the method is unknown.
     """
-    if method not in ODE_STEPS:
-        raise unknown("ODE sampler", method, ODE_STEPS)
     point = noise
     times = torch.linspace(*interval, points, dtype=torch.float64).tolist()
     for now, later in itertools.pairwise(times):
@@ -208,26 +187,14 @@ def solve_ode(
         yield point
 
 
-LAST_STEPS = ("mean", "tweedie", "euler", "none")
-
-
 class SDE(NamedTuple):
     """Options of an SDE sampler: Euler-Maruyama or Heun steps, the noise it adds, its last step."""
 
-    method: str = "euler"
-    diffusion: str = "sigma"
+    method: str = "euler"  # or "heun"
+    diffusion: str = "sigma"  # a form of `Transport.diffusion`
     norm: float = 1.0
-    last: str = "mean"
+    last: str = "mean"  # or "euler", "tweedie", "none"
     last_size: float = 0.04
-
-    def check(self) -> None:
-        """Refuses names that are not known, with a UsageError."""
-        if self.method not in ("euler", "heun"):
-            raise unknown("SDE sampler", self.method, ("euler", "heun"))
-        if self.diffusion not in DIFFUSIONS:
-            raise unknown("diffusion", self.diffusion, DIFFUSIONS)
-        if self.last not in LAST_STEPS:
-            raise unknown("last step", self.last, LAST_STEPS)
 
 
 SDE_DEFAULT = SDE()
@@ -252,11 +219,7 @@ def solve_sde(
         draw: standard normal numbers like `noise` for the step of that number.
         sde: steps, noise and last step.
         interval: first and last time.
-
-    Raises:
-        UsageError: a name in `sde` is unknown.
     """
-    sde.check()
     start, end = interval
     if sde.last != "none":
         end -= sde.last_size

@@ -59,7 +59,7 @@ class NextTokenConfig(NetworkConfig):
         names = [] if self.factorised else ["pair_layers", "factors"]
         names += ["modulated"] if self.factorised or self.network == "gpt" else []
         names += [] if self.adaptive else ["gamma_init"]
-        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        return self.changed(names)
 
     @model_validator(mode="after")
     def _consistent(self) -> "NextTokenConfig":
