@@ -168,18 +168,17 @@ class ArrayFile:
         array = np.memmap(self.path, header.dtype, "r", self._start(name) + header.offset, header.shape)
         member = self._members.get(name)
         every = member is not None and len(numbers) == len(array)
-        checksum = self._checksum_of_header(name, header.offset) if every else 0
+        checksum = 0
+        if every:
+            with self.path.open("rb") as file:
+                file.seek(self._start(name))
+                checksum = zlib.crc32(file.read(header.offset))
         for number in numbers:
             if every:
                 checksum = zlib.crc32(array[number], checksum)
             yield array[number]
         if every and member is not None and checksum != member.CRC:
             raise ValueError("its checksum differs")
-
-    def _checksum_of_header(self, name: str, length: int) -> int:
-        with self.path.open("rb") as file:
-            file.seek(self._start(name))
-            return zlib.crc32(file.read(length))
 
     def _compressed(self, name: str) -> bool:
         member = self._members.get(name)

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 
 from lexel import __version__
 from lexel.checkpoint import atomic
-from lexel.errors import UsageError, unknown
+from lexel.errors import optional, unknown
 from lexel.tokenizer import Tokenizer
 
 FORMATS = ("torch", "onnx")
@@ -40,7 +40,8 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
         if name not in FORMATS:
             raise unknown("export format", name, FORMATS)
     if "onnx" in formats:
-        _need_onnx()
+        for package in ("onnx", "onnxscript"):
+            optional(package, f"export to ONNX needs the package {package}; pip install 'lexel[export]'")
     folder = Path(folder)
     searcher = tokenizer.quantizer.searcher()
     modules = {"encoder": _Encoder(tokenizer, searcher), "decoder": _Decoder(tokenizer, searcher)}
@@ -69,14 +70,6 @@ def export(tokenizer: Tokenizer, folder: str | Path, formats: Sequence[str] = FO
     with atomic(folder / "export.json") as path:
         path.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return [*written, folder / "export.json"]
-
-
-def _need_onnx() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UsageError(f"export to ONNX needs the package {error.name}; pip install 'lexel[export]'") from None
 
 
 class _Encoder(nn.Module):

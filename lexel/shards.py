@@ -99,15 +99,6 @@ def check(folder: Path, digests: Mapping[str, str]) -> None:
             raise UsageError(f"{path} is damaged: its content does not match its checksum")
 
 
-def load(folder: Path, state: dict[str, Any]) -> None:
-    """Fills the tensors of a state from shards that any number of processes wrote; all processes call it.
-
-    Raises:
-        UsageError: the shards lack a tensor, or cannot be read.
-    """
-    _fill(folder, state, alone=processes() == 1)
-
-
 def read(folder: Path, part: str) -> dict[str, Tensor]:
     """The whole tensors of a part of a state, in this process alone, such as "model".
 
@@ -125,18 +116,28 @@ def read(folder: Path, part: str) -> dict[str, Tensor]:
         for name, about in listed.items()
         if name.startswith(f"{part}.") and isinstance(about, TensorStorageMetadata)
     }
-    _fill(folder, tensors, alone=True)
+    load(folder, tensors, alone=True)
     return {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
 
 
-def _fill(folder: Path, state: dict[str, Any], alone: bool) -> None:
+def load(folder: Path, state: dict[str, Any], alone: bool = False) -> None:
+    """Fills the tensors of a state from shards that any number of processes wrote.
+
+    Args:
+        folder: of the shards.
+        state: nested dicts of tensors.
+        alone: whether this process calls without the others; else all of them call together.
+
+    Raises:
+        UsageError: the shards lack a tensor, or cannot be read.
+    """
+    from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # that is meant
-            load(state, storage_reader=_reader(folder), no_dist=alone)
+            state_dict_loader.load(state, storage_reader=_reader(folder), no_dist=alone or processes() == 1)
     except (CheckpointException, *DAMAGE) as error:
         raise UsageError(f"{folder} cannot be read: {_reason(error)}") from None
 

@@ -170,7 +170,7 @@ class TiTok(Autoencoder):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        return self.decoder.last_layer
+        return self.decoder.head.get_parameter(self.decoder.head.last)
 
     def grid(self, height: int, width: int) -> tuple[int]:
         if (height, width) != self.fixed_size:
@@ -237,10 +237,6 @@ class Decoder(nn.Module):
             nn.init.dirac_(self.head.conv_out.weight)
             nn.init.constant_(self.head.conv_out.get_parameter("bias"), 0.5)
 
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.head.last_layer
-
     def forward(self, z: Tensor, text: Tensor | None = None) -> Tensor:
         return self.head(self.features(z, text))
 
@@ -289,10 +285,7 @@ class PixelHead(nn.Module):
         self.patch, self.channels = config.patch, config.channels
         self.patches = nn.Conv2d(config.decoder.width, config.channels * config.patch**2, 1)
         self.conv_out = nn.Conv2d(config.channels, config.channels, 3, padding=1)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.conv_out.get_parameter("weight")
+        self.last = "conv_out.weight"
 
     def forward(self, x: Tensor) -> Tensor:
         rows, columns = x.shape[2:]
@@ -310,14 +303,10 @@ class CodeHead(nn.Module):
         super().__init__()
         self.hidden = nn.Conv2d(width, 2 * width, 1)
         self.logits = nn.Conv2d(2 * width, proxy.codebook_size, 1)
-        self.pixels = None
+        self.pixels, self.last = None, "logits.weight"
         if proxy.pixels is not None:
             self.codebook = nn.Parameter(torch.randn(proxy.codebook_size, proxy.pixels.z_channels).mul_(0.02))
-            self.pixels = PixelDecoder(proxy.pixels)
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return (self.logits if self.pixels is None else self.pixels.conv_out).get_parameter("weight")
+            self.pixels, self.last = PixelDecoder(proxy.pixels), "pixels.conv_out.weight"
 
     def code_logits(self, x: Tensor) -> Tensor:
         """Logits of the other tokenizer's codes: (B, K, h, w)."""
