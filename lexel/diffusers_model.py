@@ -91,11 +91,7 @@ class DiffusersVQModel(nn.Module):
         return Latents(latents) if return_dict else (latents,)
 
     def decode(
-        self,
-        h: Tensor,
-        force_not_quantize: bool = False,
-        return_dict: bool = True,
-        shape: Sequence[int] | None = None,
+        self, h: Tensor, force_not_quantize: bool = False, return_dict: bool = True, shape: Sequence[int] | None = None
     ) -> Sample | tuple[Tensor, Tensor]:
         if not force_not_quantize:
             codes = self.quantize(h)[0]

@@ -121,10 +121,7 @@ def check_kept(kept: Tensor, codebook_size: int) -> Tensor:
 
 
 def used_codes(
-    model: "Tokenizer | Generator",
-    tokens: Sequence[TokenSet],
-    images: str | Path | None = None,
-    **how: Any,
+    model: "Tokenizer | Generator", tokens: Sequence[TokenSet], images: str | Path | None = None, **how: Any
 ) -> Tensor:
     """The codes that token sets or images use: int64, ascending.
 

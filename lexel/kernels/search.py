@@ -14,10 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lexel.kernels.inputs import (
-    choose_implementation,
-    has_half_products,
-)
+from lexel.kernels.inputs import choose_implementation, has_half_products
 from lexel.kernels.rounding import APART, GROUP, Norms, Rounded, prepared, rounded, row_errors, scan_error
 from lexel.kernels.scores import TILE, exact_scores, minus_squares, sampled_products, search_exactly, unit
 
@@ -178,13 +175,7 @@ def _near_block(
 
 
 def finer(
-    found: Candidates,
-    some: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    bias: Tensor | None,
-    slack: float,
-    norms: Norms,
+    found: Candidates, some: Tensor, queries: Tensor, keys: Tensor, bias: Tensor | None, slack: float, norms: Norms
 ) -> Candidates:
     """Candidates where `some` rows, which a coarse scan could not decide, are scanned again in full precision."""
     again = _near_block(queries[some], keys, bias, slack, queries.dtype, norms, table=None)

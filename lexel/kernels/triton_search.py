@@ -38,20 +38,7 @@ def _prepare_kernel(keys, half, length, residual, size, dim, K: tl.constexpr, D:
 
 @triton.jit
 def _bounds_kernel(
-    queries,
-    half,
-    below,
-    ties,
-    longest,
-    lost,
-    shift,
-    slack,
-    count,
-    dim,
-    unit,
-    tiny,
-    N: tl.constexpr,
-    D: tl.constexpr,
+    queries, half, below, ties, longest, lost, shift, slack, count, dim, unit, tiny, N: tl.constexpr, D: tl.constexpr
 ):
     """One program: N rows in bfloat16, and how far from a row's best an undecided code may be: see `scan_error`."""
     rows = tl.program_id(0) * N + tl.arange(0, N)

@@ -175,19 +175,7 @@ def soft(inputs: Inputs, g: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor
         tiles = triton.cdiv(width, cut.slope.codes)
         each = max(1, min(8, tiles * blocks // PROGRAMS))
         _slope_kernel[(blocks, triton.cdiv(tiles, each))](
-            *arguments,
-            target,
-            n,
-            size,
-            dim,
-            scale,
-            first,
-            width,
-            stride,
-            each,
-            **options,
-            BULK=bulk,
-            **_cut(cut.slope),
+            *arguments, target, n, size, dim, scale, first, width, stride, each, **options, BULK=bulk, **_cut(cut.slope)
         )
         dl, part = out[:, :width], slice(first, first + width)
         d_queries += _product(dl, keys[part])

@@ -161,14 +161,7 @@ class VAVAE(Alignment):
         adaptive: bool = True,
     ) -> None:
         super().__init__(
-            teacher,
-            at,
-            level,
-            size,
-            margin=margin,
-            distances=1.0,
-            distance_margin=distance_margin,
-            adaptive=adaptive,
+            teacher, at, level, size, margin=margin, distances=1.0, distance_margin=distance_margin, adaptive=adaptive
         )
 
 

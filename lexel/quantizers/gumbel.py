@@ -37,12 +37,7 @@ class Gumbel(Annealed):
     why_fixed = "a layer of its own chooses the codes, and knows none for new ones"
 
     def __init__(
-        self,
-        codebook_size: int,
-        codebook_dim: int,
-        tau_start: float = 1.0,
-        tau_end: float = 1 / 16,
-        hard: bool = True,
+        self, codebook_size: int, codebook_dim: int, tau_start: float = 1.0, tau_end: float = 1 / 16, hard: bool = True
     ) -> None:
         super().__init__(codebook_size, codebook_dim, tau_start, tau_end)
         self.hard = hard
