@@ -545,7 +545,7 @@ class Killed:
 
 
 def test_a_killed_process_that_reads_images_is_told_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr("lexel.inspection.inspect", lambda *_: next(look_up(Killed(), range(4), 1, 2)))
+    monkeypatch.setattr("lexel.inspection.inspect", lambda *_: next(look_up(Killed(), range(4), 1)))
     code, _, errors = lexel(capsys, "inspect", "tiny")
     assert code == 2
     assert errors.startswith("lexel: a process that reads images was killed, mostly for want of memory")

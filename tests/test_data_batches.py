@@ -182,7 +182,7 @@ def test_a_folder_of_unreadable_pictures_does_not_loop_for_ever(tmp_path):
 def test_ordered_batches_show_every_readable_picture_once(folder, processes):
     seen, named = [], {}
     for rank in range(processes):
-        batches = ordered_batches(open_images(folder), CROP, 2, rank, processes)
+        batches = ordered_batches(open_images(folder), CROP, 2, rank=rank, processes=processes)
         for batch in batches:
             red = ((batch.images[:, 0, 0, 0] + 1) * 127.5).round().long()
             assert torch.equal(red, batch.numbers)

@@ -221,8 +221,8 @@ def test_names_take_little_room_and_are_what_they_were(tmp_path):
     assert Names([]) == []
     assert names.distinct
     assert not Names([*given, "b" * 300]).distinct
-    assert not names.blank
-    assert Names(["", ""]).blank
+    assert len(names.letters)
+    assert not len(Names(["", ""]).letters)
     assert Names(given, "ö/") == [f"ö/{name}" for name in given]
     assert Names.joined([names, Names([]), Names(given, "c/")]) == [*given, *(f"c/{name}" for name in given)]
 

@@ -18,7 +18,7 @@ from lexel.regular import expanded, open_regular
 
 IMAGES = ("images", "x", "data", "arr_0")  # names of arrays, the first that is there
 LABELS = ("labels", "label", "y", "targets", "arr_1")
-TEXTS = {"classes": "classes", "names": "names", "captions": "captions"}
+TEXTS = ("classes", "names", "captions")
 
 UBYTE = 8  # idx's code for a type of one byte
 PARTS = {"train": ("train",), "validation": ("validation", "val"), "test": ("t10k", "test")}
@@ -45,9 +45,7 @@ def open_npz(location: str, options: OpenOptions) -> ImageSet:
         label = next((label for label in LABELS if label in arrays and label != name), None)
         labels = None if label is None else arrays.read(label, f"{len(array)}", np.integer)
         texts = {text: arrays.read(text, "N", np.str_).tolist() for text in TEXTS if text in arrays}
-    images = array_images(str(path), array, labels, options, **texts)
-    images.captions = _of_length(path, "captions", texts.get("captions"), len(array))
-    return images
+    return array_images(str(path), array, labels, options, **texts)
 
 
 def open_idx(location: str, options: OpenOptions) -> ImageSet:
@@ -114,7 +112,7 @@ def array_images(
             classes = [str(number) for number in range(most + 1)] if most < 10**6 else []
         if int(labels.min(initial=0)) < 0 or most >= len(classes):
             raise UsageError(f"{source} has labels from {labels.min()} to {most} for {len(classes)} classes")
-    return ArrayImages(
+    images = ArrayImages(
         array,
         _of_length(source, "names", names, len(array)) or numbered(len(array)),
         None if labels is None else labels.tolist(),
@@ -122,6 +120,8 @@ def array_images(
         channels=options.channels,
         depth=options.depth,
     )
+    images.captions = _of_length(source, "captions", captions, len(array))
+    return images
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -168,7 +168,7 @@ def _idx_files(folder: Path, part: str) -> list[Path]:
     return []
 
 
-def _of_length(source: str | Path, what: str, texts: list[str] | None, count: int) -> list[str] | None:
+def _of_length(source: str, what: str, texts: list[str] | None, count: int) -> list[str] | None:
     if texts is not None and len(texts) != count:
         raise UsageError(f"{source} has {len(texts)} {what} for {count} images")
     return texts

@@ -31,6 +31,7 @@ from lexel.errors import UsageError
 
 OnError = Literal["replace", "stop"]
 
+PREFETCH = 2  # batches that each worker reads ahead
 WORTH_WORKERS = 256  # images; starting a process takes as long as reading dozens
 
 
@@ -54,7 +55,6 @@ class Loading:
         workers: processes that read pictures; 0 reads them here, None takes as many as pay (`default_workers`).
         on_error: "replace" puts another picture in the place of an unreadable one, or leaves it out where every picture
             comes once, and notes it in `.unreadable`; "stop" raises UnreadableImage.
-        prefetch: batches that each worker reads ahead.
         device: where the batches shall lie; they travel as integers of 8 or 16 bits.
         max_unreadable: the part of the set that may be unreadable before that is an error.
     """
@@ -64,7 +64,6 @@ class Loading:
     processes: int = 1
     workers: int | None = 0
     on_error: OnError = "replace"
-    prefetch: int = 2
     device: str | torch.device | None = None
     max_unreadable: float = 1.0
     micro_batches: int = 1
@@ -106,9 +105,6 @@ def training_batches(
     batch_size: int,
     seed: int,
     first_step: int = 0,
-    rank: int = 0,
-    processes: int = 1,
-    workers: int = 0,
     **options: Any,
 ) -> "TrainingBatches":
     """An endless iterator over the batches of step first_step, first_step + 1, ...
@@ -119,14 +115,12 @@ def training_batches(
         batch_size: images a step, all processes together.
         seed: decides the order and the crops.
         first_step: where to begin.
-        rank, processes, workers, **options: see `Loading`.
+        options: of `Loading`: rank, processes, workers, ...
 
     Raises:
         UsageError: the sizes do not fit together, or no picture of the set is readable.
     """
-    return TrainingBatches(
-        images, transform, Loading(batch_size, rank, processes, workers, **options), seed, first_step
-    )
+    return TrainingBatches(images, transform, Loading(batch_size, **options), seed, first_step)
 
 
 class _Batches:
@@ -171,7 +165,7 @@ class TrainingBatches(_Batches, Iterator[Batch]):
         steps = _TrainingSteps(images, transform, loading, seed)
         readers = reading_processes(loading.workers, images, transform)
         self.pace = Pace(readers)
-        self._read = look_up(steps, itertools.count(first_step), readers, loading.prefetch)
+        self._read = look_up(steps, itertools.count(first_step), readers)
 
     def __next__(self) -> Batch:
         begun = time.perf_counter()
@@ -181,15 +175,7 @@ class TrainingBatches(_Batches, Iterator[Batch]):
         return self._batch(pictures)
 
 
-def ordered_batches(
-    images: ImageSet,
-    transform: Transform | None,
-    batch_size: int,
-    rank: int = 0,
-    processes: int = 1,
-    workers: int | None = 0,
-    **options: Any,
-) -> "OrderedBatches":
+def ordered_batches(images: ImageSet, transform: Transform | None, batch_size: int, **options: Any) -> "OrderedBatches":
     """Every readable picture once, in order, without random crops; iterate over it as often as you like.
 
     Process r of P gets the pictures r, r + P, r + 2P, ...: nothing is repeated to make the shares equal, so they may
@@ -199,9 +185,9 @@ def ordered_batches(
         images: the set.
         transform: resizes and crops images; None gives them in their own size, for a batch_size of 1.
         batch_size: images a batch, of this process alone.
-        rank, processes, workers, **options: see `Loading`.
+        options: of `Loading`: rank, processes, workers, ...
     """
-    return OrderedBatches(images, transform, Loading(batch_size, rank, processes, workers, **options))
+    return OrderedBatches(images, transform, Loading(batch_size, **options))
 
 
 class OrderedBatches(_Batches):
@@ -222,7 +208,7 @@ class OrderedBatches(_Batches):
 
     def __iter__(self) -> Iterator[Batch]:
         readers = reading_processes(self.loading.workers, self.images, self._squares.transform)
-        for pictures in look_up(self._squares, range(len(self)), readers, self.loading.prefetch):
+        for pictures in look_up(self._squares, range(len(self)), readers):
             self._note(pictures.unreadable)
             if pictures.numbers:
                 yield self._batch(pictures)
@@ -330,7 +316,7 @@ class ErrorAsItem(Dataset[Any]):
             return error
 
 
-def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pictures]:
+def look_up(table: Any, order: Any, workers: int) -> Iterator[Pictures]:
     """Looks the items of `order` up in the table, in this process or ahead of time in others; the order is kept.
 
     The others are forks of this one, except where they need CUDA.
@@ -340,7 +326,7 @@ def look_up(table: Any, order: Any, workers: int, prefetch: int) -> Iterator[Pic
         batch_size=None,  # an item is a whole batch already
         sampler=order,
         num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         collate_fn=_unchanged,
         multiprocessing_context="spawn" if workers and table.images.decoded_on_gpu else None,
         generator=torch.Generator(),  # else a DataLoader draws from the global stream, and validation moves training

@@ -63,6 +63,11 @@ class DataConfig(Config):
         """The transform that this section names, at its size."""
         return TRANSFORMS[self.transform](self.size)
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The options of this section that `training_batches` takes."""
+        return {name: getattr(self, name) for name in ("workers", "on_error", "max_unreadable")}
+
 
 def open_data(config: DataConfig, progress: ProgressCallback | None = None) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those to validate on.

@@ -137,7 +137,9 @@ class ImageSet:
         """
         if self.labels is None:
             raise UsageError("the images have no classes")
-        return Relabelled(self, renumbered(self.labels, self.classes, classes), classes)
+        view = Wrapped(self, self.names, renumbered(self.labels, self.classes, classes))
+        view.classes = list(classes)
+        return view
 
     def hold_out(self, fraction: float) -> tuple["ImageSet", "ImageSet"]:
         """Two sets, the rest and the held-out part: at least one picture, chosen by the hashes of the names.
@@ -311,7 +313,7 @@ class ArrayImages(ImageSet):
 
 
 class Wrapped(ImageSet):
-    """Another set, seen in another way; base of the classes below."""
+    """Another set under other class numbers, and the base of those that see one in another way."""
 
     def __init__(self, images: ImageSet, names: Sequence[str], labels: Sequence[int] | None) -> None:
         super().__init__(names, labels, images.classes, images.attribution)
@@ -376,14 +378,6 @@ class Subset(Wrapped):
 
     def fingerprint(self) -> str:
         return digest([self.images.fingerprint(), rows(self.numbers)])
-
-
-class Relabelled(Wrapped):
-    """Another set under other class numbers."""
-
-    def __init__(self, images: ImageSet, labels: Sequence[int], classes: Sequence[str]) -> None:
-        super().__init__(images, images.names, labels)
-        self.classes = list(classes)
 
 
 class CachedImages(Wrapped):

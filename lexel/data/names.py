@@ -65,11 +65,6 @@ class Names(Sequence[str]):
         return len(self._ends)
 
     @property
-    def blank(self) -> bool:
-        """Whether none of them has a letter."""
-        return not len(self._bytes)
-
-    @property
     def distinct(self) -> bool:
         """Whether no two of them are equal."""
         hashes = np.fromiter(map(hash, self), np.int64, len(self))
@@ -139,10 +134,6 @@ class ChosenNames(Names):
     @property
     def ends(self) -> NDArray[np.int64]:
         return self._names.take(self._numbers).ends
-
-    @property
-    def blank(self) -> bool:
-        return not any(self)
 
     def take(self, numbers: Sequence[int] | NDArray[np.int64]) -> Names:
         return self._names.take(self._numbers[np.asarray(numbers, np.int64)])

@@ -174,7 +174,7 @@ def _open_shards(
     if labelled[chosen].all() and len(chosen):
         labels, classes = own[chosen].tolist(), [str(number) for number in range(int(own.max()) + 1)]
     images = TarImages(options.decoding, shards, versions, places[chosen], names, labels, classes)
-    if not captions.blank:
+    if len(captions.letters):
         images.captions = captions.take(chosen)
     images.left_out = left_out
     return images

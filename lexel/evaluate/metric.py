@@ -47,7 +47,7 @@ class Values:
         error = state.standard_error
         if error == error:  # not NaN
             reach = 1.96 * error
-            self.intervals[name] = Interval(state.mean - reach, state.mean + reach, error, 0.0, 0.95)._asdict()
+            self.intervals[name] = Interval(state.mean - reach, state.mean + reach, error)._asdict()
 
     def update(self, other: "Values") -> None:
         self.metrics |= other.metrics

@@ -20,11 +20,11 @@ class Interval(NamedTuple):
     low: float
     high: float
     standard_error: float
-    bias: float  # how much the finite sample adds to the estimate, as far as the jackknife can tell
-    level: float  # of confidence
+    bias: float = 0.0  # how much the finite sample adds to the estimate, as far as the jackknife can tell
+    level: float = 0.95  # of confidence
 
 
-def jackknife(estimate: float, without: Sequence[float], level: float = 0.95) -> Interval:
+def jackknife(estimate: float, without: Sequence[float]) -> Interval:
     """The interval of an estimate from the estimates with each group left out (Student's t, groups - 1 degrees).
 
     It covers the randomness of the sample at this sample size: the bias is reported, not removed.
@@ -32,12 +32,11 @@ def jackknife(estimate: float, without: Sequence[float], level: float = 0.95) ->
     values = torch.tensor(without, dtype=torch.float64)
     groups = len(values)
     if groups < 2:
-        nan = float("nan")
-        return Interval(nan, nan, nan, nan, level)
+        return Interval(*[float("nan")] * 4)
     error = float(((groups - 1) / groups * (values - values.mean()).square().sum()).sqrt())
     bias = (groups - 1) * (float(values.mean()) - estimate)
-    reach = student_quantile((1 + level) / 2, groups - 1) * error
-    return Interval(estimate - reach, estimate + reach, error, bias, level)
+    reach = student_quantile(0.975, groups - 1) * error
+    return Interval(estimate - reach, estimate + reach, error, bias)
 
 
 def deal(samples: int, groups: int, seed: int = 0) -> Tensor:

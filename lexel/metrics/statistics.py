@@ -109,23 +109,22 @@ def write_statistics(path: str | Path, statistics: ReferenceStatistics) -> None:
 
 
 class NpzImages:
-    """The uint8 images (N, H, W, 3) in an .npz (or .npy) file, read a few at a time: 50,000 of 256 px are 9.8 GB.
+    """The uint8 images (N, H, W, 3) in `arr_0` of an .npz (or .npy) file, a few at a time: 50,000 of 256 px are 9.8 GB.
 
     Args:
         path: the file.
-        key: the array in it; `arr_0` is ADM's.
 
     Raises:
         UsageError: the file is missing or damaged, or the array is missing or no such images.
     """
 
-    def __init__(self, path: str | Path, key: str = ONLY) -> None:
-        self.path, self.key = Path(path), key
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         with open_arrays(path) as arrays:
-            if key not in arrays:
+            if ONLY not in arrays:
                 held = ", ".join(sorted(arrays.names)) or "nothing"
-                raise UsageError(f"{path} holds no images: it has {held}, not {key}")
-            self.shape = arrays.header(key, "N H W 3", np.uint8).shape
+                raise UsageError(f"{path} holds no images: it has {held}, not {ONLY}")
+            self.shape = arrays.header(ONLY, "N H W 3", np.uint8).shape
         if min(self.shape[1:3]) < 1:
             raise UsageError(f"{path} holds images without pixels: {self.shape}")
 
@@ -140,7 +139,7 @@ class NpzImages:
         """
         with open_arrays(self.path) as arrays:
             chunk: list[np.ndarray] = []
-            for position, row in enumerate(arrays.rows(numbers, self.key, "N H W 3", np.uint8)):
+            for position, row in enumerate(arrays.rows(numbers, ONLY, "N H W 3", np.uint8)):
                 chunk.append(row)
                 if len(chunk) == batch_size or position + 1 == len(numbers):
                     first = position + 1 - len(chunk)

@@ -270,19 +270,10 @@ def train_tokenizer(
         session.resume(learner)
         average = learner.average.module
         assert isinstance(average, Tokenizer)
-        transform, on_error = data.make_transform(), data.on_error
+        transform = data.make_transform()
+        share = {"rank": processes.rank, "processes": processes.count, "micro_batches": config.accumulation}
         batches = training_batches(
-            images,
-            transform,
-            config.batch_size,
-            config.seed,
-            session.first,
-            processes.rank,
-            processes.count,
-            data.workers,
-            on_error=on_error,
-            max_unreadable=data.max_unreadable,
-            micro_batches=config.accumulation,
+            images, transform, config.batch_size, config.seed, session.first, **share, **data.loading
         )
         session.pace = batches.pace
         session.chose(learner.choices(batches.pace.workers, session.micro_batch))
@@ -307,7 +298,7 @@ def train_tokenizer(
                         config.validation_images,
                         learner.objective.lpips,
                         data.workers,
-                        on_error,
+                        data.on_error,
                     )
                 unreadable |= measured.unreadable
                 processes.decide(partial(check_collapse, session, step.done, measured.values))

@@ -83,8 +83,7 @@ class TokenSource:
         assert self.tokenizer is not None
         self.images, self.image_validation = open_data(data.images)
         self.image_validation.first_readable("validation images")
-        self.transform, self.workers = data.images.make_transform(), data.images.workers
-        self.on_error, self.max_unreadable = data.images.on_error, data.images.max_unreadable
+        self.data, self.transform, self.workers = data.images, data.images.make_transform(), data.images.workers
         spec = self.tokenizer.token_spec(data.images.size, data.images.size)
         self.image_validation = _numbered_alike(self.images, self.image_validation, "the validation set")
         classes = None if self.images.labels is None else list(self.images.classes)
@@ -104,18 +103,8 @@ class TokenSource:
         """An endless iterator from step `first`; a batch is a function of (seed, step) alone."""
         if self.training is not None:
             yield from self.training.training_batches(config.batch_size, config.seed, first, rank, processes)
-        batches = training_batches(
-            self.images,
-            self.transform,
-            config.batch_size,
-            config.seed,
-            first,
-            rank,
-            processes,
-            self.workers,
-            on_error=self.on_error,
-            max_unreadable=self.max_unreadable,
-        )
+        share = {"rank": rank, "processes": processes, **self.data.loading}
+        batches = training_batches(self.images, self.transform, config.batch_size, config.seed, first, **share)
         self.pace = batches.pace
         for batch in batches:
             self.unreadable.update(batches.unreadable)
@@ -127,7 +116,7 @@ class TokenSource:
             tokens = self.validation.subset(evenly_spaced(len(self.validation), limit))
             yield from tokens.ordered_batches(batch_size, rank, processes)
             return
-        places = SpacedImages(self.image_validation, self.transform, limit, self.workers, self.on_error)
+        places = SpacedImages(self.image_validation, self.transform, limit, self.workers, self.data.on_error)
         for batch in places.read(range(len(places))[rank::processes], batch_size):
             yield self._encoded(batch, self.validation_captions)
         self.unreadable.update(places.unreadable)

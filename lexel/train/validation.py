@@ -175,7 +175,8 @@ class SpacedImages(Source):
         while wanted:
             of = torch.tensor(list(wanted))
             chosen = self._images.subset(list(wanted.values()))
-            batches = ordered_batches(chosen, self._transform, batch_size, 0, 1, self._workers, on_error=self._on_error)
+            reading = {"workers": self._workers, "on_error": self._on_error}
+            batches = ordered_batches(chosen, self._transform, batch_size, **reading)
             for batch in batches:
                 yield batch._replace(numbers=of[batch.numbers])
             self.unreadable.update(batches.unreadable)

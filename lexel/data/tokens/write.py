@@ -264,7 +264,7 @@ def _write_shard(
     encoded = [np.empty(0 if whole else (0, plan["crops"], *plan["grid"]), plan["dtype"])]
     layouts: list[TokenSpec] = []
     sizes: list[tuple[int, int]] = []
-    for pictures in look_up(versions, range(len(versions)), workers, prefetch=2):
+    for pictures in look_up(versions, range(len(versions)), workers):
         unreadable.update(pictures.unreadable)
         if whole and pictures.numbers:
             height, width = pictures.arrays.shape[1:3]

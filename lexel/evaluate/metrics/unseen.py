@@ -33,5 +33,5 @@ class UnseenCodes(Metric):
             ("reachable_codes", unseen.reachable, unseen.reachable_low, unseen.reachable_high),
         ):
             values.metrics[name] = middle
-            values.intervals[name] = Interval(low, high, (high - low) / 2 / NORMAL, 0.0, 0.95)._asdict()
+            values.intervals[name] = Interval(low, high, (high - low) / 2 / NORMAL)._asdict()
         return values
