@@ -44,7 +44,6 @@ def renumbered(labels: Sequence[int], own: Sequence[str], classes: Sequence[str]
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted({own[label] for label in set(labels)} - numbers.keys())
     if unknown:
-        known = ", ".join(list(classes)[:10]) + (", ..." if len(classes) > 10 else "")
-        raise UsageError(f"unknown class {some([*map(repr, unknown)])}; the classes are {known}")
+        raise UsageError(f"unknown class {some([*map(repr, unknown)])}; the classes are {some(classes, 10)}")
     table = [numbers.get(name, -1) for name in own]
     return [table[label] for label in labels]

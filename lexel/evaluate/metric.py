@@ -160,17 +160,11 @@ class Batch:
         assert self._originals is not None  # a metric that needs originals is built where there are some
         return self._originals
 
-    def features(self, network: FeatureNetwork) -> Features:
-        """Features of the images, preprocessed as the protocol says."""
-        return self._extracted(network, self.images, False)
-
-    def original_features(self, network: FeatureNetwork) -> Features:
-        """Features of the originals."""
-        return self._extracted(network, self.originals, True)
-
-    def _extracted(self, network: FeatureNetwork, images: Tensor, original: bool) -> Features:
-        key = (original, id(network))
+    def features(self, network: FeatureNetwork, of_originals: bool = False) -> Features:
+        """Features of the images, or of their originals, preprocessed as the protocol says."""
+        key = (of_originals, id(network))
         if key not in self._features:
+            images = self.originals if of_originals else self.images
             self._features[key] = extract(network, preprocess(images, self._protocol))
         return self._features[key]
 

@@ -108,10 +108,12 @@ class Learner:
         """All that changes. The optimizer's part names parameters, so that a run may change its number of processes."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+        # Weights first: asking for them shards those again that a forward pass has left gathered.
+        model = self.tensors()
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        average = {} if self.average is None else {"average": self.average.state_dict()}
         optimizer = get_optimizer_state_dict(self.generator, self.optimizer, options=whole)
-        return {**self._plain(), "model": self.tensors(), **average, "optimizer": optimizer}
+        average = {} if self.average is None else {"average": self.average.state_dict()}
+        return {**self._plain(), "model": model, **average, "optimizer": optimizer}
 
     def _plain(self) -> dict[str, Any]:
         """The part of the state that no process holds a share of."""
@@ -137,46 +139,33 @@ class Learner:
         """Weights and moments, of which each process holds its share or all; and the optimizer's options."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-        # Weights first: asking for them shards those again that a forward pass has left gathered.
-        model = get_model_state_dict(self.generator)
+        model = get_model_state_dict(self.generator)  # weights first, as above
         optimizer = get_optimizer_state_dict(self.generator, self.optimizer)
         return {"model": model, "optimizer": optimizer["state"]}, optimizer["param_groups"]
 
-    def _load_shards(self, state: Mapping[str, Any], folder: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
-
-        tensors, _ = self._shared_tensors()
-        shards.load(folder, tensors)
-        set_model_state_dict(self.generator, tensors["model"])
-        optimizer = {"state": tensors["optimizer"], "param_groups": state["param_groups"]}
-        set_optimizer_state_dict(self.generator, self.optimizer, optimizer)
-
     def load_state_dict(self, state: Mapping[str, Any], source: Path) -> None:
+        from torch.distributed.checkpoint import state_dict as states
+
         averages = [] if self.average is None else ["average"]
-        tensors = ["param_groups"] if "shards" in state else ["model", "optimizer", *averages]
+        sharded = "shards" in state
+        tensors = ["param_groups"] if sharded else ["model", "optimizer", *averages]
         require_parts(state, [*tensors, "scaler", "means"], source)
-        if "shards" in state:
-            self._load_shards(state, source.with_suffix(SHARDS))
-        else:
-            self._load_whole(state, source)
-        self.scaler.load_state_dict(state["scaler"])
-        self.means.load_state_dict(state["means"])
-
-    def _load_whole(self, state: Mapping[str, Any], source: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            set_model_state_dict,
-            set_optimizer_state_dict,
-        )
-
-        whole = StateDictOptions(full_state_dict=True)
-        if self.config.fsdp:
-            set_model_state_dict(self.generator, dict(state["model"]), options=whole)
+        if sharded:
+            shared, _ = self._shared_tensors()
+            shards.load(source.with_suffix(SHARDS), shared)
+            optimizer = {"state": shared["optimizer"], "param_groups": state["param_groups"]}
+            state = {**state, "model": shared["model"], "optimizer": optimizer}
+        options = states.StateDictOptions(full_state_dict=not sharded)
+        if sharded or self.config.fsdp:
+            states.set_model_state_dict(self.generator, dict(state["model"]), options=options)
         else:
             checkpoint.load_strict(self.generator, state["model"], source)
-        set_optimizer_state_dict(self.generator, self.optimizer, dict(state["optimizer"]), options=whole)
+        optimizer = dict(state["optimizer"])
+        states.set_optimizer_state_dict(self.generator, self.optimizer, optimizer, options=options)
         if self.average is not None:
             checkpoint.load_strict(self.average, state["average"], source)
+        self.scaler.load_state_dict(state["scaler"])
+        self.means.load_state_dict(state["means"])
 
     def step(self, batch: TokenBatch, lr: float, decay: float) -> dict[str, Tensor]:
         """One step on this process's share of a batch; returns the loss terms."""

@@ -12,7 +12,7 @@ from lexel.data.captions import Captions, stored
 from lexel.data.config import open_data
 from lexel.data.pace import Pace
 from lexel.data.tokens import TokenBatch, TokenSet
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.generators import NetworkConfig
 from lexel.loading import load_tokenizer
 from lexel.runtime import Runtime
@@ -184,8 +184,8 @@ def _numbered_alike(training: Labelled, validation: Labelled, source: str) -> La
     unknown = [name for name in validation.classes if name not in training.classes]
     if unknown:
         raise UsageError(
-            f"{source} has classes that the training set does not know: {', '.join(unknown[:5])}; validate on images "
-            f"of its classes ({', '.join(training.classes[:5])}{', ...' if len(training.classes) > 5 else ''})"
+            f"{source} has classes that the training set does not know: {some(unknown, 5)}; validate on images of its "
+            f"classes ({some(training.classes, 5)})"
         )
     return validation.with_classes(training.classes)
 

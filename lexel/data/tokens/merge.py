@@ -17,7 +17,7 @@ from lexel.data.tokens.format import (
 )
 from lexel.data.tokens.token_set import TokenSet
 from lexel.data.tokens.write import begin, check_plan, complete
-from lexel.errors import UsageError
+from lexel.errors import UsageError, some
 from lexel.regular import sha256_of
 from lexel.runtime import ProgressCallback
 
@@ -61,7 +61,7 @@ def merge_tokens(folder: str | Path, parts: Sequence[str | Path], progress: Prog
         if progress is not None:
             progress(shard + 1, count)
     if missing:
-        named = ", ".join(map(str, missing[:NAMED])) + (", ..." if len(missing) > NAMED else "")
+        named = some([*map(str, missing)], NAMED)
         raise UsageError(
             f"{len(missing)} of {count} shards are in none of the parts (counted from 0: {named}); part I of N writes "
             "the shards I - 1, I - 1 + N, ...: run the parts that were stopped again, then merge again"

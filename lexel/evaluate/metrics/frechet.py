@@ -35,7 +35,7 @@ class Frechet(Metric):
     def update(self, batch: Batch) -> None:
         network, group = self.context.features_of, self.context.plan.group[batch.numbers]
         if "real" in self.states:  # else it is known from the cache
-            self.states["real"].add(getattr(batch.original_features(network), self.part), group)
+            self.states["real"].add(getattr(batch.features(network, of_originals=True), self.part), group)
         self.states["fake"].add(getattr(batch.features(network), self.part), group)
 
     def compute(self) -> Values:
