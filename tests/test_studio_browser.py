@@ -116,21 +116,23 @@ DONE = {  # a view, and what is there once it has done its work
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("view", DONE)
-def test_a_view_does_its_work_and_fits_the_screen(visit, view, size):
-    page = visit(size).open(view)
+def test_a_view_does_its_work_and_fits_the_screen(visit, view):
+    page = visit("phone").open(view)
     page.locator(DONE[view]).first.wait_for()
     assert not page.locator("#message").is_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size][0]
-    wide = page.evaluate("Math.min(...[...document.querySelectorAll('figure .grid')].map(e => e.clientWidth), 999)")
-    assert wide > 250  # to be painted with a finger
-    last = page.locator("#views a").last.bounding_box()
-    assert last["x"] + last["width"] <= SIZES[size][0]
     named = "e => e.labels?.length || e.ariaLabel || e.title || e.textContent.trim()"
     assert page.evaluate(f"[...document.querySelectorAll('button, input, select')].every({named})")
-    if KEPT:
-        page.screenshot(path=Path(KEPT) / f"{view.split('?')[0]}-{size}.png", full_page=True)
+    for size in ("desk", "phone"):  # the window of the next test is a phone's again
+        width, height = SIZES[size]
+        page.set_viewport_size({"width": width, "height": height})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        wide = page.evaluate("Math.min(...[...document.querySelectorAll('figure .grid')].map(e => e.clientWidth), 999)")
+        assert wide > 250  # to be painted with a finger
+        last = page.locator("#views a").last.bounding_box()
+        assert last["x"] + last["width"] <= width
+        if KEPT:
+            page.screenshot(path=Path(KEPT) / f"{view.split('?')[0]}-{size}.png", full_page=True)
 
 
 def png() -> bytes:
@@ -203,25 +205,24 @@ WORKED = {  # a view's key, what is reached by Tab and entered, and what is ther
     "1": (".examples [aria-label='Example 2']", ".examples [aria-label='Example 2'][aria-pressed='true']"),
     "3": (".codes button", ".about h2"),
     "4": ("button.main", ".samples img"),
-    "5": ("input[type=checkbox]", "input[type=checkbox]:not(:checked)"),
     "6": ("table.results button", "table.results [aria-sort$='cending']"),
+    "5": ("input[type=checkbox]", "input[type=checkbox]:not(:checked)"),  # the last: an input takes keys
 }
 
 
-@pytest.mark.parametrize("key", WORKED)
-def test_a_view_is_opened_and_used_by_keyboard_alone(visit, key):
-    reached, found = WORKED[key]
+def test_every_view_is_opened_and_used_by_keyboard_alone(visit):
     page = visit().open("tokens")
     page.locator(".grid canvas").wait_for()
-    page.keyboard.press(key)
-    page.locator(reached).first.wait_for()
-    assert page.locator(found).count() == 0
-    for _ in range(80):
-        page.keyboard.press("Tab")
-        if page.evaluate("which => document.activeElement.matches(which)", reached):
-            break
-    page.keyboard.press("Space" if key == "5" else "Enter")
-    page.locator(found).first.wait_for()
+    for key, (reached, found) in WORKED.items():
+        page.keyboard.press(key)
+        page.locator(reached).first.wait_for()
+        assert page.locator(found).count() == 0, key
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            if page.evaluate("which => document.activeElement.matches(which)", reached):
+                break
+        page.keyboard.press("Space" if key == "5" else "Enter")
+        page.locator(found).first.wait_for()
 
 
 def other_codes(address, *places: int) -> list[int]:

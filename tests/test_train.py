@@ -1,6 +1,7 @@
 """Training of tokenizers: going on after anything that can happen, bit for bit, and stopping where it must."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -175,24 +176,26 @@ def test_a_run_goes_on_without_the_bank_that_it_began_with(pictures, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def pairs(pictures, tmp_path_factory):
-    """For each precision: a run that nothing happened to, and one that was stopped in the middle."""
-    made = {}
-    for precision in ("float32", "fp16"):
-        folder = tmp_path_factory.mktemp(precision)
-        chosen = recipe(pictures, precision=precision)
-        train_tokenizer(chosen, folder / "straight", device="cpu")
+def pair(pictures, straight, tmp_path_factory):
+    """By precision: its recipe, a run that nothing happened to, and one that was stopped in the middle."""
+
+    @functools.cache
+    def made(precision):
+        folder, chosen = tmp_path_factory.mktemp(precision), recipe(pictures, precision=precision)
+        if precision != "float32":
+            train_tokenizer(chosen, folder / "straight", device="cpu")
         train_tokenizer(chosen, folder / "stopped", device="cpu", progress=interrupted_at(4))
-        made[precision] = chosen, folder
+        return chosen, straight if precision == "float32" else folder / "straight", folder / "stopped"
+
     return made
 
 
 @pytest.mark.parametrize(
     "part", [None, "optimizer", "lecam", *thorough(*sorted({*PARTS, *ADVERSARY} - {"optimizer", "lecam"}))]
 )
-def test_forgetting_any_part_of_the_state_would_be_seen(pairs, tmp_path, part, monkeypatch):
-    chosen, folder = pairs["fp16" if part is not None and "scaler" in part else "float32"]
-    shutil.copytree(folder / "stopped", tmp_path / "resumed")
+def test_forgetting_any_part_of_the_state_would_be_seen(pair, tmp_path, part, monkeypatch):
+    chosen, whole_run, stopped = pair("fp16" if part is not None and "scaler" in part else "float32")
+    shutil.copytree(stopped, tmp_path / "resumed")
     whole = Learner.load_state_dict
 
     def forget(self, state, source):
@@ -206,8 +209,8 @@ def test_forgetting_any_part_of_the_state_would_be_seen(pairs, tmp_path, part, m
     monkeypatch.setattr(Session, "saved", lambda self, part: None)  # a second way in for the weights
     train_tokenizer(chosen, tmp_path / "resumed", device="cpu")
     try:
-        assert_same(final_state(folder / "straight"), final_state(tmp_path / "resumed"))
-        assert logged(folder / "straight") == logged(tmp_path / "resumed")
+        assert_same(final_state(whole_run), final_state(tmp_path / "resumed"))
+        assert logged(whole_run) == logged(tmp_path / "resumed")
         differs = False
     except AssertionError:
         differs = True
