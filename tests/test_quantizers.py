@@ -545,7 +545,7 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_of_latents_times_codes_is_made(kind, law):
     if law.rows_x_codes:
         pytest.skip("its softmax over all codes is its definition")
-    codes, count = 2**15, 384
+    codes, count = 2**13, 384
     quantizer = spread(build(kind, {"codebook_size": codes, "codebook_dim": 4, **law.wide_options}))
     z = latents(1, 4, count).requires_grad_()
     with Largest() as largest:

@@ -74,7 +74,7 @@ def photos(tmp_path):
 @pytest.mark.parametrize(
     "autoencoder", [TITOK, *thorough(VIT, MASKGIT, VQVAE, VQVAE2, DYNAMIC)], ids=lambda table: table["kind"]
 )
-def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
+def test_a_kind_is_trained_encoded_evaluated_and_reported_by_what_all_share(autoencoder, photos, tmp_path):
     run = tmp_path / "run"
     projections = AUTOENCODERS[autoencoder["kind"]].shares is None
     assert train(recipe(autoencoder, adversarial=True, projections=projections), run).finished
@@ -92,12 +92,19 @@ def test_a_kind_is_trained_encoded_evaluated_exported_and_reported_by_what_all_s
     of_tokens = open_samples(tokens, model, protocol("lexel"), runtime("cpu"), 0, None)
     assert of_tokens.size == (16, 16)
 
+
+@pytest.mark.parametrize(
+    "autoencoder", [VQVAE2, *thorough(TITOK, VIT, MASKGIT, VQVAE, DYNAMIC)], ids=lambda table: table["kind"]
+)
+def test_a_kind_is_exported_or_refused(autoencoder, tmp_path):
+    projections = AUTOENCODERS[autoencoder["kind"]].shares is None
+    model = Tokenizer(recipe(autoencoder, projections=projections).model).eval()
     if not projections:
         with pytest.raises(UsageError, match="several levels cannot be exported"):
-            export(model, tmp_path / "exported", formats=["torch"])
+            export(model, tmp_path, formats=["torch"])
         return
-    export(model, tmp_path / "exported", formats=["torch"])
-    program = torch.export.load(tmp_path / "exported" / "encoder.pt2").module()
+    export(model, tmp_path, formats=["torch"])
+    program = torch.export.load(tmp_path / "encoder.pt2").module()
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     assert torch.equal(program(images), model.encode(images))
 
