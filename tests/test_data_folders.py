@@ -224,6 +224,9 @@ def test_names_take_little_room_and_are_what_they_were(tmp_path):
     assert len(names.letters)
     assert not len(Names(["", ""]).letters)
     assert Names(given, "ö/") == [f"ö/{name}" for name in given]
+    written = [name.replace("/", ":") for name in given]
+    assert Names.between("/", "".join(f"{name}/" for name in written), "ö/") == [f"ö/{name}" for name in written]
+    assert Names.between("/", "", "ö/") == []
     assert Names.joined([names, Names([]), Names(given, "c/")]) == [*given, *(f"c/{name}" for name in given)]
 
 

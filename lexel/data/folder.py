@@ -1,17 +1,18 @@
 """Image sets in folders and single files: classes by subfolders, splits by their names."""
 
 import bisect
-import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from warnings import warn
 
+import numpy as np
+
 from lexel.data.files import EXTENSIONS
 from lexel.data.images import FileImages, ImageSet
 from lexel.data.listing import find_images, holds_images, is_folder
-from lexel.data.names import Names
+from lexel.data.names import Labels, Names
 from lexel.data.options import OpenOptions
 from lexel.errors import UsageError, some
 
@@ -73,7 +74,7 @@ class Part(NamedTuple):
 
     numbers: Sequence[int]  # of the names that were given
     names: Names  # below the split's folder, if one was asked for
-    labels: list[int] | None
+    labels: Labels | None
     classes: list[str]
 
 
@@ -150,7 +151,7 @@ def _why_no_split(folder: Path, split: str, found: Layout) -> str:
 
 def classes_of_names(
     folder: str | Path, names: Sequence[str], level: int, ordered: bool = False
-) -> tuple[list[int] | None, list[str]]:
+) -> tuple[Labels | None, list[str]]:
     """Labels and classes by the folder at this level of each name; no labels if a picture lies above that level.
 
     Names that are sorted (`ordered`) are not all looked at: those of a folder are neighbours.
@@ -190,4 +191,5 @@ def classes_of_names(
             stacklevel=5,
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    return list(itertools.chain.from_iterable(itertools.repeat(numbers[name], count) for name, count in runs)), classes
+    of_runs, counts = ([numbers[name] for name, _ in runs], [count for _, count in runs])
+    return Labels(np.repeat(np.array(of_runs, np.int64), counts)), classes

@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import operator
 import os
 import stat
 from pathlib import Path
@@ -106,8 +105,12 @@ def _walk(path: str, prefix: str, seen: set[tuple[int, int]], left_out: dict[str
             below[f"{entry.name}/"] = _walk(entry.path, f"{prefix}{entry.name}/", seen, left_out)
     files.sort()
     del files[bisect.bisect_left(files, ".") : bisect.bisect_left(files, "/")]  # hidden ones
-    if not _SHORT_ENDINGS.issuperset(map(operator.itemgetter(slice(-4, None)), files)):
+    text = "/".join([*files, ""])  # no name has a slash
+    if not files or files[-1][-4:] not in _SHORT_ENDINGS or text.count(f"{files[-1][-4:]}/") < len(files):
         files = [name for name in files if _is_named_like_an_image(name)]
+        text = "/".join([*files, ""])
+    if not below:
+        return [Names.between("/", text, prefix)]
     pieces, first = [], 0
     for name in sorted(below):  # with its slash, a folder lies among the files where its content does
         last = bisect.bisect(files, name, first)

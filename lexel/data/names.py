@@ -29,6 +29,19 @@ class Names(Sequence[str]):
         self._array: NDArray[np.uint8] | None = None  # whose memory the bytes are
 
     @classmethod
+    def between(cls, mark: str, text: str, prefix: str = "") -> "Names":
+        """The names that a character follows in a text, each behind the same prefix: "a/b/" holds two.
+
+        Several times as fast as a list of names, whose lengths have to be asked for one by one.
+        """
+        letters, put = (part.encode("utf-8", "surrogatepass") for part in (text, prefix))
+        ends = np.flatnonzero(np.frombuffer(letters, np.uint8) == ord(mark))
+        count, other = len(ends), cls([])
+        other._bytes = (put + letters.replace(mark.encode(), put))[: len(letters) - count + count * len(put)]
+        other._ends = ends + np.arange(count) * (len(put) - 1) + len(put)
+        return other
+
+    @classmethod
     def over(cls, letters: NDArray[np.uint8], ends: NDArray[np.int64]) -> "Names":
         """The names whose UTF-8 lies in an array, one after the other, up to the end of each; nothing is copied."""
         other = cls([])
