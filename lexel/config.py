@@ -41,9 +41,6 @@ class Config(BaseModel):
         return table
 
 
-# Recipes lie beside the package in a checkout, inside it where it is installed.
-RECIPES = [Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes"]
-
 UNSET = "none"  # the value of an override that takes an option away
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -72,12 +69,19 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
 
 
+def own_recipes() -> dict[str, Path]:
+    """The files of Lexel's own recipes by their names: beside the package in a checkout, inside it where installed."""
+    package = Path(__file__).parent
+    folders = (package / "recipes", package.parent / "recipes")
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+
+
 def find_recipe(name: str | Path) -> Path:
     """The file of a recipe: a path, or the name of one of Lexel's own (`tiny`, `openmoji`, ...)."""
     path = expanded(name)
     if path.suffix == ".toml" or path.exists():
         return path
-    own = {file.stem: file for folder in RECIPES for file in sorted(folder.glob("*.toml"))}
+    own = own_recipes()
     if str(name) not in own:
         raise UsageError(f"{name} is neither a .toml file nor a recipe of Lexel's: {', '.join(own)}")
     return own[str(name)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lexel.checkpoint import CONFIG
-from lexel.config import RECIPES
+from lexel.config import own_recipes
 from lexel.errors import UsageError
 from lexel.quantizers import outline
 from lexel.run_folder import RunFolder
@@ -33,7 +33,7 @@ def inspect(source: str | Path) -> dict[str, Any]:
         UsageError: it is none of these.
     """
     path = Path(source)
-    if path.suffix == ".toml" or (not path.exists() and any((f / f"{source}.toml").is_file() for f in RECIPES)):
+    if path.suffix == ".toml" or (not path.exists() and str(source) in own_recipes()):
         return _of_recipe(source)
     run = RunFolder(path, writes=False)
     if path.is_dir() and run.recipe.is_file():

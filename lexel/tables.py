@@ -59,9 +59,8 @@ def _line(found: Mapping[str, Any], key: str, table: str, group: str | None) -> 
 
 def _recipes() -> Iterator[tuple[str, str]]:
     """Lexel's own recipes and the first comment of each."""
-    for path in {path.stem: path for folder in config.RECIPES for path in sorted(folder.glob("*.toml"))}.values():
-        first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-        yield path.stem, first.removeprefix("#").strip()
+    for name, path in config.own_recipes().items():
+        yield name, path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("#").strip()
 
 
 def _summary(entry: Any) -> str:
