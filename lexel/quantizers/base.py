@@ -152,7 +152,7 @@ class Quantizer(LivingCodebook):
         """
         if self.sharded:
             return sharded.lookup(indices.flatten(), self.codebook).view(*indices.shape, -1).movedim(-1, 1)
-        return lookup(indices, self.codebook).movedim(-1, 1)
+        return F.embedding(indices, self.codebook).movedim(-1, 1)
 
     def bake(self) -> "Quantizer":
         """A plain table of the same vectors that gives the same indices, for export and inference.
@@ -225,7 +225,7 @@ class Table(Quantizer):
     @full_precision
     def forward(self, z: Tensor) -> Quantized:
         indices = self.assign(z)
-        return Quantized(straight_through(z, lookup(indices, self.weight).movedim(-1, 1)), indices, {})
+        return Quantized(straight_through(z, F.embedding(indices, self.weight).movedim(-1, 1)), indices, {})
 
 
 class MatrixSearch(nn.Module):
@@ -259,11 +259,6 @@ def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> 
             raise UsageError(f"no weight for the loss term {name!r}; write {name} = 0 to switch it off")
     total = sum((weights[name] * term for name, term in losses.items() if weights[name] != 0), start=0.0)
     return torch.as_tensor(total)
-
-
-def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Rows of codebook (K, D) named by indices of any shape: (*indices.shape, D)."""
-    return nn.functional.embedding(indices, codebook)
 
 
 def straight_through(z: Tensor, z_q: Tensor) -> Tensor:

@@ -13,17 +13,7 @@ from lexel.distributed import all_rows, all_sum
 from lexel.kernels import nearest
 from lexel.kernels.clustering import kmeans
 from lexel.quantizers import bounds
-from lexel.quantizers.base import (
-    GRADIENTS,
-    Advice,
-    Quantized,
-    Quantizer,
-    as_grid,
-    as_vectors,
-    choose,
-    full_precision,
-    lookup,
-)
+from lexel.quantizers.base import GRADIENTS, Advice, Quantized, Quantizer, as_grid, as_vectors, choose, full_precision
 from lexel.quantizers.living import Recoded, times_chosen
 from lexel.quantizers.running import Recall, recomputing, statistics_move
 
@@ -100,7 +90,7 @@ class EMA(Quantizer):
         if self.training and recomputing() and (found := self._recall.find(vectors)) is not None:
             return found[0], found[1]
         indices = nearest(vectors, self.weight)
-        return indices, lookup(indices, self.weight)
+        return indices, F.embedding(indices, self.weight)
 
     @torch.no_grad()
     def _learn(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +104,7 @@ class EMA(Quantizer):
         self.steps.add_(1)
 
         indices = nearest(vectors, self.weight)
-        codes = lookup(indices, self.weight)
+        codes = F.embedding(indices, self.weight)
         self.counts.lerp_(times_chosen(indices, self.counts), 1 - self.decay)
         self.sums.lerp_(all_sum(torch.zeros_like(self.sums).index_add_(0, indices, vectors)), 1 - self.decay)
         if self.restart_below > 0 and self.look_up_first:
@@ -122,7 +112,7 @@ class EMA(Quantizer):
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + self.codebook_size * self.epsilon) * total
         self.weight.copy_(self.sums / smoothed[:, None])
-        return indices, codes if self.look_up_first else lookup(indices, self.weight)
+        return indices, codes if self.look_up_first else F.embedding(indices, self.weight)
 
     def place(self, which: Tensor, codes: Tensor, counts: Tensor) -> None:
         super().place(which, codes, counts)

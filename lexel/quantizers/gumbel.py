@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lexel.errors import UsageError
 from lexel.kernels import nearest
 from lexel.quantizers.annealed import Annealed
-from lexel.quantizers.base import MatrixSearch, Quantized, Quantizer, as_grid, as_vectors, full_precision, lookup
+from lexel.quantizers.base import MatrixSearch, Quantized, Quantizer, as_grid, as_vectors, full_precision
 
 
 class Gumbel(Annealed):
@@ -75,5 +75,5 @@ class Gumbel(Annealed):
         codes = p @ codebook
         if self.hard:
             # The one-hot's codes in value and for the table; the softmax's gradient for the logits, 0 in value.
-            codes = lookup(rows, codebook) + (p - p.detach()) @ codebook.detach()
+            codes = F.embedding(rows, codebook) + (p - p.detach()) @ codebook.detach()
         return Quantized(as_grid(codes, z), rows.view(z.shape[0], *z.shape[2:]), losses)

@@ -3,13 +3,14 @@ to choose.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lexel.distributed import all_sum
 from lexel.kernels import index_backpropagation, nearest
 from lexel.quantizers import bounds
 from lexel.quantizers.affine import FLOOR, Affine
-from lexel.quantizers.base import Quantized, as_grid, as_vectors, choose, lookup, vq_terms
+from lexel.quantizers.base import Quantized, as_grid, as_vectors, choose, vq_terms
 
 ERROR_DECAY = 0.9  # of the running squared error: it falls by half within some steps at the start
 
@@ -80,11 +81,11 @@ class IBQAffine(Affine):
         _, _, width, step = self._recalled or self._statistics()
         if self.identity == 1:
             indices = nearest(vectors, table)
-            chosen = lookup(indices, table)
+            chosen = F.embedding(indices, table)
             gradient = chosen + vectors
         elif self.mixing == "blend" or z[0, 0].numel() * (1 - self.identity) < 1:
             soft, indices = self._soft(vectors, table, width)
-            chosen = lookup(indices, table)
+            chosen = F.embedding(indices, table)
             gradient = (1 - self.identity) * soft + self.identity * (chosen + vectors)
         else:
             turn, others = self._turns(z, step)
@@ -92,7 +93,7 @@ class IBQAffine(Affine):
             soft, indices[turn] = self._soft(vectors[turn], table, width)
             if len(others):
                 indices[others] = nearest(vectors[others], table)
-            chosen = lookup(indices, table)
+            chosen = F.embedding(indices, table)
             gradient = (chosen + vectors).index_copy(0, turn, soft)
         if moving:
             self._measure(vectors, chosen)

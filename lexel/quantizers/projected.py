@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lexel.kernels import nearest
-from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, choose, full_precision, lookup, vq_terms
+from lexel.quantizers.base import GRADIENTS, Quantized, Quantizer, choose, full_precision, vq_terms
 from lexel.quantizers.living import Recoded
 from lexel.quantizers.running import transformed
 
@@ -65,5 +66,5 @@ class ProjectedVQ(Quantizer):
         vectors = z.movedim(1, -1)  # (B, *grid, D)
         indices = nearest(vectors.flatten(0, -2), table).view(vectors.shape[:-1])
         self.count_chosen(z, indices)
-        z_q = lookup(indices, table).movedim(-1, 1)
+        z_q = F.embedding(indices, table).movedim(-1, 1)
         return Quantized(GRADIENTS[self.gradient](z, z_q), indices, vq_terms(z, z_q))
