@@ -165,19 +165,15 @@ class ImageTokenizer(typing.Protocol):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] to indices int64 (B, *grid), or (B, books, *grid)."""
-        ...
 
     def decode(self, indices: Tensor) -> Tensor:
         """Indices to images (B, 3, H, W) in [-1, 1]."""
-        ...
 
     def token_spec(self, height: int, width: int) -> TokenSpec:
         """The layout of the tokens of an image of height x width pixels."""
-        ...
 
     def fingerprint(self) -> str:
         """A text that names the weights."""
-        ...
 
 
 def on_device(tokenizer: ImageTokenizer, device: torch.device) -> ImageTokenizer:

@@ -18,12 +18,10 @@ class TextLine(Protocol):
     @property
     def text(self) -> str:
         """The characters that are read."""
-        ...
 
     @property
     def box(self) -> tuple[float, float, float, float]:
         """Left, top, right, bottom, in pixels."""
-        ...
 
 
 class Survival(NamedTuple):

@@ -118,7 +118,7 @@ class ShardDescription(Description):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         own = (self.layouts, self.layout, self.sizes)
-        if any(part is None for part in own) and any(part is not None for part in own):
+        if len({part is None for part in own}) > 1:
             raise ValueError("layouts, layout and sizes go together")
         if self.layouts is not None and self.layout is not None and self.sizes is not None:
             if not len(self.layout) == len(self.sizes) == len(self.names):
@@ -127,10 +127,9 @@ class ShardDescription(Description):
                 )
             if max(self.layout, default=-1) >= len(self.layouts):
                 raise ValueError(f"there is the layout {max(self.layout)} of {len(self.layouts)}")
-        if self.labels is not None and len(self.labels) != len(self.names):
-            raise ValueError(f"there are {len(self.labels)} labels for {len(self.names)} names")
-        if self.captions is not None and len(self.captions) != len(self.names):
-            raise ValueError(f"there are {len(self.captions)} captions for {len(self.names)} names")
+        for what, given in (("labels", self.labels), ("captions", self.captions)):
+            if given is not None and len(given) != len(self.names):
+                raise ValueError(f"there are {len(given)} {what} for {len(self.names)} names")
         return self
 
 

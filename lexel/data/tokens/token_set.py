@@ -317,20 +317,16 @@ class TokenSet:
             raise UsageError(f"rank must lie in [0, {processes}) for {processes} processes, got {rank}")
         if len(self) == 0:
             raise UsageError(f"{self.folder} holds no images")
-        return self._training_batches(batch_size, seed, first_step, rank, processes)
-
-    def _training_batches(
-        self, batch_size: int, seed: int, step: int, rank: int, processes: int
-    ) -> Iterator[TokenBatch]:
         positions, share = Positions(len(self), seed), batch_size // processes
         choices = crop_choices(len(self), self.crops, seed)
-        while True:
+
+        def batch_of(step: int) -> TokenBatch:
             first = step * batch_size + rank * share
             places = [positions[position] for position in range(first, first + share)]
             numbers = np.array([number for _, number in places])
-            crops = np.array([choices(epoch, number) for epoch, number in places])
-            yield self._batch(numbers, crops)
-            step += 1
+            return self._batch(numbers, np.array([choices(epoch, number) for epoch, number in places]))
+
+        return map(batch_of, itertools.count(first_step))
 
     def ordered_batches(
         self, batch_size: int, rank: int = 0, processes: int = 1, crop: int = 0
