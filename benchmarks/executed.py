@@ -126,13 +126,16 @@ def executed(command: str, tree: Path, folder: Path) -> dict[str, set[int]]:
 
 def trace(tree: Path, words: list[str]) -> None:
     """Runs a command line with the package of a checkout and writes the lines that ran to `lines.json`."""
+    import torch  # noqa: F401  # before lines are traced, which takes three times as long
+
     lines: dict[str, set[int]] = defaultdict(set)
     package = f"{tree}/lexel/"
 
     def enter(frame: FrameType, event: str, argument: Any) -> Callable[..., Any] | None:
-        if not frame.f_code.co_filename.startswith(package):
+        file = frame.f_code.co_filename
+        if not file.startswith(package) or not file.endswith(".py"):  # a page's template runs as a file of its own
             return None
-        here = lines[frame.f_code.co_filename.removeprefix(f"{tree}/")]
+        here = lines[file.removeprefix(f"{tree}/")]
 
         def step(frame: FrameType, event: str, argument: Any) -> Callable[..., Any]:
             if event == "line":
