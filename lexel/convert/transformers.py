@@ -112,25 +112,21 @@ IBQ = GeneratorLayout(
     prefix=PREFIX,
     tokenizer=Inside(TOKENIZER, ibq.LAYOUT),
 )
-OPEN_MAGVIT2 = GeneratorLayout(
-    "open_magvit2_generator",
-    "Open-MAGVIT2 generators (SEED-Voken)",
-    ["pre_emb.weight"],
-    OPEN_MAGVIT2_RULES,
-    open_magvit2_config,
-    LEFT_OUT,
+OPEN_MAGVIT2 = IBQ._replace(
+    family="open_magvit2_generator",
+    title="Open-MAGVIT2 generators (SEED-Voken)",
+    mark=["pre_emb.weight"],
+    rules=OPEN_MAGVIT2_RULES,
+    config=open_magvit2_config,
     needed=[CLASS_TABLE, "transformer.tokens.0.weight", "transformer.tokens.1.weight"],
-    prefix=PREFIX,
     tokenizer=Inside(TOKENIZER, open_magvit2.LAYOUT),
 )
-LLAMAGEN = GeneratorLayout(
-    "llamagen_generator",
-    "LlamaGen generators",
-    ["cls_embedding.embedding_table.weight"],
-    LLAMAGEN_RULES,
-    llamagen_config,
-    LEFT_OUT,
-    needed=[CLASS_TABLE, TOKENS],
-    prefix=PREFIX,
+LLAMAGEN = IBQ._replace(
+    family="llamagen_generator",
+    title="LlamaGen generators",
+    mark=["cls_embedding.embedding_table.weight"],
+    rules=LLAMAGEN_RULES,
+    config=llamagen_config,
+    tokenizer=None,
 )
 FAMILIES = [family(IBQ), family(OPEN_MAGVIT2), family(LLAMAGEN)]
